@@ -1,0 +1,28 @@
+"""AIM for Hugging Face: few-shot demonstrations for any vision-language model, at a few tokens each."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from .backbone_aim import laptop_quantization_config
+from .configuration_aim import AimConfig
+from .demonstrations_aim import Demonstration, DemonstrationBank, FusedDemonstrations
+from .modeling_aim import AimForConditionalGeneration
+from .processing_aim import AimProcessor
+from .projector_aim import AimProjector
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AimConfig",
+    "AimForConditionalGeneration",
+    "AimProcessor",
+    "AimProjector",
+    "Demonstration",
+    "DemonstrationBank",
+    "FusedDemonstrations",
+    "laptop_quantization_config",
+]
+
+AutoConfig.register(AimConfig.model_type, AimConfig)
+AutoModel.register(AimConfig, AimForConditionalGeneration)
+AutoModelForImageTextToText.register(AimConfig, AimForConditionalGeneration)
+AutoProcessor.register(AimConfig, AimProcessor)
