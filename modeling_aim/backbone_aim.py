@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from threading import RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -26,6 +28,7 @@ from .files_aim import HUB_KWARGS
 
 STATE_NAMES = ("rope_deltas",)  # what some backbones remember of the last prompt, as attributes of their modules
 
+_TURNS: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()
 _READING: ContextVar[dict[int, torch.Tensor] | None] = ContextVar("aim_reading", default=None)
 
 
@@ -93,13 +96,20 @@ def read_hidden_states(
     kept: dict[int, torch.Tensor] = {}
     token = _READING.set(kept)
     try:
-        with preserved_state(backbone):
+        with one_at_a_time(backbone), preserved_state(backbone):
             kept[-1] = backbone.base_model(**inputs, use_cache=False, return_dict=True).last_hidden_state
     except _ReadFinished:
         pass
     finally:
         _READING.reset(token)
     return torch.cat([kept[k].to(kept[read_layers[0]].device) for k in read_layers], dim=-1)
+
+
+def one_at_a_time(backbone: PreTrainedModel) -> AbstractContextManager[Any]:
+    """Calls of a backbone that remembers its last prompt (`STATE_NAMES`) wait for each other; others need not."""
+    if not any(hasattr(module, name) for module in backbone.modules() for name in STATE_NAMES):
+        return nullcontext()
+    return _TURNS.setdefault(backbone, RLock())
 
 
 @contextmanager

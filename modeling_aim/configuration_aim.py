@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 import torch
 import transformers
 from packaging.version import Version
-from transformers import AutoConfig, PreTrainedConfig
 
 MINIMUM_VERSIONS = {"transformers": "5.5", "torch": "2.10"}
 PROJECTOR_FORMS = ("linear", "linear_norm", "mlp")
@@ -29,7 +28,9 @@ def check_versions() -> None:
             )
 
 
-check_versions()
+check_versions()  # before anything that an old release does not have is imported
+
+from transformers import AutoConfig, PreTrainedConfig  # noqa: E402
 
 
 class AimConfig(PreTrainedConfig):

@@ -29,6 +29,7 @@ from .backbone_aim import (
     fingerprint,
     load_backbone,
     longest_prompt,
+    one_at_a_time,
     read_hidden_states,
     watch_layers,
 )
@@ -183,16 +184,17 @@ class AimForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 that is longer than the backbone's positions.
         """
         input_ids = kwargs.pop("input_ids", inputs)
-        if input_ids is None or not _any_demos(demos):
+        if not _any_demos(demos):
             if input_ids is not None:
                 kwargs["input_ids"] = input_ids
-            return self.backbone.generate(**kwargs)
+            with one_at_a_time(self.backbone):
+                return self.backbone.generate(**kwargs)
         prompt = self._fused_prompt({**kwargs, "input_ids": input_ids}, demos)
         options = prompt.inputs
         if options.get("streamer") is not None:
             options["streamer"] = QueryStreamer(options["streamer"], input_ids)
         self._lengthen_limits(options, prompt.width - input_ids.shape[1])
-        with injected(prompt):
+        with one_at_a_time(self.backbone), injected(prompt):
             output = self.backbone.generate(**options)
         if self.backbone.config.is_encoder_decoder:
             return output
@@ -223,10 +225,10 @@ class AimForConditionalGeneration(PreTrainedModel, GenerationMixin):
             The backbone's output; `logits` are those of the caller's own positions.
         """
         given = {"input_ids": input_ids, **({} if labels is None else {"labels": labels}), **kwargs}
-        if input_ids is None or not _any_demos(demos):
+        if not _any_demos(demos):
             return self.backbone(**given)
         prompt = self._fused_prompt(given, demos)
-        with injected(prompt):
+        with one_at_a_time(self.backbone), injected(prompt):
             output = self.backbone(**prompt.inputs)
         if getattr(output, "logits", None) is not None and output.logits.shape[1] == prompt.width:
             output.logits = prompt.without_placeholders(output.logits)
@@ -235,6 +237,10 @@ class AimForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _fused_prompt(self, inputs: dict[str, Any], demos: Any) -> FusedPrompt:
         """Room for each row's fused tokens in the prompt, checked against the backbone's positions."""
         input_ids = inputs["input_ids"]
+        if input_ids is None:
+            raise ValueError(
+                "demos stand in front of input_ids, but none were given (inputs_embeds cannot take them)."
+            )
         rows = self._fused_rows(demos, len(input_ids))
         text_config = self.config.get_text_config()
         prompt = FusedPrompt(
@@ -300,9 +306,8 @@ class AimForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _lengthen_limits(self, options: dict[str, Any], extra: int) -> None:
         """`max_length` and `min_length` count the caller's own tokens; make room in them for the fused ones."""
         settings = [c for c in (options.get("generation_config"), self.backbone.generation_config) if c is not None]
-        if options.get("max_new_tokens") or any(c.max_new_tokens for c in settings[:1]):
-            return
-        for name in LENGTH_LIMITS:
+        counted = options.get("max_new_tokens") or any(c.max_new_tokens for c in settings)  # outweighs max_length
+        for name in LENGTH_LIMITS[1:] if counted else LENGTH_LIMITS:
             values = [options.get(name), *(getattr(c, name, None) for c in settings)]
             limit = next((value for value in values if value), None)
             if limit is not None:

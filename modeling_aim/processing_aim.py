@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from threading import Lock
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .files_aim import staged_folder
 PROCESSOR_FILE = "processor_config.json"
 SETTINGS = ("label_template", "question_template", "image_prompt", "few_shot_chats")
 _SENTINEL = "aimtextgoeshere"
+_TOKENIZING = Lock()  # a fast tokenizer keeps its padding as state and refuses two threads at once
 
 
 class AimProcessor(ProcessorMixin):
@@ -108,7 +110,8 @@ class AimProcessor(ProcessorMixin):
             ValueError: the prompt has not as many image placeholders as there are images.
         """
         self._check_placeholders(images, text)
-        inputs = self.processor(images=images, text=text, **kwargs)
+        with _TOKENIZING:
+            inputs = self.processor(images=images, text=text, **kwargs)
         if demos is not None:
             inputs["demos"] = _parsed(demos)
         return inputs
@@ -236,13 +239,14 @@ class AimProcessor(ProcessorMixin):
             prompts.append(front + words)
             spans.append((len(front) + (answer if read_span == "answer" else 0), len(front) + len(words)))
         images = [list(d.images) for d in demonstrations]
-        inputs = self.processor(
-            images=images if any(images) else None, text=prompts, padding=True, return_tensors="pt"
-        )
+        with _TOKENIZING:
+            inputs = self.processor(
+                images=images if any(images) else None, text=prompts, padding=True, return_tensors="pt"
+            )
+            plain = self.tokenizer(prompts, return_offsets_mapping=True, return_special_tokens_mask=True)
         length = inputs["input_ids"].shape[1]
         mask = torch.zeros(len(prompts), length, dtype=torch.bool)
         # Images are expanded in the processor, so places are counted from the end, where the text is as it was given.
-        plain = self.tokenizer(prompts, return_offsets_mapping=True, return_special_tokens_mask=True)
         for row, (start, end) in enumerate(spans):
             offsets = plain["offset_mapping"][row]
             special = plain["special_tokens_mask"][row]

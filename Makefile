@@ -1,0 +1,37 @@
+# make demo: everything from nothing to a picture.  make test: the tests.  Both set up their own environment first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-all style aim-tiny clean
+
+demo: $(VENV)/.installed-demo  ## answer held-out queries from demonstrations; writes demo.png
+	$(BIN)/python examples/demo.py --output demo.png
+
+test: $(VENV)/.installed-dev  ## the tests, in minutes
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.installed-dev  ## the slow ones too
+	$(BIN)/python -m pytest -m ""
+
+style: $(VENV)/.installed-dev  ## what CI checks beside the tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+aim-tiny: $(VENV)/.installed-dev  ## train hub_configs/aim-tiny again, from nothing; resumes where it was stopped
+	$(BIN)/python examples/aim_tiny/build.py
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-demo: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[demo]"
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@ $(VENV)/.installed-demo
+
+clean:  ## remove the environment and everything built
+	rm -rf $(VENV) build *.egg-info demo.png

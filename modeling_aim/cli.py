@@ -1,0 +1,127 @@
+"""The `aim` command: `aim answer --repo hub_configs/aim-tiny --demos demos.jsonl --image q.png --question "..."`."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    help="Few-shot demonstrations for any vision-language model, at a few tokens each.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+errors = Console(stderr=True)
+
+
+@app.callback()
+def main() -> None:
+    """Few-shot demonstrations for any vision-language model, at a few tokens each."""
+
+
+@app.command()
+def answer(
+    repo: Annotated[str, typer.Option(help="AIM repository: a folder or a Hub id.")],
+    demos: Annotated[Path, typer.Option(help="One demonstration a line: image, and text, label or question+answer.")],
+    question: Annotated[str, typer.Option(help="What is asked of the query.")],
+    image: Annotated[str | None, typer.Option(help="The query's image: a file or a URL.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of the repository.")] = None,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="4-bit backbone, for a laptop.")] = False,
+    device_map: Annotated[str | None, typer.Option(help='Where the backbone goes, e.g. "auto" or "cuda".')] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")] = 32,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Answer a question about an image from demonstrations of your own."""
+    try:
+        result = _answer(
+            repo, list(read_demonstrations(demos)), question, image, revision, load_in_4bit, device_map,
+            max_new_tokens,
+        )  # fmt: skip
+    except (ValueError, OSError, ImportError) as error:
+        errors.print(f"[red]aim answer:[/red] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    if as_json:
+        typer.echo(json.dumps(result, ensure_ascii=False))
+        return
+    table = Table("answer", "demonstrations", "prompt tokens", "of them fused", "read ms", "answer ms")
+    table.add_row(result["answer"], *(str(result[key]) for key in list(result)[1:]))
+    Console().print(table)
+
+
+def _answer(
+    repo: str,
+    demos: list[dict[str, Any]],
+    question: str,
+    image: str | None,
+    revision: str | None,
+    load_in_4bit: bool,
+    device_map: str | None,
+    max_new_tokens: int,
+) -> dict[str, Any]:
+    """Load, read the demonstrations, answer; with what it cost."""
+    from transformers.image_utils import load_image
+
+    from . import AimForConditionalGeneration, AimProcessor, laptop_quantization_config
+
+    place = {"revision": revision} if revision else {}
+    options: dict[str, Any] = {**place, "quantization_config": laptop_quantization_config() if load_in_4bit else None}
+    options["device_map"] = device_map
+    processor = AimProcessor.from_pretrained(repo, **place)
+    model = AimForConditionalGeneration.from_pretrained(repo, **options)
+    pictures = None if image is None else [load_image(image).convert("RGB")]
+    prompt = processor.prompt(question, images=0 if image is None else 1)
+    inputs = processor(images=pictures, text=prompt, return_tensors="pt").to(model.device, model.dtype)
+    start = time.perf_counter()
+    fused = model.read(demos)
+    read = time.perf_counter()
+    ids = model.generate(**inputs, demos=fused, max_new_tokens=max_new_tokens, do_sample=False)
+    done = time.perf_counter()
+    length = inputs["input_ids"].shape[1]
+    return {
+        "answer": processor.decode(ids[0, length:], skip_special_tokens=True).strip(),
+        "demonstrations": len(fused),
+        "prompt_tokens": length + fused.num_tokens,
+        "fused_tokens": fused.num_tokens,
+        "read_ms": round(1000 * (read - start), 1),
+        "answer_ms": round(1000 * (done - read), 1),
+    }
+
+
+def read_demonstrations(path: Path) -> Iterator[dict[str, Any]]:
+    """Demonstrations of a jsonl file; image paths are relative to the file.
+
+    Raises:
+        ValueError: a line is no JSON object; the message names file and line.
+        FileNotFoundError: there is no such file.
+    """
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            demo = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error}). Expected one object a line.") from error
+        if not isinstance(demo, dict):
+            raise ValueError(f"{path}, line {number}: expected an object such as {{'image': ..., 'label': ...}}.")
+        for key in ("image", "images"):
+            if isinstance(demo.get(key), str):
+                demo[key] = _beside(path, demo[key])
+            elif isinstance(demo.get(key), list):
+                demo[key] = [_beside(path, name) for name in demo[key]]
+        yield demo
+
+
+def _beside(path: Path, name: str) -> str:
+    """An image named in a file: a URL as it is, a path relative to the file's folder."""
+    return name if name.startswith(("http://", "https://", "data:")) else os.fspath(path.parent / name)
+
+
+if __name__ == "__main__":
+    app()
