@@ -29,7 +29,7 @@ from .files_aim import HUB_KWARGS
 STATE_NAMES = ("rope_deltas",)  # what some backbones remember of the last prompt, as attributes of their modules
 
 _TURNS: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()
-_READING: ContextVar[dict[int, torch.Tensor] | None] = ContextVar("aim_reading", default=None)
+_READING: ContextVar[dict[int, torch.Tensor | None] | None] = ContextVar("aim_reading", default=None)
 
 
 class _ReadFinished(Exception):
@@ -56,19 +56,19 @@ def decoder_layers(backbone: PreTrainedModel) -> nn.ModuleList:
 
 
 def watch_layers(backbone: PreTrainedModel, read_layers: Sequence[int]) -> None:
-    """Register the hooks through which `read_hidden_states` sees the layers in `read_layers`; once a backbone.
+    """Register the hooks through which `read_hidden_states` sees the layers in `read_layers`.
 
-    The hooks do nothing outside a read, and a read in one thread is invisible to the others (`ContextVar`).
+    The hooks do nothing outside a read of these layers, so several plug-ins can share a backbone, and a read in one
+    thread is invisible to the others (`ContextVar`).
     """
     wanted = sorted({k for k in read_layers if k != -1})
-    last = wanted[-1] if wanted and -1 not in read_layers else None
 
     def keep(number: int) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             kept = _READING.get()
-            if kept is not None:
+            if kept is not None and number in kept:
                 kept[number] = output[0] if isinstance(output, tuple) else output
-                if number == last:
+                if -1 not in kept and number == max(kept):
                     raise _ReadFinished
 
         return hook
@@ -93,7 +93,7 @@ def read_hidden_states(
     Returns:
         Hidden states `(batch, length, len(read_layers) * hidden size)`.
     """
-    kept: dict[int, torch.Tensor] = {}
+    kept: dict[int, Any] = dict.fromkeys(read_layers)
     token = _READING.set(kept)
     try:
         with one_at_a_time(backbone), preserved_state(backbone):
@@ -128,6 +128,19 @@ def embedding_weight(backbone: PreTrainedModel) -> torch.Tensor:
     weight = backbone.get_input_embeddings().weight
     assert isinstance(weight, torch.Tensor)
     return weight
+
+
+@contextmanager
+def answering(backbone: PreTrainedModel) -> Iterator[None]:
+    """Layers that recompute in training mode drop the KV cache: let them rest while the backbone generates."""
+    training = [module for module in backbone.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def embedding_norm(backbone: PreTrainedModel) -> float:

@@ -6,11 +6,14 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
 from rich.table import Table
 
 app = typer.Typer(
@@ -39,20 +42,81 @@ def answer(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Answer a question about an image from demonstrations of your own."""
-    try:
-        result = _answer(
-            repo, list(read_demonstrations(demos)), question, image, revision, load_in_4bit, device_map,
-            max_new_tokens,
-        )  # fmt: skip
-    except (ValueError, OSError, ImportError) as error:
-        errors.print(f"[red]aim answer:[/red] {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
+    with _reported("aim answer"):
+        examples = list(read_demonstrations(demos))
+        result = _answer(repo, examples, question, image, revision, load_in_4bit, device_map, max_new_tokens)
     if as_json:
         typer.echo(json.dumps(result, ensure_ascii=False))
         return
     table = Table("answer", "demonstrations", "prompt tokens", "of them fused", "read ms", "answer ms")
     table.add_row(result["answer"], *(str(result[key]) for key in list(result)[1:]))
     Console().print(table)
+
+
+@app.command()
+def init(
+    backbone: Annotated[str, typer.Argument(help="Backbone: a Hub id or a folder.")],
+    output: Annotated[Path, typer.Option(help="Folder of the new repository.")],
+    revision: Annotated[str | None, typer.Option(help="Revision of the backbone.")] = None,
+    read_layers: Annotated[str, typer.Option(help="Layers that are read, e.g. -1 or 12,24.")] = "-1",
+    projector_form: Annotated[str, typer.Option(help="linear, linear_norm or mlp.")] = "linear_norm",
+    max_fused_tokens: Annotated[int | None, typer.Option(help="Most fused tokens a demonstration.")] = None,
+    include_backbone: Annotated[
+        bool, typer.Option("--include-backbone", help="Copy the backbone too: a repository that needs no other.")
+    ] = False,
+) -> None:
+    """Make an AIM repository for a backbone, with an untrained projector of the right size and scale."""
+    with _reported("aim init"):
+        if output.exists() and any(output.iterdir()):
+            raise ValueError(f"{output} is not empty; give a new folder with --output.")
+        from . import AimForConditionalGeneration
+
+        model = AimForConditionalGeneration.from_backbone(
+            backbone,
+            revision=revision,
+            read_layers=[int(layer) for layer in read_layers.split(",")],
+            projector_form=projector_form,
+            max_fused_tokens=max_fused_tokens,
+        )
+        model.save_pretrained(output, include_backbone=include_backbone)
+        parameters = sum(p.numel() for p in model.projector.parameters())
+        Console().print(f"{output}: an untrained projector of {parameters:,} parameters for {backbone}.")
+
+
+@app.command()
+def check(
+    backbone: Annotated[str, typer.Argument(help="Backbone, or AIM repository: a Hub id or a folder.")],
+    revision: Annotated[str | None, typer.Option(help="Its revision.")] = None,
+    from_config: Annotated[
+        bool, typer.Option("--from-config", help="Random weights and two layers, from its config: no weights needed.")
+    ] = False,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="4-bit backbone.")] = False,
+    device_map: Annotated[str | None, typer.Option(help='Where the backbone goes, e.g. "auto" or "cuda".')] = None,
+) -> None:
+    """Try what AIM promises on a backbone, before any training, and print what holds."""
+    from .checks import check_model, run_checks
+
+    failed = 0
+    with _reported("aim check"):
+        model = check_model(backbone, revision, from_config, load_in_4bit, device_map)
+        table = Table("", "property", "", title=f"{backbone} ({model.backbone.config.model_type})")
+        for statement, problem in track(run_checks(model), description="checking", transient=True, console=errors):
+            failed += problem is not None
+            table.add_row("[red]no[/]" if problem else "[green]yes[/]", statement, escape(problem or ""))
+        Console().print(table)
+    if failed:
+        errors.print(f"{failed} properties do not hold on {backbone}.")
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _reported(command: str) -> Iterator[None]:
+    """Show an expected error as one message instead of a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        errors.print(f"[red]{command}:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
 
 
 def _answer(

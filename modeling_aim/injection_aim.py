@@ -120,14 +120,15 @@ _PROMPT: ContextVar[FusedPrompt | None] = ContextVar("aim_fused_prompt", default
 
 def watch_embeddings(embedding: nn.Module) -> None:
     """Register the one hook through which fused tokens reach `embedding`, the backbone's input embedding."""
+    if _inject not in embedding._forward_hooks.values():  # another plug-in may share the backbone
+        embedding.register_forward_hook(_inject)
 
-    def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
-        prompt = _PROMPT.get()
-        if prompt is None or not args or args[0].ndim != 2:
-            return None
-        return prompt.inject(args[0], output)
 
-    embedding.register_forward_hook(hook)
+def _inject(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+    prompt = _PROMPT.get()
+    if prompt is None or not args or args[0].ndim != 2:
+        return None
+    return prompt.inject(args[0], output)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from transformers import AutoModelForImageTextToText, GenerationMixin, PreTraine
 from transformers.utils import logging
 
 from .backbone_aim import (
+    answering,
     check_backbone,
     embedding_norm,
     embedding_weight,
@@ -187,14 +188,14 @@ class AimForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if not _any_demos(demos):
             if input_ids is not None:
                 kwargs["input_ids"] = input_ids
-            with one_at_a_time(self.backbone):
+            with one_at_a_time(self.backbone), answering(self.backbone):
                 return self.backbone.generate(**kwargs)
         prompt = self._fused_prompt({**kwargs, "input_ids": input_ids}, demos)
         options = prompt.inputs
         if options.get("streamer") is not None:
             options["streamer"] = QueryStreamer(options["streamer"], input_ids)
         self._lengthen_limits(options, prompt.width - input_ids.shape[1])
-        with one_at_a_time(self.backbone), injected(prompt):
+        with one_at_a_time(self.backbone), answering(self.backbone), injected(prompt):
             output = self.backbone.generate(**options)
         if self.backbone.config.is_encoder_decoder:
             return output
@@ -360,15 +361,23 @@ class AimForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 module.training = True  # layers recompute only in training mode; their own parts keep evaluating
         return self
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
         """Recompute the backbone's layers in the backward pass instead of keeping their activations."""
-        self.backbone.gradient_checkpointing_enable(*args, **kwargs)
+        _renamed(self.backbone, "checkpointing_enable")(activation_checkpointing_kwargs, **kwargs)
         self.train(self.training)
 
-    def gradient_checkpointing_disable(self) -> None:
+    def activation_checkpointing_disable(self) -> None:
         """Keep the backbone's activations for the backward pass."""
-        self.backbone.gradient_checkpointing_disable()
+        _renamed(self.backbone, "checkpointing_disable")()
         self.train(self.training)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
+        """The name of `activation_checkpointing_enable` before transformers 6."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """The name of `activation_checkpointing_disable` before transformers 6."""
+        self.activation_checkpointing_disable()
 
     @property
     def processor(self) -> AimProcessor:
@@ -578,6 +587,11 @@ class AimForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if api.file_exists(repo_id, "README.md", revision=kwargs.get("revision")):
             kwargs["ignore_patterns"] = "README.md"  # a card somebody wrote is kept
         return api.upload_folder(repo_id=repo_id, folder_path=Path(folder), **kwargs)
+
+
+def _renamed(backbone: PreTrainedModel, name: str) -> Any:
+    """The backbone's `activation_{name}`, or `gradient_{name}` as older releases of transformers call it."""
+    return getattr(backbone, f"activation_{name}", None) or getattr(backbone, f"gradient_{name}")
 
 
 def _any_demos(demos: Any) -> bool:

@@ -12,6 +12,7 @@ import transformers
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
 from .demonstrations_aim import Demonstration, is_demonstration, is_fused
+from .families_aim import family_of_processor
 from .files_aim import staged_folder
 
 PROCESSOR_FILE = "processor_config.json"
@@ -111,18 +112,32 @@ class AimProcessor(ProcessorMixin):
         """
         self._check_placeholders(images, text)
         with _TOKENIZING:
-            inputs = self.processor(images=images, text=text, **kwargs)
+            inputs = self._encode(images, text, **kwargs)
         if demos is not None:
             inputs["demos"] = _parsed(demos)
         return inputs
 
-    def _check_placeholders(self, images: Any, text: Any) -> None:
-        token = getattr(self.processor, "image_token", None)
+    def _encode(self, images: Any, text: Any, **kwargs: Any) -> BatchFeature:
+        """The backbone's inputs; images stand between the words for a processor that takes them there."""
         texts = [text] if isinstance(text, str) else text
-        if not isinstance(token, str) or not texts or not all(isinstance(t, str) for t in texts):
+        between_words = family_of_processor(self.processor).images_between_words
+        if not between_words or not texts or not all(isinstance(t, str) for t in texts):
+            return self.processor(images=images, text=text, **kwargs)
+        remaining = iter(_flat(images))
+        prompts = []
+        for prompt in texts:
+            words, *rest = prompt.split(self._image_token)
+            parts = [words] + [part for more in rest for part in (next(remaining), more)]
+            prompts.append([part for part in parts if part != ""])
+        return self.processor(text=prompts, **kwargs)
+
+    def _check_placeholders(self, images: Any, text: Any) -> None:
+        token = self._image_token
+        texts = [text] if isinstance(text, str) else text
+        if token is None or not texts or not all(isinstance(t, str) for t in texts):
             return
         placeholders = sum(t.count(token) for t in texts)
-        given = _count_images(images)
+        given = len(_flat(images))
         if placeholders != given and (placeholders or self._needs_placeholders(token)):
             raise ValueError(
                 f"The prompt has {placeholders} image placeholders ({token!r}) for {given} images. Write one "
@@ -141,18 +156,25 @@ class AimProcessor(ProcessorMixin):
             self.image_prompt = self._find_image_text()
         return self.image_prompt
 
+    @property
+    def _image_token(self) -> str | None:
+        """The token that the processor looks for in a prompt to put an image there, where it looks for one."""
+        token = family_of_processor(self.processor).image_token or getattr(self.processor, "image_token", None)
+        return token if isinstance(token, str) else None
+
     def _find_image_text(self) -> str:
-        token = getattr(self.processor, "image_token", None)
+        token = self._image_token
         if self.chat_template is not None:
             words: dict[str, Any] = {"type": "text", "text": _SENTINEL}
             with_image, without = (
                 self.processor.apply_chat_template([{"role": "user", "content": content}])
                 for content in ([{"type": "image"}, words], [words])
             )
-            found = with_image[without.index(_SENTINEL) : with_image.index(_SENTINEL)]
+            start = len(os.path.commonprefix([with_image, without]))
+            found = with_image[start : with_image.index(_SENTINEL)]
             if found.strip():
                 return found
-        return token if isinstance(token, str) else "<image>"
+        return token or "<image>"
 
     def prompt(self, question: str, images: int = 1) -> str:
         """The prompt of a query: the backbone's chat template where it has one, else images and question.
@@ -202,8 +224,8 @@ class AimProcessor(ProcessorMixin):
 
     # --- demonstrations
 
-    def word(self, demonstration: Demonstration) -> tuple[str, int]:
-        """The words of a demonstration as the backbone reads them, and where its answer starts in them."""
+    def word(self, demonstration: Demonstration) -> tuple[str, int, int]:
+        """The words of a demonstration as the backbone reads them, and where its answer starts and ends in them."""
         text = demonstration.text
         if demonstration.question is not None:
             before, after = self.question_template.split("{answer}", 1)
@@ -212,7 +234,7 @@ class AimProcessor(ProcessorMixin):
             before, after = self.label_template.split("{label}", 1)
         else:
             before = after = ""
-        return before + text + after, len(before)
+        return before + text + after, len(before), len(before) + len(text)
 
     def _is_bare_label(self, text: str) -> bool:
         """Whether a text is a name to be worded: at most three words, no punctuation at its end, not yet worded."""
@@ -235,14 +257,13 @@ class AimProcessor(ProcessorMixin):
         prompts, spans = [], []
         for demonstration in demonstrations:
             front = self.image_text * len(demonstration.images)
-            words, answer = self.word(demonstration)
+            words, *answer = self.word(demonstration)
             prompts.append(front + words)
-            spans.append((len(front) + (answer if read_span == "answer" else 0), len(front) + len(words)))
+            start, end = answer if read_span == "answer" else (0, len(words))
+            spans.append((len(front) + start, len(front) + end))
         images = [list(d.images) for d in demonstrations]
         with _TOKENIZING:
-            inputs = self.processor(
-                images=images if any(images) else None, text=prompts, padding=True, return_tensors="pt"
-            )
+            inputs = self._encode(images if any(images) else None, prompts, padding=True, return_tensors="pt")
             plain = self.tokenizer(prompts, return_offsets_mapping=True, return_special_tokens_mask=True)
         length = inputs["input_ids"].shape[1]
         mask = torch.zeros(len(prompts), length, dtype=torch.bool)
@@ -351,12 +372,13 @@ def _chat_images(turn: Mapping[str, Any]) -> list[Any]:
     return images
 
 
-def _count_images(images: Any) -> int:
+def _flat(images: Any) -> list[Any]:
+    """Images of a batch, one after another, however they are nested."""
     if images is None:
-        return 0
+        return []
     if isinstance(images, (list, tuple)):
-        return sum(_count_images(image) for image in images)
-    return len(images) if getattr(images, "ndim", 0) == 4 else 1
+        return [image for nested in images for image in _flat(nested)]
+    return list(images) if getattr(images, "ndim", 0) == 4 else [images]
 
 
 def _parsed(demos: Any) -> Any:

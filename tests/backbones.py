@@ -28,6 +28,8 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+from modeling_aim import AimForConditionalGeneration
+
 WIDTH = 64
 
 
@@ -90,7 +92,7 @@ def text_settings(tokenizer: PreTrainedTokenizerFast, **more: Any) -> dict[str, 
     }
 
 
-def llava() -> tuple[Any, Any]:
+def llava(**text: Any) -> tuple[Any, Any]:
     tokenizer = make_tokenizer(["<image>"], "<s>", LLAVA_CHAT)
     vision = CLIPVisionConfig(
         hidden_size=32,
@@ -104,7 +106,7 @@ def llava() -> tuple[Any, Any]:
     )
     config = LlavaConfig(
         vision_config=vision,
-        text_config=LlamaConfig(**text_settings(tokenizer)),
+        text_config=LlamaConfig(**text_settings(tokenizer, **text)),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
     size = {"height": 28, "width": 28}
@@ -119,13 +121,13 @@ def llava() -> tuple[Any, Any]:
     return LlavaForConditionalGeneration(config), processor
 
 
-def qwen2_5_vl() -> tuple[Any, Any]:
+def qwen2_5_vl(**text: Any) -> tuple[Any, Any]:
     special = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     tokenizer = make_tokenizer(special, None, QWEN_CHAT)
     ids = dict(zip(special, tokenizer.convert_tokens_to_ids(special), strict=True))
-    text = text_settings(tokenizer, rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]})
+    settings = text_settings(tokenizer, rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]}, **text)
     config = Qwen2_5_VLConfig(
-        text_config=text,
+        text_config=settings,
         vision_config={
             "depth": 2,
             "hidden_size": 32,
@@ -152,7 +154,7 @@ def qwen2_5_vl() -> tuple[Any, Any]:
     return Qwen2_5_VLForConditionalGeneration(config), processor
 
 
-def idefics3() -> tuple[Any, Any]:
+def idefics3(**text: Any) -> tuple[Any, Any]:
     special = ["<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>"]
     special += [f"<row_{r}_col_{c}>" for r in range(1, 4) for c in range(1, 4)]
     tokenizer = make_tokenizer(special, "<s>", IDEFICS_CHAT)
@@ -166,7 +168,7 @@ def idefics3() -> tuple[Any, Any]:
             "patch_size": 8,
             "initializer_range": 0.3,
         },
-        text_config=LlamaConfig(**text_settings(tokenizer)),
+        text_config=LlamaConfig(**text_settings(tokenizer, **text)),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=2,
         pad_token_id=tokenizer.pad_token_id,
@@ -180,7 +182,7 @@ def idefics3() -> tuple[Any, Any]:
     return Idefics3ForConditionalGeneration(config), processor
 
 
-FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {"llava": llava, "qwen2_5_vl": qwen2_5_vl, "idefics3": idefics3}
+FAMILIES: dict[str, Callable[..., tuple[Any, Any]]] = {"llava": llava, "qwen2_5_vl": qwen2_5_vl, "idefics3": idefics3}
 
 
 @dataclass
@@ -192,10 +194,10 @@ class Backbone:
     processor: Any
 
 
-def build(family: str, seed: int = 0) -> Backbone:
-    """The tiny backbone of `family`, the same each time."""
+def build(family: str, seed: int = 0, **text: Any) -> Backbone:
+    """The tiny backbone of `family`, the same each time; `text` are settings of its text decoder."""
     torch.manual_seed(seed)
-    model, processor = FAMILIES[family]()
+    model, processor = FAMILIES[family](**text)
     model.eval()
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     processor.tokenizer.padding_side = "left"
@@ -206,3 +208,52 @@ def picture(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
     """A picture of random pixels."""
     generator = torch.Generator().manual_seed(seed)
     return Image.fromarray(torch.randint(0, 256, (size[1], size[0], 3), generator=generator).byte().numpy())
+
+
+DEMOS: tuple[Any, ...] = (
+    (picture(0), "dax"),
+    (picture(1, (64, 40)), "a blue wug is here."),
+    {"text": "A sentence without any image."},
+    {"images": [picture(2), picture(3, (30, 52))], "question": "Which one?", "answer": "The second one."},
+    {"image": picture(4), "label": "blicket"},
+)
+
+
+@dataclass
+class Plugin:
+    """An untrained plug-in on a tiny backbone."""
+
+    family: str
+    model: AimForConditionalGeneration
+
+    @property
+    def backbone(self) -> Any:
+        return self.model.backbone
+
+    @property
+    def processor(self) -> Any:
+        return self.model.processor
+
+    def query(self, *questions: str, image: int | None = 9) -> dict[str, Any]:
+        """A left-padded batch of questions, each with an image of its own (or none of them, for `image=None`)."""
+        questions = questions or ("What is this?",)
+        prompts = [self.processor.prompt(question, images=image is not None) for question in questions]
+        pictures = None if image is None else [[picture(image + row)] for row in range(len(questions))]
+        return dict(self.processor(images=pictures, text=prompts, padding=True, return_tensors="pt"))
+
+    def answer(self, inputs: dict[str, Any], demos: Any = None, **options: Any) -> torch.Tensor:
+        """The new tokens, greedily chosen unless `options` say otherwise."""
+        options = {"max_new_tokens": 6, "do_sample": False, **options}
+        output = self.model.generate(**inputs, demos=demos, **options)
+        length = inputs["input_ids"].shape[1]
+        assert torch.equal(
+            output[:, :length], inputs["input_ids"].repeat_interleave(len(output) // len(inputs["input_ids"]), 0)
+        )
+        return output[:, length:]
+
+
+def plugin(family: str, **settings: Any) -> Plugin:
+    """A new plug-in with the settings of `from_backbone`; the projector's weights are the same each time."""
+    backbone = build(family)
+    torch.manual_seed(1)
+    return Plugin(family, AimForConditionalGeneration.from_backbone(backbone.model, backbone.processor, **settings))

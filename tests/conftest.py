@@ -1,0 +1,84 @@
+"""Fixtures: every family with an untrained plug-in on it, and a process that cannot reach the network."""
+
+from __future__ import annotations
+
+import atexit
+import ipaddress
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Before huggingface_hub is imported, which reads them once. Tests with a Hub server turn to it by themselves.
+HOME = tempfile.mkdtemp(prefix="aim-tests-")
+atexit.register(shutil.rmtree, HOME, ignore_errors=True)
+for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))]:
+    del os.environ[name]
+os.environ |= {"HF_HOME": HOME, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+os.environ |= {"HF_MODULES_CACHE": os.path.join(HOME, "modules"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+sys.path.insert(0, str(Path(__file__).parent))  # subprocesses and workers import the helpers beside the tests
+
+import backbones  # noqa: E402
+import hub_server  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)  # the models are tiny: more threads only wait for one another
+hub = hub_server.hub  # the fixture: a Hub that this process uses too
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network() -> Iterator[None]:
+    """Refuse every connection that leaves this machine."""
+    connect = socket.socket.connect
+
+    def local_only(self: socket.socket, address: Any) -> None:
+        if isinstance(address, tuple) and address[0] != "localhost" and not _is_loopback(address[0]):
+            raise OSError(f"A test tried to reach {address}; tests run without a network.")
+        connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", local_only)
+        yield
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+@pytest.fixture(scope="session", params=list(backbones.FAMILIES))
+def aim(request: pytest.FixtureRequest) -> backbones.Plugin:
+    """A plug-in of each family, shared by all tests: nobody changes it."""
+    return backbones.plugin(request.param)
+
+
+@pytest.fixture(scope="session")
+def llava() -> backbones.Plugin:
+    """The plug-in on LLaVA, where the family makes no difference; nobody changes it."""
+    return backbones.plugin("llava")
+
+
+@pytest.fixture(scope="session")
+def self_contained(aim: backbones.Plugin, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plug-in saved together with its backbone."""
+    folder = tmp_path_factory.mktemp(aim.family) / "repository"
+    aim.model.save_pretrained(folder, include_backbone=True)
+    return folder
+
+
+@pytest.fixture
+def listing() -> Any:
+    """Everything below a folder, with its content: to see that nothing was changed."""
+
+    def contents(folder: Path) -> dict[str, bytes | None]:
+        paths = sorted(Path(folder).rglob("*"))
+        return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
+
+    return contents
