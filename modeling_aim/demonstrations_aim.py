@@ -133,6 +133,25 @@ def is_demonstration(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) in (2, 3) and isinstance(value[-1], str)
 
 
+def check_demos(demos: Any) -> None:
+    """Raise `ValueError` unless `demos` is something that `generate` takes: what it holds may still be wrong."""
+    if is_demonstration(demos):
+        raise ValueError("demos takes a list of demonstrations; put the single one in a list.")
+    wrong = []
+    if isinstance(demos, (list, tuple)):
+        for demo in demos:
+            row = isinstance(demo, (list, tuple)) and all(is_demonstration(one) for one in demo)
+            if not (demo is None or row or is_demonstration(demo) or is_fused(demo) or hasattr(demo, "fused")):
+                wrong.append(f"{demo!r:.80} in its list")
+    elif not (demos is None or is_fused(demos) or hasattr(demos, "fused")):
+        wrong.append(f"{demos!r:.80}")
+    if wrong:
+        raise ValueError(
+            f"demos has {wrong[0]}. It takes a list of demonstrations, each (image, text), (image, question, answer) "
+            "or a dict with these; what read() returned; a DemonstrationBank; or a list with one of these for each row."
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class FusedDemonstrations:
     """What reading gives: the fused virtual tokens of some demonstrations, in order. A frozen value.
@@ -157,6 +176,9 @@ class FusedDemonstrations:
                 f"Fused tokens have the shape {tuple(self.vectors.shape)}, "
                 f"expected ({sum(self.lengths)}, hidden size)."
             )
+        counts = {name: len(getattr(self, name)) for name in ("keys", "texts") if getattr(self, name)}
+        if min(self.lengths, default=0) < 0 or any(count != len(self.lengths) for count in counts.values()):
+            raise ValueError(f"Fused demonstrations have the lengths {self.lengths}, but as many as {counts}.")
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -279,4 +301,7 @@ class DemonstrationBank:
                 "The bank is damaged or half copied: copy or build it again."
             )
         tensors = read_safetensors(weights, ["vectors"])
-        return cls(FusedDemonstrations(vectors=tensors["vectors"], lengths=lengths, **names))
+        try:
+            return cls(FusedDemonstrations(vectors=tensors["vectors"], lengths=lengths, **names))
+        except ValueError as error:
+            raise ValueError(f"{path} does not fit its weights. {error} Copy or build the bank again.") from error

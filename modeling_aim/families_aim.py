@@ -1,4 +1,4 @@
-"""What differs between families of backbones: data, keyed by `model_type`. All else is asked of the backbone itself."""
+"""What differs between families of backbones: data, keyed by `model_type`. All else is asked of the backbone."""
 
 from __future__ import annotations
 

@@ -35,7 +35,14 @@ from .backbone_aim import (
     watch_layers,
 )
 from .configuration_aim import AimConfig
-from .demonstrations_aim import Demonstration, FusedDemonstrations, check_source, is_demonstration, is_fused
+from .demonstrations_aim import (
+    Demonstration,
+    FusedDemonstrations,
+    check_demos,
+    check_source,
+    is_demonstration,
+    is_fused,
+)
 from .files_aim import HUB_KWARGS, locate_file, model_card, read_safetensors, shipped_files, staged_folder
 from .injection_aim import FusedPrompt, QueryStreamer, injected, watch_embeddings
 from .processing_aim import AimProcessor
@@ -120,8 +127,8 @@ class AimForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if is_fused(demos):
             check_source(demos.source, self.source)
             return demos
-        if is_demonstration(demos):
-            raise ValueError("read takes a list of demonstrations; put the single one in a list.")
+        if is_demonstration(demos) or not isinstance(demos, (list, tuple)):
+            raise ValueError(f"read takes a list of demonstrations; got {demos!r:.80}. Put a single one in a list.")
         return self._fuse([Demonstration.of(demo) for demo in demos], batch_size)
 
     @torch.no_grad()
@@ -219,7 +226,8 @@ class AimForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: `(batch, length)`.
             demos: as for `generate`. Raw demonstrations are read without gradient and projected with it.
-            labels: `(batch, length)`, -100 where no loss is wanted; the loss is the backbone's own.
+            labels: `(batch, length)`, -100 where no loss is wanted. The loss is the backbone's own loss function, over
+                all of its logits; losses that some add for themselves (of a router, say) are left out.
             **kwargs: the backbone's other inputs.
 
         Returns:
@@ -229,8 +237,14 @@ class AimForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if not _any_demos(demos):
             return self.backbone(**given)
         prompt = self._fused_prompt(given, demos)
+        labels = prompt.inputs.pop("labels", None)
         with one_at_a_time(self.backbone), injected(prompt):
             output = self.backbone(**prompt.inputs)
+        if labels is not None:
+            normalize = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
+            vocab_size = output.logits.shape[-1]  # the configuration may count less
+            loss = self.backbone.loss_function(output.logits, labels, vocab_size=vocab_size, **normalize)
+            output = type(output)(**{**output, "loss": loss})
         if getattr(output, "logits", None) is not None and output.logits.shape[1] == prompt.width:
             output.logits = prompt.without_placeholders(output.logits)
         return output
@@ -268,8 +282,6 @@ class AimForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """What each row of the batch is given, read where it is raw; each demonstration once."""
         if not isinstance(demos, (list, tuple)):
             return [self.read(demos)] * batch
-        if is_demonstration(demos):
-            raise ValueError("demos takes a list of demonstrations; put the single one in a list.")
         raw = [is_demonstration(demo) for demo in demos]
         if all(raw):
             return [self._fuse([Demonstration.of(demo) for demo in demos])] * batch
@@ -488,8 +500,10 @@ class AimForConditionalGeneration(PreTrainedModel, GenerationMixin):
         for handled in ("_from_auto", "_from_pipeline", "adapter_kwargs", "_commit_hash"):
             kwargs.pop(handled, None)
         hub = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
-        if config is None:
+        if config is None:  # a configuration takes every argument that it has a setting for, dtype among them
+            precision = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}
             config, kwargs = AimConfig.from_pretrained(name, return_unused_kwargs=True, **hub, **kwargs)
+            kwargs |= precision
         if config._attn_implementation is not None:  # AutoConfig has taken it out of the arguments
             kwargs.setdefault("attn_implementation", config._attn_implementation)
         weights = read_safetensors(locate_file(name, PROJECTOR_WEIGHTS, **hub))
@@ -596,6 +610,7 @@ def _renamed(backbone: PreTrainedModel, name: str) -> Any:
 
 def _any_demos(demos: Any) -> bool:
     """Whether `demos` holds anything, for any row."""
+    check_demos(demos)
     if isinstance(demos, (list, tuple)):
         return any(is_demonstration(demo) or _any_demos(demo) for demo in demos)
     return demos is not None and len(demos) > 0

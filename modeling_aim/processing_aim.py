@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
-from .demonstrations_aim import Demonstration, is_demonstration, is_fused
+from .demonstrations_aim import Demonstration, check_demos, is_demonstration
 from .families_aim import family_of_processor
 from .files_aim import staged_folder
 
@@ -48,6 +48,8 @@ class AimProcessor(ProcessorMixin):
         ):
             if any(field not in template for field in needed):
                 raise ValueError(f"{name}={template!r} must contain {' and '.join(needed)}.")
+        if question_template.index("{question}") > question_template.index("{answer}"):
+            raise ValueError(f"question_template={question_template!r} must have {{question}} before {{answer}}.")
         self.processor = processor
         self.label_template = label_template
         self.question_template = question_template
@@ -136,14 +138,16 @@ class AimProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else text
         if token is None or not texts or not all(isinstance(t, str) for t in texts):
             return
-        placeholders = sum(t.count(token) for t in texts)
-        given = len(_flat(images))
-        if placeholders != given and (placeholders or self._needs_placeholders(token)):
-            raise ValueError(
-                f"The prompt has {placeholders} image placeholders ({token!r}) for {given} images. Write one "
-                f"placeholder for each image, for example {self.image_text + 'What is this?'!r}, or use "
-                "processor.prompt(question)."
-            )
+        counts = [(sum(t.count(token) for t in texts), len(_flat(images)))]
+        if isinstance(images, (list, tuple)) and len(images) == len(texts) and isinstance(images[0], (list, tuple)):
+            counts = [(t.count(token), len(_flat(row))) for t, row in zip(texts, images, strict=True)]
+        for placeholders, given in counts:
+            if placeholders != given and (placeholders or self._needs_placeholders(token)):
+                raise ValueError(
+                    f"The prompt has {placeholders} image placeholders ({token!r}) for {given} images. Write one "
+                    f"placeholder for each image, for example {self.image_text + 'What is this?'!r}, or use "
+                    "processor.prompt(question)."
+                )
 
     def _needs_placeholders(self, token: str) -> bool:
         """Whether prompts of this backbone name their images, rather than having the processor put them in front."""
@@ -170,7 +174,8 @@ class AimProcessor(ProcessorMixin):
                 self.processor.apply_chat_template([{"role": "user", "content": content}])
                 for content in ([{"type": "image"}, words], [words])
             )
-            start = len(os.path.commonprefix([with_image, without]))
+            pairs = enumerate(zip(with_image, without, strict=False))
+            start = next((i for i, (a, b) in pairs if a != b), len(with_image))
             found = with_image[start : with_image.index(_SENTINEL)]
             if found.strip():
                 return found
@@ -383,8 +388,7 @@ def _flat(images: Any) -> list[Any]:
 
 def _parsed(demos: Any) -> Any:
     """Open raw demonstrations early, so that a bad one is reported before the model runs; leave read ones alone."""
-    if is_fused(demos) or hasattr(demos, "fused") or demos is None:
+    check_demos(demos)
+    if not isinstance(demos, (list, tuple)):
         return demos
-    if is_demonstration(demos):
-        raise ValueError(f"demos takes a list of demonstrations; put the single one in a list: [{demos!r:.60}].")
     return [Demonstration.of(demo) if is_demonstration(demo) else _parsed(demo) for demo in demos]

@@ -1,188 +1,19 @@
-"""Tiny randomly initialised backbones of the real classes, with their real processors, built offline from config."""
+"""Tiny backbones and plug-ins on them, demonstrations, and scripts that run without the package."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from families import FAMILIES
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    Idefics3Config,
-    Idefics3ForConditionalGeneration,
-    Idefics3ImageProcessor,
-    Idefics3Processor,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLProcessor,
-    Qwen2VLImageProcessor,
-    Qwen2VLVideoProcessor,
-)
 
-from modeling_aim import AimForConditionalGeneration
-
-WIDTH = 64
-
-
-def make_tokenizer(special: list[str], bos: str | None, chat_template: str) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer with `special` tokens; nothing is out of its vocabulary."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token=bos,
-        eos_token="</s>",
-        additional_special_tokens=special,
-        chat_template=chat_template,
-    )
-    if bos is not None:
-        from tokenizers.processors import TemplateProcessing
-
-        fast.backend_tokenizer.post_processor = TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, fast.convert_tokens_to_ids(bos))]
-        )
-    return fast
-
-
-LLAVA_CHAT = (
-    "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for c in m['content'] | selectattr('type', 'equalto', "
-    "'image') %}{{ '<image>\\n' }}{% endfor %}{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}"
-    "{{ c['text'] + ' ' }}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
-QWEN_CHAT = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}{% else %}{{ c['text'] }}"
-    "{% endif %}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-IDEFICS_CHAT = (
-    "{{ '<s>' }}{% for m in messages %}{{ m['role'].capitalize() + ':' }}{% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}{{ '<image>' }}{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
-    "{{ '<end_of_utterance>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
-
-
-def text_settings(tokenizer: PreTrainedTokenizerFast, **more: Any) -> dict[str, Any]:
-    return {
-        "vocab_size": len(tokenizer) + 2,
-        "hidden_size": WIDTH,
-        "intermediate_size": 2 * WIDTH,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 2048,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "initializer_range": 0.2,
-        **more,
-    }
-
-
-def llava(**text: Any) -> tuple[Any, Any]:
-    tokenizer = make_tokenizer(["<image>"], "<s>", LLAVA_CHAT)
-    vision = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=28,
-        patch_size=14,
-        projection_dim=32,
-        initializer_range=0.5,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=LlamaConfig(**text_settings(tokenizer, **text)),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-    )
-    size = {"height": 28, "width": 28}
-    processor = LlavaProcessor(
-        CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False),
-        tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=LLAVA_CHAT,
-    )
-    return LlavaForConditionalGeneration(config), processor
-
-
-def qwen2_5_vl(**text: Any) -> tuple[Any, Any]:
-    special = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    tokenizer = make_tokenizer(special, None, QWEN_CHAT)
-    ids = dict(zip(special, tokenizer.convert_tokens_to_ids(special), strict=True))
-    settings = text_settings(tokenizer, rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]}, **text)
-    config = Qwen2_5_VLConfig(
-        text_config=settings,
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_heads": 2,
-            "out_hidden_size": WIDTH,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "window_size": 56,
-            "fullatt_block_indexes": [1],
-        },
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-    )
-    processor = Qwen2_5_VLProcessor(
-        Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=84 * 84),
-        tokenizer,
-        Qwen2VLVideoProcessor(),
-        chat_template=QWEN_CHAT,
-    )
-    return Qwen2_5_VLForConditionalGeneration(config), processor
-
-
-def idefics3(**text: Any) -> tuple[Any, Any]:
-    special = ["<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>"]
-    special += [f"<row_{r}_col_{c}>" for r in range(1, 4) for c in range(1, 4)]
-    tokenizer = make_tokenizer(special, "<s>", IDEFICS_CHAT)
-    config = Idefics3Config(
-        vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 32,
-            "patch_size": 8,
-            "initializer_range": 0.3,
-        },
-        text_config=LlamaConfig(**text_settings(tokenizer, **text)),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        scale_factor=2,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    processor = Idefics3Processor(
-        Idefics3ImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32}),
-        tokenizer,
-        image_seq_len=4,
-        chat_template=IDEFICS_CHAT,
-    )
-    return Idefics3ForConditionalGeneration(config), processor
-
-
-FAMILIES: dict[str, Callable[..., tuple[Any, Any]]] = {"llava": llava, "qwen2_5_vl": qwen2_5_vl, "idefics3": idefics3}
+from modeling_aim import AimForConditionalGeneration, Demonstration
 
 
 @dataclass
@@ -257,3 +88,32 @@ def plugin(family: str, **settings: Any) -> Plugin:
     backbone = build(family)
     torch.manual_seed(1)
     return Plugin(family, AimForConditionalGeneration.from_backbone(backbone.model, backbone.processor, **settings))
+
+
+def on_disk(folder: Path) -> dict[str, Any]:
+    """`DEMOS` and the image of `Plugin.query` as files, for a script."""
+    folder.mkdir(exist_ok=True)
+    demos = []
+    for number, demo in enumerate(map(Demonstration.of, DEMOS)):
+        paths = [folder / f"{number}-{i}.png" for i in range(len(demo.images))]
+        for image, path in zip(demo.images, paths, strict=True):
+            image.save(path)
+        words = {"question": demo.question, "answer": demo.text} if demo.question else {"text": demo.text}
+        demos.append({"images": [str(path) for path in paths], **words})
+    picture(9).save(folder / "query.png")
+    return {"demos": demos, "image": str(folder / "query.png"), "question": "What is this?"}
+
+
+WITHOUT_PACKAGE = """
+import json, sys
+sys.modules["modeling_aim"] = None  # importing it fails, as where it is not installed
+given = json.loads(sys.argv[1])
+"""
+
+
+def run_without_package(code: str, given: dict[str, Any], env: dict[str, str] | None = None) -> Any:
+    """What `code` prints last, as JSON: a script that has `given` and cannot import the package."""
+    command = [sys.executable, "-c", WITHOUT_PACKAGE + code, json.dumps(given)]
+    done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return json.loads(done.stdout.splitlines()[-1])
