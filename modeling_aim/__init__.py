@@ -1,9 +1,10 @@
 """AIM for Hugging Face: few-shot demonstrations for any vision-language model, at a few tokens each."""
 
+from .configuration_aim import AimConfig  # isort: skip  first of all: it says which releases are too old
+
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from .backbone_aim import laptop_quantization_config
-from .configuration_aim import AimConfig
 from .demonstrations_aim import Demonstration, DemonstrationBank, FusedDemonstrations
 from .modeling_aim import AimForConditionalGeneration
 from .processing_aim import AimProcessor

@@ -7,6 +7,7 @@ No family is named here. What is asked of a backbone is `base_model` (no LM head
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -23,6 +24,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.quantizers import AutoQuantizationConfig
 
 from .files_aim import HUB_KWARGS
 
@@ -34,6 +36,21 @@ _READING: ContextVar[dict[int, torch.Tensor | None] | None] = ContextVar("aim_re
 
 class _ReadFinished(Exception):
     """Raised behind the last layer that is read: the layers after it need not run."""
+
+
+def why_not(backbone: PreTrainedModel) -> str | None:
+    """Why AIM cannot work with a backbone, in one sentence; `None` where nothing speaks against it."""
+    if backbone.config.is_encoder_decoder:
+        return "it is an encoder-decoder, whose answer does not continue the prompt that fused tokens stand in."
+    if not backbone.can_generate():
+        return "it does not generate text."
+    if not {"input_ids", "attention_mask"} <= set(inspect.signature(backbone.forward).parameters):
+        return "it does not take its prompt as input_ids and attention_mask."
+    try:
+        embedding_weight(backbone)
+    except (AssertionError, AttributeError, NotImplementedError):
+        return "it does not say through get_input_embeddings() how it embeds its prompt."
+    return None
 
 
 def decoder_layers(backbone: PreTrainedModel) -> nn.ModuleList:
@@ -97,12 +114,20 @@ def read_hidden_states(
     token = _READING.set(kept)
     try:
         with one_at_a_time(backbone), preserved_state(backbone):
-            kept[-1] = backbone.base_model(**inputs, use_cache=False, return_dict=True).last_hidden_state
+            kept[-1] = _last_hidden_state(backbone, inputs)
     except _ReadFinished:
         pass
     finally:
         _READING.reset(token)
     return torch.cat([kept[k].to(kept[read_layers[0]].device) for k in read_layers], dim=-1)
+
+
+def _last_hidden_state(backbone: PreTrainedModel, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Hidden states after the final norm `(batch, length, hidden size)`."""
+    if backbone.base_model is not backbone:
+        return backbone.base_model(**inputs, use_cache=False, return_dict=True).last_hidden_state
+    output = backbone(**inputs, use_cache=False, return_dict=True, output_hidden_states=True)
+    return output.hidden_states[-1]  # no model of its own stands below the LM head
 
 
 def one_at_a_time(backbone: PreTrainedModel) -> AbstractContextManager[Any]:
@@ -143,27 +168,55 @@ def answering(backbone: PreTrainedModel) -> Iterator[None]:
             module.training = True
 
 
+def _spread(count: int, total: int) -> list[int]:
+    """`count` indices from the first to the last of `total`; in integers, since float32 cannot count that far."""
+    return [i * (total - 1) // max(count - 1, 1) for i in range(count)]
+
+
+@torch.no_grad()
+def _embedded(backbone: PreTrainedModel, count: int) -> torch.Tensor | None:
+    """Input embeddings of `count` ids `(count, hidden size)`, as the model sees them; `None` without weights."""
+    embedding, weight = backbone.get_input_embeddings(), embedding_weight(backbone)
+    if weight.is_meta and not hasattr(embedding, "_hf_hook"):
+        return None
+    ids = torch.tensor([_spread(count, weight.shape[0])], device=module_device(backbone))
+    return embedding(ids)[0].float().cpu()
+
+
+def module_device(backbone: PreTrainedModel) -> torch.device:
+    """Where the inputs of a backbone go, also when parts of it are offloaded."""
+    weight = embedding_weight(backbone)
+    if not weight.is_meta:
+        return weight.device
+    hook = getattr(backbone.get_input_embeddings(), "_hf_hook", None)
+    return torch.device("meta" if hook is None else hook.execution_device)
+
+
 def embedding_norm(backbone: PreTrainedModel) -> float:
     """Mean norm of the input embeddings, padding rows left out: the scale of the space fused tokens live in."""
-    weight = embedding_weight(backbone)
-    if weight.is_meta:
+    rows = _embedded(backbone, 4096)
+    if rows is None:
         return 1.0
-    rows = weight[torch.linspace(0, weight.shape[0] - 1, min(weight.shape[0], 4096)).long()]
-    norms = rows.detach().float().norm(dim=-1)
+    norms = rows.norm(dim=-1)
     return float(norms[norms > 0].mean()) if bool((norms > 0).any()) else 1.0
 
 
 def fingerprint(backbone: PreTrainedModel) -> list[float] | None:
-    """A few weights by which a backbone is known again, whatever its precision; `None` where they are offloaded."""
-    norms = [p for p in backbone.get_decoder().parameters() if p.ndim == 1 and p.is_floating_point()]
-    samples: list[float] = []
-    for weight, count in ((embedding_weight(backbone), 24), (norms[-1] if norms else None, 8)):
-        if weight is None:
-            continue
-        if weight.is_meta:
-            return None
-        flat = weight.detach().reshape(-1)
-        samples += flat[torch.linspace(0, flat.numel() - 1, count).long().to(flat.device)].float().tolist()
+    """A few weights by which a backbone is known again, whatever its precision or quantization.
+
+    They are taken from what is never quantized: input embeddings, final norm and LM head. A backbone whose decoder
+    layers alone were tuned (a merged LoRA, say) has the same fingerprint. `None` where there are no weights.
+    """
+    rows = _embedded(backbone, 24)
+    if rows is None:
+        return None
+    norms = [p for p in backbone.get_decoder().parameters() if p.ndim == 1 and p.is_floating_point() and not p.is_meta]
+    head = backbone.get_output_embeddings()
+    samples = [float(row[i % len(row)]) for i, row in enumerate(rows)]
+    for weight in (norms[-1] if norms else None, getattr(head, "weight", None)):
+        if weight is not None and not weight.is_meta and weight.is_floating_point():
+            flat = weight.detach().reshape(-1)
+            samples += flat[torch.tensor(_spread(8, flat.numel()), device=flat.device)].float().tolist()
     return [float(f"{value:.4g}") for value in samples]
 
 
@@ -184,9 +237,8 @@ def check_backbone(backbone: PreTrainedModel, expected: PreTrainedConfig | None,
     wrong = [f"{name} {found} (the projector's: {stored})" for name, found, stored in pairs if found != stored]
     if not wrong and known is not None:
         found_print = fingerprint(backbone)
-        if found_print is not None and not torch.allclose(
-            torch.tensor(found_print), torch.tensor(known), rtol=2e-2, atol=1e-4
-        ):
+        same_kind = found_print is not None and len(found_print) == len(known)  # parts of it may be offloaded
+        if same_kind and not torch.allclose(torch.tensor(found_print), torch.tensor(known), rtol=2e-2, atol=1e-4):
             wrong = ["the same shape, but other weights"]
     if wrong:
         name = backbone.config.name_or_path or type(backbone).__name__
@@ -220,16 +272,19 @@ def longest_prompt(config: PreTrainedConfig) -> int | None:
 
 def load_backbone(name: str, **kwargs: Any) -> PreTrainedModel:
     """Load a backbone with the user's own arguments; what is quantized are its text decoder layers alone."""
+    kwargs.setdefault("trust_remote_code", False)  # trust in this repository is none in the backbone's
     quantization = kwargs.get("quantization_config")
     if quantization is not None:
-        place = {key: kwargs[key] for key in (*HUB_KWARGS, "subfolder") if key in kwargs}
+        place = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
         kwargs["quantization_config"] = _with_modules_kept(quantization, AutoConfig.from_pretrained(name, **place))
     return AutoModelForImageTextToText.from_pretrained(name, **kwargs)
 
 
 def _with_modules_kept(quantization: Any, config: PreTrainedConfig) -> Any:
     """Add LM head, vision tower and connector to the modules that are not quantized, whatever the user listed."""
-    quantization = BitsAndBytesConfig(**quantization) if isinstance(quantization, dict) else copy.copy(quantization)
+    if isinstance(quantization, dict):
+        quantization = AutoQuantizationConfig.from_dict(quantization)
+    quantization = copy.copy(quantization)
     with torch.device("meta"):
         kept = modules_kept_unquantized(AutoModelForImageTextToText.from_config(config))
     for name in ("llm_int8_skip_modules", "modules_to_not_convert"):

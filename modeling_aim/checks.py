@@ -244,7 +244,7 @@ def few_shot_chat(case: Case) -> None:
     inputs = case.processor.apply_chat_template(
         chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     ).to(case.model.device, case.model.dtype)
-    assert len(inputs["demos"]) == len(case.demos)
+    assert len(inputs["chat_demos"]) == len(case.demos)
     case.model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
 
 

@@ -10,6 +10,14 @@ from packaging.version import Version
 
 MINIMUM_VERSIONS = {"transformers": "5.5", "torch": "2.10"}
 PROJECTOR_FORMS = ("linear", "linear_norm", "mlp")
+OWN_SETTINGS = (
+    "read_layers",
+    "read_span",
+    "max_fused_tokens",
+    "projector_form",
+    "projector_intermediate_size",
+    "placeholder_token_id",
+)
 READ_SPANS = ("text", "answer")
 AUTO_MAP = {
     "AutoConfig": "configuration_aim.AimConfig",
@@ -93,9 +101,10 @@ class AimConfig(PreTrainedConfig):
         kwargs["auto_map"] = dict(AUTO_MAP)
         kwargs["architectures"] = ["AimForConditionalGeneration"]
         super().__init__(**kwargs)
-        self._check()
+        self.check()
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise `ValueError` for a setting out of its range; the layers' range is known once a backbone is."""
         layers = self.num_layers
         bad = [k for k in self.read_layers if k != -1 and not 1 <= k <= (layers or k)]
         if bad or not self.read_layers:
@@ -118,6 +127,8 @@ class AimConfig(PreTrainedConfig):
     @property
     def hidden_size(self) -> int:
         """Width of the backbone's input embeddings, and so of a fused token."""
+        if self.backbone_config is None:
+            raise ValueError("This configuration knows no backbone yet (backbone_config is None).")
         return self.get_text_config().hidden_size
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:

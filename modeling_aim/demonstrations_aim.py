@@ -69,7 +69,9 @@ class Demonstration:
             raise ValueError(
                 f"A demonstration has the unknown keys {sorted(unknown)}; known are {sorted(DEMONSTRATION_KEYS)}."
             )
-        images = fields.get("images", fields.get("image"))
+        if fields.get("image") is not None and fields.get("images") is not None:
+            raise ValueError("A demonstration takes 'image' or 'images', not both.")
+        images = fields.get("image") if fields.get("images") is None else fields["images"]
         if images is None:
             images = []
         elif not isinstance(images, (list, tuple)):
@@ -83,6 +85,8 @@ class Demonstration:
         if len(given) > 1:
             raise ValueError(f"A demonstration takes one of 'text', 'label' and 'answer'; got {given}.")
         question = fields.get("question")
+        if not isinstance(question, str | None):
+            raise ValueError(f"The question of a demonstration is {question!r:.60}; expected text.")
         return cls(
             images=tuple(_open_image(image) for image in images),
             text=fields[given[0]].strip(),
@@ -112,9 +116,12 @@ def _open_image(image: Any) -> Image.Image:
             pixels = np.asarray(image)
             if pixels.ndim == 3 and pixels.shape[-1] not in (1, 3, 4) and pixels.shape[0] in (1, 3, 4):
                 pixels = np.moveaxis(pixels, 0, -1)
-            if pixels.dtype.kind == "f":
-                pixels = (pixels * 255).round().clip(0, 255)
-            pixels = pixels.astype(np.uint8)
+            top = 1 if pixels.dtype.kind in "fb" else 255
+            if pixels.size == 0 or pixels.min() < 0 or pixels.max() > top:
+                raise ValueError(
+                    f"pixels of type {pixels.dtype} must lie in 0..{top}, found {pixels.min()}..{pixels.max()}"
+                )
+            pixels = (pixels * (255 // top)).round().astype(np.uint8) if top == 1 else pixels.astype(np.uint8)
             return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).convert("RGB")
         if isinstance(image, os.PathLike):
             image = os.fspath(image)
@@ -147,8 +154,9 @@ def check_demos(demos: Any) -> None:
         wrong.append(f"{demos!r:.80}")
     if wrong:
         raise ValueError(
-            f"demos has {wrong[0]}. It takes a list of demonstrations, each (image, text), (image, question, answer) "
-            "or a dict with these; what read() returned; a DemonstrationBank; or a list with one of these for each row."
+            f"demos has {wrong[0]}. It takes a list of demonstrations, each (image, text), (image, question, "
+            "answer) or a dict with these; what read() returned; a DemonstrationBank; or a list with one of these "
+            "for each row."
         )
 
 
@@ -291,6 +299,8 @@ class DemonstrationBank:
             lengths = tuple(int(n) for n in manifest["lengths"])
             names = {"keys": tuple(manifest["keys"]), "texts": tuple(manifest["texts"]), "source": manifest["source"]}
             expected = manifest["sha256"]
+            if not len(names["keys"]) == len(names["texts"]) == len(lengths) or not isinstance(names["source"], dict):
+                raise ValueError(f"{len(lengths)} lengths, {len(names['keys'])} keys, {len(names['texts'])} texts")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is no manifest of a demonstration bank of version 1 ({error!r}).") from error
         weights = locate_file(name_or_path, BANK_WEIGHTS, **hub_kwargs)

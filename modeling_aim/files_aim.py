@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.utils import cached_file
 
-HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 def locate_file(name_or_path: str | os.PathLike[str], filename: str, **hub_kwargs: Any) -> str:
@@ -66,18 +67,37 @@ def staged_folder(save_directory: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(save_directory)
     if target.is_file():
         raise ValueError(f"{target} is a file; give a folder to save to.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    existed = target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))  # inside, so that files move within one disk
     try:
         yield stage
-        target.mkdir(exist_ok=True)
+        existed = True
         for path in sorted(stage.rglob("*")):
             if path.is_file():
                 final = target / path.relative_to(stage)
                 final.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, final)
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        shutil.rmtree(stage if existed else target, ignore_errors=True)
+
+
+def upload(folder: str | os.PathLike[str], repo_id: str, **kwargs: Any) -> Any:
+    """Upload a saved repository to the Hub.
+
+    Args:
+        folder: what `save_pretrained` wrote.
+        repo_id: the repository, made when it does not exist.
+        **kwargs: `token`, `private`, `revision`, `commit_message`, `commit_description`, `create_pr`.
+    """
+    api = HfApi(token=kwargs.pop("token", None))
+    repo_id = api.create_repo(repo_id, private=kwargs.pop("private", None), exist_ok=True).repo_id
+    if kwargs.get("revision") is not None:
+        api.create_branch(repo_id, branch=kwargs["revision"], exist_ok=True)
+    kwargs.setdefault("commit_message", "Upload an AIM plug-in")
+    if api.file_exists(repo_id, "README.md", revision=kwargs.get("revision")):
+        kwargs["ignore_patterns"] = "README.md"  # a card somebody wrote is kept
+    return api.upload_folder(repo_id=repo_id, folder_path=Path(folder), **kwargs)
 
 
 def shipped_files() -> list[Path]:

@@ -6,13 +6,15 @@ embedding is changed, by one hook that is registered once and does nothing outsi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 
 class FusedPrompt:
@@ -23,11 +25,15 @@ class FusedPrompt:
         fused: for each row the fused tokens `(tokens, hidden size)`, or `None`.
         placeholder_id: the id that stands where a fused token goes.
         bos_id: id of the token after which fused tokens stand, where the prompt starts with it.
+        embedding: the input embedding of the backbone that answers; any other one is left alone.
 
     Attributes:
         inputs: the inputs of the widened prompt. Per-position tensors grow with it: masks with 1 where they are
             `attention_mask`, everything else with 0 (`labels`: -100), since fused tokens are text without images.
         width: length of the widened prompt.
+
+    Raises:
+        ValueError: an input fixes the place of every token, so that there is no room for more.
     """
 
     def __init__(
@@ -36,11 +42,18 @@ class FusedPrompt:
         fused: Sequence[torch.Tensor | None],
         placeholder_id: int,
         bos_id: int | None,
+        embedding: nn.Module,
     ) -> None:
-        self.inputs = {name: value for name, value in inputs.items() if name != "position_ids"}
+        self.inputs = dict(inputs)
+        self.embedding = embedding
         ids = inputs["input_ids"]
         batch, length = ids.shape
         mask = inputs.get("attention_mask")
+        if inputs.get("position_ids") is not None or (mask is not None and mask.ndim != 2):
+            raise ValueError(
+                "demos make the prompt longer, so position_ids and attention masks other than (batch, length) "
+                "cannot be given with them; the backbone makes its own."
+            )
         if mask is None:
             mask = torch.ones_like(ids)
             self.inputs["attention_mask"] = mask
@@ -126,14 +139,14 @@ def watch_embeddings(embedding: nn.Module) -> None:
 
 def _inject(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
     prompt = _PROMPT.get()
-    if prompt is None or not args or args[0].ndim != 2:
+    if prompt is None or module is not prompt.embedding or not args or args[0].ndim != 2:
         return None
     return prompt.inject(args[0], output)
 
 
 @contextmanager
-def injected(prompt: FusedPrompt) -> Iterator[None]:
-    """Let the fused tokens of `prompt` reach the backbone inside this block, in this thread only.
+def injected(prompt: FusedPrompt | None) -> Iterator[None]:
+    """Let the fused tokens of `prompt` (or none) reach the backbone inside this block, in this thread only.
 
     Raises:
         RuntimeError: the backbone never embedded the prompt through its input embeddings.
@@ -143,11 +156,62 @@ def injected(prompt: FusedPrompt) -> Iterator[None]:
         yield
     finally:
         _PROMPT.reset(token)
-    if prompt.seen < prompt.width:
+    if prompt is not None and prompt.seen < prompt.width:
         raise RuntimeError(
             "The backbone did not embed its prompt through get_input_embeddings(), so it never saw the fused tokens. "
             "This backbone cannot be used with AIM."
         )
+
+
+def own_tokens_only(prompt: FusedPrompt, input_ids: torch.Tensor, defaults: GenerationConfig) -> dict[str, Any]:
+    """Arguments for the backbone's `generate` in which the caller's own code and limits meet no placeholder.
+
+    Args:
+        prompt: the widened prompt; its inputs hold every argument of the call.
+        input_ids: the caller's own prompt `(batch, length)`.
+        defaults: the backbone's generation settings.
+    """
+    options, width = dict(prompt.inputs), prompt.width
+
+    def own(ids: torch.Tensor) -> torch.Tensor:
+        queries = input_ids.to(ids.device).repeat_interleave(len(ids) // len(input_ids), dim=0)
+        return torch.cat([queries, ids[:, width:]], dim=1)
+
+    if options.get("streamer") is not None:
+        options["streamer"] = QueryStreamer(options["streamer"], input_ids)
+    for name, kind in (("logits_processor", LogitsProcessorList), ("stopping_criteria", StoppingCriteriaList)):
+        if options.get(name):
+            options[name] = kind([_OwnTokens(call, own) for call in options[name]])
+    if options.get("prefix_allowed_tokens_fn") is not None:
+        allowed = options["prefix_allowed_tokens_fn"]
+        copies = 1 if (options.get("num_beams") or 1) > 1 else options.get("num_return_sequences") or 1
+        options["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(
+            row, torch.cat([input_ids[row // copies].to(ids.device), ids[width:]])
+        )
+
+    # max_length and min_length count the caller's own tokens: make room in them for the fused ones
+    config = options.get("generation_config")
+    settings = [c for c in (config, defaults) if c is not None]
+    counted = options.get("max_new_tokens") or any(c.max_new_tokens for c in settings)  # outweighs max_length
+    for name in ("min_length",) if counted else ("max_length", "min_length"):
+        if options.get(name):
+            options[name] += width - input_ids.shape[1]
+        elif limit := next((value for c in settings if (value := getattr(c, name, None))), None):
+            config = copy.deepcopy(config or defaults)
+            setattr(config, name, limit + width - input_ids.shape[1])
+            options["generation_config"] = config
+            settings = [config]
+    return options
+
+
+class _OwnTokens:
+    """A caller's logits processor or stopping criterion, shown its own prompt instead of the widened one."""
+
+    def __init__(self, call: Any, own: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.call, self.own = call, own
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> Any:
+        return self.call(self.own(ids), scores, **kwargs)
 
 
 class QueryStreamer:

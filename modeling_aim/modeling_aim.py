@@ -7,28 +7,17 @@ the same frozen backbone *generate*. Loading and saving come after.
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import os
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
-from safetensors.torch import save
 from torch import nn
-from transformers import AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
-from transformers.utils import logging
+from transformers import AutoModelForImageTextToText, GenerationConfig, GenerationMixin, PreTrainedModel
 
 from .backbone_aim import (
     answering,
-    check_backbone,
-    embedding_norm,
     embedding_weight,
-    fingerprint,
-    load_backbone,
     longest_prompt,
     one_at_a_time,
     read_hidden_states,
@@ -37,25 +26,20 @@ from .backbone_aim import (
 from .configuration_aim import AimConfig
 from .demonstrations_aim import (
     Demonstration,
+    DemonstrationBank,
     FusedDemonstrations,
     check_demos,
     check_source,
     is_demonstration,
     is_fused,
 )
-from .files_aim import HUB_KWARGS, locate_file, model_card, read_safetensors, shipped_files, staged_folder
-from .injection_aim import FusedPrompt, QueryStreamer, injected, watch_embeddings
+from .injection_aim import FusedPrompt, injected, own_tokens_only, watch_embeddings
+from .pretrained_aim import AimPreTrainedModel
 from .processing_aim import AimProcessor
-from .projector_aim import AimProjector, projector_digest
-
-logger = logging.get_logger(__name__)
-
-PROJECTOR_WEIGHTS = "aim_projector.safetensors"
-BACKBONE_FOLDER = "backbone"
-LENGTH_LIMITS = ("max_length", "min_length")
+from .projector_aim import AimProjector
 
 
-class AimForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class AimForConditionalGeneration(AimPreTrainedModel, GenerationMixin):
     """A frozen vision-language backbone with a projector that fuses demonstrations into virtual tokens.
 
     Everywhere, `demos` is one of:
@@ -72,12 +56,6 @@ class AimForConditionalGeneration(PreTrainedModel, GenerationMixin):
         processor: turns raw demonstrations into the backbone's inputs; loaded when it is first needed.
     """
 
-    config_class = AimConfig
-    base_model_prefix = "backbone"
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
-
     def __init__(
         self, config: AimConfig, backbone: PreTrainedModel | None = None, processor: AimProcessor | None = None
     ) -> None:
@@ -91,14 +69,15 @@ class AimForConditionalGeneration(PreTrainedModel, GenerationMixin):
             backbone = AutoModelForImageTextToText.from_config(config.backbone_config)
         self.backbone = backbone.requires_grad_(False).eval()
         self.projector = AimProjector(config)
-        embedded = embedding_weight(backbone)
-        if not embedded.is_meta:
-            self.projector.to(device=embedded.device, dtype=embedded.dtype)
+        if not embedding_weight(
+            backbone
+        ).is_meta:  # float32 whatever the backbone's precision: it is small, and trains
+            self.projector.to(device=embedding_weight(backbone).device, dtype=torch.float32)
         watch_embeddings(backbone.get_input_embeddings())
         watch_layers(backbone, config.read_layers)
         self._processor = processor
         self._loaded_from: tuple[str, dict[str, Any]] | None = None
-        self._projector_id: tuple[list[int], str] | None = None
+        self._projector_id: tuple[Any, str] | None = None
         for name in ("hf_device_map", "hf_quantizer", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"):
             if hasattr(backbone, name):
                 setattr(self, name, getattr(backbone, name))
@@ -129,7 +108,21 @@ class AimForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return demos
         if is_demonstration(demos) or not isinstance(demos, (list, tuple)):
             raise ValueError(f"read takes a list of demonstrations; got {demos!r:.80}. Put a single one in a list.")
-        return self._fuse([Demonstration.of(demo) for demo in demos], batch_size)
+        raw = [Demonstration.of(demo) for demo in demos]
+        vectors, lengths = self._project(raw, batch_size)
+        return FusedDemonstrations(
+            vectors=vectors,
+            lengths=lengths,
+            keys=tuple(demo.key for demo in raw),
+            texts=tuple(self.processor.word(demo)[0] for demo in raw),
+            source=self.source,
+        )
+
+    def load_bank(self, name_or_path: str | os.PathLike[str], **hub_kwargs: Any) -> DemonstrationBank:
+        """Open a bank that this plug-in read, from a folder or a Hub repository; see `DemonstrationBank`."""
+        bank = DemonstrationBank.from_pretrained(name_or_path, **hub_kwargs)
+        check_source(bank.fused.source, self.source)
+        return bank
 
     @torch.no_grad()
     def read_states(self, demos: Sequence[Demonstration], batch_size: int = 8) -> list[torch.Tensor]:
@@ -144,8 +137,10 @@ class AimForConditionalGeneration(PreTrainedModel, GenerationMixin):
             for start in range(0, len(group), batch_size):
                 rows = group[start : start + batch_size]
                 inputs, kept = self.processor.encode_demonstrations([demos[i] for i in rows], self.config.read_span)
-                self._check_length(inputs["input_ids"].shape[1], "A demonstration")
-                hidden = read_hidden_states(self.backbone, inputs.to(self.device, self.dtype), self.config.read_layers)
+                self._check_length(inputs["input_ids"].shape[1], [demos[i].text for i in rows])
+                inputs = inputs.to(self.device, self.dtype)
+                with injected(None):
+                    hidden = read_hidden_states(self.backbone, inputs, self.config.read_layers)
                 for i, row, mask in zip(rows, hidden, kept.to(hidden.device), strict=True):
                     states[i] = self._within_budget(row[mask])
         return [states[i] for i in range(len(demos))]
@@ -157,31 +152,39 @@ class AimForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return states
         return nn.functional.adaptive_avg_pool1d(states.float().T[None], budget)[0].T.to(states.dtype)
 
-    def _fuse(self, demos: list[Demonstration], batch_size: int = 8) -> FusedDemonstrations:
-        """Read, then project; equal demonstrations are read once. Gradient, where enabled, reaches the projector."""
+    def _project(self, demos: list[Demonstration], batch_size: int = 8) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """Read, then project; equal demonstrations are read once. Gradient, where enabled, reaches the projector.
+
+        Returns:
+            Fused tokens of all demonstrations `(tokens, hidden size)`, and how many each has.
+        """
         keys = [demo.key for demo in demos]
         unique = dict(zip(keys, demos, strict=True))
         states = dict(zip(unique, self.read_states(list(unique.values()), batch_size), strict=True))
         lengths = tuple(len(states[key]) for key in keys)
         width = self.config.hidden_size * len(self.config.read_layers)
         joined = torch.cat([states[key] for key in keys]) if keys else torch.empty(0, width, device=self.device)
-        return FusedDemonstrations(
-            vectors=self.projector(joined.to(next(self.projector.parameters()).device)),
-            lengths=lengths,
-            keys=tuple(keys),
-            texts=tuple(self.processor.word(demo)[0] for demo in demos),
-            source=self.source,
-        )
+        return self.projector(joined.to(next(self.projector.parameters()).device)), lengths
 
     # --- inject, answer
 
     @torch.no_grad()
-    def generate(self, inputs: torch.Tensor | None = None, demos: Any = None, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        demos: Any = None,
+        chat_demos: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         """Answer queries from demonstrations with the backbone's own `generate`.
 
         Args:
             inputs: `input_ids` of the queries `(batch, length)`, when not given by name.
+            generation_config: as for the backbone; `max_length` and `min_length` count no fused tokens.
             demos: demonstrations for all rows or for each row; see the class.
+            chat_demos: those that the processor found in the earlier turns of a chat; they come after `demos`.
             **kwargs: the backbone's inputs and everything its `generate` takes.
 
         Returns:
@@ -192,16 +195,16 @@ class AimForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 that is longer than the backbone's positions.
         """
         input_ids = kwargs.pop("input_ids", inputs)
+        if generation_config is not None:
+            kwargs["generation_config"] = generation_config
+        demos = self._with_chat(demos, chat_demos, 1 if input_ids is None else len(input_ids))
         if not _any_demos(demos):
             if input_ids is not None:
                 kwargs["input_ids"] = input_ids
-            with one_at_a_time(self.backbone), answering(self.backbone):
+            with one_at_a_time(self.backbone), answering(self.backbone), injected(None):
                 return self.backbone.generate(**kwargs)
         prompt = self._fused_prompt({**kwargs, "input_ids": input_ids}, demos)
-        options = prompt.inputs
-        if options.get("streamer") is not None:
-            options["streamer"] = QueryStreamer(options["streamer"], input_ids)
-        self._lengthen_limits(options, prompt.width - input_ids.shape[1])
+        options = own_tokens_only(prompt, input_ids, self.backbone.generation_config)
         with one_at_a_time(self.backbone), answering(self.backbone), injected(prompt):
             output = self.backbone.generate(**options)
         if self.backbone.config.is_encoder_decoder:
@@ -235,7 +238,10 @@ class AimForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         given = {"input_ids": input_ids, **({} if labels is None else {"labels": labels}), **kwargs}
         if not _any_demos(demos):
-            return self.backbone(**given)
+            with one_at_a_time(self.backbone), injected(None):
+                return self.backbone(**given)
+        if given.get("return_dict") is False:
+            raise ValueError("With demos, forward returns a ModelOutput: return_dict=False is not supported.")
         prompt = self._fused_prompt(given, demos)
         labels = prompt.inputs.pop("labels", None)
         with one_at_a_time(self.backbone), injected(prompt):
@@ -247,7 +253,18 @@ class AimForConditionalGeneration(PreTrainedModel, GenerationMixin):
             output = type(output)(**{**output, "loss": loss})
         if getattr(output, "logits", None) is not None and output.logits.shape[1] == prompt.width:
             output.logits = prompt.without_placeholders(output.logits)
+        if getattr(output, "hidden_states", None) is not None:
+            output.hidden_states = tuple(prompt.without_placeholders(states) for states in output.hidden_states)
         return output
+
+    def _with_chat(self, demos: Any, chat_demos: Any, batch: int) -> Any:
+        """`demos` followed by what the processor found in chats: one list, or one a row for a batch of chats."""
+        if not _any_demos(chat_demos):
+            return demos
+        if not _any_demos(demos):
+            return chat_demos
+        first, second = self._fused_rows(demos, batch), self._fused_rows(chat_demos, batch)
+        return [b if a is None else a if b is None else a + b for a, b in zip(first, second, strict=True)]
 
     def _fused_prompt(self, inputs: dict[str, Any], demos: Any) -> FusedPrompt:
         """Room for each row's fused tokens in the prompt, checked against the backbone's positions."""
@@ -256,6 +273,12 @@ class AimForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 "demos stand in front of input_ids, but none were given (inputs_embeds cannot take them)."
             )
+        cache = inputs.get("past_key_values")
+        if cache is not None and cache.get_seq_length():
+            raise ValueError(
+                f"demos stand at the start of a prompt, but past_key_values already hold {cache.get_seq_length()} "
+                "tokens. Give demos with the whole prompt and an empty cache."
+            )
         rows = self._fused_rows(demos, len(input_ids))
         text_config = self.config.get_text_config()
         prompt = FusedPrompt(
@@ -263,6 +286,7 @@ class AimForConditionalGeneration(PreTrainedModel, GenerationMixin):
             fused=[None if row is None else row.vectors for row in rows],
             placeholder_id=self._placeholder_id(),
             bos_id=getattr(text_config, "bos_token_id", None),
+            embedding=self.get_input_embeddings(),
         )
         longest = longest_prompt(self.backbone.config)
         if longest is not None and prompt.width > longest:
@@ -284,7 +308,7 @@ class AimForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return [self.read(demos)] * batch
         raw = [is_demonstration(demo) for demo in demos]
         if all(raw):
-            return [self._fuse([Demonstration.of(demo) for demo in demos])] * batch
+            return [FusedDemonstrations(*self._project([Demonstration.of(demo) for demo in demos]))] * batch
         if any(raw):
             raise ValueError(
                 "demos mixes demonstrations with other things; give one list of demonstrations, or one a row."
@@ -295,7 +319,7 @@ class AimForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 "demonstrations for all rows, or exactly one entry (a list, what read() returned, or None) a row."
             )
         together = [Demonstration.of(demo) for row in demos if isinstance(row, (list, tuple)) for demo in row]
-        read = self._fuse(together)
+        read = FusedDemonstrations(*self._project(together))
         rows: list[FusedDemonstrations | None] = []
         taken = 0
         for row in demos:
@@ -307,305 +331,29 @@ class AimForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return rows
 
     def _placeholder_id(self) -> int:
-        """An ordinary id that is never generated, nor stands for an image."""
-        if self.config.placeholder_token_id is not None:
-            return self.config.placeholder_token_id
-        text = self.config.get_text_config()
-        eos = getattr(text, "eos_token_id", None)
-        taken = {getattr(self.backbone.config, "image_token_id", None), *(eos if isinstance(eos, list) else [eos])}
-        candidates = [getattr(text, "bos_token_id", None), getattr(text, "pad_token_id", None), 0, 1, 2, 3]
-        return next(i for i in candidates if isinstance(i, int) and 0 <= i < text.vocab_size and i not in taken)
+        """An ordinary id that neither ends an answer nor stands for an image: BOS, padding, or the last one."""
+        text, vocabulary = self.config.get_text_config(), embedding_weight(self.backbone).shape[0]
+        given = self.config.placeholder_token_id
+        taken: set[Any] = set()
+        for eos in (getattr(text, "eos_token_id", None), self.backbone.generation_config.eos_token_id):
+            taken.update(eos if isinstance(eos, (list, tuple)) else [eos])
+        for name, value in self.backbone.config.to_dict().items():
+            if name.endswith(("_token_id", "_token_index")) and name[:4] not in ("bos_", "pad_"):
+                taken.add(value)
+        if given is not None and (given in taken or not 0 <= given < vocabulary):
+            raise ValueError(
+                f"placeholder_token_id={given} ends answers, stands for images, or is not 0..{vocabulary}."
+            )
+        candidates = [given, getattr(text, "bos_token_id", None), getattr(text, "pad_token_id", None), vocabulary - 1]
+        return next((i for i in candidates if isinstance(i, int) and 0 <= i < vocabulary and i not in taken), 0)
 
-    def _lengthen_limits(self, options: dict[str, Any], extra: int) -> None:
-        """`max_length` and `min_length` count the caller's own tokens; make room in them for the fused ones."""
-        settings = [c for c in (options.get("generation_config"), self.backbone.generation_config) if c is not None]
-        counted = options.get("max_new_tokens") or any(c.max_new_tokens for c in settings)  # outweighs max_length
-        for name in LENGTH_LIMITS[1:] if counted else LENGTH_LIMITS:
-            values = [options.get(name), *(getattr(c, name, None) for c in settings)]
-            limit = next((value for value in values if value), None)
-            if limit is not None:
-                options[name] = limit + extra
-
-    def _check_length(self, length: int, what: str) -> None:
+    def _check_length(self, length: int, texts: list[str]) -> None:
         longest = longest_prompt(self.backbone.config)
         if longest is not None and length > longest:
-            raise ValueError(f"{what} has {length} tokens, but the backbone has {longest} positions.")
-
-    # --- the backbone shows through
-
-    @property
-    def generation_config(self) -> Any:
-        """The backbone's generation settings."""
-        return self.backbone.generation_config
-
-    @generation_config.setter
-    def generation_config(self, value: Any) -> None:
-        if "backbone" in self._modules:
-            self.backbone.generation_config = value
-
-    @property
-    def device(self) -> torch.device:
-        """Where inputs go: the device of the backbone."""
-        return self.backbone.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the backbone's floating-point weights."""
-        return self.backbone.dtype
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The backbone's input embeddings."""
-        return self.backbone.get_input_embeddings()
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        """The backbone's LM head."""
-        return self.backbone.get_output_embeddings()
-
-    def init_weights(self) -> None:
-        """Nothing to do: backbone and projector draw or load their weights where they are made."""
-
-    def train(self, mode: bool = True) -> AimForConditionalGeneration:
-        """Set the projector's mode; the frozen backbone stays as in inference, without dropout."""
-        super().train(mode)
-        self.backbone.eval()
-        for module in self.backbone.modules():
-            if mode and getattr(module, "gradient_checkpointing", False):
-                module.training = True  # layers recompute only in training mode; their own parts keep evaluating
-        return self
-
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
-        """Recompute the backbone's layers in the backward pass instead of keeping their activations."""
-        _renamed(self.backbone, "checkpointing_enable")(activation_checkpointing_kwargs, **kwargs)
-        self.train(self.training)
-
-    def activation_checkpointing_disable(self) -> None:
-        """Keep the backbone's activations for the backward pass."""
-        _renamed(self.backbone, "checkpointing_disable")()
-        self.train(self.training)
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
-        """The name of `activation_checkpointing_enable` before transformers 6."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """The name of `activation_checkpointing_disable` before transformers 6."""
-        self.activation_checkpointing_disable()
-
-    @property
-    def processor(self) -> AimProcessor:
-        """The processor that raw demonstrations go through."""
-        if self._processor is None:
-            if self._loaded_from is None:
-                raise ValueError(
-                    "This model has no processor for raw demonstrations. Set model.processor = "
-                    "AimProcessor.from_pretrained(...), or pass processor= when you make the model."
-                )
-            name, options = self._loaded_from
-            self._processor = AimProcessor.from_pretrained(name, **options)
-        return self._processor
-
-    @processor.setter
-    def processor(self, processor: Any) -> None:
-        self._processor = processor if hasattr(processor, "encode_demonstrations") else AimProcessor(processor)
-
-    @property
-    def source(self) -> dict[str, str]:
-        """Identity of what reads here: fused demonstrations are good for this alone."""
-        prints = str(self.config.backbone_fingerprint).encode()
-        return {
-            "backbone": f"{self.backbone.config.model_type} {hashlib.sha256(prints).hexdigest()[:12]}",
-            "projector": self._projector_digest()[:12],
-            "read": f"layers {self.config.read_layers}, {self.config.read_span}, "
-            f"at most {self.config.max_fused_tokens} tokens",
-        }
-
-    def _projector_digest(self) -> str:
-        """Identity of the projector's weights, computed anew only after they were changed."""
-        versions = [p._version for p in self.projector.parameters()]
-        if self._projector_id is None or self._projector_id[0] != versions:
-            self._projector_id = (versions, projector_digest(self.projector.state_dict()))
-        return self._projector_id[1]
-
-    # --- make, load, save
-
-    @classmethod
-    def from_backbone(
-        cls,
-        backbone: str | os.PathLike[str] | PreTrainedModel,
-        processor: Any = None,
-        *,
-        read_layers: Sequence[int] = (-1,),
-        read_span: str = "text",
-        max_fused_tokens: int | None = None,
-        projector_form: str = "linear_norm",
-        projector_intermediate_size: int | None = None,
-        **kwargs: Any,
-    ) -> AimForConditionalGeneration:
-        """Put a new, untrained projector on a backbone.
-
-        Args:
-            backbone: Hub id or folder, or a loaded model.
-            processor: the backbone's processor (or an `AimProcessor`); loaded with the backbone when `None`.
-            read_layers, read_span, max_fused_tokens, projector_form, projector_intermediate_size: see `AimConfig`.
-            **kwargs: passed on when the backbone is loaded (`dtype`, `device_map`, `quantization_config`, ...).
-        """
-        hub = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-        loaded = backbone if isinstance(backbone, PreTrainedModel) else load_backbone(str(backbone), **kwargs)
-        name = loaded.config.name_or_path or None
-        if processor is None and name is not None:
-            processor = AimProcessor.from_pretrained(name, **hub)
-        elif processor is not None and not hasattr(processor, "encode_demonstrations"):
-            processor = AimProcessor(processor)
-        config = AimConfig(
-            backbone_config=copy.deepcopy(loaded.config),
-            backbone_name_or_path=name,
-            backbone_revision=hub.get("revision"),
-            backbone_fingerprint=fingerprint(loaded),
-            read_layers=list(read_layers),
-            read_span=read_span,
-            max_fused_tokens=max_fused_tokens,
-            projector_form=projector_form,
-            projector_intermediate_size=projector_intermediate_size,
-            projector_norm=embedding_norm(loaded),
-        )
-        return cls(config, backbone=loaded, processor=processor)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
-        *,
-        config: AimConfig | None = None,
-        backbone: PreTrainedModel | None = None,
-        processor: AimProcessor | None = None,
-        **kwargs: Any,
-    ) -> AimForConditionalGeneration:
-        """Load a plug-in and its backbone.
-
-        Args:
-            pretrained_model_name_or_path: folder or Hub id of the AIM repository.
-            config: use this configuration instead of the repository's.
-            backbone: use this loaded backbone; it must be the one the projector was made for.
-            processor: use this processor instead of the repository's.
-            **kwargs: `revision` means this repository (the backbone's own is in the config); `token`, `cache_dir`,
-                `local_files_only`, ... are used for both; everything else (`dtype`, `device_map`,
-                `quantization_config`, `attn_implementation`, ...) reaches the backbone.
-
-        Raises:
-            ValueError: the projector belongs to another backbone, or its file is damaged or another kind of file.
-            FileNotFoundError: the repository has no projector.
-        """
-        name = str(pretrained_model_name_or_path)
-        trusted = kwargs.pop("trust_remote_code", None)
-        for handled in ("_from_auto", "_from_pipeline", "adapter_kwargs", "_commit_hash"):
-            kwargs.pop(handled, None)
-        hub = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
-        if config is None:  # a configuration takes every argument that it has a setting for, dtype among them
-            precision = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}
-            config, kwargs = AimConfig.from_pretrained(name, return_unused_kwargs=True, **hub, **kwargs)
-            kwargs |= precision
-        if config._attn_implementation is not None:  # AutoConfig has taken it out of the arguments
-            kwargs.setdefault("attn_implementation", config._attn_implementation)
-        weights = read_safetensors(locate_file(name, PROJECTOR_WEIGHTS, **hub))
-        if backbone is None:
-            elsewhere = config.backbone_name_or_path is not None
-            place = {**hub, "revision": config.backbone_revision} if elsewhere else hub
-            if not elsewhere and config.backbone_subfolder is None:
-                raise ValueError(f"The config.json of {name} names no backbone. Pass a loaded one: backbone=model.")
-            backbone = load_backbone(
-                config.backbone_name_or_path or name, subfolder=config.backbone_subfolder or "", **place, **kwargs
-            )
-        check_backbone(backbone, config.backbone_config, config.backbone_fingerprint)
-        config.backbone_config = copy.deepcopy(backbone.config)
-        model = cls(config, backbone=backbone, processor=processor)
-        model._loaded_from = (name, {**hub, "trust_remote_code": trusted})
-        model._load_projector(weights, name)
-        return model
-
-    def _load_projector(self, weights: dict[str, torch.Tensor], name: str) -> None:
-        """Take over the projector's weights, or say what does not fit."""
-        weights = {key.removeprefix("projector."): value for key, value in weights.items()}
-        own = {key: tuple(value.shape) for key, value in self.projector.state_dict().items()}
-        found = {key: tuple(value.shape) for key, value in weights.items()}
-        if found != own:
             raise ValueError(
-                f"The {PROJECTOR_WEIGHTS} of {name} holds {found}, but its config.json "
-                f"(projector_form={self.config.projector_form!r}, hidden size {self.config.hidden_size}, "
-                f"read_layers={self.config.read_layers}) asks for {own}. Files of two repositories may be mixed."
+                f"One of the demonstrations {[text[:40] for text in texts]} has {length} tokens with its images, but "
+                f"the backbone has {longest} positions. Shorten its text, or give it fewer or smaller images."
             )
-        self.projector.load_state_dict(weights)
-        self._projector_id = ([p._version for p in self.projector.parameters()], projector_digest(weights))
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        include_backbone: bool = False,
-        push_to_hub: bool = False,
-        repo_id: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Write a repository: config, projector, processor, the code that loads it, and a model card.
-
-        Args:
-            save_directory: folder to write to; files are replaced together, after all of them were made.
-            include_backbone: write the backbone too, into a subfolder, for a repository that needs no other.
-            push_to_hub: upload the folder as well, to `repo_id` (the folder's name by default).
-            **kwargs: for `push_to_hub`.
-        """
-        config = copy.deepcopy(self.config)
-        if include_backbone:
-            config.backbone_name_or_path, config.backbone_revision = None, None
-            config.backbone_subfolder = BACKBONE_FOLDER
-        elif config.backbone_name_or_path is None and self._loaded_from is not None:
-            name, hub = self._loaded_from
-            config.backbone_name_or_path = os.path.abspath(name) if os.path.isdir(name) else name
-            config.backbone_revision = hub.get("revision")
-        elif config.backbone_name_or_path is None:
-            logger.warning(
-                "The backbone has no name to load it by: pass include_backbone=True, or give it again when loading "
-                "(from_pretrained(folder, backbone=model))."
-            )
-        config.backbone_config.name_or_path = ""
-        with staged_folder(save_directory) as folder:
-            config.save_pretrained(folder)
-            tensors = {f"projector.{key}": value.contiguous() for key, value in self.projector.state_dict().items()}
-            (folder / PROJECTOR_WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
-            self.generation_config.save_pretrained(folder)
-            if self._processor is not None or self._loaded_from is not None:
-                self.processor.save_pretrained(folder)
-            for path in shipped_files():
-                (folder / path.name).write_bytes(path.read_bytes())
-            if not (Path(save_directory) / "README.md").exists():
-                (folder / "README.md").write_text(model_card(config, self.projector), encoding="utf-8")
-            if include_backbone:
-                self.backbone.save_pretrained(folder / BACKBONE_FOLDER)
-        if push_to_hub:
-            self._upload(save_directory, repo_id or Path(save_directory).name, **kwargs)
-
-    def push_to_hub(self, repo_id: str, *, include_backbone: bool = False, **kwargs: Any) -> Any:
-        """Upload what `save_pretrained` writes.
-
-        Args:
-            repo_id: the repository, made when it does not exist.
-            include_backbone: as for `save_pretrained`.
-            **kwargs: `token`, `private`, `revision`, `commit_message`, `commit_description`, `create_pr`.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, include_backbone=include_backbone)
-            return self._upload(folder, repo_id, **kwargs)
-
-    def _upload(self, folder: str | os.PathLike[str], repo_id: str, **kwargs: Any) -> Any:
-        api = HfApi(token=kwargs.pop("token", None))
-        repo_id = api.create_repo(repo_id, private=kwargs.pop("private", None), exist_ok=True).repo_id
-        kwargs.setdefault("commit_message", "Upload an AIM plug-in")
-        if api.file_exists(repo_id, "README.md", revision=kwargs.get("revision")):
-            kwargs["ignore_patterns"] = "README.md"  # a card somebody wrote is kept
-        return api.upload_folder(repo_id=repo_id, folder_path=Path(folder), **kwargs)
-
-
-def _renamed(backbone: PreTrainedModel, name: str) -> Any:
-    """The backbone's `activation_{name}`, or `gradient_{name}` as older releases of transformers call it."""
-    return getattr(backbone, f"activation_{name}", None) or getattr(backbone, f"gradient_{name}")
 
 
 def _any_demos(demos: Any) -> bool:

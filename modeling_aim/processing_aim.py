@@ -13,7 +13,7 @@ from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
 from .demonstrations_aim import Demonstration, check_demos, is_demonstration
 from .families_aim import family_of_processor
-from .files_aim import staged_folder
+from .files_aim import shipped_files, staged_folder
 
 PROCESSOR_FILE = "processor_config.json"
 SETTINGS = ("label_template", "question_template", "image_prompt", "few_shot_chats")
@@ -88,8 +88,8 @@ class AimProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """What the backbone's processor gives, and `demos`."""
-        return [*self.processor.model_input_names, "demos"]
+        """What the backbone's processor gives, and demonstrations."""
+        return [*self.processor.model_input_names, "demos", "chat_demos"]
 
     def post_process_image_text_to_text(self, *args: Any, **kwargs: Any) -> Any:
         """Decode answers as the backbone's processor does."""
@@ -200,15 +200,20 @@ class AimProcessor(ProcessorMixin):
 
         With `tokenize=True, return_dict=True`, and unless `few_shot_chats=False` is given or set, a chat whose last
         user turn has an image of its own, and whose earlier turns are all pairs (user with image, assistant), is
-        taken apart: the pairs are returned as `demos`, and only the system turn and the last turn are rendered. Any
-        other chat stays as it is: a last turn without an image goes on about an earlier one.
+        taken apart: the pairs are returned as `chat_demos`, and only the system turn and the last turn are rendered.
+        Any other chat stays as it is (`chat_demos` is empty): a last turn without an image goes on about an earlier
+        one.
 
         Args:
             conversation: a chat, or a list of chats.
+            *args: as for the backbone's processor.
             demos: demonstrations that do not come from the chat; they go before those that do.
+            **kwargs: as for the backbone's processor.
         """
         few_shot = kwargs.pop("few_shot_chats", self.few_shot_chats)
         if not (kwargs.get("tokenize") and kwargs.get("return_dict")):
+            if demos is not None:
+                raise ValueError("apply_chat_template takes demos only with tokenize=True and return_dict=True.")
             return self.processor.apply_chat_template(conversation, *args, **kwargs)
         batched = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "content")
         chats = [getattr(chat, "messages", chat) for chat in conversation] if batched else [conversation]
@@ -217,14 +222,10 @@ class AimProcessor(ProcessorMixin):
             split = [split_few_shot_chat(chat) for chat in chats]
             found, chats = [s[0] for s in split], [s[1] for s in split]
         inputs = self.processor.apply_chat_template(chats if batched else chats[0], *args, **kwargs)
-        if demos is not None and any(found):
-            if not isinstance(demos, (list, tuple)) or not all(map(is_demonstration, demos)):
-                raise ValueError("A few-shot chat takes further demos as one list of raw demonstrations.")
-            found = [[*demos, *row] for row in found]
-        if demos is not None and not any(found):
+        if demos is not None:
             inputs["demos"] = _parsed(demos)
-        elif found:
-            inputs["demos"] = found if batched else found[0]
+        if few_shot:  # also when empty: a pipeline batches only chats with the same keys
+            inputs["chat_demos"] = found if batched else found[0]
         return inputs
 
     # --- demonstrations
@@ -242,9 +243,13 @@ class AimProcessor(ProcessorMixin):
         return before + text + after, len(before), len(before) + len(text)
 
     def _is_bare_label(self, text: str) -> bool:
-        """Whether a text is a name to be worded: at most three words, no punctuation at its end, not yet worded."""
+        """Whether a text is a name to be worded: one or two words, no punctuation at the end, and not yet worded.
+
+        Only in Latin letters: elsewhere a sentence may be one word, and `label=` says what is meant.
+        """
         worded = self.label_template.split("{label}", 1)[0].strip().lower()
-        return len(text.split()) <= 3 and text[-1].isalnum() and not (worded and text.lower().startswith(worded))
+        name = len(text.split()) <= 2 and text.isascii() and text[-1].isalnum()
+        return name and not (worded and text.lower().startswith(worded))
 
     def encode_demonstrations(
         self, demonstrations: Sequence[Demonstration], read_span: str = "text"
@@ -268,7 +273,9 @@ class AimProcessor(ProcessorMixin):
             spans.append((len(front) + start, len(front) + end))
         images = [list(d.images) for d in demonstrations]
         with _TOKENIZING:
-            inputs = self._encode(images if any(images) else None, prompts, padding=True, return_tensors="pt")
+            inputs = self._encode(
+                images if any(images) else None, prompts, padding=True, padding_side="left", return_tensors="pt"
+            )
             plain = self.tokenizer(prompts, return_offsets_mapping=True, return_special_tokens_mask=True)
         length = inputs["input_ids"].shape[1]
         mask = torch.zeros(len(prompts), length, dtype=torch.bool)
@@ -301,6 +308,8 @@ class AimProcessor(ProcessorMixin):
         with staged_folder(save_directory) as folder:
             self.processor.save_pretrained(folder)
             self.to_json_file(folder / PROCESSOR_FILE)
+            for path in shipped_files():
+                (folder / path.name).write_bytes(path.read_bytes())
         return [os.path.join(save_directory, PROCESSOR_FILE)]
 
     @classmethod
@@ -319,7 +328,13 @@ class AimProcessor(ProcessorMixin):
             stored = {}
         inner_class = stored.get("backbone_processor_class")
         if inner_class is not None:
-            inner = getattr(transformers, inner_class).from_pretrained(name, **kwargs)
+            wrapped = getattr(transformers, str(inner_class), None)
+            if not (isinstance(wrapped, type) and issubclass(wrapped, ProcessorMixin)):
+                raise ValueError(
+                    f"{PROCESSOR_FILE} of {name} wraps {inner_class!r}, which is no processor of transformers "
+                    f"{transformers.__version__}. Upgrade transformers, or check where the repository comes from."
+                )
+            inner = wrapped.from_pretrained(name, **kwargs)
         elif "aim" in stored:
             kwargs.update(revision=stored.get("backbone_revision"), trust_remote_code=False)
             inner = AutoProcessor.from_pretrained(stored["backbone_name_or_path"], **kwargs)

@@ -24,7 +24,7 @@ from modeling_aim import (
     laptop_quantization_config,
 )
 from modeling_aim.backbone_aim import decoder_layers
-from modeling_aim.modeling_aim import PROJECTOR_WEIGHTS
+from modeling_aim.pretrained_aim import PROJECTOR_WEIGHTS
 
 # huggingface_hub uploads large files with an argument that its HTTP client deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -138,7 +138,7 @@ def test_what_remote_code_saved_loads_again(loaded: dict[str, Any], folders: dic
 @pytest.mark.parametrize("family", FAMILIES)
 def test_half_precision_from_the_shipped_files(loaded: dict[str, Any], family: str, precision: str) -> None:
     dtype, projector, answer, again = loaded[family][precision]
-    assert dtype == projector == f"torch.{precision}"
+    assert (dtype, projector) == (f"torch.{precision}", "torch.float32")
     assert answer == again and len(answer) > 0
 
 
@@ -268,10 +268,11 @@ def test_saving_again_replaces_what_was_there(tmp_path: Path) -> None:
 def test_the_users_dtype(aim: Plugin, self_contained: Path, dtype: Any) -> None:
     model = AimForConditionalGeneration.from_pretrained(self_contained, dtype=dtype)
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    assert model.dtype == model.backbone.dtype == next(model.projector.parameters()).dtype == wanted
+    assert model.dtype == model.backbone.dtype == wanted
+    assert next(model.projector.parameters()).dtype == torch.float32  # small, and trained
     loaded = Plugin(aim.family, model)
     fused = model.read(DEMOS)
-    assert fused.vectors.dtype == wanted and fused.vectors.isfinite().all()
+    assert fused.vectors.isfinite().all()
     inputs = loaded.query()
     inputs = {name: value.to(wanted) if value.is_floating_point() else value for name, value in inputs.items()}
     assert torch.equal(loaded.answer(inputs, fused), loaded.answer(inputs, DEMOS))
