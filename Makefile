@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all style aim-tiny clean
+.PHONY: demo test test-all test-lowest style aim-tiny clean
 
 demo: $(VENV)/.installed-demo  ## answer held-out queries from demonstrations; writes demo.png
 	$(BIN)/python examples/demo.py --output demo.png
@@ -13,6 +13,9 @@ test: $(VENV)/.installed-dev  ## the tests, in minutes
 
 test-all: $(VENV)/.installed-dev  ## the slow ones too
 	$(BIN)/python -m pytest -m ""
+
+test-lowest: $(VENV)-lowest/.installed  ## the tests on the oldest transformers and torch that are declared
+	$(VENV)-lowest/bin/python -m pytest
 
 style: $(VENV)/.installed-dev  ## what CI checks beside the tests
 	$(BIN)/ruff check .
@@ -33,5 +36,11 @@ $(VENV)/.installed-dev: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	touch $@ $(VENV)/.installed-demo
 
+$(VENV)-lowest/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" \
+		"transformers==5.5.0" "torch==2.10.0"
+	touch $@
+
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) build *.egg-info demo.png
+	rm -rf $(VENV) $(VENV)-lowest build *.egg-info demo.png
