@@ -91,12 +91,12 @@ def draw(demos: list[dict[str, Any]], rows: list[dict[str, Any]], read_ms: float
         axes.imshow(demo["image"])
         axes.set_title(demo["text"], fontsize=8)
         axes.axis("off")
-    widths = [0.02, 0.13, 0.24, *[0.36 + 0.165 * i for i in range(len(METHODS))]]
+    widths = [0.03, 0.2, *[0.32 + 0.175 * i for i in range(len(METHODS))]]
 
     def line(row: int, cells: list[tuple[str, str, str]]) -> None:
         axes = figure.add_subplot(grid[row, :])
         axes.axis("off")
-        for x, (text, colour, weight) in zip(widths[1:], cells, strict=True):
+        for x, (text, colour, weight) in zip(widths, cells, strict=True):
             axes.text(x, 0.5, text, color=colour, weight=weight, fontsize=10, va="center", transform=axes.transAxes)
 
     tokens = {name: round(sum(row[name][1] for row in rows) / len(rows)) for name in METHODS}
@@ -144,12 +144,12 @@ def main() -> None:
 
     console.print("Demonstrations: " + " ".join(f"({i + 1}) {d['text']}" for i, d in enumerate(demos)))
     console.print(f"Read once, into {fused.num_tokens} fused tokens, in {read_ms:.0f} ms.\n")
-    table = Table("name", *METHODS, title="What is this? (answer, prompt tokens, milliseconds)")
+    table = Table("name", *METHODS, title="What is this? Answer, prompt tokens, milliseconds")
     rows = []
     for image, name in queries:
         said = {method: ask(pipe, inputs) for method, inputs in prompts(demos, image, question, fused).items()}
         cells = [
-            f"[{'green' if text == name else 'red'}]{text or '(nothing)'}[/]  {tokens} tok  {ms:.0f} ms"
+            f"[{'green' if text == name else 'red'}]{text or '(nothing)'}[/]\n[dim]{tokens} tok, {ms:.0f} ms[/]"
             for text, tokens, ms in said.values()
         ]
         table.add_row(name, *cells)

@@ -1,5 +1,7 @@
 """Write the folders of hub_configs/: for each backbone people use, the settings of an AIM repository, without weights.
 
+The code in hub_configs/aim-tiny, the one complete repository, is brought up to date as well.
+
     python hub_configs/make.py            # (re)write the folders and docs/HUB_CONFIGS.md
     python hub_configs/make.py --check    # only say whether they are up to date
 
@@ -20,7 +22,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from modeling_aim import AimConfig, AimProjector
-from modeling_aim.files_aim import model_card
+from modeling_aim.files_aim import model_card, shipped_files
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = ROOT / "hub_configs"
@@ -224,6 +226,13 @@ def write(folder: str, target: Path) -> None:
     (target / "README.md").write_text(card.replace("# AIM plug-in", note + "# AIM plug-in", 1))
 
 
+def write_code(target: Path) -> None:
+    """Copy the code that a repository carries."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in shipped_files():
+        (target / path.name).write_text(path.read_text())
+
+
 def table() -> str:
     """The table of docs/HUB_CONFIGS.md, counted on the meta device at real size."""
     lines = [
@@ -255,11 +264,13 @@ def main() -> None:
     if not parser.parse_args().check:
         for folder in BACKBONES:
             write(folder, HERE / folder)
+        write_code(HERE / "aim-tiny")
         TABLE.write_text(table())
         return
     with tempfile.TemporaryDirectory() as scratch:
-        for folder in BACKBONES:
-            write(folder, Path(scratch) / folder)
+        for folder in [*BACKBONES, "aim-tiny"]:
+            made = Path(scratch) / folder
+            write_code(made) if folder == "aim-tiny" else write(folder, made)
             for path in (Path(scratch) / folder).iterdir():
                 kept = HERE / folder / path.name
                 if not kept.exists() or kept.read_text() != path.read_text():

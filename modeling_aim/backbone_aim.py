@@ -35,7 +35,7 @@ _READING: ContextVar[dict[int, torch.Tensor | None] | None] = ContextVar("aim_re
 
 
 class _ReadFinished(Exception):
-    """Raised behind the last layer that is read: the layers after it need not run."""
+    """Raised behind the last layer that is read: what comes after it need not run."""
 
 
 def why_not(backbone: PreTrainedModel) -> str | None:
@@ -50,6 +50,8 @@ def why_not(backbone: PreTrainedModel) -> str | None:
         embedding_weight(backbone)
     except (AssertionError, AttributeError, NotImplementedError):
         return "it does not say through get_input_embeddings() how it embeds its prompt."
+    if backbone.base_model is backbone and _lm_head(backbone) is None:
+        return "it has neither a model below its LM head nor says through get_output_embeddings() where that is."
     return None
 
 
@@ -94,6 +96,26 @@ def watch_layers(backbone: PreTrainedModel, read_layers: Sequence[int]) -> None:
         layers = decoder_layers(backbone)
         for number in wanted:
             layers[number - 1].register_forward_hook(keep(number))
+    head = _lm_head(backbone)
+    if backbone.base_model is backbone and head is not None:
+        head.register_forward_pre_hook(_keep_last)
+
+
+def _lm_head(backbone: PreTrainedModel) -> nn.Module | None:
+    """The LM head, of the backbone or of its decoder."""
+    for module in (backbone, backbone.get_decoder()):
+        head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+        if head is not None:
+            return head
+    return None
+
+
+def _keep_last(head: nn.Module, args: Any) -> None:
+    """What goes into the LM head is what a backbone without a model of its own below the head is read from."""
+    kept = _READING.get()
+    if kept is not None and -1 in kept:
+        kept[-1] = args[0]
+        raise _ReadFinished
 
 
 @torch.no_grad()
@@ -114,20 +136,12 @@ def read_hidden_states(
     token = _READING.set(kept)
     try:
         with one_at_a_time(backbone), preserved_state(backbone):
-            kept[-1] = _last_hidden_state(backbone, inputs)
+            kept[-1] = backbone.base_model(**inputs, use_cache=False, return_dict=True).last_hidden_state
     except _ReadFinished:
         pass
     finally:
         _READING.reset(token)
     return torch.cat([kept[k].to(kept[read_layers[0]].device) for k in read_layers], dim=-1)
-
-
-def _last_hidden_state(backbone: PreTrainedModel, inputs: Mapping[str, Any]) -> torch.Tensor:
-    """Hidden states after the final norm `(batch, length, hidden size)`."""
-    if backbone.base_model is not backbone:
-        return backbone.base_model(**inputs, use_cache=False, return_dict=True).last_hidden_state
-    output = backbone(**inputs, use_cache=False, return_dict=True, output_hidden_states=True)
-    return output.hidden_states[-1]  # no model of its own stands below the LM head
 
 
 def one_at_a_time(backbone: PreTrainedModel) -> AbstractContextManager[Any]:
@@ -180,7 +194,7 @@ def _embedded(backbone: PreTrainedModel, count: int) -> torch.Tensor | None:
     if weight.is_meta and not hasattr(embedding, "_hf_hook"):
         return None
     ids = torch.tensor([_spread(count, weight.shape[0])], device=module_device(backbone))
-    return embedding(ids)[0].float().cpu()
+    return embedding(ids)[0].detach().float().cpu()
 
 
 def module_device(backbone: PreTrainedModel) -> torch.device:

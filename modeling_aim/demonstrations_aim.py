@@ -302,7 +302,9 @@ class DemonstrationBank:
             if not len(names["keys"]) == len(names["texts"]) == len(lengths) or not isinstance(names["source"], dict):
                 raise ValueError(f"{len(lengths)} lengths, {len(names['keys'])} keys, {len(names['texts'])} texts")
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no manifest of a demonstration bank of version 1 ({error!r}).") from error
+            raise ValueError(
+                f"{path} is no manifest of a demonstration bank of version 1 ({error!r}). Copy or build it again."
+            ) from error
         weights = locate_file(name_or_path, BANK_WEIGHTS, **hub_kwargs)
         found = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
         if found != expected:

@@ -12,7 +12,8 @@ class Family:
 
     Args:
         processor: class of its processor, where that differs.
-        image_token: stands for an image in a prompt, where its processor does not say.
+        image_token: stands for an image in a prompt, where its processor does not say; empty when the processor puts
+            images in front by itself.
         images_between_words: the processor takes a prompt as a list of words and images, not as one text.
     """
 
@@ -22,12 +23,26 @@ class Family:
 
 
 FAMILIES = {
+    "aya_vision": Family(),
+    "blip-2": Family(processor="Blip2Processor", image_token=""),
+    "cohere2_vision": Family(),
+    "deepseek_vl": Family(),
+    "gemma3": Family(),
+    "glm4v": Family(),
     "idefics": Family(processor="IdeficsProcessor", image_token="<image>", images_between_words=True),
     "idefics2": Family(),
     "idefics3": Family(),
+    "internvl": Family(),
+    "lfm2_vl": Family(),
+    "llama4": Family(),
     "llava": Family(),
     "llava_next": Family(),
+    "llava_next_video": Family(),
     "llava_onevision": Family(),
+    "mistral3": Family(),
+    "mllama": Family(),
+    "ovis2": Family(),
+    "paligemma": Family(),
     "qwen2_5_vl": Family(),
     "qwen2_vl": Family(),
     "qwen3_5": Family(),

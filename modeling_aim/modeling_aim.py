@@ -263,8 +263,13 @@ class AimForConditionalGeneration(AimPreTrainedModel, GenerationMixin):
             return demos
         if not _any_demos(demos):
             return chat_demos
-        first, second = self._fused_rows(demos, batch), self._fused_rows(chat_demos, batch)
-        return [b if a is None else a if b is None else a + b for a, b in zip(first, second, strict=True)]
+        rows: list[FusedDemonstrations | None] = []
+        for pair in zip(self._fused_rows(demos, batch), self._fused_rows(chat_demos, batch), strict=True):
+            parts = [part for part in pair if part is not None and len(part)]
+            vectors = [part.vectors.to(parts[0].vectors) for part in parts]
+            lengths = tuple(length for part in parts for length in part.lengths)
+            rows.append(FusedDemonstrations(torch.cat(vectors), lengths, source=self.source) if parts else None)
+        return rows
 
     def _fused_prompt(self, inputs: dict[str, Any], demos: Any) -> FusedPrompt:
         """Room for each row's fused tokens in the prompt, checked against the backbone's positions."""

@@ -22,6 +22,7 @@ from .backbone_aim import (
     fingerprint,
     load_backbone,
     module_device,
+    why_not,
 )
 from .configuration_aim import OWN_SETTINGS, AimConfig
 from .families_aim import FAMILIES
@@ -30,7 +31,7 @@ from .processing_aim import AimProcessor
 from .projector_aim import AimProjector, projector_digest
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 logger = logging.get_logger(__name__)
 
@@ -192,8 +193,8 @@ class AimPreTrainedModel(PreTrainedModel):
             raise ValueError(f"AIM cannot use {type(backbone).__name__}: {reason}")
         if backbone.config.model_type not in FAMILIES:
             logger.warning(
-                f"AIM has not been tested with {backbone.config.model_type} backbones. It should work if the checks of "
-                "`aim check BACKBONE` hold; please report what does not."
+                f"AIM has not been tested with {backbone.config.model_type} backbones. It works if the properties "
+                "that `aim check BACKBONE` tries hold; please report those that do not."
             )
         loaded = backbone
         name = loaded.config.name_or_path or None

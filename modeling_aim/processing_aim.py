@@ -136,7 +136,7 @@ class AimProcessor(ProcessorMixin):
     def _check_placeholders(self, images: Any, text: Any) -> None:
         token = self._image_token
         texts = [text] if isinstance(text, str) else text
-        if token is None or not texts or not all(isinstance(t, str) for t in texts):
+        if not token or not texts or not all(isinstance(t, str) for t in texts):
             return
         counts = [(sum(t.count(token) for t in texts), len(_flat(images)))]
         if isinstance(images, (list, tuple)) and len(images) == len(texts) and isinstance(images[0], (list, tuple)):
@@ -163,7 +163,9 @@ class AimProcessor(ProcessorMixin):
     @property
     def _image_token(self) -> str | None:
         """The token that the processor looks for in a prompt to put an image there, where it looks for one."""
-        token = family_of_processor(self.processor).image_token or getattr(self.processor, "image_token", None)
+        token = family_of_processor(self.processor).image_token
+        if token is None:
+            token = getattr(self.processor, "image_token", None)
         return token if isinstance(token, str) else None
 
     def _find_image_text(self) -> str:
@@ -179,7 +181,7 @@ class AimProcessor(ProcessorMixin):
             found = with_image[start : with_image.index(_SENTINEL)]
             if found.strip():
                 return found
-        return token or "<image>"
+        return "<image>" if token is None else token
 
     def prompt(self, question: str, images: int = 1) -> str:
         """The prompt of a query: the backbone's chat template where it has one, else images and question.
@@ -191,7 +193,11 @@ class AimProcessor(ProcessorMixin):
         if self.chat_template is None:
             return self.image_text * images + question
         content: list[dict[str, Any]] = [{"type": "image"}] * images + [{"type": "text", "text": question}]
-        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        chat = [{"role": "user", "content": content}]
+        prompt = self.processor.apply_chat_template(chat, add_generation_prompt=True)
+        bos = self.tokenizer.bos_token  # some templates begin with it; the tokenizer may put it there too, and twice
+        twice = bos and prompt.startswith(bos) and self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]
+        return prompt.removeprefix(bos) if twice else prompt
 
     # --- chats
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from families import FAMILIES
+from families import FAMILIES, MORE_FAMILIES
 from PIL import Image
 
 from modeling_aim import AimForConditionalGeneration, Demonstration
@@ -28,9 +28,12 @@ class Backbone:
 def build(family: str, seed: int = 0, **text: Any) -> Backbone:
     """The tiny backbone of `family`, the same each time; `text` are settings of its text decoder."""
     torch.manual_seed(seed)
-    model, processor = FAMILIES[family](**text)
+    model, processor = {**FAMILIES, **MORE_FAMILIES}[family](**text)
     model.eval()
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    image = getattr(model.config, "image_token_id", None)
+    if image is not None:
+        model.generation_config.suppress_tokens = [image]  # random weights would draw it now and then
     processor.tokenizer.padding_side = "left"
     return Backbone(family, model, processor)
 

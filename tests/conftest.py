@@ -20,6 +20,7 @@ for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING", "
     del os.environ[name]
 os.environ |= {"HF_HOME": HOME, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 os.environ |= {"HF_MODULES_CACHE": os.path.join(HOME, "modules"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny: more threads only wait for one another, in scripts too
 sys.path.insert(0, str(Path(__file__).parent))  # subprocesses and workers import the helpers beside the tests
 
 import backbones  # noqa: E402
@@ -27,7 +28,7 @@ import hub_server  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-torch.set_num_threads(1)  # the models are tiny: more threads only wait for one another
+torch.set_num_threads(1)
 hub = hub_server.hub  # the fixture: a Hub that this process uses too
 
 

@@ -258,7 +258,7 @@ def _interleaved_rope(head_dim: int, partial: float = 1.0) -> dict[str, Any]:
 
 
 def _hybrid() -> dict[str, Any]:
-    heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "initializer_range": 0.1}
     heads |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
     layers = ["linear_attention", "full_attention", "linear_attention"]
     return {**_interleaved_rope(head_dim=32, partial=0.25), **heads, "layer_types": layers}

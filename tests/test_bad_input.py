@@ -306,14 +306,14 @@ def test_a_folder_to_save_to_that_is_a_file(llava: Plugin, tmp_path: Path, listi
 
 @pytest.mark.parametrize(("name", "version"), [("transformers", "5.4.1"), ("torch", "2.9.1")])
 def test_an_old_library(monkeypatch: pytest.MonkeyPatch, name: str, version: str) -> None:
-    monkeypatch.setattr(f"{name}.__version__", version)
+    monkeypatch.setattr(getattr(configuration_aim, name), "__version__", version)
     words = (f"{name}>=", version, "pip install --upgrade")
     fails(configuration_aim.check_versions, *words, error=ImportError)
 
 
 def test_a_new_enough_library(monkeypatch: pytest.MonkeyPatch) -> None:
     for version in ("5.5.0.dev0", "5.5", "6.0rc1", "5.10.0+local"):
-        monkeypatch.setattr("transformers.__version__", version)
+        monkeypatch.setattr(configuration_aim.transformers, "__version__", version)
         configuration_aim.check_versions()
 
 

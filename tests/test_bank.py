@@ -100,11 +100,11 @@ DAMAGE = {
     "a later version": (lambda f: rewritten(f, version=2), ValueError, "version 1.*version 2"),
     "an entry missing": (lambda f: rewritten(f, lengths=None), ValueError, "is no manifest.*lengths"),
     "other lengths": (
-        lambda f: rewritten(f, lengths=[1, 2]),
+        lambda f: rewritten(f, lengths=[1] * 5),
         ValueError,
-        rf"{BANK_MANIFEST}.*expected \(3, hidden size\)",
+        rf"{BANK_MANIFEST}.*expected \(5, hidden size\).*again",
     ),
-    "a negative length": (lambda f: rewritten(f, lengths=[-1, 2]), ValueError, f"{BANK_MANIFEST}.*again"),
+    "a negative length": (lambda f: rewritten(f, lengths=[-1, 2, 3, 4, 5]), ValueError, f"{BANK_MANIFEST}.*again"),
     "fewer texts than lengths": (lambda f: rewritten(f, texts=["a"]), ValueError, f"{BANK_MANIFEST}.*texts.*again"),
     "half the weights": (
         lambda f: (f / BANK_WEIGHTS).write_bytes((f / BANK_WEIGHTS).read_bytes()[:500]),

@@ -27,7 +27,7 @@ from modeling_aim.backbone_aim import decoder_layers
 from modeling_aim.pretrained_aim import PROJECTOR_WEIGHTS
 
 # huggingface_hub uploads large files with an argument that its HTTP client deprecates
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"), pytest.mark.timeout(900)]
 PACKAGE = Path(modeling_aim.__file__).parent
 FOUR_BIT = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}
 DISTRIBUTIONS = {"pillow": "PIL", "huggingface-hub": "huggingface_hub"}  # named differently when imported

@@ -1,0 +1,194 @@
+"""Which backbones AIM works with, for every class that AutoModelForImageTextToText maps; writes docs/BACKBONES.md.
+
+    python docs/survey_backbones.py                    # all of them, some minutes
+    python docs/survey_backbones.py internvl kosmos-2  # some, printed only
+
+A model type "works" when a tiny random model of its real class, with its real processor, has passed the properties
+of `aim check`. Of the others, the text decoder is made small and the rest shallow, and the model answers a prompt of
+words with fused tokens before it: it "answers text", and nothing has been shown about images. Where that cannot be
+made from its default configuration, the class is built without weights and asked for what AIM needs: "by
+construction".
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as CLASSES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as NAMES
+
+from modeling_aim import AimForConditionalGeneration, FusedDemonstrations
+from modeling_aim.backbone_aim import decoder_layers, read_hidden_states, why_not
+from modeling_aim.checks import run_checks
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+import families  # noqa: E402
+import more_families  # noqa: E402
+from backbones import plugin  # noqa: E402
+
+SMALL = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 64,
+    "num_attention_heads": 1,  # of their full size, which the sections of rotary positions add up to
+    "num_key_value_heads": 1,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_k": 2,
+    "n_group": 1,
+    "topk_group": 1,
+}
+LENGTH, FUSED = 9, 4  # of the words of the prompt, and of the fused tokens before them
+
+
+def survey(model_type: str) -> tuple[str, str]:
+    """How far AIM goes with a model type, and a remark."""
+    if model_type in families.FAMILIES:
+        return run_properties(model_type)
+    try:
+        config = CONFIG_MAPPING[model_type]()
+        with torch.device("meta"):
+            model = model_class(config)._from_config(config)
+        reason = why_not(model)
+        if reason is not None:
+            return "cannot", reason
+        layers = len(decoder_layers(model))
+    except Exception as error:
+        return "not known", f"its default configuration does not build: {in_short(error)}"
+    try:
+        return answer_text(model_type)
+    except NotAnswered as error:
+        return "cannot", str(error)
+    except Exception as error:
+        return "by construction", f"{layers} decoder layers; not run, as no small model was made: {in_short(error)}"
+
+
+def run_properties(model_type: str) -> tuple[str, str]:
+    """The properties of `aim check` on a tiny model of its real class with its real processor."""
+    results = list(run_checks(plugin(model_type).model))
+    failed = [f"{statement} ({problem})" for statement, problem in results if problem is not None]
+    remark = f"{len(results) - len(failed)} of {len(results)} properties"
+    if len(failed) == len(results):
+        return "cannot", failed[0]
+    return "works", remark + "".join(f"; not: {text}" for text in failed)
+
+
+class NotAnswered(Exception):
+    """A small model was made, and it does not answer with fused tokens; why."""
+
+
+def answer_text(model_type: str) -> tuple[str, str]:
+    """A small random model reads and answers words, without images."""
+    config = small(CONFIG_MAPPING[model_type]())
+    torch.manual_seed(0)
+    backbone = model_class(config)._from_config(config).eval()
+    backbone.generation_config.eos_token_id = None
+    backbone.generation_config.pad_token_id = 0
+    model = AimForConditionalGeneration.from_backbone(backbone)
+    ids = torch.arange(20, 20 + LENGTH)[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    options = {"do_sample": False, "max_new_tokens": 3}
+    backbone.generate(**inputs, **options)  # what fails here has nothing to do with AIM
+    try:
+        states = read_hidden_states(backbone, inputs, [-1])
+        if states.shape != (1, LENGTH, config.get_text_config().hidden_size):
+            raise ValueError(f"{LENGTH} tokens are read as hidden states of the shape {tuple(states.shape)}.")
+        options |= {"output_logits": True, "return_dict_in_generate": True}
+        found = []
+        for _ in range(2):
+            vectors = torch.nn.functional.normalize(torch.randn(FUSED, states.shape[-1]), dim=-1)
+            demos = FusedDemonstrations(model.config.projector_norm * vectors, lengths=(FUSED,), source=model.source)
+            found.append(model.generate(**inputs, demos=demos, **options))
+        if found[0].sequences.shape != (1, LENGTH + 3) or not torch.equal(found[0].sequences[:, :LENGTH], ids):
+            raise ValueError("what it generates does not start with the prompt.")
+        if torch.allclose(found[0].logits[0], found[1].logits[0], atol=1e-6):
+            raise ValueError("other fused tokens give the same answer.")
+    except Exception as error:
+        raise NotAnswered(in_short(error)) from error
+    return "answers text", "no processor was tried"
+
+
+def model_class(config: Any) -> Any:
+    """The class that AutoModelForImageTextToText makes of a configuration."""
+    found = CLASSES[type(config)]
+    return found[0] if isinstance(found, tuple) else found
+
+
+def small(config: Any) -> Any:
+    """`config` with a small text decoder, and few layers everywhere."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config(decoder=True)
+    kinds = list(dict.fromkeys(getattr(text, "layer_types", None) or []))
+    for part in (getattr(config, name) for name in config.sub_configs):
+        for name in ("num_hidden_layers", "depth"):
+            if isinstance(getattr(part, name, None), int):
+                setattr(part, name, 1)
+    for name, value in SMALL.items():
+        try:
+            if isinstance(getattr(text, name, None), int):
+                setattr(text, name, value)
+        except Exception:
+            continue  # it has a value for each layer
+    text.num_hidden_layers = max(2, len(kinds))
+    if kinds:
+        text.layer_types = kinds if len(kinds) > 1 else 2 * kinds
+    return config
+
+
+def in_short(error: Exception) -> str:
+    """The first sentence of an error, on one line."""
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words}"[:160].replace("|", "\\|")
+
+
+def main(chosen: list[str]) -> None:
+    """Survey the model types `chosen`, or all and write the table."""
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("modeling_aim").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    families.FAMILIES.update({**families.MORE_FAMILIES, **more_families.BUILDERS})
+    rows = []
+    for model_type in chosen or NAMES:
+        status, remark = survey(model_type)
+        rows.append((status, model_type, remark))
+        print(f"{model_type}: {status}; {remark}", flush=True)
+    if not chosen:
+        write_table(rows)
+
+
+def write_table(rows: list[tuple[str, str, str]]) -> None:
+    """Write docs/BACKBONES.md from status, model type and remark of each."""
+    order = ["works", "answers text", "by construction", "not known", "cannot"]
+    rows = sorted(rows, key=lambda row: (order.index(row[0]), row[1]))
+    lines = [f"| `{name}` | {status} | {remark} |" for status, name, remark in rows]
+    counts = ", ".join(f"{sum(row[0] == status for row in rows)} {status}" for status in order)
+    (ROOT / "docs" / "BACKBONES.md").write_text(
+        "# Which backbones AIM works with\n\n"
+        f"All that AutoModelForImageTextToText maps in transformers {transformers.__version__}: {counts}. "
+        "Made by `python docs/survey_backbones.py`; your own backbone is tried by `aim check BACKBONE`.\n\n"
+        "| | |\n|---|---|\n"
+        "| works | a tiny random model of the real class, with its processor, has the properties of `aim check` |\n"
+        "| answers text | a small random model reads words and answers with fused tokens; images were not tried |\n"
+        "| by construction | the class has what AIM needs; nothing was run |\n"
+        "| not known | transformers cannot build it from its default configuration |\n"
+        "| cannot | for the reason given |\n\n"
+        "| model type | AIM | remark |\n|---|---|---|\n" + "\n".join(lines) + "\n",
+        encoding="utf-8",
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
