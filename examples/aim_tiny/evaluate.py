@@ -1,0 +1,333 @@
+"""Accuracy of aim-tiny and its controls on naming episodes: held-out concepts under held-out names.
+
+    python examples/aim_tiny/evaluate.py --episodes 100                 # a table
+    python examples/aim_tiny/evaluate.py --episodes 400 --json          # {"2-way 8": {"aim": ..., "full": ...}, ...}
+
+An answer is right when greedy decoding gives exactly the gold name. That is so when every token of it is the most
+likely one after the gold tokens before it, so one forward pass tells, without generating. The episodes of a seed are
+the same for all methods and wordings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, replace
+
+import torch
+import world
+from corpus import IMAGE_IDS
+from projector import Demo, Query, insert, pad
+from quick import run
+from safetensors.torch import load_file
+from support import CONTROLS, OUT, ROOT, progress, write
+from transformers import LlavaForConditionalGeneration
+from vision import pixels
+from words import BOS, ids, token_id
+from world import WORDINGS
+
+sys.path.insert(0, str(ROOT))
+from modeling_aim.configuration_aim import AimConfig
+from modeling_aim.projector_aim import AimProjector
+
+CELLS = {"2-way 2": (2, 1), "2-way 8": (2, 4), "2-way 16": (2, 8), "2-way 32": (2, 16), "5-way 5": (5, 1),
+         "5-way 10": (5, 2), "5-way 15": (5, 3), "5-way 30": (5, 6), "8-way 16": (8, 2)}  # fmt: skip
+METHODS = ("zero_shot", "text_only", "full", "full_interleaved", "oracle_captions", "aim", "aim_paper", "aim_generic",
+           "aim_shuffled_images", "aim_random_projector")  # fmt: skip
+TOKENS = 12_000  # tokens a forward pass
+
+
+# --- what is compared ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """One episode in one wording: what is shown, what is asked."""
+
+    demos: list[Demo]
+    captions: list[str]
+    query: Query
+    name: str
+
+
+def task(seed: str, ways: int, shots: int, split: str, wording: str) -> Task:
+    p, w = world.plan_of(seed, ways, shots, split), WORDINGS[wording]
+    demos = [Demo((p.concept_ids[way], i), w.head, w.demonstration(p.bindings[way])) for way, i in p.demos]
+    captions = [world.caption(world.pool_scene(split, *demo.image)) + " ." for demo in demos]
+    way, index = p.query
+    query = Query((p.concept_ids[way], index), w.head, w.question, w.answer.split("{}")[0] + p.bindings[way])
+    return Task(demos, captions, query, p.bindings[way])
+
+
+def shuffled(t: Task) -> Task:
+    """The same demonstrations with their images dealt anew."""
+    images = [demo.image for demo in t.demos]
+    random.Random(f"{images}").shuffle(images)
+    return replace(t, demos=[replace(demo, image=image) for demo, image in zip(t.demos, images, strict=True)])
+
+
+def prompt(method: str, t: Task) -> tuple[list[int], list[tuple[int, int]], int]:
+    """Token ids before the answer, the images they hold, and how many fused tokens stand after `<s>`."""
+    tokens, images, fused = [token_id(BOS)], [], 0
+    if method.startswith("aim"):
+        fused = sum(demo.fused for demo in t.demos)
+        tokens += [0] * fused
+    elif method != "zero_shot":
+        for demo, caption in zip(t.demos, t.captions, strict=True):
+            if method.startswith("full"):
+                tokens += demo.ids[1:]
+                images.append(demo.image)
+            else:
+                middle = ids(caption) if method == "oracle_captions" else []
+                tokens += ids(demo.head) + middle + ids(demo.text)
+    return tokens + t.query.prompt, [*images, t.query.image], fused
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """The frozen backbone, the projectors, and what the vision tower says of every pool image."""
+
+    def __init__(self, split: str, load_in_4bit: bool = False, methods: tuple[str, ...] = METHODS) -> None:
+        self.split = split
+        self.backbone = load_backbone(load_in_4bit)
+        self.features = features(self.backbone, split)
+        self.projectors = {m: load_projector(m, self.backbone) for m in methods if m.startswith("aim")}
+        self.interleaved = load_interleaved(load_in_4bit) if "full_interleaved" in methods else None
+        self.kept: tuple = (None, None)
+        self.prefixes: dict = {}
+
+    @torch.no_grad()
+    def right(self, method: str, tasks: list[Task]) -> list[bool]:
+        """Whether each task is answered right; tasks of one cell and wording, so of about one length."""
+        model = self.interleaved if method == "full_interleaved" else self.backbone
+        shown = [shuffled(t) for t in tasks] if method == "aim_shuffled_images" else tasks
+        prompts = [prompt(method, t) for t in shown]
+        golds = [ids(t.query.answer) for t in shown]
+        tokens = pad([p + gold for (p, _, _), gold in zip(prompts, golds, strict=True)])
+        vectors = insert(
+            model.get_input_embeddings()(tokens), tokens, model, [i for p in prompts for i in p[1]], self.features
+        )
+        if method.startswith("aim"):
+            fused = self.projectors[method][0](self.states(method, shown))
+            holes = torch.zeros(tokens.shape, dtype=torch.bool)
+            for row, (_, _, count) in enumerate(prompts):
+                holes[row, 1 : 1 + count] = True
+            vectors = vectors.masked_scatter(holes.unsqueeze(-1), fused.to(vectors.dtype))
+        hidden = run(model.model.language_model, vectors, torch.arange(tokens.shape[1]).expand(tokens.shape))
+        verdicts = []
+        for row, ((p, _, _), gold) in enumerate(zip(prompts, golds, strict=True)):
+            said = model.lm_head(hidden[row, len(p) - 1 : len(p) + len(gold) - 1]).argmax(-1).tolist()
+            verdicts.append(said == gold)
+        return verdicts
+
+    def states(self, method: str, tasks: list[Task]) -> torch.Tensor:
+        """What the projector of a method reads of all demonstrations; read once for the methods that read the same."""
+        layers = sorted({k for _, read_layers in self.projectors.values() for k in read_layers if k != -1})
+        layers += [-1] * any(-1 in read_layers for _, read_layers in self.projectors.values())
+        demos = [demo for t in tasks for demo in t.demos]
+        if self.kept[0] != demos:
+            self.kept = demos, torch.stack(self.read(demos, layers), 1)
+        return torch.cat([self.kept[1][:, layers.index(k)] for k in self.projectors[method][1]], -1)
+
+    def read(self, demos: list[Demo], layers: list[int]) -> list[torch.Tensor]:
+        """The states that `projector.read` gives, sooner: an image is read once for all that show it."""
+        model = self.backbone
+        past, old_states = self.prefix(demos[0].head, layers)
+        texts = [ids(demo.text) for demo in demos]
+        tokens = pad(texts)
+        where = tuple(torch.tensor([demo.image for demo in demos]).T)
+        before = past[0][0].shape[-2]
+        positions = torch.arange(before, before + tokens.shape[1]).expand(tokens.shape)
+        last = None if -1 in layers else max(layers)
+        seen = [(k[where], v[where]) for k, v in past]
+        vectors = model.get_input_embeddings()(tokens)
+        new = run(model.model.language_model, vectors, positions, layers=last, kept=tuple(layers), past=seen)
+        first = 1 + len(ids(demos[0].head))
+        return [
+            torch.cat(
+                [
+                    torch.cat((old[image][1:first], row[: len(text)]))
+                    for image, row, text in zip(zip(*where, strict=True), rows, texts, strict=True)
+                ]
+            )
+            for old, rows in zip(old_states, new, strict=True)
+        ]
+
+    def prefix(self, head: str, layers: list[int]) -> tuple[list, list]:
+        """`<s>`, the words before the image, and the image, for every pool image: keys and values, and states."""
+        if head not in self.prefixes:
+            model, count = self.backbone, self.features.shape[1]
+            row = [token_id(BOS), *ids(head), *IMAGE_IDS]
+            tokens = torch.tensor([row] * count)
+            positions = torch.arange(len(row)).expand(tokens.shape)
+            caches, states = [], []
+            for concept in range(len(self.features)):
+                images = [(concept, i) for i in range(count)]
+                vectors = insert(model.get_input_embeddings()(tokens), tokens, model, images, self.features)
+                caches.append([])
+                last = None if -1 in layers else max(layers)
+                states.append(
+                    run(
+                        model.model.language_model,
+                        vectors,
+                        positions,
+                        layers=last,
+                        kept=tuple(layers),
+                        cache=caches[-1],
+                    )
+                )
+            past = [
+                tuple(torch.stack(part) for part in zip(*layer, strict=True)) for layer in zip(*caches, strict=True)
+            ]
+            self.prefixes[head] = past, [torch.stack(s) for s in zip(*states, strict=True)]
+        return self.prefixes[head]
+
+
+def four_bit():
+    """NF4 for the linears of the language model alone."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32,
+                              llm_int8_skip_modules=["lm_head", "vision_tower", "multi_modal_projector"])  # fmt: skip
+
+
+def load_backbone(load_in_4bit: bool = False) -> LlavaForConditionalGeneration:
+    options = {"quantization_config": four_bit()} if load_in_4bit else {}
+    return LlavaForConditionalGeneration.from_pretrained(OUT / "backbone", **options).eval()
+
+
+def load_interleaved(load_in_4bit: bool = False) -> LlavaForConditionalGeneration:
+    """The control tuned on many images: the backbone with other weights of projection and language model."""
+    model = load_backbone()
+    weights = {k: v.float() for k, v in load_file(CONTROLS / "full_interleaved.safetensors").items()}
+    model.load_state_dict(weights, strict=False)
+    if not load_in_4bit:
+        return model
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return LlavaForConditionalGeneration.from_pretrained(folder, quantization_config=four_bit()).eval()
+
+
+def load_projector(method: str, backbone: LlavaForConditionalGeneration) -> tuple[AimProjector, list[int]]:
+    """A projector and its read layers; shuffled images use the shipped one, the random one is its form untrained."""
+    folder, stem = (CONTROLS, method) if method in ("aim_paper", "aim_generic") else (OUT, "aim_projector")
+    settings = json.loads((folder / ("config.json" if folder == OUT else f"{stem}.json")).read_text())
+    form = {k: settings[k] for k in ("read_layers", "projector_form", "projector_intermediate_size", "projector_norm")}
+    torch.manual_seed(1)
+    projector = AimProjector(AimConfig(backbone_config=backbone.config, **form))
+    if method != "aim_random_projector":
+        weights = load_file(folder / f"{stem}.safetensors")
+        projector.load_state_dict({k.removeprefix("projector."): v.float() for k, v in weights.items()})
+    return projector.eval(), form["read_layers"]
+
+
+@torch.no_grad()
+def features(model: LlavaForConditionalGeneration, split: str) -> torch.Tensor:
+    """Patch features of the split's pool, `(concepts, images, 64, width)`, computed once a run."""
+    rows = []
+    for concept in progress(range(len(world.concepts(split))), f"look at {split} images", leave=False):
+        import numpy as np
+
+        drawn = np.stack(
+            [np.asarray(world.pool_image(split, concept, i)) for i in range(world.IMAGES_PER_CONCEPT[split])]
+        )
+        rows.append(model.model.vision_tower(pixels(drawn), output_hidden_states=True).hidden_states[-1][:, 1:])
+    return torch.stack(rows)
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+
+def verdicts(bench: Bench, methods: list[str], tasks: list[Task]) -> dict[str, list[bool]]:
+    """Right or wrong by method, in batches of about as many tokens; what reads the same goes together."""
+    groups = [[m] for m in methods if not m.startswith("aim")]
+    groups.append([m for m in methods if m.startswith("aim") and m != "aim_shuffled_images"])
+    groups.append([m for m in methods if m == "aim_shuffled_images"])
+    found: dict[str, list[bool]] = {m: [] for m in methods}
+    for group in filter(None, groups):
+        size = max(
+            1, TOKENS // (len(prompt(group[0], tasks[0])[0]) + (12 * len(tasks[0].demos) if "aim" in group[0] else 0))
+        )
+        for start in range(0, len(tasks), size):
+            for method in group:
+                found[method] += bench.right(method, tasks[start : start + size])
+    return found
+
+
+def evaluate(
+    bench: Bench, methods: list[str], cells: list[str], wordings: list[str], episodes: int, seeds: int
+) -> dict:
+    """`{cell: {method: accuracy, "tokens": {method: mean prompt tokens}, "by_wording": {...}, "by_seed": {...}}}`."""
+    report: dict = {}
+    work = [(cell, wording, seed) for cell in cells for wording in wordings for seed in range(seeds)]
+    scores: dict = defaultdict(lambda: defaultdict(list))
+    lengths: dict = defaultdict(lambda: defaultdict(list))
+    for cell, wording, seed in progress(work, "evaluate"):
+        tasks = [task(f"{seed}.{e}", *CELLS[cell], bench.split, wording) for e in range(episodes)]
+        for method, right in verdicts(bench, methods, tasks).items():
+            scores[cell, method][wording, seed] = [sum(right) / len(right)]
+            lengths[cell][method] += [len(prompt(method, t)[0]) for t in tasks[:20]]
+    for cell in cells:
+        entry = report[cell] = {m: mean(v for [v] in scores[cell, m].values()) for m in methods}
+        entry["tokens"] = {m: mean(lengths[cell][m]) for m in methods}
+        entry["by_wording"] = {
+            m: {w: mean(scores[cell, m][w, s][0] for s in range(seeds)) for w in wordings} for m in methods
+        }
+        entry["by_seed"] = {
+            m: [mean(scores[cell, m][w, s][0] for w in wordings) for s in range(seeds)] for m in methods
+        }
+    return report
+
+
+def mean(values) -> float:
+    values = list(values)
+    return round(sum(values) / len(values), 4)
+
+
+def table(report: dict, methods: list[str]) -> str:
+    lines = [
+        "".join(
+            f"{h:>12}" for h in ("episode", *(m.replace("aim_", "a_").replace("full_", "f_")[:11] for m in methods))
+        )
+    ]
+    for cell, entry in report.items():
+        lines.append(f"{cell:>12}" + "".join(f"{entry[m]:>12.3f}" for m in methods))
+        lines.append(f"{'tokens':>12}" + "".join(f"{entry['tokens'][m]:>12.0f}" for m in methods))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--episodes", type=int, default=400, help="episodes a cell, wording and seed")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--split", choices=world.SPLITS, default="test")
+    parser.add_argument(
+        "--wordings", default="this", help=f"comma-separated, of {', '.join(WORDINGS)}; or 'all': {world.EVALUATED}"
+    )
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--cells", default=",".join(CELLS))
+    parser.add_argument("--load-in-4bit", action="store_true", help="bitsandbytes NF4 for the language model")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--out", help="write the JSON here too")
+    args = parser.parse_args()
+    methods, cells = args.methods.split(","), args.cells.split(",")
+    wordings = list(world.EVALUATED) if args.wordings == "all" else args.wordings.split(",")
+    report = evaluate(
+        Bench(args.split, args.load_in_4bit, tuple(methods)), methods, cells, wordings, args.episodes, args.seeds
+    )
+    print(json.dumps(report, indent=1) if args.json else table(report, methods))
+    if args.out:
+        from pathlib import Path
+
+        write(Path(args.out), lambda p: p.write_text(json.dumps(report, indent=1)))
+
+
+if __name__ == "__main__":
+    main()

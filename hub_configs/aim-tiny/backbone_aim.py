@@ -1,0 +1,318 @@
+"""Any backbone, spoken to through the names that all families share: read it, recognise it, leave it as it was.
+
+No family is named here. What is asked of a backbone is `base_model` (no LM head), `get_decoder`,
+`get_input_embeddings` and `config.get_text_config()`.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from threading import RLock
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.quantizers import AutoQuantizationConfig
+
+from .files_aim import HUB_KWARGS
+
+STATE_NAMES = ("rope_deltas",)  # what some backbones remember of the last prompt, as attributes of their modules
+
+_TURNS: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()
+_READING: ContextVar[dict[int, torch.Tensor | None] | None] = ContextVar("aim_reading", default=None)
+
+
+class _ReadFinished(Exception):
+    """Raised behind the last layer that is read: what comes after it need not run."""
+
+
+def why_not(backbone: PreTrainedModel) -> str | None:
+    """Why AIM cannot work with a backbone, in one sentence; `None` where nothing speaks against it."""
+    if backbone.config.is_encoder_decoder:
+        return "it is an encoder-decoder, whose answer does not continue the prompt that fused tokens stand in."
+    if not backbone.can_generate():
+        return "it does not generate text."
+    if not {"input_ids", "attention_mask"} <= set(inspect.signature(backbone.forward).parameters):
+        return "it does not take its prompt as input_ids and attention_mask."
+    try:
+        embedding_weight(backbone)
+    except (AssertionError, AttributeError, NotImplementedError):
+        return "it does not say through get_input_embeddings() how it embeds its prompt."
+    if backbone.base_model is backbone and _lm_head(backbone) is None:
+        return "it has neither a model below its LM head nor says through get_output_embeddings() where that is."
+    return None
+
+
+def decoder_layers(backbone: PreTrainedModel) -> nn.ModuleList:
+    """The stack of text decoder layers, in order.
+
+    Raises:
+        ValueError: the backbone has no stack of `num_hidden_layers` layers in its decoder.
+    """
+    count = backbone.config.get_text_config(decoder=True).num_hidden_layers
+    decoder = backbone.get_decoder()
+    own = getattr(decoder, "layers", None)
+    stacks = [own] if own is not None else [m for m in decoder.modules() if isinstance(m, nn.ModuleList)]
+    for stack in stacks:
+        if isinstance(stack, nn.ModuleList) and len(stack) == count:
+            return stack
+    raise ValueError(
+        f"{type(backbone).__name__} has no stack of {count} decoder layers where AIM looks for it "
+        f"(get_decoder() is {type(decoder).__name__}); read_layers=[-1] does not need one."
+    )
+
+
+def watch_layers(backbone: PreTrainedModel, read_layers: Sequence[int]) -> None:
+    """Register the hooks through which `read_hidden_states` sees the layers in `read_layers`.
+
+    The hooks do nothing outside a read of these layers, so several plug-ins can share a backbone, and a read in one
+    thread is invisible to the others (`ContextVar`).
+    """
+    wanted = sorted({k for k in read_layers if k != -1})
+
+    def keep(number: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            kept = _READING.get()
+            if kept is not None and number in kept:
+                kept[number] = output[0] if isinstance(output, tuple) else output
+                if -1 not in kept and number == max(kept):
+                    raise _ReadFinished
+
+        return hook
+
+    if wanted:
+        layers = decoder_layers(backbone)
+        for number in wanted:
+            layers[number - 1].register_forward_hook(keep(number))
+    head = _lm_head(backbone)
+    if backbone.base_model is backbone and head is not None:
+        head.register_forward_pre_hook(_keep_last)
+
+
+def _lm_head(backbone: PreTrainedModel) -> nn.Module | None:
+    """The LM head, of the backbone or of its decoder."""
+    for module in (backbone, backbone.get_decoder()):
+        head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+        if head is not None:
+            return head
+    return None
+
+
+def _keep_last(head: nn.Module, args: Any) -> None:
+    """What goes into the LM head is what a backbone without a model of its own below the head is read from."""
+    kept = _READING.get()
+    if kept is not None and -1 in kept:
+        kept[-1] = args[0]
+        raise _ReadFinished
+
+
+@torch.no_grad()
+def read_hidden_states(
+    backbone: PreTrainedModel, inputs: Mapping[str, Any], read_layers: Sequence[int]
+) -> torch.Tensor:
+    """One forward pass without LM head, KV cache or gradient.
+
+    Args:
+        backbone: the frozen backbone, prepared by `watch_layers`.
+        inputs: a padded batch of the backbone's own inputs.
+        read_layers: as in `AimConfig`; layers after the last of them are not run.
+
+    Returns:
+        Hidden states `(batch, length, len(read_layers) * hidden size)`.
+    """
+    kept: dict[int, Any] = dict.fromkeys(read_layers)
+    token = _READING.set(kept)
+    try:
+        with one_at_a_time(backbone), preserved_state(backbone):
+            kept[-1] = backbone.base_model(**inputs, use_cache=False, return_dict=True).last_hidden_state
+    except _ReadFinished:
+        pass
+    finally:
+        _READING.reset(token)
+    return torch.cat([kept[k].to(kept[read_layers[0]].device) for k in read_layers], dim=-1)
+
+
+def one_at_a_time(backbone: PreTrainedModel) -> AbstractContextManager[Any]:
+    """Calls of a backbone that remembers its last prompt (`STATE_NAMES`) wait for each other; others need not."""
+    if not any(hasattr(module, name) for module in backbone.modules() for name in STATE_NAMES):
+        return nullcontext()
+    return _TURNS.setdefault(backbone, RLock())
+
+
+@contextmanager
+def preserved_state(backbone: PreTrainedModel) -> Iterator[None]:
+    """Put back what the backbone remembered before, so that nothing leaks from a read into an answer."""
+    found = [(m, name, getattr(m, name)) for m in backbone.modules() for name in STATE_NAMES if hasattr(m, name)]
+    try:
+        yield
+    finally:
+        for module, name, value in found:
+            setattr(module, name, value)
+
+
+def embedding_weight(backbone: PreTrainedModel) -> torch.Tensor:
+    """The rows of the input embeddings, `(vocabulary, hidden size)`."""
+    weight = backbone.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
+
+@contextmanager
+def answering(backbone: PreTrainedModel) -> Iterator[None]:
+    """Layers that recompute in training mode drop the KV cache: let them rest while the backbone generates."""
+    training = [module for module in backbone.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _spread(count: int, total: int) -> list[int]:
+    """`count` indices from the first to the last of `total`; in integers, since float32 cannot count that far."""
+    return [i * (total - 1) // max(count - 1, 1) for i in range(count)]
+
+
+@torch.no_grad()
+def _embedded(backbone: PreTrainedModel, count: int) -> torch.Tensor | None:
+    """Input embeddings of `count` ids `(count, hidden size)`, as the model sees them; `None` without weights."""
+    embedding, weight = backbone.get_input_embeddings(), embedding_weight(backbone)
+    if weight.is_meta and not hasattr(embedding, "_hf_hook"):
+        return None
+    ids = torch.tensor([_spread(count, weight.shape[0])], device=module_device(backbone))
+    return embedding(ids)[0].detach().float().cpu()
+
+
+def module_device(backbone: PreTrainedModel) -> torch.device:
+    """Where the inputs of a backbone go, also when parts of it are offloaded."""
+    weight = embedding_weight(backbone)
+    if not weight.is_meta:
+        return weight.device
+    hook = getattr(backbone.get_input_embeddings(), "_hf_hook", None)
+    return torch.device("meta" if hook is None else hook.execution_device)
+
+
+def embedding_norm(backbone: PreTrainedModel) -> float:
+    """Mean norm of the input embeddings, padding rows left out: the scale of the space fused tokens live in."""
+    rows = _embedded(backbone, 4096)
+    if rows is None:
+        return 1.0
+    norms = rows.norm(dim=-1)
+    return float(norms[norms > 0].mean()) if bool((norms > 0).any()) else 1.0
+
+
+def fingerprint(backbone: PreTrainedModel) -> list[float] | None:
+    """A few weights by which a backbone is known again, whatever its precision or quantization.
+
+    They are taken from what is never quantized: input embeddings, final norm and LM head. A backbone whose decoder
+    layers alone were tuned (a merged LoRA, say) has the same fingerprint. `None` where there are no weights.
+    """
+    rows = _embedded(backbone, 24)
+    if rows is None:
+        return None
+    norms = [p for p in backbone.get_decoder().parameters() if p.ndim == 1 and p.is_floating_point() and not p.is_meta]
+    head = backbone.get_output_embeddings()
+    samples = [float(row[i % len(row)]) for i, row in enumerate(rows)]
+    for weight in (norms[-1] if norms else None, getattr(head, "weight", None)):
+        if weight is not None and not weight.is_meta and weight.is_floating_point():
+            flat = weight.detach().reshape(-1)
+            samples += flat[torch.tensor(_spread(8, flat.numel()), device=flat.device)].float().tolist()
+    return [float(f"{value:.4g}") for value in samples]
+
+
+def check_backbone(backbone: PreTrainedModel, expected: PreTrainedConfig | None, known: list[float] | None) -> None:
+    """Raise `ValueError` unless `backbone` is the one a projector was made for.
+
+    Args:
+        backbone: what was loaded or given.
+        expected: the configuration stored with the projector.
+        known: the fingerprint stored with the projector.
+    """
+    if expected is None:
+        return
+    pairs: list[tuple[str, Any, Any]] = [("model type", backbone.config.model_type, expected.model_type)]
+    for name in ("hidden_size", "num_hidden_layers", "vocab_size"):
+        found, stored = (getattr(c.get_text_config(), name, None) for c in (backbone.config, expected))
+        pairs.append((name, found, stored))
+    wrong = [f"{name} {found} (the projector's: {stored})" for name, found, stored in pairs if found != stored]
+    if not wrong and known is not None:
+        found_print = fingerprint(backbone)
+        same_kind = found_print is not None and len(found_print) == len(known)  # parts of it may be offloaded
+        if same_kind and not torch.allclose(torch.tensor(found_print), torch.tensor(known), rtol=2e-2, atol=1e-4):
+            wrong = ["the same shape, but other weights"]
+    if wrong:
+        name = backbone.config.name_or_path or type(backbone).__name__
+        raise ValueError(
+            f"This projector was trained for another backbone than {name}: {'; '.join(wrong)}. Load the backbone "
+            "named in its config.json, or make a new projector with AimForConditionalGeneration.from_backbone(...)."
+        )
+
+
+def modules_kept_unquantized(backbone: PreTrainedModel) -> list[str]:
+    """Every module beside the text decoder layers: LM head, vision tower, connector, embeddings, norms.
+
+    bitsandbytes' own default list is replaced as soon as a user gives one, so this is added to it (see `design`).
+    """
+    stack = decoder_layers(backbone)
+    path = next(name for name, module in backbone.named_modules() if module is stack)
+    kept, prefix, module = [], "", backbone
+    for part in path.split("."):
+        kept += [prefix + name for name, _ in module.named_children() if name != part]
+        prefix, module = f"{prefix}{part}.", getattr(module, part)
+    return kept
+
+
+def longest_prompt(config: PreTrainedConfig) -> int | None:
+    """Positions the backbone's text decoder can hold, where it says so."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+# --- loading, and 4-bit weights
+
+
+def load_backbone(name: str, **kwargs: Any) -> PreTrainedModel:
+    """Load a backbone with the user's own arguments; what is quantized are its text decoder layers alone."""
+    kwargs.setdefault("trust_remote_code", False)  # trust in this repository is none in the backbone's
+    quantization = kwargs.get("quantization_config")
+    if quantization is not None:
+        place = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
+        kwargs["quantization_config"] = _with_modules_kept(quantization, AutoConfig.from_pretrained(name, **place))
+    return AutoModelForImageTextToText.from_pretrained(name, **kwargs)
+
+
+def _with_modules_kept(quantization: Any, config: PreTrainedConfig) -> Any:
+    """Add LM head, vision tower and connector to the modules that are not quantized, whatever the user listed."""
+    if isinstance(quantization, dict):
+        quantization = AutoQuantizationConfig.from_dict(quantization)
+    quantization = copy.copy(quantization)
+    with torch.device("meta"):
+        kept = modules_kept_unquantized(AutoModelForImageTextToText.from_config(config))
+    for name in ("llm_int8_skip_modules", "modules_to_not_convert"):
+        if hasattr(quantization, name):
+            setattr(quantization, name, sorted({*(getattr(quantization, name) or []), *kept}))
+    return quantization
+
+
+def laptop_quantization_config() -> BitsAndBytesConfig:
+    """4-bit weights (NF4, doubly quantized) that fit a 7B backbone in about 5 GB; the projector stays in full.
+
+    Pass it as `quantization_config=` to `from_pretrained`. It saves memory, not time.
+    """
+    low = torch.bfloat16 if not torch.cuda.is_available() or torch.cuda.is_bf16_supported() else torch.float16
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=low
+    )

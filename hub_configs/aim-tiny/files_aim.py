@@ -1,0 +1,140 @@
+"""Files of an AIM repository: found in a folder or on the Hub, read with clear errors, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers.utils import cached_file
+
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def locate_file(name_or_path: str | os.PathLike[str], filename: str, **hub_kwargs: Any) -> str:
+    """Path of `filename` in a folder or, downloaded, in a Hub repository.
+
+    Raises:
+        FileNotFoundError: there is no such file; the message names folder or repository and what to do.
+    """
+    try:
+        path = cached_file(str(name_or_path), filename, **hub_kwargs)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{filename} was not found in {name_or_path} ({error}). Check the name and the revision, and that the "
+            "folder or repository was saved whole."
+        ) from error
+    assert path is not None
+    return path
+
+
+def read_safetensors(path: str, names: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+    """Read a safetensors file and check that it holds exactly the tensors `names`, where given.
+
+    Raises:
+        ValueError: the file is damaged, or holds other tensors than `names`.
+    """
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be read as safetensors ({error}); it is damaged, cut short or another kind of file "
+            f"({os.path.getsize(path)} bytes). Download or save it again."
+        ) from error
+    if names is not None and set(tensors) != set(names):
+        raise ValueError(
+            f"{path} holds {_listing(tensors)}, expected {_listing(names)}: it belongs to something else."
+        )
+    return tensors
+
+
+def _listing(names: Any) -> str:
+    names = sorted(names)
+    return ", ".join(names[:6]) + (f", ... ({len(names)} tensors)" if len(names) > 6 else "") if names else "nothing"
+
+
+@contextmanager
+def staged_folder(save_directory: str | os.PathLike[str]) -> Iterator[Path]:
+    """A scratch folder beside `save_directory`; its files move there together when the block ends without error."""
+    target = Path(save_directory)
+    if target.is_file():
+        raise ValueError(f"{target} is a file; give a folder to save to.")
+    existed = target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))  # inside, so that files move within one disk
+    try:
+        yield stage
+        existed = True
+        for path in sorted(stage.rglob("*")):
+            if path.is_file():
+                final = target / path.relative_to(stage)
+                final.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, final)
+    finally:
+        shutil.rmtree(stage if existed else target, ignore_errors=True)
+
+
+def upload(folder: str | os.PathLike[str], repo_id: str, **kwargs: Any) -> Any:
+    """Upload a saved repository to the Hub.
+
+    Args:
+        folder: what `save_pretrained` wrote.
+        repo_id: the repository, made when it does not exist.
+        **kwargs: `token`, `private`, `revision`, `commit_message`, `commit_description`, `create_pr`.
+    """
+    api = HfApi(token=kwargs.pop("token", None))
+    repo_id = api.create_repo(repo_id, private=kwargs.pop("private", None), exist_ok=True).repo_id
+    if kwargs.get("revision") is not None:
+        api.create_branch(repo_id, branch=kwargs["revision"], exist_ok=True)
+    kwargs.setdefault("commit_message", "Upload an AIM plug-in")
+    if api.file_exists(repo_id, "README.md", revision=kwargs.get("revision")):
+        kwargs["ignore_patterns"] = "README.md"  # a card somebody wrote is kept
+    return api.upload_folder(repo_id=repo_id, folder_path=Path(folder), **kwargs)
+
+
+def shipped_files() -> list[Path]:
+    """The code that a repository carries to be loaded as remote code: these very files."""
+    return sorted(Path(__file__).parent.glob("*_aim.py"))
+
+
+def model_card(config: Any, projector: torch.nn.Module) -> str:
+    """A model card that says what the repository holds and how to use it."""
+    backbone = config.backbone_name_or_path or f"in the folder `{config.backbone_subfolder}`"
+    parameters = sum(p.numel() for p in projector.parameters())
+    hub_id = config.backbone_name_or_path and not os.path.isdir(config.backbone_name_or_path)
+    base_model = f"base_model: {config.backbone_name_or_path}\n" if hub_id else ""
+    return f"""---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags: [aim, multimodal-in-context-learning, few-shot, custom_code]
+{base_model}---
+
+# AIM plug-in: answers from demonstrations
+
+A projector ({config.projector_form}, {parameters:,} parameters) that lets a frozen vision-language backbone answer
+from (image, text) demonstrations at a few *fused virtual tokens* each, after
+[AIM: Let Any Multi-modal Large Language Models Embrace Efficient In-Context Learning](https://arxiv.org/abs/2406.07588).
+
+| | |
+|---|---|
+| backbone | {backbone} (`{config.backbone_config.model_type}`, hidden size {config.hidden_size}) |
+| read | layers {config.read_layers}, span `{config.read_span}`, at most {config.max_fused_tokens} fused tokens |
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("this/repository", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("this/repository", trust_remote_code=True)
+demos = [{{"image": "dax1.png", "label": "dax"}}, {{"image": "wug1.png", "label": "wug"}}]
+inputs = processor(images=query, text=processor.prompt("What is this?"), return_tensors="pt")
+answer = model.generate(**inputs, demos=demos, max_new_tokens=8)
+```
+"""

@@ -1,0 +1,369 @@
+"""AIM (arXiv 2406.07588): a frozen vision-language model answers from demonstrations that it has read one by one.
+
+The story of the paper, in the order of this file: *read* each demonstration with the frozen backbone and keep the
+hidden states on top of its text, *project* them to fused virtual tokens, *inject* these in front of a query, and let
+the same frozen backbone *generate*. Loading and saving come after.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText, GenerationConfig, GenerationMixin, PreTrainedModel
+
+from .backbone_aim import (
+    answering,
+    embedding_weight,
+    longest_prompt,
+    one_at_a_time,
+    read_hidden_states,
+    watch_layers,
+)
+from .configuration_aim import AimConfig
+from .demonstrations_aim import (
+    Demonstration,
+    DemonstrationBank,
+    FusedDemonstrations,
+    check_demos,
+    check_source,
+    is_demonstration,
+    is_fused,
+)
+from .injection_aim import FusedPrompt, injected, own_tokens_only, watch_embeddings
+from .pretrained_aim import AimPreTrainedModel
+from .processing_aim import AimProcessor
+from .projector_aim import AimProjector
+
+
+class AimForConditionalGeneration(AimPreTrainedModel, GenerationMixin):
+    """A frozen vision-language backbone with a projector that fuses demonstrations into virtual tokens.
+
+    Everywhere, `demos` is one of:
+
+    * a list of raw demonstrations: `(image, text)`, `(image, question, answer)`, or a dict with `image` (or
+      `images`) and `text`, `label`, or `question` and `answer`; an image is a PIL image, a path, a URL or an array;
+    * what `read` returned, or a `DemonstrationBank`: nothing is read again;
+    * a list with one of these, or `None`, for each row of the batch;
+    * `None` or empty: the call is the backbone's own, bit for bit.
+
+    Args:
+        config: the plug-in's settings.
+        backbone: the backbone; built from `config.backbone_config` with random weights when `None`.
+        processor: turns raw demonstrations into the backbone's inputs; loaded when it is first needed.
+    """
+
+    def __init__(
+        self, config: AimConfig, backbone: PreTrainedModel | None = None, processor: AimProcessor | None = None
+    ) -> None:
+        if backbone is None and config.backbone_config is None:
+            raise ValueError(
+                "This configuration names no backbone to build (backbone_config is None). Use from_pretrained, or "
+                "AimForConditionalGeneration.from_backbone(backbone)."
+            )
+        super().__init__(config)
+        if backbone is None:
+            backbone = AutoModelForImageTextToText.from_config(config.backbone_config)
+        self.backbone = backbone.requires_grad_(False).eval()
+        self.projector = AimProjector(config)
+        if not embedding_weight(
+            backbone
+        ).is_meta:  # float32 whatever the backbone's precision: it is small, and trains
+            self.projector.to(device=embedding_weight(backbone).device, dtype=torch.float32)
+        watch_embeddings(backbone.get_input_embeddings())
+        watch_layers(backbone, config.read_layers)
+        self._processor = processor
+        self._loaded_from: tuple[str, dict[str, Any]] | None = None
+        self._projector_id: tuple[Any, str] | None = None
+        for name in ("hf_device_map", "hf_quantizer", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"):
+            if hasattr(backbone, name):
+                setattr(self, name, getattr(backbone, name))
+        self.post_init()
+
+    # --- read, project
+
+    @torch.no_grad()
+    def read(self, demos: Any, batch_size: int = 8) -> FusedDemonstrations:
+        """Read demonstrations once, each alone, into fused tokens that any number of calls can use (section 3.2).
+
+        Args:
+            demos: raw demonstrations, in order. What has been read already passes through unchanged.
+            batch_size: demonstrations in one forward pass of the backbone.
+
+        Returns:
+            A frozen value with one fused token for each text token of each demonstration (at most
+            `config.max_fused_tokens` a demonstration).
+
+        Raises:
+            ValueError: a demonstration is malformed, is longer than the backbone can read, or was read by another
+                model.
+        """
+        if hasattr(demos, "fused"):
+            demos = demos.fused
+        if is_fused(demos):
+            check_source(demos.source, self.source)
+            return demos
+        if is_demonstration(demos) or not isinstance(demos, (list, tuple)):
+            raise ValueError(f"read takes a list of demonstrations; got {demos!r:.80}. Put a single one in a list.")
+        raw = [Demonstration.of(demo) for demo in demos]
+        vectors, lengths = self._project(raw, batch_size)
+        return FusedDemonstrations(
+            vectors=vectors,
+            lengths=lengths,
+            keys=tuple(demo.key for demo in raw),
+            texts=tuple(self.processor.word(demo)[0] for demo in raw),
+            source=self.source,
+        )
+
+    def load_bank(self, name_or_path: str | os.PathLike[str], **hub_kwargs: Any) -> DemonstrationBank:
+        """Open a bank that this plug-in read, from a folder or a Hub repository; see `DemonstrationBank`."""
+        bank = DemonstrationBank.from_pretrained(name_or_path, **hub_kwargs)
+        check_source(bank.fused.source, self.source)
+        return bank
+
+    @torch.no_grad()
+    def read_states(self, demos: Sequence[Demonstration], batch_size: int = 8) -> list[torch.Tensor]:
+        """Hidden states at the kept text positions, `(positions, joined layers x hidden size)` a demonstration.
+
+        They depend on the frozen backbone alone, not on the projector, so they can be kept while it is trained.
+        """
+        states: dict[int, torch.Tensor] = {}
+        order = sorted(range(len(demos)), key=lambda i: (bool(demos[i].images), len(self.processor.word(demos[i])[0])))
+        groups = [[i for i in order if bool(demos[i].images) == with_image] for with_image in (False, True)]
+        for group in groups:
+            for start in range(0, len(group), batch_size):
+                rows = group[start : start + batch_size]
+                inputs, kept = self.processor.encode_demonstrations([demos[i] for i in rows], self.config.read_span)
+                self._check_length(inputs["input_ids"].shape[1], [demos[i].text for i in rows])
+                inputs = inputs.to(self.device, self.dtype)
+                with injected(None):
+                    hidden = read_hidden_states(self.backbone, inputs, self.config.read_layers)
+                for i, row, mask in zip(rows, hidden, kept.to(hidden.device), strict=True):
+                    states[i] = self._within_budget(row[mask])
+        return [states[i] for i in range(len(demos))]
+
+    def _within_budget(self, states: torch.Tensor) -> torch.Tensor:
+        """Average neighbouring states down to `max_fused_tokens` of them, where there are more."""
+        budget = self.config.max_fused_tokens
+        if budget is None or len(states) <= budget:
+            return states
+        return nn.functional.adaptive_avg_pool1d(states.float().T[None], budget)[0].T.to(states.dtype)
+
+    def _project(self, demos: list[Demonstration], batch_size: int = 8) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """Read, then project; equal demonstrations are read once. Gradient, where enabled, reaches the projector.
+
+        Returns:
+            Fused tokens of all demonstrations `(tokens, hidden size)`, and how many each has.
+        """
+        keys = [demo.key for demo in demos]
+        unique = dict(zip(keys, demos, strict=True))
+        states = dict(zip(unique, self.read_states(list(unique.values()), batch_size), strict=True))
+        lengths = tuple(len(states[key]) for key in keys)
+        width = self.config.hidden_size * len(self.config.read_layers)
+        joined = torch.cat([states[key] for key in keys]) if keys else torch.empty(0, width, device=self.device)
+        return self.projector(joined.to(next(self.projector.parameters()).device)), lengths
+
+    # --- inject, answer
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        demos: Any = None,
+        chat_demos: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Answer queries from demonstrations with the backbone's own `generate`.
+
+        Args:
+            inputs: `input_ids` of the queries `(batch, length)`, when not given by name.
+            generation_config: as for the backbone; `max_length` and `min_length` count no fused tokens.
+            demos: demonstrations for all rows or for each row; see the class.
+            chat_demos: those that the processor found in the earlier turns of a chat; they come after `demos`.
+            **kwargs: the backbone's inputs and everything its `generate` takes.
+
+        Returns:
+            What the backbone's `generate` returns: ids of the query and then the new tokens. Fused tokens never show.
+
+        Raises:
+            ValueError: bad demonstrations, demonstrations for another number of rows, or a prompt with fused tokens
+                that is longer than the backbone's positions.
+        """
+        input_ids = kwargs.pop("input_ids", inputs)
+        if generation_config is not None:
+            kwargs["generation_config"] = generation_config
+        demos = self._with_chat(demos, chat_demos, 1 if input_ids is None else len(input_ids))
+        if not _any_demos(demos):
+            if input_ids is not None:
+                kwargs["input_ids"] = input_ids
+            with one_at_a_time(self.backbone), answering(self.backbone), injected(None):
+                return self.backbone.generate(**kwargs)
+        prompt = self._fused_prompt({**kwargs, "input_ids": input_ids}, demos)
+        options = own_tokens_only(prompt, input_ids, self.backbone.generation_config)
+        with one_at_a_time(self.backbone), answering(self.backbone), injected(prompt):
+            output = self.backbone.generate(**options)
+        if self.backbone.config.is_encoder_decoder:
+            return output
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        queries = input_ids.to(sequences.device).repeat_interleave(len(sequences) // len(input_ids), dim=0)
+        sequences = torch.cat([queries, sequences[:, prompt.width :]], dim=1)
+        if isinstance(output, torch.Tensor):
+            return sequences
+        output.sequences = sequences
+        return output
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        demos: Any = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """One pass of the backbone over queries with fused demonstrations in front of them.
+
+        Args:
+            input_ids: `(batch, length)`.
+            demos: as for `generate`. Raw demonstrations are read without gradient and projected with it.
+            labels: `(batch, length)`, -100 where no loss is wanted. The loss is the backbone's own loss function, over
+                all of its logits; losses that some add for themselves (of a router, say) are left out.
+            **kwargs: the backbone's other inputs.
+
+        Returns:
+            The backbone's output; `logits` are those of the caller's own positions.
+        """
+        given = {"input_ids": input_ids, **({} if labels is None else {"labels": labels}), **kwargs}
+        if not _any_demos(demos):
+            with one_at_a_time(self.backbone), injected(None):
+                return self.backbone(**given)
+        if given.get("return_dict") is False:
+            raise ValueError("With demos, forward returns a ModelOutput: return_dict=False is not supported.")
+        prompt = self._fused_prompt(given, demos)
+        labels = prompt.inputs.pop("labels", None)
+        with one_at_a_time(self.backbone), injected(prompt):
+            output = self.backbone(**prompt.inputs)
+        if labels is not None:
+            normalize = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
+            vocab_size = output.logits.shape[-1]  # the configuration may count less
+            loss = self.backbone.loss_function(output.logits, labels, vocab_size=vocab_size, **normalize)
+            output = type(output)(**{**output, "loss": loss})
+        if getattr(output, "logits", None) is not None and output.logits.shape[1] == prompt.width:
+            output.logits = prompt.without_placeholders(output.logits)
+        if getattr(output, "hidden_states", None) is not None:
+            output.hidden_states = tuple(prompt.without_placeholders(states) for states in output.hidden_states)
+        return output
+
+    def _with_chat(self, demos: Any, chat_demos: Any, batch: int) -> Any:
+        """`demos` followed by what the processor found in chats: one list, or one a row for a batch of chats."""
+        if not _any_demos(chat_demos):
+            return demos
+        if not _any_demos(demos):
+            return chat_demos
+        rows: list[FusedDemonstrations | None] = []
+        for pair in zip(self._fused_rows(demos, batch), self._fused_rows(chat_demos, batch), strict=True):
+            parts = [part for part in pair if part is not None and len(part)]
+            vectors = [part.vectors.to(parts[0].vectors) for part in parts]
+            lengths = tuple(length for part in parts for length in part.lengths)
+            rows.append(FusedDemonstrations(torch.cat(vectors), lengths, source=self.source) if parts else None)
+        return rows
+
+    def _fused_prompt(self, inputs: dict[str, Any], demos: Any) -> FusedPrompt:
+        """Room for each row's fused tokens in the prompt, checked against the backbone's positions."""
+        input_ids = inputs["input_ids"]
+        if input_ids is None:
+            raise ValueError(
+                "demos stand in front of input_ids, but none were given (inputs_embeds cannot take them)."
+            )
+        cache = inputs.get("past_key_values")
+        if cache is not None and cache.get_seq_length():
+            raise ValueError(
+                f"demos stand at the start of a prompt, but past_key_values already hold {cache.get_seq_length()} "
+                "tokens. Give demos with the whole prompt and an empty cache."
+            )
+        rows = self._fused_rows(demos, len(input_ids))
+        text_config = self.config.get_text_config()
+        prompt = FusedPrompt(
+            inputs=inputs,
+            fused=[None if row is None else row.vectors for row in rows],
+            placeholder_id=self._placeholder_id(),
+            bos_id=getattr(text_config, "bos_token_id", None),
+            embedding=self.get_input_embeddings(),
+        )
+        longest = longest_prompt(self.backbone.config)
+        if longest is not None and prompt.width > longest:
+            row = max((r for r in rows if r is not None), key=lambda r: r.num_tokens)
+            room, fitting = longest - input_ids.shape[1], 0
+            for length in row.lengths:
+                room -= length
+                fitting += room >= 0
+            raise ValueError(
+                f"The prompt has {input_ids.shape[1]} tokens and the demonstrations {row.num_tokens} fused tokens, "
+                f"together {prompt.width}, but the backbone has {longest} positions. "
+                f"The first {fitting} of {len(row)} demonstrations fit: pass demos[:{fitting}]."
+            )
+        return prompt
+
+    def _fused_rows(self, demos: Any, batch: int) -> list[FusedDemonstrations | None]:
+        """What each row of the batch is given, read where it is raw; each demonstration once."""
+        if not isinstance(demos, (list, tuple)):
+            return [self.read(demos)] * batch
+        raw = [is_demonstration(demo) for demo in demos]
+        if all(raw):
+            return [FusedDemonstrations(*self._project([Demonstration.of(demo) for demo in demos]))] * batch
+        if any(raw):
+            raise ValueError(
+                "demos mixes demonstrations with other things; give one list of demonstrations, or one a row."
+            )
+        if len(demos) != batch:
+            raise ValueError(
+                f"demos has demonstrations for {len(demos)} rows, but the batch has {batch} rows. Give one list of "
+                "demonstrations for all rows, or exactly one entry (a list, what read() returned, or None) a row."
+            )
+        together = [Demonstration.of(demo) for row in demos if isinstance(row, (list, tuple)) for demo in row]
+        read = FusedDemonstrations(*self._project(together))
+        rows: list[FusedDemonstrations | None] = []
+        taken = 0
+        for row in demos:
+            if isinstance(row, (list, tuple)):
+                rows.append(read[taken : taken + len(row)])
+                taken += len(row)
+            else:
+                rows.append(None if row is None else self.read(row))
+        return rows
+
+    def _placeholder_id(self) -> int:
+        """An ordinary id that neither ends an answer nor stands for an image: BOS, padding, or the last one."""
+        text, vocabulary = self.config.get_text_config(), embedding_weight(self.backbone).shape[0]
+        given = self.config.placeholder_token_id
+        taken: set[Any] = set()
+        for eos in (getattr(text, "eos_token_id", None), self.backbone.generation_config.eos_token_id):
+            taken.update(eos if isinstance(eos, (list, tuple)) else [eos])
+        for name, value in self.backbone.config.to_dict().items():
+            if name.endswith(("_token_id", "_token_index")) and name[:4] not in ("bos_", "pad_"):
+                taken.add(value)
+        if given is not None and (given in taken or not 0 <= given < vocabulary):
+            raise ValueError(
+                f"placeholder_token_id={given} ends answers, stands for images, or is not 0..{vocabulary}."
+            )
+        candidates = [given, getattr(text, "bos_token_id", None), getattr(text, "pad_token_id", None), vocabulary - 1]
+        return next((i for i in candidates if isinstance(i, int) and 0 <= i < vocabulary and i not in taken), 0)
+
+    def _check_length(self, length: int, texts: list[str]) -> None:
+        longest = longest_prompt(self.backbone.config)
+        if longest is not None and length > longest:
+            raise ValueError(
+                f"One of the demonstrations {[text[:40] for text in texts]} has {length} tokens with its images, but "
+                f"the backbone has {longest} positions. Shorten its text, or give it fewer or smaller images."
+            )
+
+
+def _any_demos(demos: Any) -> bool:
+    """Whether `demos` holds anything, for any row."""
+    check_demos(demos)
+    if isinstance(demos, (list, tuple)):
+        return any(is_demonstration(demo) or _any_demos(demo) for demo in demos)
+    return demos is not None and len(demos) > 0

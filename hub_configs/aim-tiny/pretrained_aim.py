@@ -1,0 +1,382 @@
+"""An AIM model as a `PreTrainedModel`: what shows through of its backbone, and how it is made, loaded and saved."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import cached_file, logging
+
+from .backbone_aim import (
+    check_backbone,
+    embedding_norm,
+    fingerprint,
+    load_backbone,
+    module_device,
+    why_not,
+)
+from .configuration_aim import OWN_SETTINGS, AimConfig
+from .families_aim import FAMILIES
+from .files_aim import HUB_KWARGS, locate_file, model_card, read_safetensors, shipped_files, staged_folder, upload
+from .processing_aim import AimProcessor
+from .projector_aim import AimProjector, projector_digest
+
+if TYPE_CHECKING:
+    from typing import Self
+
+logger = logging.get_logger(__name__)
+
+PROJECTOR_WEIGHTS = "aim_projector.safetensors"
+BACKBONE_FOLDER = "backbone"
+
+
+class AimPreTrainedModel(PreTrainedModel):
+    """Loading, saving and the host library's expectations; `AimForConditionalGeneration` has the method itself."""
+
+    config_class = AimConfig
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
+    config: AimConfig
+    backbone: Any  # a PreTrainedModel that generates
+    projector: AimProjector
+    _processor: AimProcessor | None
+    _loaded_from: tuple[str, dict[str, Any]] | None
+    _projector_id: tuple[Any, str] | None
+
+    # --- the backbone shows through
+
+    @property
+    def generation_config(self) -> Any:
+        """The backbone's generation settings."""
+        return self.backbone.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:
+        if "backbone" in self._modules:
+            self.backbone.generation_config = value
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the backbone."""
+        return module_device(self.backbone)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the backbone's floating-point weights."""
+        return self.backbone.dtype
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The backbone's input embeddings."""
+        return self.backbone.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The backbone's LM head."""
+        return self.backbone.get_output_embeddings()
+
+    def init_weights(self) -> None:
+        """Nothing to do: backbone and projector draw or load their weights where they are made."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the projector's mode; the frozen backbone stays as in inference, without dropout."""
+        super().train(mode)
+        self.backbone.eval()
+        for module in self.backbone.modules():
+            if mode and getattr(module, "gradient_checkpointing", False):
+                module.training = True  # layers recompute only in training mode; their own parts keep evaluating
+        return self
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
+        """Recompute the backbone's layers in the backward pass instead of keeping their activations."""
+        _renamed(self.backbone, "checkpointing_enable")(activation_checkpointing_kwargs, **kwargs)
+        self.train(self.training)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keep the backbone's activations for the backward pass."""
+        _renamed(self.backbone, "checkpointing_disable")()
+        self.train(self.training)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
+        """The name of `activation_checkpointing_enable` before transformers 6."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """The name of `activation_checkpointing_disable` before transformers 6."""
+        self.activation_checkpointing_disable()
+
+    @property
+    def processor(self) -> AimProcessor:
+        """The processor that raw demonstrations go through."""
+        if self._processor is None:
+            if self._loaded_from is None:
+                raise ValueError(
+                    "This model has no processor for raw demonstrations. Set model.processor = "
+                    "AimProcessor.from_pretrained(...), or pass processor= when you make the model."
+                )
+            name, options = self._loaded_from
+            self._processor = AimProcessor.from_pretrained(name, **options)
+        return self._processor
+
+    @processor.setter
+    def processor(self, processor: Any) -> None:
+        self._processor = processor if hasattr(processor, "encode_demonstrations") else AimProcessor(processor)
+
+    @property
+    def source(self) -> dict[str, str]:
+        """Identity of what reads here: fused demonstrations are good for this alone."""
+        prints = str(self.config.backbone_fingerprint).encode()
+        return {
+            "backbone": f"{self.backbone.config.model_type} {hashlib.sha256(prints).hexdigest()[:12]}",
+            "projector": self._projector_digest()[:12],
+            "read": f"layers {self.config.read_layers}, {self.config.read_span}, "
+            f"at most {self.config.max_fused_tokens} tokens",
+        }
+
+    def _projector_digest(self) -> str:
+        """Identity of the projector's weights, computed anew only after they were changed."""
+        state = self._projector_state()
+        if self._projector_id is None or self._projector_id[0] != state:
+            self._projector_id = (state, projector_digest(self.projector.state_dict()))
+        return self._projector_id[1]
+
+    def _projector_state(self) -> Any:
+        """What changes whenever a weight of the projector does, except by writing to its `.data`."""
+        weights = list(self.projector.parameters())
+        return [
+            (id(p), p.data_ptr(), -1 if p.is_inference() else p._version) for p in weights
+        ], self.projector.training
+
+    # --- make, load, save
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: str | os.PathLike[str] | PreTrainedModel,
+        processor: Any = None,
+        *,
+        read_layers: Sequence[int] = (-1,),
+        read_span: str = "text",
+        max_fused_tokens: int | None = None,
+        projector_form: str = "linear_norm",
+        projector_intermediate_size: int | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Put a new, untrained projector on a backbone.
+
+        Args:
+            backbone: Hub id or folder, or a loaded model.
+            processor: the backbone's processor (or an `AimProcessor`); loaded with the backbone when `None`.
+            read_layers, read_span, max_fused_tokens, projector_form, projector_intermediate_size: see `AimConfig`.
+            **kwargs: passed on when the backbone is loaded (`dtype`, `device_map`, `quantization_config`, ...).
+        """
+        hub = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+        if isinstance(backbone, (str, os.PathLike)):
+            backbone = load_backbone(str(backbone), **kwargs)
+        if not isinstance(backbone, PreTrainedModel) or backbone.config.model_type == AimConfig.model_type:
+            raise TypeError(
+                f"backbone is a {type(backbone).__name__}; expected a Hub id, a folder, or a vision-language model of "
+                "transformers (of a PEFT model: peft_model.merge_and_unload())."
+            )
+        reason = why_not(backbone)
+        if reason is not None:
+            raise ValueError(f"AIM cannot use {type(backbone).__name__}: {reason}")
+        if backbone.config.model_type not in FAMILIES:
+            logger.warning(
+                f"AIM has not been tested with {backbone.config.model_type} backbones. It works if the properties "
+                "that `aim check BACKBONE` tries hold; please report those that do not."
+            )
+        loaded = backbone
+        name = loaded.config.name_or_path or None
+        if processor is None and name is not None:
+            processor = AimProcessor.from_pretrained(name, **hub)
+        elif processor is not None and not hasattr(processor, "encode_demonstrations"):
+            processor = AimProcessor(processor)
+        config = AimConfig(
+            backbone_config=copy.deepcopy(loaded.config),
+            backbone_name_or_path=name,
+            backbone_revision=hub.get("revision") or getattr(loaded.config, "_commit_hash", None),
+            backbone_fingerprint=fingerprint(loaded),
+            read_layers=list(read_layers),
+            read_span=read_span,
+            max_fused_tokens=max_fused_tokens,
+            projector_form=projector_form,
+            projector_intermediate_size=projector_intermediate_size,
+            projector_norm=embedding_norm(loaded),
+        )
+        return cls(config, backbone=loaded, processor=processor)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        config: AimConfig | None = None,
+        backbone: PreTrainedModel | None = None,
+        processor: AimProcessor | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Load a plug-in and its backbone.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id of the AIM repository.
+            config: use this configuration instead of the repository's.
+            backbone: use this loaded backbone; it must be the one the projector was made for.
+            processor: use this processor instead of the repository's.
+            **kwargs: `revision` means this repository (the backbone's own is in the config); `token`, `cache_dir`,
+                `local_files_only`, ... are used for both; everything else (`dtype`, `device_map`,
+                `quantization_config`, `attn_implementation`, ...) reaches the backbone.
+
+        Raises:
+            ValueError: the projector belongs to another backbone, or its file is damaged or another kind of file.
+            FileNotFoundError: the repository has no projector.
+        """
+        name = str(pretrained_model_name_or_path)
+        trusted = kwargs.pop("trust_remote_code", None)
+        for handled in ("_from_auto", "_from_pipeline", "adapter_kwargs", "_commit_hash"):
+            kwargs.pop(handled, None)
+        hub = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
+        settings = {key: kwargs.pop(key) for key in OWN_SETTINGS if key in kwargs}
+        config = AimConfig.from_pretrained(name, **hub, **settings) if config is None else copy.deepcopy(config)
+        for option, taken in (("attn_implementation", config._attn_implementation), ("dtype", config.dtype)):
+            if taken is not None:  # AutoConfig has taken it out of the arguments
+                kwargs.setdefault(option, taken)
+        weights = read_safetensors(locate_file(name, PROJECTOR_WEIGHTS, **hub))
+        if backbone is None:
+            elsewhere = config.backbone_name_or_path is not None
+            place = {**hub, "revision": config.backbone_revision} if elsewhere else dict(hub)
+            folder = config.backbone_subfolder or ""
+            place["subfolder"] = folder if elsewhere else os.path.join(hub.get("subfolder") or "", folder)
+            if not elsewhere and config.backbone_subfolder is None:
+                raise ValueError(f"The config.json of {name} names no backbone. Pass a loaded one: backbone=model.")
+            backbone = load_backbone(config.backbone_name_or_path or name, **place, **kwargs)
+        check_backbone(backbone, config.backbone_config, config.backbone_fingerprint)
+        config.backbone_config = copy.deepcopy(backbone.config)
+        config.check()
+        model = cls(config, backbone=backbone, processor=processor)
+        if cached_file(name, "generation_config.json", _raise_exceptions_for_missing_entries=False, **hub) is not None:
+            model.generation_config = GenerationConfig.from_pretrained(name, **hub)
+        model._loaded_from = (name, {**hub, "trust_remote_code": trusted})
+        model._load_projector(weights, name)
+        return model
+
+    def _load_projector(self, weights: dict[str, torch.Tensor], name: str) -> None:
+        """Take over the projector's weights, or say what does not fit."""
+        weights = {key.removeprefix("projector."): value for key, value in weights.items()}
+        own = {key: tuple(value.shape) for key, value in self.projector.state_dict().items()}
+        found = {key: tuple(value.shape) for key, value in weights.items()}
+        if found != own:
+            raise ValueError(
+                f"The {PROJECTOR_WEIGHTS} of {name} holds {found}, but its config.json "
+                f"(projector_form={self.config.projector_form!r}, hidden size {self.config.hidden_size}, "
+                f"read_layers={self.config.read_layers}) asks for {own}. Files of two repositories may be mixed."
+            )
+        self.projector.load_state_dict(weights)
+        self._projector_id = (self._projector_state(), projector_digest(weights))
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        *,
+        include_backbone: bool = False,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        token: str | bool | None = None,
+        max_shard_size: int | str | None = None,
+        safe_serialization: bool = True,
+    ) -> None:
+        """Write a repository: config, projector, processor, the code that loads it, and a model card.
+
+        Args:
+            save_directory: folder to write to; files are replaced together, after all of them were made.
+            is_main_process: only the main process of a distributed run writes.
+            state_dict: weights to save in place of the model's own, as gathered in a distributed run.
+            include_backbone: write the backbone too, into a subfolder, for a repository that needs no other.
+            push_to_hub: upload the folder as well, to `repo_id` (the folder's name by default) with `token`.
+            repo_id, token: for `push_to_hub`.
+            max_shard_size: for the backbone's files.
+            safe_serialization: must stay `True`; nothing is pickled.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False would pickle the weights; AIM repositories are safetensors.")
+        if not is_main_process:
+            return
+        config = self._config_to_save(save_directory, include_backbone)
+        weights = self.projector.state_dict(prefix="projector.") if state_dict is None else state_dict
+        tensors = {key: value.cpu().contiguous() for key, value in weights.items() if key.startswith("projector.")}
+        with staged_folder(save_directory) as folder:
+            config.save_pretrained(folder)
+            (folder / PROJECTOR_WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
+            self.generation_config.save_pretrained(folder)
+            if self._processor is not None or self._loaded_from is not None:
+                self.processor.save_pretrained(folder)
+            for path in shipped_files():
+                (folder / path.name).write_bytes(path.read_bytes())
+            if not (Path(save_directory) / "README.md").exists():
+                (folder / "README.md").write_text(model_card(config, self.projector), encoding="utf-8")
+            if include_backbone:
+                shards: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+                self.backbone.save_pretrained(folder / BACKBONE_FOLDER, **shards)
+        if push_to_hub:
+            upload(save_directory, repo_id or Path(save_directory).name, token=token)
+
+    def _config_to_save(self, target: str | os.PathLike[str], include_backbone: bool) -> AimConfig:
+        """The configuration of a repository at `target`, naming a backbone that can be found from there."""
+        config: AimConfig = copy.deepcopy(self.config)  # type: ignore[assignment]
+        config.dtype = None  # the projector says its own, the backbone's repository the backbone's
+        backbone: Any = config.backbone_config
+        backbone.name_or_path = ""
+        if hasattr(backbone, "quantization_config"):
+            del backbone.quantization_config
+        if include_backbone:
+            config.backbone_name_or_path, config.backbone_revision = None, None
+            config.backbone_subfolder = BACKBONE_FOLDER
+        elif config.backbone_name_or_path is None and self._loaded_from is not None:
+            name, hub = self._loaded_from
+            if not (os.path.isdir(name) and os.path.isdir(target) and os.path.samefile(name, target)):
+                config.backbone_name_or_path = os.path.abspath(name) if os.path.isdir(name) else name
+                config.backbone_revision = hub.get("revision")
+        elif config.backbone_name_or_path is None:
+            logger.warning(
+                "The backbone has no name to load it by: pass include_backbone=True, or give it again when loading "
+                "(from_pretrained(folder, backbone=model))."
+            )
+        return config
+
+    def push_to_hub(self, repo_id: str, *, include_backbone: bool = False, **kwargs: Any) -> Any:
+        """Upload what `save_pretrained` writes; a model card that is already there is kept.
+
+        Args:
+            repo_id: the repository, made when it does not exist.
+            include_backbone: as for `save_pretrained`.
+            **kwargs: `token`, `private`, `revision`, `commit_message`, `commit_description`, `create_pr`.
+
+        Raises:
+            ValueError: the backbone is a local folder, which nobody else could load.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, include_backbone=include_backbone)
+            named = AimConfig.from_pretrained(folder).backbone_name_or_path
+            if named is not None and os.path.isdir(named):
+                raise ValueError(
+                    f"The backbone is the local folder {named}, which others do not have. Push with "
+                    "include_backbone=True, or load the plug-in with a backbone from the Hub."
+                )
+            return upload(folder, repo_id, **kwargs)
+
+
+def _renamed(backbone: PreTrainedModel, name: str) -> Any:
+    """The backbone's `activation_{name}`, or `gradient_{name}` as older releases of transformers call it."""
+    return getattr(backbone, f"activation_{name}", None) or getattr(backbone, f"gradient_{name}")

@@ -1,0 +1,415 @@
+"""The backbone's own processor, taught to take demonstrations and few-shot chats."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from threading import Lock
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoProcessor, BatchFeature, ProcessorMixin
+
+from .demonstrations_aim import Demonstration, check_demos, is_demonstration
+from .families_aim import family_of_processor
+from .files_aim import shipped_files, staged_folder
+
+PROCESSOR_FILE = "processor_config.json"
+SETTINGS = ("label_template", "question_template", "image_prompt", "few_shot_chats")
+_SENTINEL = "aimtextgoeshere"
+_TOKENIZING = Lock()  # a fast tokenizer keeps its padding as state and refuses two threads at once
+
+
+class AimProcessor(ProcessorMixin):
+    """Wraps the processor of a backbone: same calls, same outputs, plus `demos=` and few-shot chats.
+
+    Args:
+        processor: the backbone's processor (`LlavaProcessor`, `Qwen2VLProcessor`, ...).
+        label_template: how a demonstration that is a bare label is worded. The words before the name matter: the
+            backbone stores what it sees in them, and can only then find the name that follows.
+        question_template: how a question and its answer are worded; `{question}` stands before `{answer}`.
+        image_prompt: what stands for one image in a prompt of this backbone. Found out from its chat template, or
+            its image token, when `None`.
+        few_shot_chats: whether earlier (user with image, assistant) turns of a chat become demonstrations.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        label_template: str = "This is {label}.",
+        question_template: str = "{question} {answer}",
+        image_prompt: str | None = None,
+        few_shot_chats: bool = True,
+    ) -> None:
+        for name, template, needed in (
+            ("label_template", label_template, ("{label}",)),
+            ("question_template", question_template, ("{question}", "{answer}")),
+        ):
+            if any(field not in template for field in needed):
+                raise ValueError(f"{name}={template!r} must contain {' and '.join(needed)}.")
+        if question_template.index("{question}") > question_template.index("{answer}"):
+            raise ValueError(f"question_template={question_template!r} must have {{question}} before {{answer}}.")
+        self.processor = processor
+        self.label_template = label_template
+        self.question_template = question_template
+        self.image_prompt = image_prompt
+        self.few_shot_chats = few_shot_chats
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.tokenizer.padding_side = "left"  # generation continues on the right of every row of a batch
+
+    # --- the backbone's processor shows through
+
+    def __getattr__(self, name: str) -> Any:
+        inner = self.__dict__.get("processor")
+        if inner is None:
+            raise AttributeError(name)
+        return getattr(inner, name)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The backbone's tokenizer."""
+        return self.processor.tokenizer
+
+    @property
+    def image_processor(self) -> Any:
+        """The backbone's image processor."""
+        return self.processor.image_processor
+
+    @property
+    def chat_template(self) -> Any:
+        """The backbone's chat template."""
+        return getattr(self.processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
+
+    @chat_template.setter
+    def chat_template(self, template: Any) -> None:
+        self.processor.chat_template = template
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """What the backbone's processor gives, and demonstrations."""
+        return [*self.processor.model_input_names, "demos", "chat_demos"]
+
+    def post_process_image_text_to_text(self, *args: Any, **kwargs: Any) -> Any:
+        """Decode answers as the backbone's processor does."""
+        return self.processor.post_process_image_text_to_text(*args, **kwargs)
+
+    # --- queries
+
+    def __call__(self, images: Any = None, text: Any = None, demos: Any = None, **kwargs: Any) -> BatchFeature:
+        """Prepare a query, or a batch of queries, as the backbone's processor does.
+
+        Args:
+            images: as for the backbone's processor.
+            text: the prompt or prompts, with the backbone's placeholder for each image.
+            demos: demonstrations for the queries, passed on to `generate`; see `AimForConditionalGeneration`.
+            **kwargs: as for the backbone's processor.
+
+        Returns:
+            The backbone's inputs, and `demos` where given.
+
+        Raises:
+            ValueError: the prompt has not as many image placeholders as there are images.
+        """
+        self._check_placeholders(images, text)
+        with _TOKENIZING:
+            inputs = self._encode(images, text, **kwargs)
+        if demos is not None:
+            inputs["demos"] = _parsed(demos)
+        return inputs
+
+    def _encode(self, images: Any, text: Any, **kwargs: Any) -> BatchFeature:
+        """The backbone's inputs; images stand between the words for a processor that takes them there."""
+        texts = [text] if isinstance(text, str) else text
+        between_words = family_of_processor(self.processor).images_between_words
+        if not between_words or not texts or not all(isinstance(t, str) for t in texts):
+            return self.processor(images=images, text=text, **kwargs)
+        remaining = iter(_flat(images))
+        prompts = []
+        for prompt in texts:
+            words, *rest = prompt.split(self._image_token)
+            parts = [words] + [part for more in rest for part in (next(remaining), more)]
+            prompts.append([part for part in parts if part != ""])
+        return self.processor(text=prompts, **kwargs)
+
+    def _check_placeholders(self, images: Any, text: Any) -> None:
+        token = self._image_token
+        texts = [text] if isinstance(text, str) else text
+        if not token or not texts or not all(isinstance(t, str) for t in texts):
+            return
+        counts = [(sum(t.count(token) for t in texts), len(_flat(images)))]
+        if isinstance(images, (list, tuple)) and len(images) == len(texts) and isinstance(images[0], (list, tuple)):
+            counts = [(t.count(token), len(_flat(row))) for t, row in zip(texts, images, strict=True)]
+        for placeholders, given in counts:
+            if placeholders != given and (placeholders or self._needs_placeholders(token)):
+                raise ValueError(
+                    f"The prompt has {placeholders} image placeholders ({token!r}) for {given} images. Write one "
+                    f"placeholder for each image, for example {self.image_text + 'What is this?'!r}, or use "
+                    "processor.prompt(question)."
+                )
+
+    def _needs_placeholders(self, token: str) -> bool:
+        """Whether prompts of this backbone name their images, rather than having the processor put them in front."""
+        return self.chat_template is not None and token in self.image_text
+
+    @property
+    def image_text(self) -> str:
+        """What stands for one image in a prompt of this backbone, separators included (`"<image>\\n"`)."""
+        if self.image_prompt is None:
+            self.image_prompt = self._find_image_text()
+        return self.image_prompt
+
+    @property
+    def _image_token(self) -> str | None:
+        """The token that the processor looks for in a prompt to put an image there, where it looks for one."""
+        token = family_of_processor(self.processor).image_token
+        if token is None:
+            token = getattr(self.processor, "image_token", None)
+        return token if isinstance(token, str) else None
+
+    def _find_image_text(self) -> str:
+        token = self._image_token
+        if self.chat_template is not None:
+            words: dict[str, Any] = {"type": "text", "text": _SENTINEL}
+            with_image, without = (
+                self.processor.apply_chat_template([{"role": "user", "content": content}])
+                for content in ([{"type": "image"}, words], [words])
+            )
+            pairs = enumerate(zip(with_image, without, strict=False))
+            start = next((i for i, (a, b) in pairs if a != b), len(with_image))
+            found = with_image[start : with_image.index(_SENTINEL)]
+            if found.strip():
+                return found
+        return "<image>" if token is None else token
+
+    def prompt(self, question: str, images: int = 1) -> str:
+        """The prompt of a query: the backbone's chat template where it has one, else images and question.
+
+        Args:
+            question: what is asked.
+            images: how many images the query has.
+        """
+        if self.chat_template is None:
+            return self.image_text * images + question
+        content: list[dict[str, Any]] = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+        chat = [{"role": "user", "content": content}]
+        prompt = self.processor.apply_chat_template(chat, add_generation_prompt=True)
+        bos = self.tokenizer.bos_token  # some templates begin with it; the tokenizer may put it there too, and twice
+        twice = bos and prompt.startswith(bos) and self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]
+        return prompt.removeprefix(bos) if twice else prompt
+
+    # --- chats
+
+    def apply_chat_template(self, conversation: Any, *args: Any, demos: Any = None, **kwargs: Any) -> Any:
+        """Render (and tokenize) a chat; earlier turns with images become demonstrations.
+
+        With `tokenize=True, return_dict=True`, and unless `few_shot_chats=False` is given or set, a chat whose last
+        user turn has an image of its own, and whose earlier turns are all pairs (user with image, assistant), is
+        taken apart: the pairs are returned as `chat_demos`, and only the system turn and the last turn are rendered.
+        Any other chat stays as it is (`chat_demos` is empty): a last turn without an image goes on about an earlier
+        one.
+
+        Args:
+            conversation: a chat, or a list of chats.
+            *args: as for the backbone's processor.
+            demos: demonstrations that do not come from the chat; they go before those that do.
+            **kwargs: as for the backbone's processor.
+        """
+        few_shot = kwargs.pop("few_shot_chats", self.few_shot_chats)
+        if not (kwargs.get("tokenize") and kwargs.get("return_dict")):
+            if demos is not None:
+                raise ValueError("apply_chat_template takes demos only with tokenize=True and return_dict=True.")
+            return self.processor.apply_chat_template(conversation, *args, **kwargs)
+        batched = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "content")
+        chats = [getattr(chat, "messages", chat) for chat in conversation] if batched else [conversation]
+        found = []
+        if few_shot:
+            split = [split_few_shot_chat(chat) for chat in chats]
+            found, chats = [s[0] for s in split], [s[1] for s in split]
+        inputs = self.processor.apply_chat_template(chats if batched else chats[0], *args, **kwargs)
+        if demos is not None:
+            inputs["demos"] = _parsed(demos)
+        if few_shot:  # also when empty: a pipeline batches only chats with the same keys
+            inputs["chat_demos"] = found if batched else found[0]
+        return inputs
+
+    # --- demonstrations
+
+    def word(self, demonstration: Demonstration) -> tuple[str, int, int]:
+        """The words of a demonstration as the backbone reads them, and where its answer starts and ends in them."""
+        text = demonstration.text
+        if demonstration.question is not None:
+            before, after = self.question_template.split("{answer}", 1)
+            before = before.replace("{question}", demonstration.question)
+        elif demonstration.is_label or self._is_bare_label(text):
+            before, after = self.label_template.split("{label}", 1)
+        else:
+            before = after = ""
+        return before + text + after, len(before), len(before) + len(text)
+
+    def _is_bare_label(self, text: str) -> bool:
+        """Whether a text is a name to be worded: one or two words, no punctuation at the end, and not yet worded.
+
+        Only in Latin letters: elsewhere a sentence may be one word, and `label=` says what is meant.
+        """
+        worded = self.label_template.split("{label}", 1)[0].strip().lower()
+        name = len(text.split()) <= 2 and text.isascii() and text[-1].isalnum()
+        return name and not (worded and text.lower().startswith(worded))
+
+    def encode_demonstrations(
+        self, demonstrations: Sequence[Demonstration], read_span: str = "text"
+    ) -> tuple[BatchFeature, torch.Tensor]:
+        """Make one padded batch of demonstrations for the backbone to read.
+
+        Args:
+            demonstrations: all with images, or all without.
+            read_span: which positions are kept: `"text"` or `"answer"`.
+
+        Returns:
+            The backbone's inputs, and a mask `(batch, length)` that is true at the positions to keep: words of the
+            demonstration, without image positions, special tokens and padding.
+        """
+        prompts, spans = [], []
+        for demonstration in demonstrations:
+            front = self.image_text * len(demonstration.images)
+            words, *answer = self.word(demonstration)
+            prompts.append(front + words)
+            start, end = answer if read_span == "answer" else (0, len(words))
+            spans.append((len(front) + start, len(front) + end))
+        images = [list(d.images) for d in demonstrations]
+        with _TOKENIZING:
+            inputs = self._encode(
+                images if any(images) else None, prompts, padding=True, padding_side="left", return_tensors="pt"
+            )
+            plain = self.tokenizer(prompts, return_offsets_mapping=True, return_special_tokens_mask=True)
+        length = inputs["input_ids"].shape[1]
+        mask = torch.zeros(len(prompts), length, dtype=torch.bool)
+        # Images are expanded in the processor, so places are counted from the end, where the text is as it was given.
+        for row, (start, end) in enumerate(spans):
+            offsets = plain["offset_mapping"][row]
+            special = plain["special_tokens_mask"][row]
+            for back, ((a, b), is_special) in enumerate(zip(reversed(offsets), reversed(special), strict=True), 1):
+                if b > start and a < end and b > a and not is_special:
+                    mask[row, length - back] = True
+        empty = [d.text for d, kept in zip(demonstrations, mask.any(dim=1).tolist(), strict=True) if not kept]
+        if empty:
+            raise ValueError(f"The tokenizer finds no token in the words of these demonstrations: {empty[:3]}.")
+        return inputs, mask
+
+    # --- files
+
+    def to_dict(self) -> dict[str, Any]:
+        """The backbone processor's own settings, and ours."""
+        return {
+            **self.processor.to_dict(),
+            "processor_class": type(self).__name__,
+            "auto_map": {"AutoProcessor": "processing_aim.AimProcessor"},
+            "backbone_processor_class": type(self.processor).__name__,
+            "aim": {name: getattr(self, name) for name in SETTINGS},
+        }
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> list[str]:
+        """Write the backbone processor's files, with a `processor_config.json` that names this class."""
+        with staged_folder(save_directory) as folder:
+            self.processor.save_pretrained(folder)
+            self.to_json_file(folder / PROCESSOR_FILE)
+            for path in shipped_files():
+                (folder / path.name).write_bytes(path.read_bytes())
+        return [os.path.join(save_directory, PROCESSOR_FILE)]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> AimProcessor:
+        """Load from an AIM repository, or wrap the processor of a backbone's repository.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id.
+            **kwargs: settings of this class, and whatever the backbone's processor takes (`revision`, `token`, ...).
+        """
+        settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
+        name = str(pretrained_model_name_or_path)
+        try:
+            stored = ProcessorMixin.get_processor_dict(name, **kwargs)[0]
+        except OSError:
+            stored = {}
+        inner_class = stored.get("backbone_processor_class")
+        if inner_class is not None:
+            wrapped = getattr(transformers, str(inner_class), None)
+            if not (isinstance(wrapped, type) and issubclass(wrapped, ProcessorMixin)):
+                raise ValueError(
+                    f"{PROCESSOR_FILE} of {name} wraps {inner_class!r}, which is no processor of transformers "
+                    f"{transformers.__version__}. Upgrade transformers, or check where the repository comes from."
+                )
+            inner = wrapped.from_pretrained(name, **kwargs)
+        elif "aim" in stored:
+            kwargs.update(revision=stored.get("backbone_revision"), trust_remote_code=False)
+            inner = AutoProcessor.from_pretrained(stored["backbone_name_or_path"], **kwargs)
+        else:
+            inner = AutoProcessor.from_pretrained(name, **kwargs)
+        return cls(inner, **{**stored.get("aim", {}), **settings})
+
+
+def split_few_shot_chat(chat: Sequence[Mapping[str, Any]]) -> tuple[list[Demonstration], list[Mapping[str, Any]]]:
+    """Take a few-shot chat apart into demonstrations and the chat that is left to answer.
+
+    Returns:
+        The demonstrations (none for an ordinary chat), and the system turns with the last user turn and, when the
+        chat ends in one, the assistant turn it begins.
+    """
+    chat = list(chat)
+    system = [turn for turn in chat if turn["role"] == "system"]
+    turns = [turn for turn in chat if turn["role"] != "system"]
+    last = len(turns) - 1 if turns and turns[-1]["role"] == "user" else len(turns) - 2
+    earlier, query = turns[: max(last, 0)], turns[max(last, 0) :]
+    users, answers = earlier[::2], earlier[1::2]
+    few_shot = (
+        len(users) == len(answers) > 0
+        and query[0]["role"] == "user"
+        and all(turn["role"] == "user" and _chat_images(turn) for turn in [*users, query[0]])
+        and all(turn["role"] == "assistant" and _chat_text(turn) and not _chat_images(turn) for turn in answers)
+    )
+    if not few_shot:
+        return [], chat
+    demonstrations = []
+    for user, answer in zip(users, answers, strict=True):
+        question, images = _chat_text(user), _chat_images(user)
+        fields = {"question": question, "answer": _chat_text(answer)} if question else {"text": _chat_text(answer)}
+        demonstrations.append(Demonstration.of({"images": images, **fields}))
+    return demonstrations, [*system, *query]
+
+
+def _blocks(turn: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    content = turn.get("content") or []
+    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+
+
+def _chat_text(turn: Mapping[str, Any]) -> str:
+    return " ".join(block["text"] for block in _blocks(turn) if block["type"] == "text").strip()
+
+
+def _chat_images(turn: Mapping[str, Any]) -> list[Any]:
+    images = []
+    for block in _blocks(turn):
+        if block["type"] == "image":
+            images += [block[key] for key in ("image", "url", "path", "base64") if key in block]
+        elif block["type"] == "image_url":
+            address = block["image_url"]
+            images.append(address["url"] if isinstance(address, Mapping) else address)
+    return images
+
+
+def _flat(images: Any) -> list[Any]:
+    """Images of a batch, one after another, however they are nested."""
+    if images is None:
+        return []
+    if isinstance(images, (list, tuple)):
+        return [image for nested in images for image in _flat(nested)]
+    return list(images) if getattr(images, "ndim", 0) == 4 else [images]
+
+
+def _parsed(demos: Any) -> Any:
+    """Open raw demonstrations early, so that a bad one is reported before the model runs; leave read ones alone."""
+    check_demos(demos)
+    if not isinstance(demos, (list, tuple)):
+        return demos
+    return [Demonstration.of(demo) if is_demonstration(demo) else _parsed(demo) for demo in demos]

@@ -1,0 +1,70 @@
+"""The only new weights: one small map from hidden states of the frozen backbone to its own input embeddings."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from .configuration_aim import AimConfig
+
+
+class AimProjector(nn.Module):
+    """Turn each kept hidden state of a demonstration into one fused virtual token (AIM, section 3.2).
+
+    The forms, with `n` the read width (hidden size x joined layers) and `h` the hidden size:
+
+    * `linear`: `Linear(n, h)`;
+    * `linear_norm`: `Linear(n, h)`, then `LayerNorm(h)`: the paper's;
+    * `mlp`: `LayerNorm(n)`, `Linear(n, m)`, GELU, `Linear(m, h)`.
+
+    Whatever the form, an untrained projector gives vectors whose norm is about `config.projector_norm`: a LayerNorm
+    of gain 1 would give `sqrt(h)`, tens of times the norm of an input embedding.
+    """
+
+    def __init__(self, config: AimConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        read_width = width * len(config.read_layers)
+        inner = config.projector_intermediate_size or 2 * width
+        self.norm_at_start = config.projector_norm
+        self.layers = nn.Sequential()
+        if config.projector_form == "mlp":
+            self.layers.append(nn.LayerNorm(read_width))
+            self.layers.append(nn.Linear(read_width, inner))
+            self.layers.append(nn.GELU())
+            self.layers.append(nn.Linear(inner, width))
+        else:
+            self.layers.append(nn.Linear(read_width, width))
+            if config.projector_form == "linear_norm":
+                self.layers.append(nn.LayerNorm(width))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the weights anew, so that the output norm is `config.projector_norm` for inputs of unit variance."""
+        gelu_scale = 0.425**-0.5  # second moment of GELU on a standard normal is 0.425
+        linears = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
+        scale = self.norm_at_start / linears[-1].out_features ** 0.5
+        for linear in linears:
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            nn.init.zeros_(linear.bias)
+        last = self.layers[-1]
+        assert isinstance(last.weight, torch.Tensor)
+        last.weight.mul_(scale * (gelu_scale if len(linears) > 1 else 1.0))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Map `states` `(..., n)` to fused tokens `(..., h)`, in the projector's own dtype."""
+        return self.layers(states.to(next(self.parameters()).dtype))
+
+
+def projector_digest(weights: Mapping[str, torch.Tensor]) -> str:
+    """Identity of projector weights, the same in float32 and bfloat16: sha256 of their values rounded to bfloat16."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        rounded = weights[name].detach().to(device="cpu", dtype=torch.bfloat16).contiguous()
+        digest.update(rounded.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
