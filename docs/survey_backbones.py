@@ -149,7 +149,7 @@ def small(config: Any) -> Any:
 
 def in_short(error: Exception) -> str:
     """The first sentence of an error, on one line."""
-    words = " ".join(str(error).split())
+    words = " ".join(str(error).split()).split(". ")[0]
     return f"{type(error).__name__}: {words}"[:160].replace("|", "\\|")
 
 

@@ -31,7 +31,7 @@ FORMS = {
     "aim_paper": {"read_layers": [-1], "projector_form": "linear_norm"},
     "aim_generic": {"read_layers": [3], "projector_form": "mlp", "projector_intermediate_size": 512},
 }
-STEPS = {"aim": 340, "aim_paper": 400, "aim_generic": 200}
+STEPS = {"aim": 340, "aim_paper": 400, "aim_generic": 120}
 RATE = {"aim": 3e-3, "aim_paper": 6e-3, "aim_generic": 3e-3}
 TOKENS, QUERIES = 6500, 4
 
