@@ -25,7 +25,7 @@ class AimProcessor(ProcessorMixin):
     """Wraps the processor of a backbone: same calls, same outputs, plus `demos=` and few-shot chats.
 
     Args:
-        processor: the backbone's processor (`LlavaProcessor`, `Qwen2VLProcessor`, ...).
+        processor: the processor of the backbone.
         label_template: how a demonstration that is a bare label is worded. The words before the name matter: the
             backbone stores what it sees in them, and can only then find the name that follows.
         question_template: how a question and its answer are worded; `{question}` stands before `{answer}`.
