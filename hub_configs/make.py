@@ -22,7 +22,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from modeling_aim import AimConfig, AimProjector
-from modeling_aim.files_aim import model_card, shipped_files
+from modeling_aim.files_aim import copy_shipped_files, model_card
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = ROOT / "hub_configs"
@@ -226,13 +226,6 @@ def write(folder: str, target: Path) -> None:
     (target / "README.md").write_text(card.replace("# AIM plug-in", note + "# AIM plug-in", 1))
 
 
-def write_code(target: Path) -> None:
-    """Copy the code that a repository carries."""
-    target.mkdir(parents=True, exist_ok=True)
-    for path in shipped_files():
-        (target / path.name).write_text(path.read_text())
-
-
 def table() -> str:
     """The table of docs/HUB_CONFIGS.md, counted on the meta device at real size."""
     lines = [
@@ -264,13 +257,14 @@ def main() -> None:
     if not parser.parse_args().check:
         for folder in BACKBONES:
             write(folder, HERE / folder)
-        write_code(HERE / "aim-tiny")
+        copy_shipped_files(HERE / "aim-tiny")
         TABLE.write_text(table())
         return
     with tempfile.TemporaryDirectory() as scratch:
         for folder in [*BACKBONES, "aim-tiny"]:
             made = Path(scratch) / folder
-            write_code(made) if folder == "aim-tiny" else write(folder, made)
+            made.mkdir()
+            copy_shipped_files(made) if folder == "aim-tiny" else write(folder, made)
             for path in (Path(scratch) / folder).iterdir():
                 kept = HERE / folder / path.name
                 if not kept.exists() or kept.read_text() != path.read_text():

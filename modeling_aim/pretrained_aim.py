@@ -26,7 +26,7 @@ from .backbone_aim import (
 )
 from .configuration_aim import OWN_SETTINGS, AimConfig
 from .families_aim import FAMILIES
-from .files_aim import HUB_KWARGS, locate_file, model_card, read_safetensors, shipped_files, staged_folder, upload
+from .files_aim import HUB_KWARGS, copy_shipped_files, locate_file, model_card, read_safetensors, staged_folder, upload
 from .processing_aim import AimProcessor
 from .projector_aim import AimProjector, projector_digest
 
@@ -322,8 +322,7 @@ class AimPreTrainedModel(PreTrainedModel):
             self.generation_config.save_pretrained(folder)
             if self._processor is not None or self._loaded_from is not None:
                 self.processor.save_pretrained(folder)
-            for path in shipped_files():
-                (folder / path.name).write_bytes(path.read_bytes())
+            copy_shipped_files(folder)
             if not (Path(save_directory) / "README.md").exists():
                 (folder / "README.md").write_text(model_card(config, self.projector), encoding="utf-8")
             if include_backbone:

@@ -13,7 +13,7 @@ from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
 from .demonstrations_aim import Demonstration, check_demos, is_demonstration
 from .families_aim import family_of_processor
-from .files_aim import shipped_files, staged_folder
+from .files_aim import copy_shipped_files, staged_folder
 
 PROCESSOR_FILE = "processor_config.json"
 SETTINGS = ("label_template", "question_template", "image_prompt", "few_shot_chats")
@@ -314,8 +314,7 @@ class AimProcessor(ProcessorMixin):
         with staged_folder(save_directory) as folder:
             self.processor.save_pretrained(folder)
             self.to_json_file(folder / PROCESSOR_FILE)
-            for path in shipped_files():
-                (folder / path.name).write_bytes(path.read_bytes())
+            copy_shipped_files(folder)
         return [os.path.join(save_directory, PROCESSOR_FILE)]
 
     @classmethod

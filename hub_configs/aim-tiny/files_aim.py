@@ -105,6 +105,12 @@ def shipped_files() -> list[Path]:
     return sorted(Path(__file__).parent.glob("*_aim.py"))
 
 
+def copy_shipped_files(folder: Path) -> None:
+    """Put the code that a repository carries into `folder`."""
+    for path in shipped_files():
+        (folder / path.name).write_bytes(path.read_bytes())
+
+
 def model_card(config: Any, projector: torch.nn.Module) -> str:
     """A model card that says what the repository holds and how to use it."""
     backbone = config.backbone_name_or_path or f"in the folder `{config.backbone_subfolder}`"
