@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-lowest style aim-tiny clean
+.PHONY: demo test test-all test-lowest style bench aim-tiny clean
 
 demo: $(VENV)/.installed-demo  ## answer held-out queries from demonstrations; writes demo.png
 	$(BIN)/python examples/demo.py --output demo.png
@@ -21,6 +21,9 @@ style: $(VENV)/.installed-dev  ## what CI checks beside the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(VENV)/.installed-demo  ## what a bank of 100 000 demonstrations costs to open and to choose from; 2 GB of disk for a minute
+	$(BIN)/python benchmarks/bank.py
 
 aim-tiny: $(VENV)/.installed-dev  ## train hub_configs/aim-tiny again, from nothing; resumes where it was stopped
 	$(BIN)/python examples/aim_tiny/build.py

@@ -5,7 +5,8 @@ from .configuration_aim import AimConfig  # isort: skip  first of all: it says w
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from .backbone_aim import laptop_quantization_config
-from .demonstrations_aim import Demonstration, DemonstrationBank, FusedDemonstrations
+from .bank_aim import DemonstrationBank
+from .demonstrations_aim import Demonstration, FusedDemonstrations
 from .modeling_aim import AimForConditionalGeneration
 from .processing_aim import AimProcessor
 from .projector_aim import AimProjector

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,12 +13,16 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
+from .bank_cli import bank_app, export_prompt_embeds
+from .terminal import errors, read_demonstrations, reported
+
 app = typer.Typer(
     help="Few-shot demonstrations for any vision-language model, at a few tokens each.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-errors = Console(stderr=True)
+app.add_typer(bank_app, name="bank")
+app.command()(export_prompt_embeds)
 
 
 @app.callback()
@@ -42,7 +43,7 @@ def answer(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Answer a question about an image from demonstrations of your own."""
-    with _reported("aim answer"):
+    with reported("aim answer"):
         examples = list(read_demonstrations(demos))
         result = _answer(repo, examples, question, image, revision, load_in_4bit, device_map, max_new_tokens)
     if as_json:
@@ -66,7 +67,7 @@ def init(
     ] = False,
 ) -> None:
     """Make an AIM repository for a backbone, with an untrained projector of the right size and scale."""
-    with _reported("aim init"):
+    with reported("aim init"):
         if output.exists() and any(output.iterdir()):
             raise ValueError(f"{output} is not empty; give a new folder with --output.")
         from . import AimForConditionalGeneration
@@ -97,7 +98,7 @@ def check(
     from .checks import check_model, run_checks
 
     failed = 0
-    with _reported("aim check"):
+    with reported("aim check"):
         model = check_model(backbone, revision, from_config, load_in_4bit, device_map)
         table = Table("", "property", "", title=f"{backbone} ({model.backbone.config.model_type})")
         for statement, problem in track(run_checks(model), description="checking", transient=True, console=errors):
@@ -107,16 +108,6 @@ def check(
     if failed:
         errors.print(f"{failed} properties do not hold on {backbone}.")
         raise typer.Exit(1)
-
-
-@contextmanager
-def _reported(command: str) -> Iterator[None]:
-    """Show an expected error as one message instead of a traceback."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError) as error:
-        errors.print(f"[red]{command}:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
 
 
 def _answer(
@@ -156,35 +147,6 @@ def _answer(
         "read_ms": round(1000 * (read - start), 1),
         "answer_ms": round(1000 * (done - read), 1),
     }
-
-
-def read_demonstrations(path: Path) -> Iterator[dict[str, Any]]:
-    """Demonstrations of a jsonl file; image paths are relative to the file.
-
-    Raises:
-        ValueError: a line is no JSON object; the message names file and line.
-        FileNotFoundError: there is no such file.
-    """
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            demo = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error}). Expected one object a line.") from error
-        if not isinstance(demo, dict):
-            raise ValueError(f"{path}, line {number}: expected an object such as {{'image': ..., 'label': ...}}.")
-        for key in ("image", "images"):
-            if isinstance(demo.get(key), str):
-                demo[key] = _beside(path, demo[key])
-            elif isinstance(demo.get(key), list):
-                demo[key] = [_beside(path, name) for name in demo[key]]
-        yield demo
-
-
-def _beside(path: Path, name: str) -> str:
-    """An image named in a file: a URL as it is, a path relative to the file's folder."""
-    return name if name.startswith(("http://", "https://", "data:")) else os.fspath(path.parent / name)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,55 @@
+"""What the `aim` commands share: files of demonstrations, and errors as one message instead of a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+errors = Console(stderr=True)
+
+
+@contextmanager
+def reported(command: str) -> Iterator[None]:
+    """Show an expected error as one message instead of a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        errors.print(f"[red]{command}:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+def read_demonstrations(path: Path) -> Iterator[dict[str, Any]]:
+    """Demonstrations of a jsonl file; image paths are relative to the file.
+
+    Raises:
+        ValueError: a line is no JSON object; the message names file and line.
+        FileNotFoundError: there is no such file.
+    """
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            demo = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error}). Expected one object a line.") from error
+        if not isinstance(demo, dict):
+            raise ValueError(f"{path}, line {number}: expected an object such as {{'image': ..., 'label': ...}}.")
+        for key in ("image", "images"):
+            if isinstance(demo.get(key), str):
+                demo[key] = _beside(path, demo[key])
+            elif isinstance(demo.get(key), list):
+                demo[key] = [_beside(path, name) for name in demo[key]]
+        yield demo
+
+
+def _beside(path: Path, name: str) -> str:
+    """An image named in a file: a URL as it is, a path relative to the file's folder."""
+    return name if name.startswith(("http://", "https://", "data:")) else os.fspath(path.parent / name)

@@ -1,0 +1,180 @@
+"""Damaged banks, by the thousand: an error of ours or a right answer; never a crash, a hang or wrong content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from modeling_aim import DemonstrationBank, FusedDemonstrations
+from modeling_aim.bank_aim import fused_columns
+from modeling_aim.demonstrations_aim import FusedDemonstrations as Fused
+from modeling_aim.shards_aim import BankDamaged, blob, make_shard
+
+NAMES = ("aim_bank.json", "0", "1")  # the manifest and the two shards
+
+
+def content(bank: DemonstrationBank) -> list[tuple[Any, ...]]:
+    """All that a bank holds of each demonstration."""
+    likeness = bank._like("image").unit if "image" in bank.features else torch.zeros(len(bank), 1)
+    rows = zip(bank, bank.keys(), bank.labels(), bank.thumbnails(), likeness.shape[:1] * len(bank), strict=True)
+    return [
+        (one.vectors.float().numpy().tobytes(), one.texts, dict(one.source), key, label, picture)
+        for one, key, label, picture, _ in rows
+    ]
+
+
+def demonstration_bank() -> DemonstrationBank:
+    """A bank with every kind of column."""
+    generator = torch.Generator().manual_seed(0)
+    shards = []
+    for start in (0, 3):
+        vectors = torch.randn(9, 4, generator=generator)
+        texts = tuple(f"the text {start + i}" for i in range(3))
+        keys = tuple(f"{start + i:064x}" for i in range(3))
+        columns, about = fused_columns(Fused(vectors, (2, 4, 3), keys, texts, {"backbone": "tiny", "read": "last"}))
+        columns["labels"], columns["label_lengths"] = blob([b"dax", b"", b"wug"])
+        columns["thumbnails"], columns["thumbnail_lengths"] = blob([b"one", b"two", b""])
+        columns["feature.image"] = torch.randn(3, 4, generator=generator).half()
+        shards.append(make_shard(columns, about))
+    return DemonstrationBank._of(shards, shards[0].about["source"])
+
+
+@pytest.fixture(scope="module", params=["auto", "int8"])
+def bank(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A bank on disk and what it holds."""
+    folder = tmp_path_factory.mktemp("bank")
+    demonstration_bank().save_pretrained(folder, storage=request.param)
+    return folder, content(DemonstrationBank.from_pretrained(folder))
+
+
+@st.composite
+def harm(draw: Any) -> tuple[str, Any]:
+    """One way to damage a file."""
+    where = st.floats(0, 1)
+    return draw(
+        st.one_of(
+            st.tuples(st.just("flip"), st.tuples(where, st.integers(1, 255))),
+            st.tuples(st.just("cut"), where),
+            st.tuples(st.just("insert"), st.tuples(where, st.binary(min_size=1, max_size=9))),
+            st.tuples(st.just("remove"), st.tuples(where, st.integers(1, 40))),
+            st.tuples(st.just("zero"), st.tuples(where, st.integers(1, 64))),
+            st.tuples(st.just("append"), st.binary(min_size=1, max_size=20)),
+            st.tuples(st.just("replace"), st.binary(max_size=300)),
+            st.tuples(st.just("size"), st.integers(0, 2**64 - 1)),
+            st.tuples(
+                st.just("number"), st.tuples(where, st.sampled_from(["-1", "0", "99999999999999999999", "1e9"]))
+            ),
+        )
+    )
+
+
+def harmed(raw: bytes, kind: str, how: Any) -> bytes:
+    """`raw` after one kind of damage."""
+    at = int((how[0] if isinstance(how, tuple) else how if isinstance(how, float) else 0) * len(raw))
+    if kind == "flip" and raw:
+        at = min(at, len(raw) - 1)
+        return raw[:at] + bytes([raw[at] ^ how[1]]) + raw[at + 1 :]
+    if kind == "cut":
+        return raw[:at]
+    if kind == "insert":
+        return raw[:at] + how[1] + raw[at:]
+    if kind == "remove":
+        return raw[:at] + raw[at + how[1] :]
+    if kind == "zero":
+        return raw[:at] + bytes(min(how[1], len(raw) - at)) + raw[at + how[1] :]
+    if kind == "append":
+        return raw + how
+    if kind == "replace":
+        return how
+    if kind == "size":
+        return how.to_bytes(8, "little") + raw[8:]
+    digits = [i for i, byte in enumerate(raw) if chr(byte).isdigit()]
+    if not digits:
+        return raw
+    place = digits[min(int(how[0] * len(digits)), len(digits) - 1)]
+    return raw[:place] + how[1].encode() + raw[place + 1 :]
+
+
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_bank_is_an_error_or_right(bank: tuple[Path, Any], data: st.DataObject) -> None:
+    folder, wanted = bank
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / "bank"
+        shutil.copytree(folder, copy)
+        shards = sorted(copy.glob("*.safetensors"))
+        for name, (kind, how) in data.draw(
+            st.lists(st.tuples(st.sampled_from(NAMES), harm()), min_size=1, max_size=3)
+        ):
+            path = copy / name if name.endswith("json") else shards[int(name)]
+            path.write_bytes(harmed(path.read_bytes(), kind, how))
+        try:
+            found = content(DemonstrationBank.from_pretrained(copy))
+        except (BankDamaged, FileNotFoundError):
+            pass
+        else:
+            assert found == wanted
+        try:
+            rest = content(DemonstrationBank.from_pretrained(copy, damaged="skip"))
+        except (BankDamaged, FileNotFoundError):
+            return
+        assert all(one in wanted for one in rest)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_an_edited_manifest_is_an_error_or_right(bank: tuple[Path, Any], data: st.DataObject) -> None:
+    """Edited with its sha256 corrected, as somebody might who knows how."""
+    folder, wanted = bank
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / "bank"
+        shutil.copytree(folder, copy)
+        manifest = json.loads((copy / "aim_bank.json").read_text())
+        junk = st.one_of(st.none(), st.integers(-5, 2**70), st.text(max_size=5), st.lists(st.integers(), max_size=2))
+        junk = st.one_of(junk, st.dictionaries(st.text(max_size=3), junk, max_size=2))
+        if data.draw(st.booleans()):
+            manifest[data.draw(st.sampled_from([k for k in manifest if k != "source"]))] = data.draw(junk)
+        else:
+            shard = manifest["shards"][data.draw(st.integers(0, 1))]
+            shard[data.draw(st.sampled_from(sorted(shard)))] = data.draw(junk)
+        manifest.pop("sha256", None)
+        digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+        (copy / "aim_bank.json").write_text(json.dumps({**manifest, "sha256": digest}))
+        try:
+            found = content(DemonstrationBank.from_pretrained(copy))
+        except (BankDamaged, FileNotFoundError):
+            return
+        assert found == wanted
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 4), max_size=6),
+    width=st.integers(1, 5),
+    storage=st.sampled_from(["auto", "bfloat16", "float16", "int8"]),
+    size=st.integers(1, 400),
+    words=st.text(max_size=8),
+)
+def test_any_bank_is_the_same_after_a_round_trip(
+    lengths: list[int], width: int, storage: str, size: int, words: str
+) -> None:
+    words = words.encode("utf-8", "ignore").decode()
+    vectors = torch.randn(sum(lengths), width).round(decimals=1)
+    texts = tuple(f"{words}{i}" for i in range(len(lengths)))
+    fused = FusedDemonstrations(vectors, tuple(lengths), tuple(f"{i:064x}" for i in range(len(lengths))), texts)
+    with tempfile.TemporaryDirectory() as folder:
+        DemonstrationBank(fused).save_pretrained(folder, storage=storage, shard_bytes=size)
+        found = DemonstrationBank.from_pretrained(folder)
+        found.verify()
+        assert (found.fused.lengths, found.fused.keys, found.fused.texts) == (fused.lengths, fused.keys, texts)
+        torch.testing.assert_close(found.fused.vectors.float(), vectors, rtol=0.01, atol=0.04)
+        assert list(found.fused.vectors.shape) == list(vectors.shape)

@@ -1,0 +1,205 @@
+"""What is kept between calls: hidden states of raw demonstrations and the KV of prefixes, bounded and never stale."""
+
+from __future__ import annotations
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from backbones import DEMOS, Plugin, picture, plugin
+from test_reading import calls
+from transformers import DynamicCache
+
+from modeling_aim.prefix_aim import Recent
+
+NEW = {"max_new_tokens": 6, "do_sample": False}
+
+
+def passes(aim: Plugin, action: Any) -> int:
+    """Positions that go through the first decoder layer during `action`."""
+    with calls(first_layer(aim)) as seen:
+        action()
+    return sum(args[0].shape[0] * args[0].shape[1] for args in seen)
+
+
+def first_layer(aim: Plugin) -> Any:
+    from modeling_aim.backbone_aim import decoder_layers
+
+    return decoder_layers(aim.backbone)[0]
+
+
+# --- raw demonstrations given again
+
+
+def test_raw_demonstrations_are_read_once_in_any_order(aim: Plugin) -> None:
+    fresh = plugin(aim.family)
+    inputs = fresh.query()
+    wanted = {order: aim.answer(inputs, [DEMOS[i] for i in order]) for order in ((0, 1, 4), (4, 0), (1, 4, 0))}
+    aim.model.read_cache.clear()
+    fresh.answer(inputs, [DEMOS[i] for i in (0, 1, 4)])
+    assert len(fresh.model.read_cache) == 3 and fresh.model.read_cache.nbytes > 0
+    embedded = fresh.backbone.get_input_embeddings()
+    for order, answer in wanted.items():
+        with calls(embedded) as seen:
+            assert torch.equal(fresh.answer(inputs, [DEMOS[i] for i in order]), answer)
+        assert len(seen) == 6, "something was read again"  # the prompt and five steps
+    with calls(embedded) as seen:
+        fresh.answer(fresh.query("a", "b"), [[DEMOS[4]], [DEMOS[0], DEMOS[2]]])
+    assert len(seen) == 6 + 1  # one new demonstration
+
+
+def test_the_cache_of_reads_is_bounded_and_can_be_turned_off() -> None:
+    aim = plugin("llava")
+    inputs = aim.query()
+    one = aim.model.read_states([aim_demo(DEMOS[0])])[0]
+    aim.model.read_cache.max_bytes = 2 * one.numel() * one.element_size() + 1
+    for seed in range(5):
+        aim.answer(inputs, [(picture(seed), "dax")])
+        assert aim.model.read_cache.nbytes <= aim.model.read_cache.max_bytes
+    assert len(aim.model.read_cache) == 2
+    aim.model.read_cache.max_bytes = 0
+    aim.answer(inputs, DEMOS)
+    assert len(aim.model.read_cache) == 0
+    with calls(aim.backbone.get_input_embeddings()) as seen:
+        aim.answer(inputs, DEMOS[:2])
+        aim.answer(inputs, DEMOS[:2])
+    assert len(seen) == 2 * 7
+
+
+def aim_demo(demo: Any) -> Any:
+    from modeling_aim import Demonstration
+
+    return Demonstration.of(demo)
+
+
+def test_nothing_stale_is_used() -> None:
+    """Another projector, wording, or backbone's weights: what was kept is not what is meant any more."""
+    aim = plugin("llava")
+    inputs = aim.query()
+    first = aim.model.generate(**inputs, demos=DEMOS, **NEW, output_logits=True, return_dict_in_generate=True)
+
+    def changes() -> bool:
+        again = aim.model.generate(**inputs, demos=DEMOS, **NEW, output_logits=True, return_dict_in_generate=True)
+        cached = aim.model.read_cache
+        aim.model.read_cache = Recent(0)
+        wanted = aim.model.generate(**inputs, demos=DEMOS, **NEW, output_logits=True, return_dict_in_generate=True)
+        aim.model.read_cache = cached
+        torch.testing.assert_close(again.logits[0], wanted.logits[0], rtol=1e-4, atol=1e-4)
+        return not torch.allclose(again.logits[0], first.logits[0], atol=1e-4)
+
+    assert not changes()
+    with torch.no_grad():
+        aim.model.projector.layers[0].weight.mul_(-1)
+    assert changes()
+    with torch.no_grad():
+        aim.model.projector.layers[0].weight.mul_(-1)
+    assert not changes()
+    aim.processor.label_template = "Behold the one and only {label}!"
+    assert changes()
+    aim.processor.label_template = "This is {label}."
+    with torch.no_grad():
+        first_layer(aim).self_attn.v_proj.weight.mul_(-1)
+    assert changes()
+
+
+def test_a_copy_of_a_model_keeps_nothing_of_the_other() -> None:
+    aim = plugin("llava")
+    aim.answer(aim.query(), DEMOS)
+    aim.model.read_cache.max_bytes = 12345678
+    other = copy.deepcopy(aim.model)
+    assert len(other.read_cache) == 0 and other.read_cache.max_bytes == 12345678
+
+
+def test_the_least_recently_used_leaves() -> None:
+    kept = Recent(10)
+    for key in "abc":
+        kept.put(key, key, 3)
+    assert kept.get("a") == "a"
+    kept.put("d", "d", 3)
+    assert [kept.get(key) for key in "abcd"] == ["a", None, "c", "d"] and kept.nbytes == 9
+    kept.put("e", "e", 11)
+    assert kept.get("e") is None and len(kept) == 3
+    kept.put("f", "f", 10)
+    assert len(kept) == 1 and kept.nbytes == 10
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: (kept.put(i % 7, i, 4), kept.get(i % 5)), range(2000)))
+    assert kept.nbytes <= 10
+
+
+# --- the KV of a prefix
+
+
+def test_an_answer_from_kept_kv_does_not_compute_the_prefix_again(aim: Plugin) -> None:
+    fresh = plugin(aim.family)
+    fused = fresh.model.read(DEMOS)
+    inputs = fresh.query()
+    plain = passes(fresh, lambda: fresh.answer(inputs, fused))
+    prefix = fresh.model.prefill(fused)
+    saved = plain - passes(fresh, lambda: fresh.answer(inputs, prefix))
+    assert fused.num_tokens <= saved <= fused.num_tokens + 1  # and BOS, where there is one
+    assert passes(fresh, lambda: fresh.model.prefill(DEMOS[:0])) == 0
+    assert passes(fresh, lambda: fresh.model.prefill(prefix)) == 0
+    assert passes(fresh, lambda: fresh.model.prefill(fused)) == 0
+
+
+def test_kv_that_had_to_leave_is_computed_again(llava: Plugin) -> None:
+    aim = plugin("llava")
+    inputs = aim.query()
+    prefixes = [aim.model.prefill([DEMOS[i]]) for i in (0, 1)]
+    one = max(size for _, size in aim.model.prefix_cache._values.values())
+    assert aim.model.prefix_cache.nbytes <= 2 * one
+    wanted = [aim.answer(inputs, [DEMOS[i]]) for i in (0, 1)]
+    for limit in (one, 0):
+        aim.model.prefix_cache.max_bytes = limit
+        for _ in range(2):
+            for prefix, answer in zip(prefixes, wanted, strict=True):
+                assert torch.equal(aim.answer(inputs, prefix), answer)
+                assert aim.model.prefix_cache.nbytes <= limit
+
+
+def test_what_cannot_use_kept_kv_takes_the_fused_tokens(aim: Plugin) -> None:
+    inputs, two = aim.query(), aim.query("What is this?", "And that?")
+    fused = aim.model.read(DEMOS)
+    prefix, other = aim.model.prefill(fused), aim.model.prefill(fused[:2])
+    wanted = aim.answer(inputs, fused)
+    assert torch.equal(aim.answer(inputs, prefix, use_cache=False), wanted)
+    assert torch.equal(aim.answer(inputs, prefix, cache_implementation="static"), wanted)
+    cache = DynamicCache(config=aim.backbone.config.get_text_config())
+    assert torch.equal(aim.answer(inputs, prefix, past_key_values=cache), wanted)
+    rows = [fused, fused[:2]]
+    assert torch.equal(aim.answer(two, [prefix, other]), aim.answer(two, rows))
+    assert torch.equal(aim.answer(two, [prefix, None]), aim.answer(two, [fused, None]))
+    assert torch.equal(aim.answer(two, [prefix, prefix]), aim.answer(two, fused))
+    with torch.no_grad():
+        assert torch.equal(aim.model(**inputs, demos=prefix).logits, aim.model(**inputs, demos=fused).logits)
+
+
+def test_a_right_padded_batch_and_samples_use_it_too(llava: Plugin) -> None:
+    fused, prefix = llava.model.read(DEMOS), llava.model.prefill(DEMOS)
+    inputs = llava.query()
+    options = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 6}
+    drawn = []
+    for demos in (fused, prefix):
+        torch.manual_seed(0)
+        drawn.append(llava.model.generate(**inputs, demos=demos, **options))
+    assert drawn[0].shape[0] == 3 and torch.equal(*drawn)
+
+
+def test_a_prefix_is_refused_by_another_plug_in(llava: Plugin) -> None:
+    other = plugin("llava", projector_form="mlp")
+    prefix = llava.model.prefill(DEMOS)
+    for use in (lambda: other.model.prefill(prefix), lambda: other.answer(other.query(), prefix)):
+        with pytest.raises(ValueError, match="another model: projector"):
+            use()
+    assert len(prefix) == 5 and prefix.num_tokens == prefix.fused.num_tokens
+
+
+def test_a_prefix_of_a_bank_and_chosen_demonstrations(llava: Plugin, tmp_path: Any) -> None:
+    bank = llava.model.build_bank(DEMOS, tmp_path)
+    prefix = llava.model.prefill(bank.select(k=3, seed=1))
+    assert torch.equal(
+        llava.answer(llava.query(), prefix), llava.answer(llava.query(), bank, shots=3, select={"seed": 1})
+    )
+    assert torch.equal(llava.answer(llava.query(), llava.model.prefill(bank)), llava.answer(llava.query(), bank))

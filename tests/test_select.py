@@ -1,0 +1,240 @@
+"""Choosing from a bank: most alike last, in turn over labels, without near-duplicates, for each row of a batch."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from backbones import Plugin, picture, plugin
+from PIL import Image
+
+from modeling_aim import DemonstrationBank
+from modeling_aim.select_aim import Groups, Likeness, pick, sketched
+
+NAMES = ("dax", "wug", "blicket")
+DEMOS = [{"image": picture(seed), "label": NAMES[seed % 3 if seed < 6 else 0]} for seed in range(9)]
+
+
+@pytest.fixture(scope="module")
+def bank(tmp_path_factory: pytest.TempPathFactory) -> DemonstrationBank:
+    """Nine demonstrations with three labels, of which `dax` has five."""
+    return plugin("llava").model.build_bank(DEMOS, tmp_path_factory.mktemp("bank"))
+
+
+def numbers(chosen: list[tuple[int, float]]) -> list[int]:
+    return [number for number, _ in chosen]
+
+
+def never(number: int, chosen: Any) -> bool:
+    return False
+
+
+def test_the_most_alike_image_is_last(bank: DemonstrationBank) -> None:
+    for seed in range(9):
+        chosen = bank.choose(picture(seed), 4, by="image", balanced=False)
+        scores = [score for _, score in chosen]
+        assert chosen[-1][0] == seed and scores == sorted(scores) and scores[-1] > 0.99
+        exact = bank._like("image").unit @ bank._like("image").unit[seed]
+        assert set(numbers(chosen)) == set(exact.topk(4).indices.tolist())
+
+
+def test_labels_are_taken_in_turn(bank: DemonstrationBank) -> None:
+    for query in (picture(7), picture(30)):
+        for by in ("image", "random", "fused"):
+            chosen = numbers(bank.choose((query, "What is this?"), 3, by=by))
+            assert sorted(bank.labels(chosen), key=str) == sorted(NAMES)
+            six = numbers(bank.choose((query, "What is this?"), 6, by=by))
+            assert sorted(bank.labels(six), key=str) == sorted(NAMES * 2)
+    like = bank._like("image")
+    best = like.scores(bank.model.query_features(bank.model.query_inputs(picture(7)), "image", bank)["image"])[0]
+    wanted = {max((i for i in range(9) if bank.labels()[i] == name), key=lambda i: float(best[i])) for name in NAMES}
+    assert set(numbers(bank.choose(picture(7), 3, by="image"))) == wanted
+
+
+def test_random_repeats_with_its_seed_and_differs_without(bank: DemonstrationBank) -> None:
+    drawn = {seed: numbers(bank.choose(k=4, seed=seed)) for seed in range(8)}
+    assert all(numbers(bank.choose(k=4, seed=seed)) == found for seed, found in drawn.items())
+    assert len({tuple(found) for found in drawn.values()}) > 4
+    assert all(len(set(found)) == 4 for found in drawn.values())
+    assert bank.select(k=4, seed=3).texts == tuple(bank.texts(drawn[3]))
+
+
+def test_a_fixed_list_is_taken_as_it_comes(bank: DemonstrationBank) -> None:
+    assert numbers(bank.choose(k=3, by=[4, 0, -1, 2])) == [4, 0, 8]
+    keys = bank.keys()
+    assert numbers(bank.choose(k=2, by=[keys[5], keys[1]])) == [5, 1]
+    for wrong, message in (
+        ([0, 9], "lists 9, which is not in this bank of 9"),
+        (["ab" * 32], "lists 'abab"),
+        ([1], "k=2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bank.choose(k=min(2, len(wrong) + (wrong == [1])), by=wrong)
+
+
+def test_near_duplicates_are_left_out_while_there_are_others(llava: Plugin, tmp_path: Path) -> None:
+    def nearly(image: Image.Image, by: int) -> Image.Image:
+        return Image.fromarray(np.clip(np.asarray(image).astype(int) + by, 0, 255).astype(np.uint8))
+
+    same = [{"image": nearly(picture(1), by), "text": "a dax lies there, see."} for by in (0, 1, 2)]
+    others = [{"image": picture(seed), "text": "a dax lies there, see."} for seed in (2, 3, 4)]
+    named = {"image": picture(1), "text": "quite another thing that somebody says about it."}
+    bank = llava.model.build_bank([*same, *others, named], tmp_path)
+    chosen = numbers(bank.choose(picture(1), 5, by="image"))
+    assert len({0, 1, 2} & set(chosen)) == 1 and chosen[-1] in (0, 1, 2, 6)
+    assert 6 in chosen, "another text about the same image is no duplicate"
+    assert len(set(numbers(bank.choose(picture(1), 7, by="image")))) == 7  # then there are no others
+    assert len({0, 1, 2} & set(numbers(bank.choose(picture(1), 4, by="image", near_duplicate=None)))) == 3
+    for seed in range(5):
+        assert len({0, 1, 2} & set(numbers(bank.choose(k=5, seed=seed)))) == 1
+
+
+def test_mmices_takes_texts_among_alike_images(llava: Plugin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modeling_aim.bank_aim.MMICES_POOL", 2)
+    texts = ["a red thing lies on the table.", "somewhere in the far north it rains."]
+    demos = [(picture(seed), text) for seed in (0, 1, 2) for text in texts]
+    bank = llava.model.build_bank(demos, tmp_path)
+    chosen = bank.choose({"image": picture(1), "text": texts[1]}, 1, by="mmices")
+    assert numbers(chosen) == [3]
+    assert numbers(bank.choose(texts[0], 3, by="text", near_duplicate=None, balanced=False)) != [3]
+    assert all(number % 2 == 0 for number in numbers(bank.choose(texts[0], 3, by="text", near_duplicate=None)))
+
+
+def test_what_a_query_must_have(bank: DemonstrationBank, llava: Plugin) -> None:
+    for call, message in (
+        (lambda: bank.choose(picture(1), 10, by="image"), "k=10 demonstrations were asked of a bank that has 9"),
+        (lambda: bank.choose(picture(1), 0, by="image"), "k=0"),
+        (lambda: bank.choose("What is this?", 2, by="image"), "Query 0 of 1 has no image, and 'image' compares them"),
+        (lambda: bank.choose(picture(1), 2, by="text"), "Query 0 of 1 has no words"),
+        (lambda: bank.choose(picture(1), 2, by="clip"), "by='clip': expected one of random, image, text"),
+        (lambda: DemonstrationBank(llava.model.read([])).choose(), "a bank that has 0"),
+        (lambda: DemonstrationBank.from_pretrained(bank.folder).choose(picture(1), 2, by="image"), "knows no model"),
+        (
+            lambda: DemonstrationBank(llava.model.read(DEMOS)).choose(picture(1), 2, by="image", model=llava.model),
+            "no image features.*build_bank",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_a_bank_without_features_is_chosen_from_by_fused_tokens(llava: Plugin, bank: DemonstrationBank) -> None:
+    read = DemonstrationBank(llava.model.read(DEMOS))
+    query = {"image": picture(5), "question": "This is blicket."}
+    assert numbers(read.choose(query, 9, by="fused", model=llava.model)) == numbers(bank.choose(query, 9, by="fused"))
+
+
+def test_demonstrations_without_images_come_last(llava: Plugin, tmp_path: Path) -> None:
+    demos = [
+        {"text": "only words, no image."},
+        *[{"image": picture(s), "text": f"it is {s} of them."} for s in (1, 2)],
+    ]
+    bank = llava.model.build_bank(demos, tmp_path)
+    assert numbers(bank.choose(picture(2), 3, by="image")) == [0, 1, 2]
+
+
+# --- for each row of a batch
+
+
+def test_each_row_gets_what_is_chosen_for_it(aim: Plugin, tmp_path: Path) -> None:
+    bank = aim.model.build_bank(DEMOS, tmp_path)
+    inputs = aim.query("What is this?", "And what is that one there?", image=3)
+    for by in ("image", "text", "fused", "mmices"):
+        found = aim.answer(inputs, bank, shots=2, select=by)
+        features = aim.model.query_features(inputs, by, bank)
+        rows = [bank.select({kind: one[row] for kind, one in features.items()}, 2, by) for row in range(2)]
+        assert torch.equal(found, aim.answer(inputs, rows))
+        if by == "image":
+            assert [row.texts[-1] for row in rows] == ["This is dax.", "This is wug."]  # pictures 3 and 4
+    assert torch.equal(
+        aim.answer(inputs, bank, shots=3, select={"by": "random", "seed": 5}),
+        aim.answer(inputs, bank.select(k=3, seed=5)),
+    )
+    assert torch.equal(aim.answer(inputs, bank, shots=2, select=[7, 1]), aim.answer(inputs, bank[[7, 1]]))
+    assert torch.equal(aim.answer(inputs, [bank, None], shots=2), aim.answer(inputs, [bank.select(k=2), None]))
+    assert torch.equal(aim.answer(inputs, bank, select="image"), aim.answer(inputs, bank, shots=8, select="image"))
+
+
+def test_a_query_is_compared_alone_as_in_a_padded_batch(aim: Plugin, tmp_path: Path) -> None:
+    bank = aim.model.build_bank(DEMOS, tmp_path)
+    both = aim.query("What is this?", "And what is that one there, the small one?", image=3)
+    for by in ("image", "text", "fused"):
+        alone = aim.model.query_features(aim.query("What is this?", image=3), by, bank)[by]
+        torch.testing.assert_close(aim.model.query_features(both, by, bank)[by][:1], alone, rtol=1e-3, atol=1e-3)
+    seen = aim.model.query_features(aim.query("What is this?", image=3), "image", bank)["image"]
+    kept = torch.cat([shard.feature("image") for shard in bank._shards])[3].float()
+    assert float(seen[0] @ kept) > 0.999
+
+
+def test_shots_ask_for_a_bank(llava: Plugin, bank: DemonstrationBank) -> None:
+    inputs = llava.query()
+    for call, message in (
+        (lambda: llava.answer(inputs, llava.model.read(DEMOS), shots=2), "choose from a DemonstrationBank"),
+        (lambda: llava.answer(inputs, None, shots=2), "choose from a DemonstrationBank"),
+        (lambda: llava.answer(inputs, bank, shots=20, select="image"), "k=20 demonstrations were asked"),
+        (lambda: llava.answer(inputs, bank, select="nearest"), "by='nearest'"),
+        (lambda: llava.answer(llava.query(image=None), bank, select="image"), "Query 0 of 1 has no image"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_a_whole_bank_that_no_prompt_holds_is_not_loaded() -> None:
+    aim = plugin("llava", max_fused_tokens=None)
+    fused = aim.model.read(DEMOS)
+    count = aim.backbone.config.get_text_config().max_position_embeddings // fused.num_tokens * 9 + 9
+    large = DemonstrationBank(fused[[i % 9 for i in range(count)]])
+    with pytest.raises(ValueError, match=r"The bank's \d+ demonstrations .* shots=8, select=.*bank\[:8\]"):
+        aim.answer(aim.query(), large)
+    assert aim.answer(aim.query(), large, shots=2).shape == (1, 6)
+
+
+# --- the arithmetic
+
+
+def slowly(scores: list[float], k: int, labels: list[int] | None) -> list[int]:
+    """What `pick` means, written plainly."""
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    turn = {i: sum(labels is not None and labels[j] == labels[i] for j in order[: order.index(i)]) for i in order}
+    chosen = sorted(order, key=lambda i: (turn[i], -scores[i]))[:k]
+    return sorted(chosen, key=lambda i: scores[i])
+
+
+def test_picking_is_the_plain_definition() -> None:
+    draw = random.Random(0)
+    for _ in range(200):
+        count = draw.randint(1, 30)
+        scores = draw.sample(range(1000), count)
+        labels = draw.choice([None, [draw.randint(0, 4) for _ in range(count)]])
+        k = draw.randint(1, count)
+        given = None if labels is None else Groups(torch.tensor(labels, dtype=torch.int32))
+        assert pick(torch.tensor(scores, dtype=torch.float32), k, given, never) == slowly(scores, k, labels)
+
+
+def test_a_sketch_keeps_who_is_alike() -> None:
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(40, 4096, generator=generator)
+    wide[1:5] = wide[0] + 0.5 * torch.randn(4, 4096, generator=generator)
+    small = sketched(wide, 512)
+    assert small.shape == (40, 512)
+    exact = torch.nn.functional.normalize(wide) @ torch.nn.functional.normalize(wide).T
+    assert float((small @ small.T - exact).abs().max()) < 0.2
+    assert set((small @ small[0]).topk(5).indices.tolist()) == {0, 1, 2, 3, 4}
+    assert torch.equal(small, sketched(wide, 512))
+    assert sketched(wide[:, :8], 512).shape == (40, 512)
+
+
+def test_faiss_finds_what_torch_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("faiss")
+    pytest.importorskip("datasets")
+    features = torch.nn.functional.normalize(torch.randn(500, 32, generator=torch.Generator().manual_seed(0)))
+    like = Likeness(features)
+    query = features[7] + 0.1 * features[9]
+    found, scores = like.nearest(query, 20) or ([], [])
+    exact = like.scores(query[None])[0]
+    assert found == exact.topk(20).indices.tolist()
+    torch.testing.assert_close(torch.tensor(scores), exact.topk(20).values, rtol=1e-4, atol=1e-5)
