@@ -169,6 +169,10 @@ def static_cache(case: Case) -> None:
 def beams(case: Case) -> None:
     """beam search and several return sequences"""
     inputs, fused = case.query(), case.model.read(case.demos)
+    try:
+        case.model.backbone.generate(**inputs, num_beams=3, max_new_tokens=NEW)
+    except Exception as error:
+        raise NotApplicable(f"the backbone's own beam search fails: {error}") from error
     found = case.answer(inputs, fused, num_beams=3, num_return_sequences=2)
     assert found.shape == (2, NEW)
     assert torch.equal(found, case.answer(inputs, fused, num_beams=3, num_return_sequences=2, use_cache=False))
@@ -255,6 +259,85 @@ def few_shot_chat(case: Case) -> None:
     ).to(case.model.device, case.model.dtype)
     assert len(inputs["chat_demos"]) == len(case.demos)
     case.model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+
+
+def system_turn(case: Case) -> None:
+    """a chat keeps its system turn when earlier turns become demonstrations"""
+    rule = "Answer with one word."
+    system = {"role": "system", "content": [{"type": "text", "text": rule}]}
+    query = {"role": "user", "content": [{"type": "image", "image": noise(10)}, {"type": "text", "text": QUESTION}]}
+    try:
+        plain = case.processor.apply_chat_template([system, query], add_generation_prompt=True)
+    except Exception as error:
+        raise NotApplicable("the backbone's chat template takes no system turn") from error
+    if rule not in plain:
+        raise NotApplicable("the backbone's chat template leaves system turns out")
+    shown = [{"type": "image", "image": noise(1)}, {"type": "text", "text": "What do you see?"}]
+    answered = {"role": "assistant", "content": [{"type": "text", "text": "A dax."}]}
+    chat = [system, {"role": "user", "content": shown}, answered, query]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = case.processor.apply_chat_template(chat, **options).to(case.model.device, case.model.dtype)
+    alone = case.processor.apply_chat_template([system, query], **options)
+    assert torch.equal(inputs["input_ids"].cpu(), alone["input_ids"]), "the prompt is not system turn and query"
+    assert [demo.text for demo in inputs["chat_demos"]] == ["A dax."]
+    case.model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+
+
+def attention_kinds(case: Case) -> None:
+    """eager and sdpa attention answer the same"""
+    backbone, inputs = case.model.backbone, case.query()
+    before, found = backbone.config._attn_implementation, []
+    if not backbone._supports_sdpa:
+        raise NotApplicable("the backbone has eager attention only")
+    try:
+        for kind in ("eager", "sdpa"):
+            backbone.set_attn_implementation(kind)
+            found.append(case.logits(inputs, case.demos))
+    finally:
+        backbone.set_attn_implementation(before)
+    close(*found)
+
+
+def kept_prefix(case: Case) -> None:
+    """an answer from the KV of a prefix is the uncached one: alone, in a padded batch, with beams, in two threads"""
+    fused = case.model.read(case.demos)
+    prefix = case.model.prefill(case.demos)
+    queries = case.query(), case.query(QUESTION, "Which of the names that you were told goes with this?")
+    kept = [value for value, _ in case.model.prefix_cache._values.values()]
+    assert kept and case.model._prefilled(prefix, dict(queries[0])) is not None, "the KV is not used"
+    lengths = [cache.get_seq_length() for cache, _ in kept]
+    for inputs in queries:
+        for beams in (1, 3):
+            options: dict[str, Any] = {"num_beams": beams, "do_sample": False, "max_new_tokens": NEW}
+            options |= {"min_new_tokens": NEW, "return_dict_in_generate": True, "output_logits": True}
+            expected = case.model.generate(**inputs, demos=fused, **options)
+            found = case.model.generate(**inputs, demos=prefix, **options)
+            assert torch.equal(found.sequences, expected.sequences)
+            close(found.logits[0].float(), expected.logits[0].float())
+    with ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(lambda _: case.answer(queries[0], prefix), range(3)))
+    assert all(torch.equal(answer, case.answer(queries[0], fused)) for answer in answers)
+    assert [cache.get_seq_length() for cache, _ in kept] == lengths, "an answer changed the KV that is kept"
+
+
+def chosen_for_each_row(case: Case) -> None:
+    """demonstrations are chosen from a bank for each row of a batch, by the backbone's own features"""
+    demos = [
+        {"image": noise(seed), "label": f"name{seed}"} for seed in (10, 20, 30, 40)
+    ]  # two are the queries' images
+    inputs = case.query(QUESTION, "Which of the names that you were told goes with this?")
+    with tempfile.TemporaryDirectory() as folder:
+        bank = case.model.build_bank(demos, folder)
+        chosen = case.model._chosen(bank, inputs, 2, "image")
+        assert [row.texts[-1] for row in chosen] == [bank.texts()[0], bank.texts()[1]], "not the most alike image"
+        for by in ("image", "text", "fused", "mmices", "random"):
+            rows = [[number for number, _ in bank.choose(None, 2)]] * 2
+            if by != "random":
+                features = case.model.query_features(inputs, by, bank)
+                queries = [{kind: found[row] for kind, found in features.items()} for row in range(2)]
+                rows = [[number for number, _ in bank.choose(query, 2, by)] for query in queries]
+            expected = case.answer(inputs, [bank[row] for row in rows])
+            assert torch.equal(case.answer(inputs, bank, shots=2, select=by), expected)
 
 
 def gradients(case: Case) -> None:

@@ -355,7 +355,8 @@ def _tiled(name: str, chat: str, bos: str | None, text: dict[str, Any]) -> Pair:
         pad_token_id=tokenizer.pad_token_id,
     )
     tile = {"longest_edge": 32}
-    images = getattr(hf, name + "ImageProcessor")(size={"longest_edge": 64}, max_image_size=tile)
+    # bicubic: the class's own Lanczos makes some versions of transformers fall back to another class after a reload
+    images = getattr(hf, name + "ImageProcessor")(size={"longest_edge": 64}, max_image_size=tile, resample=3)
     parts = [images, tokenizer]
     if not bos:
         sampling = {"fps": 1, "max_frames": 4, "video_size": tile}

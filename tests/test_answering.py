@@ -264,6 +264,43 @@ def test_a_dictionary_holds_the_callers_tokens_and_scores(aim: Plugin) -> None:
     assert scores.shape == new.shape
 
 
+def test_one_pass_answers_as_the_backbones_own_classes_do(aim: Plugin) -> None:
+    inputs = aim.query("What is this?", "And that one?")
+    labels, fused = inputs["input_ids"], aim.model.read(DEMOS)
+    with torch.no_grad():
+        output = aim.model(**inputs, demos=fused, labels=labels, output_hidden_states=True)
+        plain = aim.model(**inputs, demos=fused, labels=labels, output_hidden_states=True, return_dict=False)
+        some = aim.model(**inputs, demos=fused, output_hidden_states=[0, 2])
+    assert isinstance(plain, tuple)
+    assert torch.equal(plain[0], output.loss) and torch.equal(plain[1], output.logits)
+    shape = (*labels.shape, aim.model.config.hidden_size)
+    assert all(states.shape == shape for states in output.hidden_states)
+    chosen = [number for number, states in enumerate(some.hidden_states) if states is not None]
+    assert chosen == [0, 2] and all(torch.equal(some.hidden_states[i], output.hidden_states[i]) for i in chosen)
+
+
+def test_kv_with_fused_tokens_goes_on_in_their_places_or_not_at_all(aim: Plugin) -> None:
+    inputs = aim.query()
+    ids, mask, wanted = inputs["input_ids"], inputs["attention_mask"], aim.answer(inputs, DEMOS)[0]
+    with torch.no_grad():
+        output = aim.model(**inputs, demos=DEMOS, use_cache=True)
+        told = [int(output.logits[0, -1].argmax())]
+        for _ in range(len(wanted) - 1):  # a loop of the caller's own; the cache knows the places
+            following = aim.model(input_ids=torch.tensor([told[-1:]]), past_key_values=output.past_key_values)
+            told.append(int(following.logits[0, -1].argmax()))
+    assert told == wanted.tolist()
+    longer = {"input_ids": torch.cat([ids, wanted[None]], dim=1), "past_key_values": output.past_key_values}
+    with pytest.raises(ValueError, match=r"fused tokens.*prefill"):
+        aim.model.generate(**longer, max_new_tokens=1)
+    grown = torch.cat([mask, mask[:, :1]], dim=1)
+    with pytest.raises(ValueError, match=f"attention_mask has {grown.shape[1]} columns"):
+        aim.model(input_ids=wanted[None, -1:], attention_mask=grown, past_key_values=output.past_key_values)
+    options = {"max_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True}
+    answered = aim.model.generate(**inputs, demos=aim.model.prefill(DEMOS), **options)
+    with pytest.raises(ValueError, match="fused tokens"):
+        aim.model.generate(answered.sequences, past_key_values=answered.past_key_values)
+
+
 def test_prompt_lookup_gives_the_greedy_answer(aim: Plugin) -> None:
     inputs = aim.query(image=None)  # with one, the backbones' own prompt lookup may propose image tokens and fails
     greedy = aim.answer(inputs, DEMOS, max_new_tokens=12)

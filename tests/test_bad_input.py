@@ -178,6 +178,13 @@ def test_demonstrations_mixed_with_rows(llava: Plugin) -> None:
     fails(lambda: llava.model.generate(**inputs, demos=[DEMOS[0], fused]), "mixes", "one a row")
 
 
+def test_demonstrations_beside_embeddings(llava: Plugin) -> None:
+    inputs = llava.query(image=None)
+    inputs["inputs_embeds"] = llava.model.get_input_embeddings()(inputs["input_ids"])
+    for call in (llava.model.generate, llava.model):
+        fails(lambda call=call: call(**inputs, demos=DEMOS), "input_ids", "inputs_embeds")
+
+
 def test_fused_tokens_of_another_projector(llava: Plugin) -> None:
     other = plugin("llava", projector_form="mlp").model.read(DEMOS)
     inputs, words = llava.query(), ("another model", "projector", r"model\.read\(demos\)")

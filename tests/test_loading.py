@@ -209,6 +209,33 @@ def test_settings_are_saved(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text())["backbone_config"]["model_type"] == "llava"
 
 
+def test_a_backbone_that_was_drawn_anew_or_resized_is_known_again(aim: Plugin, tmp_path: Path) -> None:
+    drawn = AimForConditionalGeneration(AimConfig.from_dict(aim.model.config.to_dict()), processor=aim.processor)
+    images = [aim.backbone.config.image_token_id]
+    inputs, fused = aim.query(), drawn.read(DEMOS)
+    with torch.no_grad():
+        before = drawn(**inputs, demos=fused).logits
+    size = drawn.get_input_embeddings().weight.shape[0]
+    for rows in (size, size + 8):
+        drawn.resize_token_embeddings(rows)
+        for config in (drawn.config, drawn.backbone.config):
+            assert config.get_text_config().vocab_size == rows
+        with torch.no_grad():
+            logits = drawn(**inputs, demos=fused).logits
+        assert logits.shape[-1] == rows and torch.equal(logits[..., :size], before)
+        drawn.save_pretrained(tmp_path / str(rows), include_backbone=True)
+        loaded = Plugin(aim.family, AimForConditionalGeneration.from_pretrained(tmp_path / str(rows)))
+        wanted = Plugin(aim.family, drawn).answer(inputs, DEMOS, suppress_tokens=images)
+        assert torch.equal(loaded.answer(inputs, DEMOS, suppress_tokens=images), wanted)
+    assert not any(p.requires_grad for p in drawn.backbone.parameters())
+
+
+def test_what_was_missing_in_the_backbones_files_is_told(self_contained: Path) -> None:
+    model, info = AimForConditionalGeneration.from_pretrained(self_contained, output_loading_info=True)
+    assert isinstance(model, AimForConditionalGeneration)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
 def test_the_backbone_is_saved_only_if_asked_for(aim: Plugin, tmp_path: Path) -> None:
     backbone = copy_backbone(aim, tmp_path / "backbone")
     model = AimForConditionalGeneration.from_backbone(backbone)

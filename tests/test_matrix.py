@@ -1,10 +1,17 @@
-"""Every property that `aim check` promises, on every family."""
+"""Every property that `aim check` promises, on every family; and each family quantized and partly on disk."""
+
+from pathlib import Path
 
 import pytest
+import torch
 from backbones import FAMILIES, MORE_FAMILIES, build
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from modeling_aim import AimForConditionalGeneration
+from modeling_aim.backbone_aim import decoder_layers
 from modeling_aim.checks import PROPERTIES, Case, NotApplicable
+
+FOUR_BIT = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32")
 
 
 @pytest.fixture(scope="module", params=[*FAMILIES, *MORE_FAMILIES])
@@ -19,3 +26,48 @@ def test_property(case: Case, name: str) -> None:
         PROPERTIES[name](case)
     except NotApplicable as reason:
         pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="module")
+def saved(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plug-in of a family with its backbone, as files."""
+    folder = tmp_path_factory.mktemp("family") / "repository"
+    case.model.save_pretrained(folder, include_backbone=True)
+    return folder
+
+
+def test_in_4_bit(case: Case, saved: Path) -> None:
+    quantized = AimForConditionalGeneration.from_pretrained(saved, quantization_config=FOUR_BIT)
+    kinds = {type(m).__name__ for m in decoder_layers(quantized.backbone).modules() if hasattr(m, "in_features")}
+    assert "Linear4bit" in kinds
+    small = Case(quantized)
+    for name in ("no_demonstrations", "demonstrations_reach", "read_or_raw"):
+        PROPERTIES[name](small)
+    inputs = {**small.query(), "demos": small.demos}  # after inference, for which bitsandbytes repacks the weights
+    inputs["labels"] = inputs["input_ids"]
+    quantized(**inputs).loss.backward()
+    weight = quantized.projector.layers[-1].bias
+    slope, step, losses = weight.grad.norm(), 0.001, []
+    for side in (step, -step):
+        with torch.no_grad():
+            weight += side * weight.grad / slope
+            losses.append(quantized(**inputs).loss.double())
+            weight -= side * weight.grad / slope
+    routed = hasattr(quantized.config.get_text_config(), "num_experts")  # the loss has steps where the route changes
+    assert routed or float(losses[0] - losses[1]) / (2 * step) == pytest.approx(float(slope), rel=0.05)
+    PROPERTIES["gradients"](small)
+
+
+def test_partly_on_disk(case: Case, saved: Path, tmp_path: Path) -> None:
+    expected = case.answer(case.query(), case.demos)
+    size = sum(p.numel() * p.element_size() for p in case.model.backbone.parameters())
+    places = {"device_map": "auto", "max_memory": {"cpu": size // 2}, "offload_folder": str(tmp_path)}
+    try:
+        host = AutoModelForImageTextToText.from_pretrained(saved / "backbone", **places)
+    except Exception as error:
+        pytest.skip(f"the backbone alone cannot be offloaded: {error}")
+    if "disk" not in host.hf_device_map.values():
+        pytest.skip("accelerate finds no part of this backbone that may go to disk")
+    model = AimForConditionalGeneration.from_pretrained(saved, **places)
+    assert "disk" in model.hf_device_map.values()
+    assert torch.equal(Case(model).answer(case.query(), case.demos), expected)

@@ -173,8 +173,15 @@ def test_a_budget_averages_neighbouring_states(llava: Plugin) -> None:
 
 @pytest.mark.parametrize(
     ("form", "read_layers"),
-    # a linear map alone takes over the scale of what it reads, which is known only behind the backbone's last norm
-    [("linear", [-1]), ("linear_norm", [-1]), ("linear_norm", [1, 3]), ("mlp", [-1]), ("mlp", [1, 3])],
+    [
+        ("linear", [-1]),
+        ("linear", [1]),
+        ("linear", [1, -1]),
+        ("linear_norm", [-1]),
+        ("linear_norm", [1, 3]),
+        ("mlp", [-1]),
+        ("mlp", [1, 3]),
+    ],
     ids=str,
 )
 def test_a_new_projector_gives_vectors_as_long_as_embeddings(aim: Plugin, form: str, read_layers: list[int]) -> None:
