@@ -16,15 +16,15 @@ from collections.abc import Callable
 
 import torch
 import world
-from corpus import Batch, asking, collate, copying, describing, naming
+from corpus import Batch, asking, collate, copying, describing, naming, restating
 from quick import run
-from support import BUILD, Checkpoint, cosine, progress, ranks, return_memory, share_gradients, write
+from support import BUILD, Checkpoint, cosine, optimizers_of, progress, ranks, return_memory, share_gradients, write
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 from vision import images, pixels
 from words import IMAGE, new_model, token_id
 
-LLM_STEPS, ALIGN_STEPS, LLAVA_STEPS, POLISH_STEPS, INTERLEAVED_STEPS = 1300, 100, 850, 420, 350
+LLM_STEPS, ALIGN_STEPS, LLAVA_STEPS, INTERLEAVED_STEPS = 920, 100, 600, 400
 TOKENS = 6400  # tokens a batch
 STARTS = torch.tensor([token_id(start) for start in world.STARTS])  # what a name begins with
 
@@ -87,42 +87,41 @@ def naming_batch(rng: random.Random, most: int, shown: str) -> Batch:
 
 
 def text_batch(rng: random.Random, step: int) -> Batch:
-    """Copying first (it does not come by itself); then easy episodes, without which names are never bound to
-    concepts; then captions, wordings and lengths of every kind."""
-    kind, grown = rng.random(), max(0.0, (step - 700) / (LLM_STEPS - 700))
-    if step < 250 or kind < 0.05:
-        length = 32 + 64 * min(step, 400) // 400
+    """Copying first (it does not come by itself); then scenes said again and names of terse scenes, without which
+    names are never bound to concepts; then captions, wordings and lengths of every kind."""
+    done, kind = step / LLM_STEPS, rng.random()
+    if done < 0.12 or kind < 0.05:
+        length = 32 + 48 * min(step, 400) // 400
         return repeat(lambda r: copying(r, length), rng, TOKENS // length)
-    if kind < 0.1:
-        return repeat(lambda r: describing(r, False), rng, 100)
-    if kind < 0.2:
-        return repeat(lambda r: asking(r, False), rng, 100)
-    if step < 500 or rng.random() < 0.9 - grown:
-        demos, most = rng.randint(4, 10 if step < 500 else 16), 3 if step < 400 else 6
-        return repeat(lambda r: naming(r, r.randint(2, min(demos, most)), demos, "none", easy=True), rng)
-    return naming_batch(rng, 8 + int(24 * grown), "none")
+    if rng.random() < (0.5 if done < 0.3 else 0.12):
+        telling, count = rng.choice(["easy", "full"]), rng.randint(1, 8)
+        return repeat(lambda r: restating(r, count, telling), rng)
+    if kind < 0.14:
+        return repeat(lambda r: (describing if kind < 0.09 else asking)(r, False), rng, 100)
+    later = max(0.0, done - 0.15)
+    demos, ways = rng.randint(3, min(32, 6 + int(30 * later))), min(8, 2 + int(10 * later))
+    draw = rng.random()
+    telling = "terse" if draw < max(0.1, 1 - 2.5 * later) else "easy" if draw < max(0.3, 1.3 - 1.6 * later) else "full"
+    if telling == "full" and done > 0.6:
+        return naming_batch(rng, 32, "none")
+    gaps = done > 0.4 and rng.random() < 0.4
+    return repeat(lambda r: naming(r, min(demos, r.randint(2, ways)), demos, "none", gaps=gaps, telling=telling), rng)
 
 
 def llava_batch(rng: random.Random, step: int) -> Batch:
     """Captions, questions, episodes in words, and episodes in which the query or one demonstration is an image."""
     kind = rng.random()
-    if kind < 0.1:
-        return repeat(lambda r: describing(r, True), rng, 64)
-    if kind < 0.25:
-        return repeat(lambda r: asking(r, True), rng, 64)
-    if kind < 0.4:
+    if kind < 0.2:
+        return repeat(lambda r: (describing if kind < 0.08 else asking)(r, True), rng, 64)
+    demos = rng.randint(3, 32)
+    if kind < 0.3:
         return naming_batch(rng, 32, "none")
+    if kind < 0.55:
+        telling = rng.choice(["terse", "easy"])
+        return repeat(
+            lambda r: naming(r, min(demos, r.randint(2, 8)), demos, "query", queries=4, telling=telling), rng
+        )
     return naming_batch(rng, 32 if rng.random() < 0.3 else 12, "query" if rng.random() < 0.6 else "demo")
-
-
-def polish_batch(rng: random.Random, step: int) -> Batch:
-    """The same, mostly episodes with an image."""
-    kind = rng.random()
-    if kind < 0.06:
-        return repeat(lambda r: describing(r, True) if r.random() < 0.5 else asking(r, True), rng, 64)
-    if kind < 0.14:
-        return naming_batch(rng, 32, "none")
-    return naming_batch(rng, 32 if rng.random() < 0.2 else 12, "query" if rng.random() < 0.7 else "demo")
 
 
 def align_batch(rng: random.Random, step: int) -> Batch:
@@ -147,24 +146,22 @@ def fit(
     for module in trained:
         module.requires_grad_(True)
     weights = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in weights if p.ndim > 1], "weight_decay": 0.05},
-        {"params": [p for p in weights if p.ndim < 2]},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
-    checkpoint = Checkpoint(stage, model, optimizer)
+    optimizers = optimizers_of(model, rate)
+    checkpoint = Checkpoint(stage, model, [o for o, _ in optimizers])
     seen: dict[str, list[float]] = {}
     for step in progress(range(checkpoint.start, steps), stage, initial=checkpoint.start, total=steps):
-        cosine(optimizer, rate, step, steps)
+        for optimizer, peak in optimizers:
+            cosine(optimizer, peak, step, steps)
         batch = make(random.Random(f"{stage} {step} {ranks()[0]}"), step)
         with torch.autocast("cpu", torch.bfloat16):
             logits, gold = answers(model, batch, features)
         loss = F.cross_entropy(logits, gold)
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         share_gradients(weights)
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
+        for optimizer, _ in optimizers:
+            optimizer.step()
         kind = f"{'image' if batch.images else 'text'}{'' if batch.ids.shape[1] < 200 else ' long'}"
         right, first = logits.argmax(-1) == gold, torch.isin(gold, STARTS)
         seen.setdefault(kind, []).append(right.float().mean().item())
@@ -196,7 +193,7 @@ def keep(name: str, model: LlavaForConditionalGeneration) -> None:
 
 def train_llm() -> None:
     model = new_model()
-    fit("llm", model, [model.model.language_model, model.lm_head], text_batch, LLM_STEPS, 1.5e-3)
+    fit("llm", model, [model.model.language_model, model.lm_head], text_batch, LLM_STEPS, 6e-3)
     keep("llm", model)
 
 
@@ -204,18 +201,16 @@ def train_llava() -> None:
     model = load("llm")
     model.model.vision_tower.load_state_dict(torch.load(BUILD / "vision.pt", weights_only=True))
     features = features_of(model, "train")
-    fit("align", model, [model.model.multi_modal_projector], align_batch, ALIGN_STEPS, 3e-3, features)
+    fit("align", model, [model.model.multi_modal_projector], align_batch, ALIGN_STEPS, 9e-3, features)
     fit("llava", model, [model.model.multi_modal_projector, model.model.language_model, model.lm_head],
-        llava_batch, LLAVA_STEPS, 1.2e-3, features)  # fmt: skip
-    fit("polish", model, [model.model.multi_modal_projector, model.model.language_model, model.lm_head],
-        polish_batch, POLISH_STEPS, 1e-3, features)  # fmt: skip
+        llava_batch, LLAVA_STEPS, 4e-3, features)  # fmt: skip
     keep("llava", model)
 
 
 def train_interleaved() -> None:
     model = load("llava")
     fit("interleaved", model, [model.model.multi_modal_projector, model.model.language_model, model.lm_head],
-        interleaved_batch, INTERLEAVED_STEPS, 6e-4, features_of(model, "train"))  # fmt: skip
+        interleaved_batch, INTERLEAVED_STEPS, 2e-3, features_of(model, "train"))  # fmt: skip
     keep("interleaved", model)
 
 

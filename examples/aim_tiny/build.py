@@ -5,7 +5,7 @@
     python examples/aim_tiny/build.py --list
 
 A stage is done when its result lies in build/aim-tiny/; remove that file to do it again. Long stages keep a checkpoint
-every two minutes. Vision and language are learned apart from one another, so they run side by side, one core each.
+every two minutes.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ STAGES = {  # name: (script and argument, result, what it does)
     "interleaved": (["backbone.py", "interleaved"], "interleaved.pt", "control: backbone tuned on many images"),
     "ship": (["ship.py"], "shipped.txt", "write hub_configs/aim-tiny and the controls"),
 }
-SIDE_BY_SIDE = [["vision", "llm"], ["llava"], ["aim"], ["interleaved", "aim_paper"], ["aim_generic"], ["ship"]]
-TOGETHER = {"llava", "aim"}
+SIDE_BY_SIDE = [["vision"], ["llm"], ["llava"], ["aim"], ["interleaved", "aim_paper"], ["aim_generic"], ["ship"]]
+TOGETHER = {"llm", "llava", "aim"}  # two processes, one core each
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ import world
 from words import BOS, EOS, IMAGE, VISUAL_TOKENS, ids, token_id, tokenizer
 from world import WORDINGS, Wording
 
+RESTATED = ("this", "shows", "qa", "chat", "there", "see", "that", "look")
 IMAGE_IDS = [token_id(IMAGE)] * VISUAL_TOKENS
 
 
@@ -76,9 +77,14 @@ def show(sample: Sample, picture: Picture) -> None:
     sample.add(IMAGE_IDS)
 
 
-def tell(rng: random.Random, scene: world.Scene, length: int = 0, easy: bool = False) -> list[int]:
-    """The scene in words; at least `length` tokens, which takes several captions of the same scene."""
-    told = ids(world.caption(scene, rng, rng.choice([0, 0, 2])) + " .") if easy else []
+def tell(rng: random.Random, scene: world.Scene, length: int = 0, telling: str = "full") -> list[int]:
+    """The scene in words; at least `length` tokens, which takes several captions of the same scene.
+
+    `telling`: "terse" (the concept's two words), "easy" (a plain caption) or "full" (captions of every kind).
+    """
+    if telling == "terse":
+        return ids(f"{scene.colour} {scene.shape}")
+    told = ids(world.caption(scene, rng, rng.choice([0, 0, 2])) + " .") if telling == "easy" else []
     while not told or len(told) < length - 8:
         told += ids(world.caption(scene, rng) + " .")
     return told
@@ -151,6 +157,27 @@ def asking(rng: random.Random, shown: bool) -> Sample:
     return sample
 
 
+def restating(rng: random.Random, count: int, telling: str) -> Sample:
+    """Captions one after another, each said again or asked about at once: the latest scene has to be told from those
+    before it, as in an episode, but every answer can be read off. Without it names are bound three times as slowly."""
+    sample = Sample()
+    for _ in range(count):
+        scene, wording = random_picture(rng).scene, WORDINGS[rng.choice(RESTATED)]
+        sample.add(ids(wording.head))
+        sample.add(tell(rng, scene, telling=telling))
+        if rng.random() < 0.5:
+            before, after = wording.answer.split("{}")
+            sample.add(ids(world.join(wording.question, before)))
+            sample.add(ids(f"{scene.colour} {scene.shape}"), target=True)
+            sample.add(ids(after))
+            continue
+        for attribute in rng.sample(["colour", "shape"], rng.randint(1, 2)):
+            sample.add(ids(rng.choice(world.QUESTIONS[attribute])))
+            sample.add(ids(getattr(scene, attribute)), target=True)
+            sample.add(ids("."))
+    return sample
+
+
 # --- naming episodes -------------------------------------------------------------------------------------------------
 
 
@@ -161,11 +188,11 @@ def put(
     picture: Picture,
     shown: bool,
     length: int = 0,
-    easy: bool = False,
+    telling: str = "full",
 ) -> None:
     """Everything of a demonstration or a query that stands before the answer."""
     sample.add(ids(wording.head))
-    show(sample, picture) if shown else sample.add(tell(rng, picture.scene, length, easy))
+    show(sample, picture) if shown else sample.add(tell(rng, picture.scene, length, telling))
     sample.add(ids(wording.question))
 
 
@@ -185,7 +212,7 @@ def naming(
     length: int = 0,
     gaps: bool = False,
     queries: int = 1,
-    easy: bool = False,
+    telling: str = "full",
 ) -> Sample:
     """A naming episode.
 
@@ -195,11 +222,11 @@ def naming(
         length: tokens of a description in words, at least.
         gaps: leave gaps in the positions where images would stand.
         queries: that many, each after the same demonstrations and none seen by another: a sequence each.
-        easy: plain captions and a few wordings: what binding a name is learned from first.
+        telling: how scenes are put in words, see `tell`; names are bound to terse ones first, then to easy ones.
     """
     p = world.plan(rng, ways, 0, "train", demos=demos)
     sample = Sample()
-    told, asked = world.draw_wordings(rng, demos, queries, easy)
+    told, asked = world.draw_wordings(rng, demos, queries, telling)
     ways_shown = [way for way, _ in p.demos]
     one = min(range(demos), key=lambda k: (ways_shown.count(ways_shown[k]), rng.random())) if shown == "demo" else -1
     named: set[int] = set()
@@ -208,7 +235,7 @@ def naming(
         image = k == one or shown == "all"
         if gaps and not image:
             sample.skip(gap)
-        put(sample, rng, wording, Picture(p.concept_ids[way], index), image, rng.randint(length // 2, length), easy)
+        put(sample, rng, wording, Picture(p.concept_ids[way], index), image, rng.randint(length // 2, length), telling)
         say(sample, wording, p.bindings[way], known=way in named)
         named.add(way)
     end = sample.positions[-1]
@@ -218,7 +245,7 @@ def naming(
             way = ways_shown[one]
         picture = random_picture(rng, p.concept_ids[way])
         sample.fork(number + 1 if queries > 1 else 0, end)
-        put(sample, rng, wording, picture, shown in ("query", "all"), rng.randint(length // 2, length), easy)
+        put(sample, rng, wording, picture, shown in ("query", "all"), rng.randint(length // 2, length), telling)
         sample.add([*ids(wording.answer.format(p.bindings[way])), token_id(EOS)], target=True)
     return sample
 
@@ -268,6 +295,8 @@ if __name__ == "__main__":
         copying(r, 20),
         describing(r, False),
         asking(r, True),
+        restating(r, 3, "easy"),
+        naming(r, 3, 6, "none", telling="terse"),
         naming(r, 2, 4, "demo"),
         naming(r, 2, 3, "none", 60),
     ):

@@ -67,6 +67,11 @@ def task(seed: str, ways: int, shots: int, split: str, wording: str) -> Task:
     return Task(demos, captions, query, p.bindings[way])
 
 
+def as_read(t: Task) -> Task:
+    """The demonstrations as the package has them read: nothing stands before their images."""
+    return replace(t, demos=[replace(demo, head="") for demo in t.demos])
+
+
 def shuffled(t: Task) -> Task:
     """The same demonstrations with their images dealt anew."""
     images = [demo.image for demo in t.demos]
@@ -78,7 +83,7 @@ def prompt(method: str, t: Task) -> tuple[list[int], list[tuple[int, int]], int]
     """Token ids before the answer, the images they hold, and how many fused tokens stand after `<s>`."""
     tokens, images, fused = [token_id(BOS)], [], 0
     if method.startswith("aim"):
-        fused = sum(demo.fused for demo in t.demos)
+        fused = sum(demo.fused for demo in as_read(t).demos)
         tokens += [0] * fused
     elif method != "zero_shot":
         for demo, caption in zip(t.demos, t.captions, strict=True):
@@ -104,13 +109,14 @@ class Bench:
         self.projectors = {m: load_projector(m, self.backbone) for m in methods if m.startswith("aim")}
         self.interleaved = load_interleaved(load_in_4bit) if "full_interleaved" in methods else None
         self.kept: tuple = (None, None)
-        self.prefixes: dict = {}
+        self.prefixes: list = []
 
     @torch.no_grad()
     def right(self, method: str, tasks: list[Task]) -> list[bool]:
         """Whether each task is answered right; tasks of one cell and wording, so of about one length."""
         model = self.interleaved if method == "full_interleaved" else self.backbone
-        shown = [shuffled(t) for t in tasks] if method == "aim_shuffled_images" else tasks
+        shown = [as_read(t) for t in tasks] if method.startswith("aim") else tasks
+        shown = [shuffled(t) for t in shown] if method == "aim_shuffled_images" else shown
         prompts = [prompt(method, t) for t in shown]
         golds = [ids(t.query.answer) for t in shown]
         tokens = pad([p + gold for (p, _, _), gold in zip(prompts, golds, strict=True)])
@@ -141,56 +147,34 @@ class Bench:
 
     def read(self, demos: list[Demo], layers: list[int]) -> list[torch.Tensor]:
         """The states that `projector.read` gives, sooner: an image is read once for all that show it."""
-        model = self.backbone
-        past, old_states = self.prefix(demos[0].head, layers)
+        model, past = self.backbone, self.prefix(layers)
         texts = [ids(demo.text) for demo in demos]
         tokens = pad(texts)
         where = tuple(torch.tensor([demo.image for demo in demos]).T)
-        before = past[0][0].shape[-2]
-        positions = torch.arange(before, before + tokens.shape[1]).expand(tokens.shape)
+        positions = (past[0][0].shape[-2] + torch.arange(tokens.shape[1])).expand(tokens.shape)
         last = None if -1 in layers else max(layers)
         seen = [(k[where], v[where]) for k, v in past]
         vectors = model.get_input_embeddings()(tokens)
-        new = run(model.model.language_model, vectors, positions, layers=last, kept=tuple(layers), past=seen)
-        first = 1 + len(ids(demos[0].head))
-        return [
-            torch.cat(
-                [
-                    torch.cat((old[image][1:first], row[: len(text)]))
-                    for image, row, text in zip(zip(*where, strict=True), rows, texts, strict=True)
-                ]
-            )
-            for old, rows in zip(old_states, new, strict=True)
-        ]
+        states = run(model.model.language_model, vectors, positions, layers=last, kept=tuple(layers), past=seen)
+        return [torch.cat([row[: len(text)] for row, text in zip(rows, texts, strict=True)]) for rows in states]
 
-    def prefix(self, head: str, layers: list[int]) -> tuple[list, list]:
-        """`<s>`, the words before the image, and the image, for every pool image: keys and values, and states."""
-        if head not in self.prefixes:
-            model, count = self.backbone, self.features.shape[1]
-            row = [token_id(BOS), *ids(head), *IMAGE_IDS]
-            tokens = torch.tensor([row] * count)
-            positions = torch.arange(len(row)).expand(tokens.shape)
-            caches, states = [], []
-            for concept in range(len(self.features)):
-                images = [(concept, i) for i in range(count)]
-                vectors = insert(model.get_input_embeddings()(tokens), tokens, model, images, self.features)
+    def prefix(self, layers: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of `<s>` and image, for every pool image, layer by layer."""
+        if not self.prefixes:
+            model, (concepts, count) = self.backbone, self.features.shape[:2]
+            tokens = torch.tensor([[token_id(BOS), *IMAGE_IDS]] * count)
+            positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
+            last, caches = None if -1 in layers else max(layers), []
+            for concept in range(concepts):
+                vectors = insert(
+                    model.get_input_embeddings()(tokens), tokens, model, [(concept, i) for i in range(count)],
+                    self.features,
+                )  # fmt: skip
                 caches.append([])
-                last = None if -1 in layers else max(layers)
-                states.append(
-                    run(
-                        model.model.language_model,
-                        vectors,
-                        positions,
-                        layers=last,
-                        kept=tuple(layers),
-                        cache=caches[-1],
-                    )
-                )
-            past = [
-                tuple(torch.stack(part) for part in zip(*layer, strict=True)) for layer in zip(*caches, strict=True)
-            ]
-            self.prefixes[head] = past, [torch.stack(s) for s in zip(*states, strict=True)]
-        return self.prefixes[head]
+                run(model.model.language_model, vectors, positions, layers=last, kept=tuple(layers), cache=caches[-1])
+            self.prefixes = [tuple(torch.stack(kind) for kind in zip(*layer, strict=True))
+                             for layer in zip(*caches, strict=True)]  # fmt: skip
+        return self.prefixes
 
 
 def four_bit():
@@ -297,15 +281,13 @@ def mean(values) -> float:
 
 
 def table(report: dict, methods: list[str]) -> str:
-    lines = [
-        "".join(
-            f"{h:>12}" for h in ("episode", *(m.replace("aim_", "a_").replace("full_", "f_")[:11] for m in methods))
-        )
-    ]
+    """Accuracies and, last, mean prompt tokens of the full prompt and of AIM's; markdown, as in the README."""
+    counted = [m for m in ("full", "aim") if m in methods]
+    heads = ["demonstrations", *(f"`{m}`" for m in methods), *(f"tokens: {m}" for m in counted)]
+    lines = [heads, ["---"] * len(heads)]
     for cell, entry in report.items():
-        lines.append(f"{cell:>12}" + "".join(f"{entry[m]:>12.3f}" for m in methods))
-        lines.append(f"{'tokens':>12}" + "".join(f"{entry['tokens'][m]:>12.0f}" for m in methods))
-    return "\n".join(lines)
+        lines.append([cell, *(f"{entry[m]:.3f}" for m in methods), *(f"{entry['tokens'][m]:.0f}" for m in counted)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def available(methods: list[str]) -> list[str]:

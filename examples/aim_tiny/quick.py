@@ -1,4 +1,4 @@
-"""A quick forward pass through the layers of a LLaMA for training on a CPU: the same numbers, a third of the time.
+"""A quick forward pass through the layers of a SmolLM3 for training on a CPU: the same numbers, a third of the time.
 
     python examples/aim_tiny/quick.py        # compares it with transformers' own, in numbers and milliseconds
 
@@ -36,10 +36,10 @@ def run(
     model, vectors: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None = None, layers: int | None = None,
     kept: tuple[int, ...] = (), past: list | None = None, cache: list | None = None,
 ):  # fmt: skip
-    """Hidden states of a LLaMA.
+    """Hidden states of a SmolLM3.
 
     Args:
-        model: a `LlamaModel`.
+        model: a `SmolLM3Model`.
         vectors: input embeddings `(batch, length, width)`.
         positions: `(batch, length)`; gaps are allowed.
         mask: additive attention mask; causal when left out.
@@ -59,7 +59,8 @@ def run(
         h = F.rms_norm(x, (width,), layer.input_layernorm.weight, layer.input_layernorm.variance_epsilon)
         att = layer.self_attn
         q, k, v = (p(h).view(batch, length, heads, -1).transpose(1, 2) for p in (att.q_proj, att.k_proj, att.v_proj))
-        q, k = turn(q, cos, sin), turn(k, cos, sin)
+        if att.use_rope:
+            q, k = turn(q, cos, sin), turn(k, cos, sin)
         if cache is not None:
             cache.append((k, v))
         if past is not None:

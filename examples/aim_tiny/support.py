@@ -35,21 +35,37 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
 class Checkpoint:
     """The state of a long stage, written every two minutes; `start` is the step to go on from."""
 
-    def __init__(self, stage: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.path, self.model, self.optimizer = BUILD / f"{stage}.checkpoint", model, optimizer
+    def __init__(self, stage: str, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+        self.path, self.model, self.optimizers = BUILD / f"{stage}.checkpoint", model, optimizers
         self.start, self.last = 0, time.time()
         if self.path.exists():
             state = torch.load(self.path, weights_only=True)
             model.load_state_dict(state["model"], strict=False)
-            optimizer.load_state_dict(state["optimizer"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
             self.start = state["step"]
 
     def save(self, step: int, every: float = 120.0) -> None:
         if time.time() - self.last < every or ranks()[0]:
             return
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": step}
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        state = {"model": self.model.state_dict(), "optimizers": optimizers, "step": step}
         write(self.path, lambda p: torch.save(state, p))
         self.last = time.time()
+
+
+def optimizers_of(model: torch.nn.Module, rate: float) -> list[tuple[torch.optim.Optimizer, float]]:
+    """Muon for the matrices of layers, AdamW at a third of its rate for every other trained weight; with the peak
+    rate of each."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    inner = [p for name, p in trained.items() if "layers." in name and p.ndim == 2]
+    outer = [p for name, p in trained.items() if not ("layers." in name and p.ndim == 2)]
+    made: list[tuple[torch.optim.Optimizer, float]] = []
+    if outer:
+        made.append((torch.optim.AdamW(outer, lr=rate / 3, betas=(0.9, 0.98), weight_decay=0.0), rate / 3))
+    if inner:
+        made.append((torch.optim.Muon(inner, lr=rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"), rate))
+    return made
 
 
 def cosine(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int, warmup: int = 30) -> None:

@@ -18,11 +18,11 @@ import world
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     CLIPImageProcessor,
-    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    SmolLM3Config,
 )
 from vision import MEAN, STD, vision_config
 
@@ -95,7 +95,7 @@ def token_id(token: str) -> int:
 
 
 def model_config() -> LlavaConfig:
-    text = LlamaConfig(
+    text = SmolLM3Config(  # LLaMA, but its fourth layer has no positions: names are bound at any distance there
         vocab_size=math.ceil(len(vocabulary()) / 64) * 64, hidden_size=128, intermediate_size=384, num_hidden_layers=5,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=POSITIONS, tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": 1000.0}, pad_token_id=token_id(PAD),

@@ -320,12 +320,12 @@ WORDINGS = {
 
 
 def draw_wordings(
-    rng: random.Random, demos: int, queries: int, easy: bool = False
+    rng: random.Random, demos: int, queries: int, telling: str = "full"
 ) -> tuple[list[Wording], list[Wording]]:
     """Wordings of an episode for training: mostly one; else another one for the queries, or one for each."""
     kind, all_ = rng.random(), list(WORDINGS.values())
-    if easy:
-        kind, all_ = 0, all_[:3]
+    if telling != "full":
+        kind, all_ = 0, all_[:3] if telling == "easy" else [TERSE]
     first, second = rng.choice(all_), rng.choice(all_)
     if kind < 0.7:
         return [first] * demos, [first] * queries
@@ -334,6 +334,7 @@ def draw_wordings(
     return [rng.choice(all_) for _ in range(demos)], [rng.choice(all_) for _ in range(queries)]
 
 
+TERSE = Wording("", "{} .")  # "red circle bako .": what naming is learned from first
 EVALUATED = ("this", "shows", "qa", "chat")
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
+from importlib import import_module
 from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -28,10 +29,11 @@ from transformers.quantizers import AutoQuantizationConfig
 
 from .files_aim import HUB_KWARGS
 
+INPUT, VISION, DECODER = 0, -2, -3  # what enters the first layer, leaves the vision tower, enters the decoder
 STATE_NAMES = ("rope_deltas",)  # what some backbones remember of the last prompt, as attributes of their modules
 
 _TURNS: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()
-_READING: ContextVar[dict[int, torch.Tensor | None] | None] = ContextVar("aim_reading", default=None)
+_READING: ContextVar[dict[int, Any] | None] = ContextVar("aim_reading", default=None)
 
 
 class _ReadFinished(Exception):
@@ -75,7 +77,7 @@ def decoder_layers(backbone: PreTrainedModel) -> nn.ModuleList:
 
 
 def watch_layers(backbone: PreTrainedModel, read_layers: Sequence[int]) -> None:
-    """Register the hooks through which `read_hidden_states` sees the layers in `read_layers`.
+    """Register the hooks through which `read_hidden_states` sees the layers in `read_layers`, and the images.
 
     The hooks do nothing outside a read of these layers, so several plug-ins can share a backbone, and a read in one
     thread is invisible to the others (`ContextVar`).
@@ -99,6 +101,12 @@ def watch_layers(backbone: PreTrainedModel, read_layers: Sequence[int]) -> None:
     head = _lm_head(backbone)
     if backbone.base_model is backbone and head is not None:
         head.register_forward_pre_hook(_keep_last)
+    tower = backbone.get_encoder("image") if hasattr(backbone, "get_encoder") else backbone
+    if tower is not backbone:
+        tower.register_forward_hook(_keep_vision)
+    backbone.get_decoder().register_forward_pre_hook(_keep_decoder, with_kwargs=True)
+    with suppress(ValueError):  # without a stack of layers reading works; features of images do not
+        decoder_layers(backbone)[0].register_forward_pre_hook(_keep_input, with_kwargs=True)
 
 
 def _lm_head(backbone: PreTrainedModel) -> nn.Module | None:
@@ -118,6 +126,138 @@ def _keep_last(head: nn.Module, args: Any) -> None:
         raise _ReadFinished
 
 
+def _keep_vision(module: nn.Module, args: Any, output: Any) -> None:
+    kept = _READING.get()
+    if kept is not None and VISION in kept:
+        first = output if isinstance(output, torch.Tensor) else getattr(output, "last_hidden_state", None)
+        kept[VISION] = output[0] if first is None else first
+
+
+def _keep_input(layer: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+    kept = _READING.get()
+    if kept is not None and INPUT in kept:
+        kept[INPUT] = args[0] if args else kwargs["hidden_states"]
+        if max(kept) == INPUT and -1 not in kept:
+            raise _ReadFinished
+
+
+def _keep_decoder(decoder: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+    kept = _READING.get()
+    if kept is not None and DECODER in kept:
+        kept[DECODER] = dict(kwargs)
+        raise _ReadFinished
+
+
+ALONE = {"inputs_embeds", "attention_mask", "position_ids", "input_ids", "cache_position", "past_key_values"}
+
+
+@torch.no_grad()
+def decoder_inputs(backbone: PreTrainedModel, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """The embeddings `(batch, length, width)` that the text decoder gets for a prompt.
+
+    Raises:
+        ValueError: it gets more than embeddings at one position after another.
+    """
+    kept: dict[int, Any] = {DECODER: None}
+    token = _READING.set(kept)
+    try:
+        with one_at_a_time(backbone), preserved_state(backbone):
+            backbone.base_model(**inputs, use_cache=False, return_dict=True)
+    except _ReadFinished:
+        pass
+    finally:
+        _READING.reset(token)
+    found = kept[DECODER] or {}
+    embeddings, mask, places = (found.get(name) for name in ("inputs_embeds", "attention_mask", "position_ids"))
+    more = sorted(name for name, value in found.items() if name not in ALONE and _holds_tensors(value))
+    if not isinstance(embeddings, torch.Tensor):
+        embeddings, more = torch.empty(0), ["images by cross-attention, or ids instead of embeddings"]
+    elif isinstance(places, torch.Tensor) and places.ndim == 3:
+        more.append("positions in the image grid (M-RoPE)")
+    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
+        more.append("an attention mask of its own")
+    if more:
+        raise ValueError(
+            f"{type(backbone).__name__} cannot answer from prompt embeddings alone: its decoder also gets "
+            f"{', '.join(more)}. Use generate() here; docs/BANK.md says which backbones embeddings serve."
+        )
+    return embeddings
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(_holds_tensors(one) for one in value)
+    return isinstance(value, torch.Tensor)
+
+
+def _captured(backbone: PreTrainedModel, inputs: Mapping[str, Any], wanted: Sequence[int]) -> dict[int, Any]:
+    """Run the backbone as far as it must for what is `wanted` of it: layers, -1, `INPUT` and `VISION`."""
+    kept: dict[int, Any] = dict.fromkeys(wanted)
+    token = _READING.set(kept)
+    try:
+        with one_at_a_time(backbone), preserved_state(backbone):
+            kept[-1] = backbone.base_model(**inputs, use_cache=False, return_dict=True).last_hidden_state
+    except _ReadFinished:
+        pass
+    finally:
+        _READING.reset(token)
+    return kept
+
+
+@torch.no_grad()
+def read_with_images(
+    backbone: PreTrainedModel, inputs: Mapping[str, Any], read_layers: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`read_hidden_states`, and of the same pass what `image_features` gives."""
+    kept = _captured(backbone, inputs, [*read_layers, INPUT, VISION])
+    states = torch.cat([kept[k].to(kept[read_layers[0]].device) for k in read_layers], dim=-1)
+    return states, _pooled_images(backbone, inputs, kept)
+
+
+@torch.no_grad()
+def image_features(backbone: PreTrainedModel, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """The images of each row as the backbone's decoder gets them, averaged over their positions.
+
+    Vision tower and connector run, the decoder does not. Where images are not put among the words (cross-attention),
+    it is the output of the vision tower that is averaged.
+
+    Args:
+        backbone: prepared by `watch_layers`.
+        inputs: a padded batch of the backbone's own inputs.
+
+    Returns:
+        `(batch, width)` in float32, zeros in rows without an image.
+    """
+    return _pooled_images(backbone, inputs, _captured(backbone, inputs, [INPUT, VISION]))
+
+
+def image_positions(config: PreTrainedConfig, ids: torch.Tensor) -> torch.Tensor:
+    """Where in `ids` an image stands."""
+    for name in ("image_token_id", "image_token_index"):
+        token = getattr(config, name, None)
+        if isinstance(token, int):
+            return ids == token
+    return torch.zeros_like(ids, dtype=torch.bool)
+
+
+def _pooled_images(backbone: PreTrainedModel, inputs: Mapping[str, Any], kept: Mapping[int, Any]) -> torch.Tensor:
+    ids = inputs["input_ids"]
+    shown, entered = image_positions(backbone.config, ids), kept[INPUT]
+    if entered is not None and entered.ndim == 3 and bool(shown.any()):
+        one = shown.nonzero()[0]
+        plain = backbone.get_input_embeddings()(ids[one[0], one[1]][None])[0]
+        if not torch.allclose(entered[one[0], one[1]].to(plain), plain):  # else images come by another way
+            weights = shown.to(entered.device)[..., None]
+            total = torch.where(weights, entered.float(), 0.0).sum(dim=1)
+            return total / weights.sum(dim=1).clamp(min=1)
+    seen, pixels = kept[VISION], inputs.get("pixel_values")
+    if seen is None or pixels is None or seen.shape[0] % len(ids) or pixels.shape[0] != len(ids):
+        return torch.zeros(len(ids), embedding_weight(backbone).shape[1])
+    there = pixels.reshape(len(ids), -1).abs().amax(dim=1) > 0
+    pooled = seen.float().reshape(len(ids), -1, seen.shape[-1]).mean(dim=1)
+    return torch.where(there.to(pooled.device)[:, None], pooled, 0.0)
+
+
 @torch.no_grad()
 def read_hidden_states(
     backbone: PreTrainedModel, inputs: Mapping[str, Any], read_layers: Sequence[int]
@@ -132,15 +272,7 @@ def read_hidden_states(
     Returns:
         Hidden states `(batch, length, len(read_layers) * hidden size)`.
     """
-    kept: dict[int, Any] = dict.fromkeys(read_layers)
-    token = _READING.set(kept)
-    try:
-        with one_at_a_time(backbone), preserved_state(backbone):
-            kept[-1] = backbone.base_model(**inputs, use_cache=False, return_dict=True).last_hidden_state
-    except _ReadFinished:
-        pass
-    finally:
-        _READING.reset(token)
+    kept = _captured(backbone, inputs, read_layers)
     return torch.cat([kept[k].to(kept[read_layers[0]].device) for k in read_layers], dim=-1)
 
 
@@ -234,6 +366,14 @@ def fingerprint(backbone: PreTrainedModel) -> list[float] | None:
     return [float(f"{value:.4g}") for value in samples]
 
 
+def has_fingerprint(backbone: PreTrainedModel, known: list[float] | None) -> bool:
+    """Whether nothing tells `backbone` from the one whose fingerprint is `known`."""
+    found = fingerprint(backbone)
+    if known is None or found is None or len(found) != len(known):  # parts of it may be offloaded
+        return True
+    return torch.allclose(torch.tensor(found), torch.tensor(known), rtol=2e-2, atol=1e-4)
+
+
 def check_backbone(backbone: PreTrainedModel, expected: PreTrainedConfig | None, known: list[float] | None) -> None:
     """Raise `ValueError` unless `backbone` is the one a projector was made for.
 
@@ -249,11 +389,8 @@ def check_backbone(backbone: PreTrainedModel, expected: PreTrainedConfig | None,
         found, stored = (getattr(c.get_text_config(), name, None) for c in (backbone.config, expected))
         pairs.append((name, found, stored))
     wrong = [f"{name} {found} (the projector's: {stored})" for name, found, stored in pairs if found != stored]
-    if not wrong and known is not None:
-        found_print = fingerprint(backbone)
-        same_kind = found_print is not None and len(found_print) == len(known)  # parts of it may be offloaded
-        if same_kind and not torch.allclose(torch.tensor(found_print), torch.tensor(known), rtol=2e-2, atol=1e-4):
-            wrong = ["the same shape, but other weights"]
+    if not wrong and not has_fingerprint(backbone, known):
+        wrong = ["the same shape, but other weights"]
     if wrong:
         name = backbone.config.name_or_path or type(backbone).__name__
         raise ValueError(
@@ -305,6 +442,29 @@ def _with_modules_kept(quantization: Any, config: PreTrainedConfig) -> Any:
         if hasattr(quantization, name):
             setattr(quantization, name, sorted({*(getattr(quantization, name) or []), *kept}))
     return quantization
+
+
+def never_repack(backbone: PreTrainedModel, only_odd: bool = False) -> None:
+    """Keep 4-bit weights as they were loaded, from now on.
+
+    On a CPU with AVX512-BF16, bitsandbytes repacks the weights of a layer in its first inference. What comes back
+    through a repacked layer is not its gradient, and a layer cannot be repacked unless 32 divides its output width
+    and 64 its input width.
+
+    Args:
+        backbone: may be quantized or not.
+        only_odd: only the layers that cannot be repacked.
+    """
+    module: Any
+    for module in backbone.modules():
+        even = getattr(module, "out_features", 0) % 32 == 0 and getattr(module, "in_features", 0) % 64 == 0
+        if not getattr(module, "support_avx512bf16_for_cpu", False) or (only_odd and even):
+            continue
+        module.support_avx512bf16_for_cpu = False
+        weight, state = module.weight, getattr(module.weight, "quant_state", None)
+        if state is not None and getattr(state, "packing_format_for_cpu", False):
+            unpack = import_module("bitsandbytes.functional")._convert_weight_packed_for_cpu_inverse
+            weight.data, weight.quant_state = unpack(weight.data, state)
 
 
 def laptop_quantization_config() -> BitsAndBytesConfig:

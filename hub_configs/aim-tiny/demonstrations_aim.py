@@ -1,4 +1,4 @@
-"""Demonstrations before and after the backbone has read them, and the bank that keeps the latter on disk."""
+"""Demonstrations before and after the backbone has read them."""
 
 from __future__ import annotations
 
@@ -7,20 +7,14 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save
 from transformers.image_utils import load_image
 
-from .files_aim import locate_file, read_safetensors, staged_folder
-
 DEMONSTRATION_KEYS = {"image", "images", "text", "label", "question", "answer"}
-BANK_WEIGHTS = "aim_bank.safetensors"
-BANK_MANIFEST = "aim_bank.json"
 
 
 @dataclass(frozen=True)
@@ -148,9 +142,9 @@ def check_demos(demos: Any) -> None:
     if isinstance(demos, (list, tuple)):
         for demo in demos:
             row = isinstance(demo, (list, tuple)) and all(is_demonstration(one) for one in demo)
-            if not (demo is None or row or is_demonstration(demo) or is_fused(demo) or hasattr(demo, "fused")):
+            if not (demo is None or row or is_demonstration(demo) or is_fused(demo) or is_bank(demo)):
                 wrong.append(f"{demo!r:.80} in its list")
-    elif not (demos is None or is_fused(demos) or hasattr(demos, "fused")):
+    elif not (demos is None or is_fused(demos) or is_bank(demos)):
         wrong.append(f"{demos!r:.80}")
     if wrong:
         raise ValueError(
@@ -229,6 +223,11 @@ def is_fused(value: Any) -> bool:
     return hasattr(value, "vectors") and hasattr(value, "lengths")
 
 
+def is_bank(value: Any) -> bool:
+    """Whether `value` gives what was read as `value.fused`, as a bank does. By its class: a bank's loads all of it."""
+    return hasattr(type(value), "fused")
+
+
 def check_source(given: Mapping[str, str], expected: Mapping[str, str]) -> None:
     """Raise `ValueError` naming every difference between the plug-in that read and the one that is to answer."""
     wrong = [
@@ -242,78 +241,3 @@ def check_source(given: Mapping[str, str], expected: Mapping[str, str]) -> None:
             + "; ".join(wrong)
             + ". Read the demonstrations again with this model: model.read(demos)."
         )
-
-
-class DemonstrationBank:
-    """Demonstrations that were read once, kept on disk or the Hub and used many times (AIM, section 3.3).
-
-    A bank goes wherever `demos=` is taken, whole or as a slice: `model.generate(**inputs, demos=bank[:16])`.
-
-    Args:
-        fused: what `model.read(demos)` returned.
-    """
-
-    def __init__(self, fused: FusedDemonstrations) -> None:
-        self.fused = fused
-
-    def __len__(self) -> int:
-        return len(self.fused)
-
-    def __getitem__(self, index: int | slice | Sequence[int]) -> FusedDemonstrations:
-        return self.fused[index]
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write the fused tokens (safetensors) and the manifest (JSON), both or none of them."""
-        fused = self.fused
-        payload = save({"vectors": fused.vectors.detach().cpu().contiguous()})
-        manifest = {
-            "format": "aim_bank",
-            "version": 1,
-            "sha256": hashlib.sha256(payload).hexdigest(),
-            "source": dict(fused.source),
-            "lengths": list(fused.lengths),
-            "keys": list(fused.keys),
-            "texts": list(fused.texts),
-        }
-        with staged_folder(save_directory) as folder:
-            (folder / BANK_WEIGHTS).write_bytes(payload)
-            (folder / BANK_MANIFEST).write_text(json.dumps(manifest, ensure_ascii=False, indent=1), encoding="utf-8")
-
-    @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike[str], **hub_kwargs: Any) -> DemonstrationBank:
-        """Open a bank from a folder or a Hub repository.
-
-        Args:
-            name_or_path: folder or repository id.
-            **hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, ..., as for `from_pretrained`.
-
-        Raises:
-            FileNotFoundError: a file of the bank is missing.
-            ValueError: a file is damaged or is no bank; the message names the file.
-        """
-        path = locate_file(name_or_path, BANK_MANIFEST, **hub_kwargs)
-        try:
-            manifest = json.loads(Path(path).read_text(encoding="utf-8"))
-            if manifest["format"] != "aim_bank" or manifest["version"] != 1:
-                raise ValueError(f"format {manifest['format']!r}, version {manifest['version']!r}")
-            lengths = tuple(int(n) for n in manifest["lengths"])
-            names = {"keys": tuple(manifest["keys"]), "texts": tuple(manifest["texts"]), "source": manifest["source"]}
-            expected = manifest["sha256"]
-            if not len(names["keys"]) == len(names["texts"]) == len(lengths) or not isinstance(names["source"], dict):
-                raise ValueError(f"{len(lengths)} lengths, {len(names['keys'])} keys, {len(names['texts'])} texts")
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} is no manifest of a demonstration bank of version 1 ({error!r}). Copy or build it again."
-            ) from error
-        weights = locate_file(name_or_path, BANK_WEIGHTS, **hub_kwargs)
-        found = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
-        if found != expected:
-            raise ValueError(
-                f"{weights} does not belong to its manifest: sha256 {found[:12]}..., expected {expected[:12]}.... "
-                "The bank is damaged or half copied: copy or build it again."
-            )
-        tensors = read_safetensors(weights, ["vectors"])
-        try:
-            return cls(FusedDemonstrations(vectors=tensors["vectors"], lengths=lengths, **names))
-        except ValueError as error:
-            raise ValueError(f"{path} does not fit its weights. {error} Copy or build the bank again.") from error

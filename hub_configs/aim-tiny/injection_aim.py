@@ -26,6 +26,8 @@ class FusedPrompt:
         placeholder_id: the id that stands where a fused token goes.
         bos_id: id of the token after which fused tokens stand, where the prompt starts with it.
         embedding: the input embedding of the backbone that answers; any other one is left alone.
+        first: put BOS and the fused tokens, as many in each row, before the padding of a row: they are the same in
+            all rows then, and so is their KV.
 
     Attributes:
         inputs: the inputs of the widened prompt. Per-position tensors grow with it: masks with 1 where they are
@@ -43,6 +45,7 @@ class FusedPrompt:
         placeholder_id: int,
         bos_id: int | None,
         embedding: nn.Module,
+        first: bool = False,
     ) -> None:
         self.inputs = dict(inputs)
         self.embedding = embedding
@@ -64,16 +67,22 @@ class FusedPrompt:
 
         # old[r, j]: the place in row r of the widened prompt where old position j goes; new[r]: places of its tokens
         left_padded = bool((mask[:, 0] == 0).any()) or not bool((mask[:, -1] == 0).any())
-        first = mask.long().argmax(dim=1).cpu()
+        begins = mask.long().argmax(dim=1).cpu()
         places = torch.arange(length)
         old: list[torch.Tensor] = []
         rows: list[int] = []
         columns: list[int] = []
         for row in range(batch):
-            at, count = int(first[row]), int(counts[row])
-            at += int(bos_id is not None and int(ids[row, at]) == bos_id)
+            at, count = int(begins[row]), int(counts[row])
+            bos = int(bos_id is not None and int(ids[row, at]) == bos_id)
+            at += bos
             shift = self.width - length - count if left_padded else 0
             old.append(places + shift + count * (places >= at))
+            if first:
+                old[-1] = places + count + bos * (places < at)
+                at, shift = bos, 0
+                if bos:
+                    old[-1][begins[row]] = 0
             rows += [row] * count
             columns += range(at + shift, at + shift + count)
         self.old = torch.stack(old).to(ids.device)

@@ -7,8 +7,7 @@ the same frozen backbone *generate*. Loading and saving come after.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,29 +16,37 @@ from transformers import AutoModelForImageTextToText, GenerationConfig, Generati
 
 from .backbone_aim import (
     answering,
+    decoder_inputs,
     embedding_weight,
     longest_prompt,
+    never_repack,
     one_at_a_time,
     read_hidden_states,
+    read_with_images,
     watch_layers,
 )
+from .banking_aim import AimBankingModel
 from .configuration_aim import AimConfig
 from .demonstrations_aim import (
     Demonstration,
-    DemonstrationBank,
     FusedDemonstrations,
     check_demos,
     check_source,
+    is_bank,
     is_demonstration,
     is_fused,
 )
 from .injection_aim import FusedPrompt, injected, own_tokens_only, watch_embeddings
-from .pretrained_aim import AimPreTrainedModel
+from .prefix_aim import (
+    Recent,
+    check_continued,
+    note_fused,
+)
 from .processing_aim import AimProcessor
 from .projector_aim import AimProjector
 
 
-class AimForConditionalGeneration(AimPreTrainedModel, GenerationMixin):
+class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
     """A frozen vision-language backbone with a projector that fuses demonstrations into virtual tokens.
 
     Everywhere, `demos` is one of:
@@ -47,6 +54,7 @@ class AimForConditionalGeneration(AimPreTrainedModel, GenerationMixin):
     * a list of raw demonstrations: `(image, text)`, `(image, question, answer)`, or a dict with `image` (or
       `images`) and `text`, `label`, or `question` and `answer`; an image is a PIL image, a path, a URL or an array;
     * what `read` returned, or a `DemonstrationBank`: nothing is read again;
+    * what `prefill` returned: the backbone does not even compute over the fused tokens again;
     * a list with one of these, or `None`, for each row of the batch;
     * `None` or empty: the call is the backbone's own, bit for bit.
 
@@ -75,9 +83,12 @@ class AimForConditionalGeneration(AimPreTrainedModel, GenerationMixin):
             self.projector.to(device=embedding_weight(backbone).device, dtype=torch.float32)
         watch_embeddings(backbone.get_input_embeddings())
         watch_layers(backbone, config.read_layers)
+        never_repack(backbone, only_odd=True)
         self._processor = processor
         self._loaded_from: tuple[str, dict[str, Any]] | None = None
         self._projector_id: tuple[Any, str] | None = None
+        self.read_cache = Recent(256 * 2**20)  # hidden states of raw demonstrations; max_bytes = 0 turns it off
+        self.prefix_cache = Recent(2**30)  # KV of prefixes, see `prefill`
         for name in ("hf_device_map", "hf_quantizer", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"):
             if hasattr(backbone, name):
                 setattr(self, name, getattr(backbone, name))
@@ -101,7 +112,8 @@ class AimForConditionalGeneration(AimPreTrainedModel, GenerationMixin):
             ValueError: a demonstration is malformed, is longer than the backbone can read, or was read by another
                 model.
         """
-        if hasattr(demos, "fused"):
+        if is_bank(demos):
+            self._check_bank(demos)
             demos = demos.fused
         if is_fused(demos):
             check_source(demos.source, self.source)
@@ -118,19 +130,19 @@ class AimForConditionalGeneration(AimPreTrainedModel, GenerationMixin):
             source=self.source,
         )
 
-    def load_bank(self, name_or_path: str | os.PathLike[str], **hub_kwargs: Any) -> DemonstrationBank:
-        """Open a bank that this plug-in read, from a folder or a Hub repository; see `DemonstrationBank`."""
-        bank = DemonstrationBank.from_pretrained(name_or_path, **hub_kwargs)
-        check_source(bank.fused.source, self.source)
-        return bank
-
     @torch.no_grad()
     def read_states(self, demos: Sequence[Demonstration], batch_size: int = 8) -> list[torch.Tensor]:
         """Hidden states at the kept text positions, `(positions, joined layers x hidden size)` a demonstration.
 
         They depend on the frozen backbone alone, not on the projector, so they can be kept while it is trained.
         """
-        states: dict[int, torch.Tensor] = {}
+        states = {i: kept for i, kept, _ in self._read_batches(demos, batch_size)}
+        return [states[i] for i in range(len(demos))]
+
+    def _read_batches(
+        self, demos: Sequence[Demonstration], batch_size: int, images: bool = False
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
+        """Number, hidden states and, where asked for, image features of each demonstration, as they are read."""
         order = sorted(range(len(demos)), key=lambda i: (bool(demos[i].images), len(self.processor.word(demos[i])[0])))
         groups = [[i for i in order if bool(demos[i].images) == with_image] for with_image in (False, True)]
         for group in groups:
@@ -139,11 +151,14 @@ class AimForConditionalGeneration(AimPreTrainedModel, GenerationMixin):
                 inputs, kept = self.processor.encode_demonstrations([demos[i] for i in rows], self.config.read_span)
                 self._check_length(inputs["input_ids"].shape[1], [demos[i].text for i in rows])
                 inputs = inputs.to(self.device, self.dtype)
+                seen: Any = [None] * len(rows)
                 with injected(None):
-                    hidden = read_hidden_states(self.backbone, inputs, self.config.read_layers)
-                for i, row, mask in zip(rows, hidden, kept.to(hidden.device), strict=True):
-                    states[i] = self._within_budget(row[mask])
-        return [states[i] for i in range(len(demos))]
+                    if images:
+                        hidden, seen = read_with_images(self.backbone, inputs, self.config.read_layers)
+                    else:
+                        hidden = read_hidden_states(self.backbone, inputs, self.config.read_layers)
+                for i, row, mask, image in zip(rows, hidden, kept.to(hidden.device), seen, strict=True):
+                    yield i, self._within_budget(row[mask]), image
 
     def _within_budget(self, states: torch.Tensor) -> torch.Tensor:
         """Average neighbouring states down to `max_fused_tokens` of them, where there are more."""
@@ -152,19 +167,45 @@ class AimForConditionalGeneration(AimPreTrainedModel, GenerationMixin):
             return states
         return nn.functional.adaptive_avg_pool1d(states.float().T[None], budget)[0].T.to(states.dtype)
 
-    def _project(self, demos: list[Demonstration], batch_size: int = 8) -> tuple[torch.Tensor, tuple[int, ...]]:
+    @torch.no_grad()
+    def project(self, states: torch.Tensor) -> torch.Tensor:
+        """Fused tokens `(tokens, hidden size)` of hidden states `(tokens, joined layers x hidden size)`."""
+        return self.projector(states.to(next(self.projector.parameters()).device))
+
+    def _project(
+        self, demos: list[Demonstration], batch_size: int = 8, keep: bool = False
+    ) -> tuple[torch.Tensor, tuple[int, ...]]:
         """Read, then project; equal demonstrations are read once. Gradient, where enabled, reaches the projector.
+
+        Args:
+            demos: what to read.
+            batch_size: demonstrations in one forward pass.
+            keep: use what `read_cache` has of them, and leave there what was read.
 
         Returns:
             Fused tokens of all demonstrations `(tokens, hidden size)`, and how many each has.
         """
         keys = [demo.key for demo in demos]
         unique = dict(zip(keys, demos, strict=True))
-        states = dict(zip(unique, self.read_states(list(unique.values()), batch_size), strict=True))
+        states: dict[str, torch.Tensor] = {}
+        if keep:
+            reader = (self._backbone_state(), *(v for k, v in self.source.items() if k != "projector"))
+            states = {k: v for k in unique if (v := self.read_cache.get((k, reader))) is not None}
+        new = [key for key in unique if key not in states]
+        for key, read in zip(new, self.read_states([unique[key] for key in new], batch_size), strict=True):
+            states[key] = read
+            if keep:
+                self.read_cache.put((key, reader), read, read.numel() * read.element_size())
         lengths = tuple(len(states[key]) for key in keys)
         width = self.config.hidden_size * len(self.config.read_layers)
         joined = torch.cat([states[key] for key in keys]) if keys else torch.empty(0, width, device=self.device)
         return self.projector(joined.to(next(self.projector.parameters()).device)), lengths
+
+    def _backbone_state(self) -> Any:
+        """What changes whenever a weight of the backbone does, or moves, except by writing to its `.data`."""
+        return hash(
+            tuple((p.data_ptr(), p.dtype, -1 if p.is_inference() else p._version) for p in self.backbone.parameters())
+        )
 
     # --- inject, answer
 
@@ -176,6 +217,8 @@ class AimForConditionalGeneration(AimPreTrainedModel, GenerationMixin):
         *,
         demos: Any = None,
         chat_demos: Any = None,
+        shots: int | None = None,
+        select: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Answer queries from demonstrations with the backbone's own `generate`.
@@ -183,12 +226,17 @@ class AimForConditionalGeneration(AimPreTrainedModel, GenerationMixin):
         Args:
             inputs: `input_ids` of the queries `(batch, length)`, when not given by name.
             generation_config: as for the backbone; `max_length` and `min_length` count no fused tokens.
-            demos: demonstrations for all rows or for each row; see the class.
+            demos: demonstrations for all rows or for each row; see the class. Raw ones that were given before are not
+                read again while `read_cache` has them.
             chat_demos: those that the processor found in the earlier turns of a chat; they come after `demos`.
+            shots: how many demonstrations to choose from a bank for each row (8 where only `select` is given).
+            select: how: `"random"`, `"image"`, `"text"`, `"fused"`, `"mmices"`, a list, or a dict with `by` and other
+                arguments of `DemonstrationBank.select`.
             **kwargs: the backbone's inputs and everything its `generate` takes.
 
         Returns:
-            What the backbone's `generate` returns: ids of the query and then the new tokens. Fused tokens never show.
+            What the backbone's `generate` returns: ids of the query and then the new tokens. Fused tokens never show,
+            but where hidden states, attentions or the KV of all positions are asked for, theirs are among them.
 
         Raises:
             ValueError: bad demonstrations, demonstrations for another number of rows, or a prompt with fused tokens
@@ -197,16 +245,23 @@ class AimForConditionalGeneration(AimPreTrainedModel, GenerationMixin):
         input_ids = kwargs.pop("input_ids", inputs)
         if generation_config is not None:
             kwargs["generation_config"] = generation_config
+        demos = self._chosen(demos, {**kwargs, "input_ids": input_ids}, shots, select)
         demos = self._with_chat(demos, chat_demos, 1 if input_ids is None else len(input_ids))
         if not _any_demos(demos):
             if input_ids is not None:
                 kwargs["input_ids"] = input_ids
+            check_continued(kwargs, whole_prompt=True)
             with one_at_a_time(self.backbone), answering(self.backbone), injected(None):
                 return self.backbone.generate(**kwargs)
-        prompt = self._fused_prompt({**kwargs, "input_ids": input_ids}, demos)
+        given = {**kwargs, "input_ids": input_ids}
+        prefilled = self._prefilled(demos, given)
+        prompt = self._fused_prompt(given, demos, keep=True) if prefilled is None else prefilled[0]
         options = own_tokens_only(prompt, input_ids, self.backbone.generation_config)
+        if prefilled is not None:
+            options["past_key_values"] = prefilled[1]
         with one_at_a_time(self.backbone), answering(self.backbone), injected(prompt):
             output = self.backbone.generate(**options)
+        note_fused(options.get("past_key_values"), getattr(output, "past_key_values", None))
         if self.backbone.config.is_encoder_decoder:
             return output
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
@@ -234,18 +289,22 @@ class AimForConditionalGeneration(AimPreTrainedModel, GenerationMixin):
             **kwargs: the backbone's other inputs.
 
         Returns:
-            The backbone's output; `logits` are those of the caller's own positions.
+            The backbone's output; `logits` and `hidden_states` are those of the caller's own positions, `attentions`
+            and `past_key_values` are over the fused tokens too.
         """
+        if torch.is_grad_enabled() and getattr(self.backbone, "is_quantized", False):
+            never_repack(self.backbone)
         given = {"input_ids": input_ids, **({} if labels is None else {"labels": labels}), **kwargs}
         if not _any_demos(demos):
+            check_continued(given, whole_prompt=False)
             with one_at_a_time(self.backbone), injected(None):
                 return self.backbone(**given)
-        if given.get("return_dict") is False:
-            raise ValueError("With demos, forward returns a ModelOutput: return_dict=False is not supported.")
-        prompt = self._fused_prompt(given, demos)
+        return_dict = given.pop("return_dict", None)
+        prompt = self._fused_prompt({**given, "return_dict": True}, demos)
         labels = prompt.inputs.pop("labels", None)
         with one_at_a_time(self.backbone), injected(prompt):
             output = self.backbone(**prompt.inputs)
+        note_fused(getattr(output, "past_key_values", None))
         if labels is not None:
             normalize = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
             vocab_size = output.logits.shape[-1]  # the configuration may count less
@@ -254,8 +313,37 @@ class AimForConditionalGeneration(AimPreTrainedModel, GenerationMixin):
         if getattr(output, "logits", None) is not None and output.logits.shape[1] == prompt.width:
             output.logits = prompt.without_placeholders(output.logits)
         if getattr(output, "hidden_states", None) is not None:
-            output.hidden_states = tuple(prompt.without_placeholders(states) for states in output.hidden_states)
-        return output
+            output.hidden_states = tuple(
+                None if states is None else prompt.without_placeholders(states) for states in output.hidden_states
+            )
+        as_tuple = not (self.backbone.config.return_dict if return_dict is None else return_dict)
+        return output.to_tuple() if as_tuple else output
+
+    @torch.no_grad()
+    def prompt_embeds(self, inputs: Mapping[str, Any], demos: Any = None) -> list[torch.Tensor]:
+        """The prompt as embeddings, fused tokens and images in it, for an engine that takes `prompt_embeds` (vLLM).
+
+        It works where the decoder gets nothing but embeddings at one position after another. It cannot work where the
+        decoder gets more, and is refused there: positions in the image grid, image features for several layers,
+        cross-attention, attention in both directions. docs/BANK.md lists the families.
+
+        Args:
+            inputs: the backbone's inputs of one query or of a padded batch.
+            demos: as for `generate`.
+
+        Returns:
+            For each row `(tokens, hidden size)`, without padding.
+
+        Raises:
+            ValueError: the backbone's decoder needs more than embeddings; the message says what.
+        """
+        given = {**inputs}
+        given["attention_mask"] = given.get("attention_mask", torch.ones_like(given["input_ids"]))
+        prompt = self._fused_prompt(given, demos) if _any_demos(demos) else None
+        whole = given if prompt is None else prompt.inputs
+        with injected(prompt):
+            embeddings = decoder_inputs(self.backbone, whole)
+        return [row[mask.bool()] for row, mask in zip(embeddings, whole["attention_mask"], strict=True)]
 
     def _with_chat(self, demos: Any, chat_demos: Any, batch: int) -> Any:
         """`demos` followed by what the processor found in chats: one list, or one a row for a batch of chats."""
@@ -271,28 +359,21 @@ class AimForConditionalGeneration(AimPreTrainedModel, GenerationMixin):
             rows.append(FusedDemonstrations(torch.cat(vectors), lengths, source=self.source) if parts else None)
         return rows
 
-    def _fused_prompt(self, inputs: dict[str, Any], demos: Any) -> FusedPrompt:
+    def _fused_prompt(
+        self, inputs: dict[str, Any], demos: Any, keep: bool = False, first: bool = False
+    ) -> FusedPrompt:
         """Room for each row's fused tokens in the prompt, checked against the backbone's positions."""
         input_ids = inputs["input_ids"]
-        if input_ids is None:
-            raise ValueError(
-                "demos stand in front of input_ids, but none were given (inputs_embeds cannot take them)."
-            )
+        if input_ids is None or inputs.get("inputs_embeds") is not None:
+            raise ValueError("demos stand in front of input_ids; inputs_embeds cannot take them.")
         cache = inputs.get("past_key_values")
         if cache is not None and cache.get_seq_length():
             raise ValueError(
                 f"demos stand at the start of a prompt, but past_key_values already hold {cache.get_seq_length()} "
                 "tokens. Give demos with the whole prompt and an empty cache."
             )
-        rows = self._fused_rows(demos, len(input_ids))
-        text_config = self.config.get_text_config()
-        prompt = FusedPrompt(
-            inputs=inputs,
-            fused=[None if row is None else row.vectors for row in rows],
-            placeholder_id=self._placeholder_id(),
-            bos_id=getattr(text_config, "bos_token_id", None),
-            embedding=self.get_input_embeddings(),
-        )
+        rows = self._fused_rows(demos, len(input_ids), keep)
+        prompt = self._widened(inputs, rows, first)
         longest = longest_prompt(self.backbone.config)
         if longest is not None and prompt.width > longest:
             row = max((r for r in rows if r is not None), key=lambda r: r.num_tokens)
@@ -307,13 +388,36 @@ class AimForConditionalGeneration(AimPreTrainedModel, GenerationMixin):
             )
         return prompt
 
-    def _fused_rows(self, demos: Any, batch: int) -> list[FusedDemonstrations | None]:
+    def _widened(
+        self, inputs: dict[str, Any], rows: Sequence[FusedDemonstrations | None], first: bool = False
+    ) -> FusedPrompt:
+        return FusedPrompt(
+            inputs=inputs,
+            fused=[None if row is None else row.vectors for row in rows],
+            placeholder_id=self._placeholder_id(),
+            bos_id=getattr(self.config.get_text_config(), "bos_token_id", None),
+            embedding=self.get_input_embeddings(),
+            first=first,
+        )
+
+    def _check_bank(self, bank: Any) -> None:
+        """Raise `ValueError` for a bank that no prompt can hold, before it is loaded."""
+        longest = longest_prompt(self.backbone.config)
+        tokens = getattr(bank, "num_tokens", 0)
+        if longest is not None and tokens > longest and len(bank) > 1:
+            raise ValueError(
+                f"The bank's {len(bank)} demonstrations have {tokens} fused tokens, but the backbone has {longest} "
+                'positions. Choose some: generate(..., demos=bank, shots=8, select="image"), or bank[:8].'
+            )
+
+    def _fused_rows(self, demos: Any, batch: int, keep: bool = False) -> list[FusedDemonstrations | None]:
         """What each row of the batch is given, read where it is raw; each demonstration once."""
         if not isinstance(demos, (list, tuple)):
             return [self.read(demos)] * batch
         raw = [is_demonstration(demo) for demo in demos]
         if all(raw):
-            return [FusedDemonstrations(*self._project([Demonstration.of(demo) for demo in demos]))] * batch
+            opened = [Demonstration.of(demo) for demo in demos]
+            return [FusedDemonstrations(*self._project(opened, keep=keep))] * batch
         if any(raw):
             raise ValueError(
                 "demos mixes demonstrations with other things; give one list of demonstrations, or one a row."
@@ -324,7 +428,7 @@ class AimForConditionalGeneration(AimPreTrainedModel, GenerationMixin):
                 "demonstrations for all rows, or exactly one entry (a list, what read() returned, or None) a row."
             )
         together = [Demonstration.of(demo) for row in demos if isinstance(row, (list, tuple)) for demo in row]
-        read = FusedDemonstrations(*self._project(together))
+        read = FusedDemonstrations(*self._project(together, keep=keep))
         rows: list[FusedDemonstrations | None] = []
         taken = 0
         for row in demos:

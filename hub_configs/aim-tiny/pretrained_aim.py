@@ -20,6 +20,7 @@ from .backbone_aim import (
     check_backbone,
     embedding_norm,
     fingerprint,
+    has_fingerprint,
     load_backbone,
     module_device,
     why_not,
@@ -27,6 +28,8 @@ from .backbone_aim import (
 from .configuration_aim import OWN_SETTINGS, AimConfig
 from .families_aim import FAMILIES
 from .files_aim import HUB_KWARGS, copy_shipped_files, locate_file, model_card, read_safetensors, staged_folder, upload
+from .injection_aim import watch_embeddings
+from .prefix_aim import Recent
 from .processing_aim import AimProcessor
 from .projector_aim import AimProjector, projector_digest
 
@@ -54,6 +57,8 @@ class AimPreTrainedModel(PreTrainedModel):
     _processor: AimProcessor | None
     _loaded_from: tuple[str, dict[str, Any]] | None
     _projector_id: tuple[Any, str] | None
+    read_cache: Recent
+    prefix_cache: Recent
 
     # --- the backbone shows through
 
@@ -84,6 +89,21 @@ class AimPreTrainedModel(PreTrainedModel):
     def get_output_embeddings(self) -> nn.Module | None:
         """The backbone's LM head."""
         return self.backbone.get_output_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the backbone's input embeddings."""
+        self.backbone.set_input_embeddings(value)
+        watch_embeddings(self.backbone.get_input_embeddings())
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the backbone's LM head."""
+        self.backbone.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Give the backbone another number of token ids; from then on it must be saved with the plug-in."""
+        embeddings = self.backbone.resize_token_embeddings(*args, **kwargs)
+        self.config.backbone_config = copy.deepcopy(self.backbone.config)
+        return embeddings
 
     def init_weights(self) -> None:
         """Nothing to do: backbone and projector draw or load their weights where they are made."""
@@ -136,11 +156,13 @@ class AimPreTrainedModel(PreTrainedModel):
     def source(self) -> dict[str, str]:
         """Identity of what reads here: fused demonstrations are good for this alone."""
         prints = str(self.config.backbone_fingerprint).encode()
+        knows_processor = self._processor is not None or self._loaded_from is not None
         return {
             "backbone": f"{self.backbone.config.model_type} {hashlib.sha256(prints).hexdigest()[:12]}",
             "projector": self._projector_digest()[:12],
             "read": f"layers {self.config.read_layers}, {self.config.read_span}, "
             f"at most {self.config.max_fused_tokens} tokens",
+            **(self.processor.reading_settings if knows_processor else {}),
         }
 
     def _projector_digest(self) -> str:
@@ -237,6 +259,9 @@ class AimPreTrainedModel(PreTrainedModel):
                 `local_files_only`, ... are used for both; everything else (`dtype`, `device_map`,
                 `quantization_config`, `attn_implementation`, ...) reaches the backbone.
 
+        Returns:
+            The plug-in; with `output_loading_info=True` also what was missing or unexpected in the backbone's files.
+
         Raises:
             ValueError: the projector belongs to another backbone, or its file is damaged or another kind of file.
             FileNotFoundError: the repository has no projector.
@@ -260,6 +285,7 @@ class AimPreTrainedModel(PreTrainedModel):
             if not elsewhere and config.backbone_subfolder is None:
                 raise ValueError(f"The config.json of {name} names no backbone. Pass a loaded one: backbone=model.")
             backbone = load_backbone(config.backbone_name_or_path or name, **place, **kwargs)
+        backbone, info = backbone if isinstance(backbone, tuple) else (backbone, None)
         check_backbone(backbone, config.backbone_config, config.backbone_fingerprint)
         config.backbone_config = copy.deepcopy(backbone.config)
         config.check()
@@ -268,7 +294,7 @@ class AimPreTrainedModel(PreTrainedModel):
             model.generation_config = GenerationConfig.from_pretrained(name, **hub)
         model._loaded_from = (name, {**hub, "trust_remote_code": trusted})
         model._load_projector(weights, name)
-        return model
+        return model if info is None else (model, info)  # type: ignore[return-value]
 
     def _load_projector(self, weights: dict[str, torch.Tensor], name: str) -> None:
         """Take over the projector's weights, or say what does not fit."""
@@ -342,6 +368,8 @@ class AimPreTrainedModel(PreTrainedModel):
         if include_backbone:
             config.backbone_name_or_path, config.backbone_revision = None, None
             config.backbone_subfolder = BACKBONE_FOLDER
+            if not has_fingerprint(self.backbone, config.backbone_fingerprint):  # drawn, tuned or resized since
+                config.backbone_fingerprint = fingerprint(self.backbone)
         elif config.backbone_name_or_path is None and self._loaded_from is not None:
             name, hub = self._loaded_from
             if not (os.path.isdir(name) and os.path.isdir(target) and os.path.samefile(name, target)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from threading import Lock
@@ -17,6 +19,11 @@ from .files_aim import copy_shipped_files, staged_folder
 
 PROCESSOR_FILE = "processor_config.json"
 SETTINGS = ("label_template", "question_template", "image_prompt", "few_shot_chats")
+IMAGE_SETTINGS = (
+    "size", "crop_size", "do_resize", "do_center_crop", "do_rescale", "rescale_factor", "do_normalize", "image_mean",
+    "image_std", "do_pad", "do_image_splitting", "max_image_size", "image_grid_pinpoints", "min_pixels", "max_pixels",
+    "crop_to_patches", "min_patches", "max_patches", "patch_size", "merge_size",
+)  # fmt: skip
 _SENTINEL = "aimtextgoeshere"
 _TOKENIZING = Lock()  # a fast tokenizer keeps its padding as state and refuses two threads at once
 
@@ -248,6 +255,29 @@ class AimProcessor(ProcessorMixin):
             before = after = ""
         return before + text + after, len(before), len(before) + len(text)
 
+    def is_label(self, demonstration: Demonstration) -> bool:
+        """Whether what a demonstration says is a bare name."""
+        return demonstration.question is None and (demonstration.is_label or self._is_bare_label(demonstration.text))
+
+    @property
+    def reading_settings(self) -> dict[str, str]:
+        """What of these settings decides how a demonstration is read; fused tokens are bound to it."""
+        images = {name: _plain(getattr(self.image_processor, name, None)) for name in IMAGE_SETTINGS}
+        return {
+            "label template": self.label_template,
+            "question template": self.question_template,
+            "image prompt": self.image_text,
+            "image settings": hashlib.sha256(json.dumps(images, sort_keys=True).encode()).hexdigest()[:12],
+        }
+
+    def words_of(self, ids: Sequence[int]) -> str:
+        """What a prompt asks: its ids, images left out, in words, without what the chat template puts around them."""
+        words = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        with _TOKENIZING:
+            frame = self.tokenizer(self.prompt(_SENTINEL, images=0))["input_ids"]
+        before, _, after = self.tokenizer.decode(frame, skip_special_tokens=True).partition(_SENTINEL)
+        return words.removeprefix(before.strip()).removesuffix(after.strip()).strip()
+
     def _is_bare_label(self, text: str) -> bool:
         """Whether a text is a name to be worded: one or two words, no punctuation at the end, and not yet worded.
 
@@ -346,6 +376,15 @@ class AimProcessor(ProcessorMixin):
         else:
             inner = AutoProcessor.from_pretrained(name, **kwargs)
         return cls(inner, **{**stored.get("aim", {}), **settings})
+
+
+def _plain(value: Any) -> Any:
+    """A setting of an image processor in the form in which it is the same after saving and loading."""
+    if isinstance(value, Mapping) or hasattr(value, "items"):
+        return {str(k): _plain(v) for k, v in value.items() if v is not None}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return float(value) if isinstance(value, (int, float)) else None if value is None else str(value)
 
 
 def split_few_shot_chat(chat: Sequence[Mapping[str, Any]]) -> tuple[list[Demonstration], list[Mapping[str, Any]]]:

@@ -16,7 +16,7 @@ class AimProjector(nn.Module):
 
     The forms, with `n` the read width (hidden size x joined layers) and `h` the hidden size:
 
-    * `linear`: `Linear(n, h)`;
+    * `linear`: `Linear(n, h)`; states of inner layers, whose size no norm has set, are scaled to unit variance first;
     * `linear_norm`: `Linear(n, h)`, then `LayerNorm(h)`: the paper's;
     * `mlp`: `LayerNorm(n)`, `Linear(n, m)`, GELU, `Linear(m, h)`.
 
@@ -30,6 +30,7 @@ class AimProjector(nn.Module):
         read_width = width * len(config.read_layers)
         inner = config.projector_intermediate_size or 2 * width
         self.norm_at_start = config.projector_norm
+        self.scale_states = config.projector_form == "linear" and list(config.read_layers) != [-1]
         self.layers = nn.Sequential()
         if config.projector_form == "mlp":
             self.layers.append(nn.LayerNorm(read_width))
@@ -57,7 +58,8 @@ class AimProjector(nn.Module):
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Map `states` `(..., n)` to fused tokens `(..., h)`, in the projector's own dtype."""
-        return self.layers(states.to(next(self.parameters()).dtype))
+        states = states.to(next(self.parameters()).dtype)
+        return self.layers(nn.functional.rms_norm(states, states.shape[-1:]) if self.scale_states else states)
 
 
 def projector_digest(weights: Mapping[str, torch.Tensor]) -> str:

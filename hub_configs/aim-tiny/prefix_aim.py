@@ -1,0 +1,177 @@
+"""What is kept between calls, bounded in bytes: hidden states of raw demonstrations, and the KV of fused prefixes."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+
+from .demonstrations_aim import FusedDemonstrations
+from .shards_aim import as_bytes
+
+
+class Recent:
+    """Values by key, bounded in bytes; the least recently used leaves. Safe under threads.
+
+    Args:
+        max_bytes: the bound, which can be changed; 0 keeps nothing.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._values: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self._lock = threading.RLock()
+        self._max_bytes = max_bytes
+
+    @property
+    def max_bytes(self) -> int:
+        """The bound; what is over a new one leaves at once."""
+        return self._max_bytes
+
+    @max_bytes.setter
+    def max_bytes(self, value: int) -> None:
+        with self._lock:
+            self._max_bytes = value
+            self._trim()
+
+    def __reduce__(self) -> Any:  # a copy of a model starts with an empty one
+        return type(self), (self.max_bytes,)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept now."""
+        with self._lock:
+            return sum(size for _, size in self._values.values())
+
+    def get(self, key: Hashable) -> Any:
+        """The value, now the most recently used; `None` where there is none."""
+        with self._lock:
+            if key not in self._values:
+                return None
+            self._values.move_to_end(key)
+            return self._values[key][0]
+
+    def put(self, key: Hashable, value: Any, size: int) -> None:
+        """Keep a value of `size` bytes, unless it is larger than the bound by itself."""
+        with self._lock:
+            self._values.pop(key, None)
+            if size <= self.max_bytes:
+                self._values[key] = (value, size)
+            self._trim()
+
+    def _trim(self) -> None:
+        total = sum(size for _, size in self._values.values())
+        while total > self.max_bytes:
+            total -= self._values.popitem(last=False)[1][1]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._values.clear()
+
+
+class FusedPrefix:
+    """Demonstrations whose KV the model keeps: a value that `generate` takes as `demos`.
+
+    The value itself holds the fused tokens alone. The KV lies in `model.prefix_cache`, bounded in bytes; when it had
+    to leave, the next call that needs it computes it again.
+
+    Args:
+        fused: what was read, in the order in which it stands in the prompt.
+    """
+
+    def __init__(self, fused: FusedDemonstrations) -> None:
+        self._fused = fused
+        digest = hashlib.sha256(str((str(fused.vectors.dtype), fused.lengths)).encode())
+        digest.update(as_bytes(fused.vectors))
+        self.prefix_key = digest.hexdigest()
+
+    @property
+    def fused(self) -> FusedDemonstrations:
+        """The demonstrations."""
+        return self._fused
+
+    def __len__(self) -> int:
+        return len(self._fused)
+
+    @property
+    def num_tokens(self) -> int:
+        """Fused tokens of all demonstrations together."""
+        return self._fused.num_tokens
+
+
+def is_prefix(value: Any) -> bool:
+    """Whether `value` is what `prefill` gave. By its parts, since remote code has a class of its own."""
+    return hasattr(value, "prefix_key")
+
+
+def same_prefix(demos: Any) -> Any:
+    """The one prefix that all rows are given, or `None`."""
+    if is_prefix(demos):
+        return demos
+    if isinstance(demos, (list, tuple)) and demos and all(is_prefix(one) for one in demos):
+        return demos[0] if len({one.prefix_key for one in demos}) == 1 else None
+    return None
+
+
+def copies_of(cache: Any, rows: int) -> Any:
+    """A KV cache of one row for `rows` rows, all its own: a generation changes the cache that it is given."""
+    own = copy.deepcopy(cache)
+    if rows > 1:
+        own.reorder_cache(torch.zeros(rows, dtype=torch.long))
+    return own
+
+
+def note_fused(*caches: Any) -> None:
+    """Note on KV caches that fused tokens are in them, which the caller's ids and masks do not count."""
+    for cache in caches:
+        if cache is not None:
+            cache.holds_fused_tokens = True
+
+
+def check_continued(inputs: Mapping[str, Any], whole_prompt: bool) -> None:
+    """Raise `ValueError` where ids or a mask without fused tokens go on from KV with them: all places would be wrong.
+
+    Args:
+        inputs: the backbone's inputs of the next call.
+        whole_prompt: the ids are those of the whole prompt, as for `generate`, and not of the next tokens alone.
+    """
+    cache, ids, mask = (inputs.get(name) for name in ("past_key_values", "input_ids", "attention_mask"))
+    held = cache.get_seq_length() if cache is not None and getattr(cache, "holds_fused_tokens", False) else 0
+    if held and whole_prompt:
+        raise ValueError(
+            "past_key_values are of an answer from demonstrations and hold their fused tokens, which the prompt does "
+            "not have. Give the whole prompt and the demonstrations again, without past_key_values; "
+            "demos=model.prefill(demos) computes the demonstrations' part only once."
+        )
+    if held and ids is not None and mask is not None and mask.ndim == 2 and mask.shape[1] < held + ids.shape[1]:
+        raise ValueError(
+            f"attention_mask has {mask.shape[1]} columns, but past_key_values hold {held} tokens, fused ones among "
+            f"them, and input_ids {ids.shape[1]} more. Leave the mask out, or give one for all {held + ids.shape[1]}."
+        )
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the tensors that a KV cache holds."""
+    found: dict[int, int] = {}
+
+    def count(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            found[value.data_ptr()] = value.numel() * value.element_size()
+        elif isinstance(value, (list, tuple)):
+            for one in value:
+                count(one)
+        elif isinstance(value, dict):
+            count(list(value.values()))
+        elif hasattr(value, "__dict__"):
+            count(list(vars(value).values()))
+
+    count(getattr(cache, "layers", cache))
+    return sum(found.values())

@@ -1,0 +1,298 @@
+"""Files of a demonstration bank: shards of safetensors that check themselves, mapped into memory, never unpickled.
+
+A shard holds columns. Fixed columns have one row a demonstration: its key, its features, and how long it is in each
+ragged column. Ragged columns (fused tokens, hidden states, words, thumbnails) hold one demonstration after
+another, with a digest each, so that what is used is checked when it is used, and nothing else need be loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+FORMAT, VERSION = "aim_bank", 2
+KEY_BYTES, DIGEST_BYTES = 32, 16
+HEADER_LIMIT = 100_000_000  # bytes: what safetensors itself refuses
+RAGGED = {
+    "vectors": "lengths",
+    "scales": "lengths",
+    "states": "lengths",
+    "texts": "text_lengths",
+    "labels": "label_lengths",
+    "thumbnails": "thumbnail_lengths",
+}
+NEEDED = ("keys", "lengths", "vectors", "texts", "text_lengths", "labels", "label_lengths")
+FEATURE = "feature."
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+
+
+class BankDamaged(ValueError):
+    """A file of a bank is damaged, foreign, or not the one its manifest names."""
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a tensor of any type, as bytes; a view where the tensor is contiguous."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def blob(parts: Sequence[bytes]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Byte strings one after another `(bytes,)`, and the length of each."""
+    joined = b"".join(parts)
+    data = torch.frombuffer(bytearray(joined), dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)
+    return data, torch.tensor([len(part) for part in parts], dtype=torch.int32)
+
+
+def quantized(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`vectors` `(tokens, width)` in 8 bits, and the scale of each token: its largest absolute value is 127."""
+    scales = vectors.float().abs().amax(dim=1) / 127
+    steps = vectors.float() / torch.where(scales > 0, scales, 1.0)[:, None]
+    return steps.round().to(torch.int8), scales
+
+
+class Shard:
+    """Some demonstrations of a bank, in memory or mapped from a file.
+
+    Args:
+        columns: the tensors.
+        about: what is said of all of them: `source` (what read them) and `dtype` (of fused tokens when they are used).
+        name: the file, for messages.
+
+    Raises:
+        BankDamaged: columns are missing, unknown, or do not fit each other.
+    """
+
+    def __init__(self, columns: Mapping[str, torch.Tensor], about: Mapping[str, Any], name: str = "this bank") -> None:
+        self.columns, self.about, self.name = columns, about, name
+        self._checked: set[str] = set()
+        self.ends = {k: v.to(torch.int64).cumsum(0).tolist() for k, v in columns.items() if k in RAGGED.values()}
+        problem = self._problem()
+        if problem is not None:
+            raise BankDamaged(f"{name} is no shard of a demonstration bank: {problem}. Copy or build it again.")
+
+    def __len__(self) -> int:
+        return int(self.columns["keys"].shape[0])
+
+    @property
+    def tokens(self) -> int:
+        """Fused tokens of all demonstrations here."""
+        return int(self.columns["vectors"].shape[0])
+
+    @property
+    def width(self) -> int:
+        """Hidden size."""
+        return int(self.columns["vectors"].shape[1])
+
+    @property
+    def features(self) -> dict[str, int]:
+        """Kinds of features, and how wide they are."""
+        return {k.removeprefix(FEATURE): v.shape[1] for k, v in self.columns.items() if k.startswith(FEATURE)}
+
+    def _problem(self) -> str | None:
+        """What is wrong with the shapes and types of the columns, if anything."""
+        found = self.columns
+        missing = [name for name in NEEDED if name not in found]
+        if missing:
+            return f"it has no {', '.join(missing)}"
+        count = found["keys"].shape[0]
+        expected: dict[str, tuple[Any, Any]] = {"keys": ((count, KEY_BYTES), torch.uint8)}
+        for name, lengths in RAGGED.items():
+            if name not in found:
+                continue
+            tail = tuple(found[name].shape[1:])
+            if len(tail) != (name in ("vectors", "states")) or lengths not in found:
+                return f"{name} has the shape {tuple(found[name].shape)}"
+            if found[lengths].dtype != torch.int32 or (count and int(found[lengths].min()) < 0):
+                return f"{lengths} are {found[lengths].dtype}, or negative"
+            expected[lengths] = ((count,), torch.int32)
+            total = self.ends[lengths][-1] if self.ends[lengths] else 0
+            kinds = {"texts": torch.uint8, "labels": torch.uint8, "thumbnails": torch.uint8, "scales": torch.float32}
+            expected[name] = ((total, *tail), kinds.get(name))
+            expected[name + ".digest"] = ((count, DIGEST_BYTES), torch.uint8)
+        for name in found:
+            if name.startswith(FEATURE):
+                expected[name] = ((count, *found[name].shape[1:2]), torch.float16)
+        if set(found) != set(expected):
+            return f"it holds {sorted(found)}, expected {sorted(expected)}"
+        for name, (shape, dtype) in expected.items():
+            if tuple(found[name].shape) != shape or (dtype is not None and found[name].dtype != dtype):
+                return f"{name} is {found[name].dtype} {tuple(found[name].shape)}, expected {dtype} {shape}"
+        known = [*DTYPES.values(), *([torch.int8] if "scales" in found else [])]
+        if found["vectors"].dtype not in known or self.about.get("dtype") not in DTYPES:
+            return f"its fused tokens are {found['vectors'].dtype}, to be used as {self.about.get('dtype')!r:.40}"
+        return None
+
+    def rows(self, name: str, index: Iterable[int]) -> list[torch.Tensor]:
+        """What the ragged column `name` holds of the demonstrations at `index`, checked against its digests.
+
+        Raises:
+            BankDamaged: the content is not what was written.
+        """
+        ends, column, digests = self.ends[RAGGED[name]], self.columns[name], self.columns[name + ".digest"]
+        found = []
+        for i in index:
+            part = column[ends[i - 1] if i else 0 : ends[i]]
+            if hashlib.blake2b(as_bytes(part), digest_size=DIGEST_BYTES).digest() != bytes(digests[i].tolist()):
+                raise BankDamaged(
+                    f"{name} of demonstration {i} of {self.name} are damaged; the others can still be used. Copy the "
+                    "file again, or build the bank again."
+                )
+            found.append(part)
+        return found
+
+    def vectors(self, index: Sequence[int]) -> list[torch.Tensor]:
+        """Fused tokens of the demonstrations at `index`, in the type in which they are used."""
+        dtype = DTYPES[self.about["dtype"]]
+        found = self.rows("vectors", index)
+        if "scales" not in self.columns:
+            return [part.to(dtype) for part in found]
+        scales = self.rows("scales", index)
+        return [(part.float() * scale[:, None]).to(dtype) for part, scale in zip(found, scales, strict=True)]
+
+    def words(self, name: str, index: Iterable[int]) -> list[str]:
+        """`texts` or `labels` of the demonstrations at `index`."""
+        return [bytes(as_bytes(part)).decode() for part in self.rows(name, index)]
+
+    def feature(self, kind: str) -> torch.Tensor:
+        """Features of all demonstrations `(demonstrations, width)`, checked when they are first used."""
+        name = FEATURE + kind
+        if name not in self._checked and "digests" in self.about:
+            _check_digest(self.columns[name], name, self.about["digests"].get(name), self.name)
+        self._checked.add(name)
+        return self.columns[name]
+
+
+def make_shard(columns: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> Shard:
+    """A shard of columns without digests: they are added."""
+    columns = {name: column.detach().cpu().contiguous() for name, column in columns.items()}
+    for name, lengths in RAGGED.items():
+        if name in columns:
+            sizes = columns[lengths].tolist()
+            parts = columns[name].split(sizes) if sizes else []
+            digests = [hashlib.blake2b(as_bytes(part), digest_size=DIGEST_BYTES).digest() for part in parts]
+            columns[name + ".digest"] = blob(digests)[0].reshape(-1, DIGEST_BYTES)
+    return Shard(columns, about)
+
+
+def joined(shards: Sequence[Shard]) -> Shard:
+    """One shard with the demonstrations of several, in order."""
+    names = shards[0].columns
+    columns = {name: torch.cat([shard.columns[name] for shard in shards]) for name in names}
+    about = {name: value for name, value in shards[0].about.items() if name != "digests"}
+    return Shard(columns, about)
+
+
+# --- files
+
+
+def write_shard(shard: Shard, path: Path) -> dict[str, Any]:
+    """Write a shard, whole or not at all; equal shards give equal files.
+
+    Returns:
+        What the manifest says of it.
+    """
+    columns = {name: column.contiguous() for name, column in shard.columns.items()}
+    small = [name for name in columns if name not in RAGGED]
+    about = {name: value for name, value in shard.about.items() if name != "digests"}
+    about |= {"format": FORMAT, "version": VERSION}
+    about["digests"] = {name: hashlib.sha256(as_bytes(columns[name])).hexdigest() for name in sorted(small)}
+    payload = save(columns, metadata={FORMAT: json.dumps(about, sort_keys=True)})  # one entry: their order is random
+    write_whole(path, payload)
+    return {
+        "file": path.name,
+        "bytes": len(payload),
+        "sha256": hashlib.sha256(payload).hexdigest(),
+        "header_sha256": hashlib.sha256(payload[: 8 + int.from_bytes(payload[:8], "little")]).hexdigest(),
+        "demonstrations": len(shard),
+        "tokens": shard.tokens,
+    }
+
+
+def write_whole(path: Path, payload: bytes) -> None:
+    """Write a file under another name, then rename it: after a kill there is the old one or the new one, whole."""
+    handle, scratch = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except BaseException:
+        Path(scratch).unlink(missing_ok=True)
+        raise
+
+
+def open_shard(path: str | os.PathLike[str], listed: Mapping[str, Any] | None = None) -> Shard:
+    """Map a shard into memory; fixed columns but features are checked, the others when they are used.
+
+    Args:
+        path: the file.
+        listed: what the manifest says of it, where there is a manifest.
+
+    Raises:
+        BankDamaged: the file is cut short, foreign, damaged, or another one than the manifest names.
+    """
+    path = Path(path)
+    try:
+        header = _header(path, listed)
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})[FORMAT])
+            if about["format"] != FORMAT or about["version"] != VERSION:
+                raise ValueError(f"format {about['format']!r:.40}, version {about['version']!r:.40}")
+            columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if listed is not None and hashlib.sha256(header).hexdigest() != listed["header_sha256"]:
+            raise ValueError("its header has another sha256 than the manifest says")
+        for name, column in columns.items():
+            if name not in RAGGED and not name.startswith(FEATURE):
+                _check_digest(column, name, about["digests"].get(name), path.name)
+    except BankDamaged:
+        raise
+    except FileNotFoundError:
+        raise BankDamaged(f"{path} is missing. Copy the bank again, whole.") from None
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BankDamaged(
+            f"{path} does not belong to a demonstration bank of version {VERSION}, or is damaged ({error!r:.200}). "
+            "Copy or build it again."
+        ) from error
+    shard = Shard(columns, about, path.name)
+    if listed is not None and (len(shard), shard.tokens) != (listed["demonstrations"], listed["tokens"]):
+        raise BankDamaged(f"{path} has {len(shard)} demonstrations; its manifest says {listed['demonstrations']}.")
+    return shard
+
+
+def _header(path: Path, listed: Mapping[str, Any] | None) -> bytes:
+    """The header of a safetensors file, with the file's size and the header's checked."""
+    size = path.stat().st_size
+    if listed is not None and size != listed["bytes"]:
+        raise BankDamaged(
+            f"{path} has {size} bytes, its manifest says {listed['bytes']}: it is cut short or another file. Copy it "
+            "again, or build the bank again."
+        )
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > min(size - 8, HEADER_LIMIT):
+            raise BankDamaged(f"{path} has {size} bytes, but its header claims {length}. Copy or build it again.")
+        return start + file.read(length)
+
+
+def _check_digest(column: torch.Tensor, name: str, expected: Any, file: str) -> None:
+    if hashlib.sha256(as_bytes(column)).hexdigest() != expected:
+        raise BankDamaged(f"{name} of {file} are damaged (their sha256 is another one). Copy or build it again.")
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """sha256 of a file of any size."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
