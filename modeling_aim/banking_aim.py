@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .backbone_aim import image_features, image_positions, one_at_a_time, preserved_state, read_hidden_states
+from .backbone_aim import (
+    goes_on_behind_kv,
+    image_features,
+    image_positions,
+    one_at_a_time,
+    preserved_state,
+    read_hidden_states,
+)
 from .bank_aim import DemonstrationBank
 from .build_aim import build_bank
 from .demonstrations_aim import Demonstration, check_source
@@ -270,6 +277,8 @@ class AimBankingModel(AimPreTrainedModel):
             "prompt_lookup_num_tokens", "use_mtp", "penalty_alpha", "dola_layers",
         ]  # fmt: skip
         if prefix is None or not len(prefix) or ids is None or setting("use_cache") is False:
+            return None
+        if not goes_on_behind_kv(self.backbone):
             return None
         mask = options.get("attention_mask")
         padded = mask is not None and not bool(mask.all())

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
+from transformers.image_utils import load_image
 
 from .demonstrations_aim import Demonstration, check_demos, is_demonstration
 from .families_aim import family_of_processor
@@ -128,7 +129,7 @@ class AimProcessor(ProcessorMixin):
 
     def _encode(self, images: Any, text: Any, **kwargs: Any) -> BatchFeature:
         """The backbone's inputs; images stand between the words for a processor that takes them there."""
-        texts = [text] if isinstance(text, str) else text
+        images, texts = _opened(images), [text] if isinstance(text, str) else text
         between_words = family_of_processor(self.processor).images_between_words
         if not between_words or not texts or not all(isinstance(t, str) for t in texts):
             return self.processor(images=images, text=text, **kwargs)
@@ -434,6 +435,13 @@ def _chat_images(turn: Mapping[str, Any]) -> list[Any]:
             address = block["image_url"]
             images.append(address["url"] if isinstance(address, Mapping) else address)
     return images
+
+
+def _opened(images: Any) -> Any:
+    """Images with those that are a path or URL opened, for processors that take neither."""
+    if isinstance(images, (list, tuple)):
+        return [_opened(image) for image in images]
+    return load_image(images) if isinstance(images, str) else images
 
 
 def _flat(images: Any) -> list[Any]:

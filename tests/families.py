@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import transformers as hf
+from packaging.version import Version
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
@@ -355,8 +356,10 @@ def _tiled(name: str, chat: str, bos: str | None, text: dict[str, Any]) -> Pair:
         pad_token_id=tokenizer.pad_token_id,
     )
     tile = {"longest_edge": 32}
-    # bicubic: the class's own Lanczos makes some versions of transformers fall back to another class after a reload
-    images = getattr(hf, name + "ImageProcessor")(size={"longest_edge": 64}, max_image_size=tile, resample=3)
+    kind = (
+        "ImageProcessor" if Version(hf.__version__) >= Version("5.23") else "ImageProcessorPil"
+    )  # what a reload gives
+    images = getattr(hf, name + kind)(size={"longest_edge": 64}, max_image_size=tile)
     parts = [images, tokenizer]
     if not bos:
         sampling = {"fps": 1, "max_frames": 4, "video_size": tile}

@@ -12,6 +12,7 @@ from backbones import DEMOS, Plugin, picture, plugin
 from test_reading import calls
 from transformers import DynamicCache
 
+from modeling_aim.backbone_aim import goes_on_behind_kv
 from modeling_aim.prefix_aim import Recent
 
 NEW = {"max_new_tokens": 6, "do_sample": False}
@@ -132,6 +133,8 @@ def test_the_least_recently_used_leaves() -> None:
 
 
 def test_an_answer_from_kept_kv_does_not_compute_the_prefix_again(aim: Plugin) -> None:
+    if not goes_on_behind_kv(aim.backbone):
+        pytest.skip("with this version of transformers the backbone cannot go on behind given KV")
     fresh = plugin(aim.family)
     fused = fresh.model.read(DEMOS)
     inputs = fresh.query()

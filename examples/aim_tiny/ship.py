@@ -14,7 +14,7 @@ import sys
 import torch
 from backbone import load
 from projector import FORMS, new_projector
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support import BUILD, CONTROLS, OUT, ROOT, write
 from words import processor
 
@@ -41,6 +41,16 @@ def ship_aim() -> None:
     model = AimForConditionalGeneration.from_backbone(backbone, processor=AimProcessor(processor()), **settings)
     model.projector.load_state_dict(projector.state_dict())
     model.save_pretrained(OUT, include_backbone=True)
+    path = OUT / "backbone" / "model.safetensors"
+    weights = {name_of_every_version(name): weight for name, weight in load_file(path).items()}
+    write(path, lambda p: save_file(weights, p, metadata={"format": "pt"}))
+
+
+def name_of_every_version(name: str) -> str:
+    """The vision tower's names as published LLaVA checkpoints have them: newer transformers map these to their own,
+    older ones know no others."""
+    before, tower, after = name.partition("vision_tower.")
+    return name if not tower or after.startswith("vision_model.") else f"{before}{tower}vision_model.{after}"
 
 
 def ship_control(kind: str) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -276,9 +278,20 @@ def read_hidden_states(
     return torch.cat([kept[k].to(kept[read_layers[0]].device) for k in read_layers], dim=-1)
 
 
+def remembers(backbone: PreTrainedModel) -> bool:
+    """Whether a backbone keeps something of its last prompt (`STATE_NAMES`)."""
+    return any(hasattr(module, name) for module in backbone.modules() for name in STATE_NAMES)
+
+
+def goes_on_behind_kv(backbone: PreTrainedModel) -> bool:
+    """Whether a prompt finds its places behind KV that `generate` is given: not with positions in the image grid and
+    transformers before 5.23, the oldest on which that was tried and holds."""
+    return not remembers(backbone) or Version(Version(transformers.__version__).base_version) >= Version("5.23")
+
+
 def one_at_a_time(backbone: PreTrainedModel) -> AbstractContextManager[Any]:
     """Calls of a backbone that remembers its last prompt (`STATE_NAMES`) wait for each other; others need not."""
-    if not any(hasattr(module, name) for module in backbone.modules() for name in STATE_NAMES):
+    if not remembers(backbone):
         return nullcontext()
     return _TURNS.setdefault(backbone, RLock())
 

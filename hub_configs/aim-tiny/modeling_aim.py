@@ -8,7 +8,7 @@ the same frozen backbone *generate*. Loading and saving come after.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -44,6 +44,15 @@ from .prefix_aim import (
 )
 from .processing_aim import AimProcessor
 from .projector_aim import AimProjector
+
+if TYPE_CHECKING:  # the rest of what a repository carries: transformers 5.5 copies only files that this one names
+    from .bank_aim import DemonstrationBank  # noqa: F401
+    from .build_aim import build_bank  # noqa: F401
+    from .families_aim import FAMILIES  # noqa: F401
+    from .files_aim import locate_file  # noqa: F401
+    from .pretrained_aim import AimPreTrainedModel  # noqa: F401
+    from .select_aim import check_way  # noqa: F401
+    from .shards_aim import Shard  # noqa: F401
 
 
 class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
