@@ -11,12 +11,12 @@ import argparse
 import time
 from pathlib import Path
 
-from lesson import ask, load, shapes
+from lesson import AIM_TINY, ask, load, shapes
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repo", default="hub_configs/aim-tiny", help="AIM repository: a folder or a Hub id")
+    parser.add_argument("--repo", default=AIM_TINY, help="AIM repository: a folder or a Hub id")
     parser.add_argument("--bank", type=Path, required=True, help="folder of the bank")
     args = parser.parse_args()
 

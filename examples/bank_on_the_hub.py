@@ -41,7 +41,9 @@ def share(repo: str, repo_id: str, token: str | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repo", default="hub_configs/aim-tiny", help="AIM repository: a folder or a Hub id")
+    parser.add_argument(
+        "--repo", default=str(HERE.parent / "hub_configs" / "aim-tiny"), help="AIM repository: a folder or a Hub id"
+    )
     parser.add_argument("--repo-id", help="repository of the bank; without it, one on localhost")
     args = parser.parse_args()
     with contextlib.ExitStack() as stack:

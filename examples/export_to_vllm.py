@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lesson import load, shapes
+from lesson import AIM_TINY, load, shapes
 from safetensors.torch import save_file
 
 
@@ -33,7 +33,7 @@ def from_vllm(engine: str, embeddings: torch.Tensor) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repo", default="hub_configs/aim-tiny", help="AIM repository: a folder or a Hub id")
+    parser.add_argument("--repo", default=AIM_TINY, help="AIM repository: a folder or a Hub id")
     parser.add_argument("--engine", help="the backbone for vLLM to serve; without it, only the export is shown")
     parser.add_argument("--output", type=Path, help="file for the embeddings")
     args = parser.parse_args()

@@ -11,6 +11,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 sys.path.insert(0, str(Path(__file__).resolve().parent / "aim_tiny"))
 import world
 
+AIM_TINY = str(Path(__file__).resolve().parents[1] / "hub_configs" / "aim-tiny")
+
 
 def load(repo: str) -> tuple[Any, Any]:
     """Model and processor of an AIM repository, with the code that it carries."""
@@ -18,13 +20,17 @@ def load(repo: str) -> tuple[Any, Any]:
     return model, AutoProcessor.from_pretrained(repo, trust_remote_code=True)
 
 
-def shapes(ways: int, shots: int, seed: str = "bank") -> tuple[list[dict[str, Any]], list[tuple[Any, str]]]:
-    """Demonstrations of `ways` held-out concepts, `shots` of each, and a new image of each with its made-up name."""
+def shapes(
+    ways: int, shots: int, seed: str = "bank", asked: int = 1
+) -> tuple[list[dict[str, Any]], list[tuple[Any, str]]]:
+    """Demonstrations of `ways` held-out concepts, `shots` of each, and `asked` new images of each with its name."""
     plan = world.plan_of(seed, ways, shots)
     demos = world.episode(seed, ways, shots).demos
     shown = set(plan.demos)
-    free = next(i for i in range(100) if not any((way, i) in shown for way in range(ways)))
-    queries = [(world.pool_image("test", plan.concept_ids[way], free), plan.bindings[way]) for way in range(ways)]
+    queries = []
+    for way in range(ways):
+        free = [i for i in range(world.IMAGES_PER_CONCEPT["test"]) if (way, i) not in shown][:asked]
+        queries += [(world.pool_image("test", plan.concept_ids[way], i), plan.bindings[way]) for i in free]
     return demos, queries
 
 

@@ -85,7 +85,7 @@ def test_errors_are_one_message(folder: Path, tmp_path: Path) -> None:
     "example",
     [
         ["bank_ask_many.py", "--bank", "BANK"],
-        ["bank_retrieval.py", "--lessons", "2"],
+        ["bank_retrieval.py", "--concepts", "4", "--queries", "1"],
         ["bank_on_the_hub.py"],
         ["export_to_vllm.py", "--output", "BANK.safetensors"],
     ],
