@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from modeling_aim import DemonstrationBank
-from modeling_aim.bank_aim import new_manifest, write_manifest, write_numbered
+from modeling_aim.manifest_aim import new_manifest, write_manifest, write_numbered
 from modeling_aim.shards_aim import Shard, blob, make_shard
 
 WIDTH, FEATURES, A_SHARD, SHOTS = 4096, 512, 10_000, 16

@@ -24,8 +24,9 @@ from transformers import logging as transformers_logging
 from transformers import pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples" / "aim_tiny"))
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "aim_tiny")]
 import world  # noqa: E402
+from lesson import shapes  # noqa: E402
 
 METHODS = {
     "zero-shot": "no demonstrations",
@@ -33,16 +34,6 @@ METHODS = {
     "full": "every image in the prompt",
     "AIM": "fused tokens, read once",
 }
-
-
-def lesson(seed: str, ways: int, shots: int) -> tuple[list[dict[str, Any]], list[tuple[Any, str]]]:
-    """Demonstrations that name `ways` held-out concepts `shots` times each, and a new image of each with its name."""
-    plan = world.plan_of(seed, ways, shots)
-    demos = world.episode(seed, ways, shots).demos
-    shown = set(plan.demos)
-    free = next(i for i in range(100) if not any((way, i) in shown for way in range(ways)))
-    queries = [(world.pool_image("test", plan.concept_ids[way], free), plan.bindings[way]) for way in range(ways)]
-    return demos, queries
 
 
 def prompts(demos: list[dict[str, Any]], query: Any, question: str, fused: Any) -> dict[str, dict[str, Any]]:
@@ -133,7 +124,7 @@ def main() -> None:
     console = Console()
 
     pipe = pipeline("image-text-to-text", model=args.repo, trust_remote_code=True)
-    demos, queries = lesson(args.seed, args.ways, args.shots)
+    demos, queries = shapes(args.ways, args.shots, args.seed)
     question = world.WORDINGS["this"].question
     pipe.model.read(demos)  # warm up, so that the times below are those of a running program
     start = time.perf_counter()

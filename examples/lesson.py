@@ -1,4 +1,4 @@
-"""What the examples of the bank share: a model, drawn shapes with made-up names, and a question about each."""
+"""What the examples share: a model, drawn shapes with made-up names, and a question about each."""
 
 from __future__ import annotations
 

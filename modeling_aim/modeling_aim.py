@@ -50,6 +50,7 @@ if TYPE_CHECKING:  # the rest of what a repository carries: transformers 5.5 cop
     from .build_aim import build_bank  # noqa: F401
     from .families_aim import FAMILIES  # noqa: F401
     from .files_aim import locate_file  # noqa: F401
+    from .manifest_aim import BANK_MANIFEST  # noqa: F401
     from .pretrained_aim import AimPreTrainedModel  # noqa: F401
     from .select_aim import check_way  # noqa: F401
     from .shards_aim import Shard  # noqa: F401

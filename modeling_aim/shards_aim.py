@@ -19,6 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from .demonstrations_aim import FusedDemonstrations
+from .select_aim import sketched
+
 FORMAT, VERSION = "aim_bank", 2
 KEY_BYTES, DIGEST_BYTES = 32, 16
 HEADER_LIMIT = 100_000_000  # bytes: what safetensors itself refuses
@@ -32,6 +35,7 @@ RAGGED = {
 }
 NEEDED = ("keys", "lengths", "vectors", "texts", "text_lengths", "labels", "label_lengths")
 FEATURE = "feature."
+STORAGES = ("auto", "float32", "bfloat16", "float16", "int8")
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
@@ -95,6 +99,21 @@ class Shard:
     def features(self) -> dict[str, int]:
         """Kinds of features, and how wide they are."""
         return {k.removeprefix(FEATURE): v.shape[1] for k, v in self.columns.items() if k.startswith(FEATURE)}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all columns."""
+        return sum(column.numel() * column.element_size() for column in self.columns.values())
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is said of the demonstrations, without the digests of a file."""
+        return {name: value for name, value in self.about.items() if name != "digests"}
+
+    @property
+    def content(self) -> dict[str, torch.Tensor]:
+        """The columns without their digests."""
+        return {name: column for name, column in self.columns.items() if not name.endswith(".digest")}
 
     def _problem(self) -> str | None:
         """What is wrong with the shapes and types of the columns, if anything."""
@@ -186,8 +205,78 @@ def joined(shards: Sequence[Shard]) -> Shard:
     """One shard with the demonstrations of several, in order."""
     names = shards[0].columns
     columns = {name: torch.cat([shard.columns[name] for shard in shards]) for name in names}
-    about = {name: value for name, value in shards[0].about.items() if name != "digests"}
-    return Shard(columns, about)
+    return Shard(columns, shards[0].facts)
+
+
+# --- what is made of shards
+
+
+def fused_columns(fused: FusedDemonstrations) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What a shard holds of demonstrations that were read, and what it says about them."""
+    vectors = fused.vectors.detach().cpu()
+    parts = vectors.split(fused.lengths) if fused.lengths else []
+    keys = fused.keys or [hashlib.sha256(as_bytes(part)).hexdigest() for part in parts]
+    columns: dict[str, torch.Tensor] = {
+        "vectors": vectors,
+        "lengths": torch.tensor(fused.lengths, dtype=torch.int32),
+        "keys": key_column(keys),
+    }
+    columns["texts"], columns["text_lengths"] = blob([t.encode() for t in fused.texts or [""] * len(fused)])
+    columns["labels"], columns["label_lengths"] = blob([b""] * len(fused))
+    return columns, {"source": dict(fused.source), "dtype": str(vectors.dtype).removeprefix("torch.")}
+
+
+def key_column(keys: Iterable[str]) -> torch.Tensor:
+    """Keys as bytes `(demonstrations, 32)`; what is no sha256 is hashed to one."""
+    rows = []
+    for key in keys:
+        try:
+            raw = bytes.fromhex(key)
+        except ValueError:
+            raw = b""
+        rows.append(raw if len(raw) == KEY_BYTES else hashlib.sha256(key.encode()).digest())
+    return blob(rows)[0].reshape(-1, KEY_BYTES)
+
+
+def slice_of(shard: Shard, start: int, stop: int) -> Shard:
+    """The demonstrations `start` to `stop` of a shard."""
+    columns = {}
+    for name, column in shard.columns.items():
+        if name in RAGGED:
+            ends = [0, *shard.ends[RAGGED[name]]]
+            columns[name] = column[ends[min(start, len(shard))] : ends[min(stop, len(shard))]]
+        else:
+            columns[name] = column[start:stop]
+    return Shard(columns, shard.facts, shard.name)
+
+
+def with_vectors(shard: Shard, vectors: torch.Tensor, source: Mapping[str, str]) -> Shard:
+    """A shard with other fused tokens, kept in the way in which the old ones are."""
+    columns = shard.content
+    if FEATURE + "fused" in columns:
+        means = torch.stack([part.float().mean(dim=0) for part in vectors.split(columns["lengths"].tolist())])
+        columns[FEATURE + "fused"] = sketched(means, columns[FEATURE + "fused"].shape[1]).half()
+    storage = "int8" if columns.pop("scales", None) is not None else shard.about["dtype"]
+    columns["vectors"] = vectors.to("cpu", DTYPES[shard.about["dtype"]])
+    return stored_as(make_shard(columns, {**shard.about, "source": dict(source)}), storage)
+
+
+def stored_as(shard: Shard, storage: str) -> Shard:
+    """A shard with its fused tokens kept in another precision; 8 bits are used as the precision from before."""
+    if storage not in STORAGES:
+        raise ValueError(f"storage={storage!r}: expected one of {', '.join(STORAGES)}.")
+    now = "int8" if "scales" in shard.columns else shard.about["dtype"]
+    if storage in ("auto", now):
+        return shard
+    parts = shard.vectors(range(len(shard)))
+    vectors = torch.cat(parts) if parts else torch.empty(0, shard.width)
+    columns = shard.content
+    columns.pop("scales", None)
+    if storage == "int8":
+        columns["vectors"], columns["scales"] = quantized(vectors)
+        return make_shard(columns, shard.about)
+    columns["vectors"] = vectors.to(DTYPES[storage])
+    return make_shard(columns, {**shard.about, "dtype": storage})
 
 
 # --- files
@@ -201,8 +290,7 @@ def write_shard(shard: Shard, path: Path) -> dict[str, Any]:
     """
     columns = {name: column.contiguous() for name, column in shard.columns.items()}
     small = [name for name in columns if name not in RAGGED]
-    about = {name: value for name, value in shard.about.items() if name != "digests"}
-    about |= {"format": FORMAT, "version": VERSION}
+    about = {**shard.facts, "format": FORMAT, "version": VERSION}
     about["digests"] = {name: hashlib.sha256(as_bytes(columns[name])).hexdigest() for name in sorted(small)}
     payload = save(columns, metadata={FORMAT: json.dumps(about, sort_keys=True)})  # one entry: their order is random
     write_whole(path, payload)

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from modeling_aim import DemonstrationBank
-from modeling_aim.bank_aim import BANK_MANIFEST, read_manifest, write_manifest
+from modeling_aim.manifest_aim import BANK_MANIFEST, read_manifest, write_manifest
 from modeling_aim.shards_aim import write_whole
 
 

@@ -17,8 +17,8 @@ import torch
 from backbones import DEMOS, Plugin, picture, plugin
 
 from modeling_aim import DemonstrationBank
-from modeling_aim.bank_aim import BANK_MANIFEST, read_manifest
 from modeling_aim.build_aim import PARTS_FOLDER, _alone, open_rows
+from modeling_aim.manifest_aim import BANK_MANIFEST, read_manifest
 
 MANY: list[Any] = [(picture(seed), f"the thing number {seed}") for seed in range(40)]
 MANY += [MANY[3], *DEMOS, {"image": picture(0), "text": "dax"}, MANY[7]]  # three of them are there already

@@ -15,9 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from modeling_aim import DemonstrationBank, FusedDemonstrations
-from modeling_aim.bank_aim import fused_columns
 from modeling_aim.demonstrations_aim import FusedDemonstrations as Fused
-from modeling_aim.shards_aim import BankDamaged, blob, make_shard
+from modeling_aim.shards_aim import BankDamaged, blob, fused_columns, make_shard
 
 NAMES = ("aim_bank.json", "0", "1")  # the manifest and the two shards
 

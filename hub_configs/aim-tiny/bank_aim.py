@@ -7,12 +7,10 @@ written last, and shards are named by their content, so a folder holds the old b
 from __future__ import annotations
 
 import bisect
-import hashlib
-import json
 import os
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +19,34 @@ from transformers.utils import logging
 
 from .demonstrations_aim import FusedDemonstrations, check_source
 from .files_aim import locate_file, upload
+from .manifest_aim import (
+    BANK_MANIFEST,
+    BANK_SHARDS,
+    new_manifest,
+    read_manifest,
+    remove_unlisted,
+    write_manifest,
+    write_numbered,
+)
 from .select_aim import FAISS_FROM, KINDS, MMICES_POOL, Groups, Likeness, check_way, drawn, pick, sketched
 from .shards_aim import (
     DTYPES,
-    FEATURE,
-    FORMAT,
-    KEY_BYTES,
-    RAGGED,
-    VERSION,
     BankDamaged,
     Shard,
     as_bytes,
-    blob,
     file_sha256,
+    fused_columns,
     joined,
     make_shard,
     open_shard,
-    quantized,
-    write_shard,
+    slice_of,
+    stored_as,
+    with_vectors,
     write_whole,
 )
 
 logger = logging.get_logger(__name__)
 
-BANK_MANIFEST = "aim_bank.json"
-BANK_SHARDS = "aim_bank-*.safetensors"
-STORAGES = ("auto", "float32", "bfloat16", "float16", "int8")
 NOT_COMPARED = -3.0  # below every score
 SHARD_BYTES = 256 * 2**20
 
@@ -199,7 +199,7 @@ class DemonstrationBank:
     @property
     def nbytes(self) -> int:
         """Bytes of everything stored, without headers and manifest."""
-        return sum(column.numel() * column.element_size() for s in self._shards for column in s.columns.values())
+        return sum(shard.nbytes for shard in self._shards)
 
     def info(self) -> dict[str, Any]:
         """What is in the bank, for people and programs."""
@@ -584,149 +584,3 @@ Files are safetensors and JSON; nothing is unpickled.
 
 def _located(name: Any, file: str, folder: Path | None, hub_kwargs: Mapping[str, Any]) -> str | Path:
     return folder / file if folder is not None else locate_file(name, file, **hub_kwargs)
-
-
-# --- columns
-
-
-def fused_columns(fused: FusedDemonstrations) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """What a shard holds of demonstrations that were read, and what it says about them."""
-    vectors = fused.vectors.detach().cpu()
-    parts = vectors.split(fused.lengths) if fused.lengths else []
-    keys = fused.keys or [hashlib.sha256(as_bytes(part)).hexdigest() for part in parts]
-    columns: dict[str, torch.Tensor] = {
-        "vectors": vectors,
-        "lengths": torch.tensor(fused.lengths, dtype=torch.int32),
-        "keys": key_column(keys),
-    }
-    columns["texts"], columns["text_lengths"] = blob([t.encode() for t in fused.texts or [""] * len(fused)])
-    columns["labels"], columns["label_lengths"] = blob([b""] * len(fused))
-    return columns, {"source": dict(fused.source), "dtype": str(vectors.dtype).removeprefix("torch.")}
-
-
-def key_column(keys: Iterable[str]) -> torch.Tensor:
-    """Keys as bytes `(demonstrations, 32)`; what is no sha256 is hashed to one."""
-    rows = []
-    for key in keys:
-        try:
-            raw = bytes.fromhex(key)
-        except ValueError:
-            raw = b""
-        rows.append(raw if len(raw) == KEY_BYTES else hashlib.sha256(key.encode()).digest())
-    return blob(rows)[0].reshape(-1, KEY_BYTES)
-
-
-def slice_of(shard: Shard, start: int, stop: int) -> Shard:
-    """The demonstrations `start` to `stop` of a shard."""
-    columns = {}
-    for name, column in shard.columns.items():
-        if name in RAGGED:
-            ends = [0, *shard.ends[RAGGED[name]]]
-            columns[name] = column[ends[min(start, len(shard))] : ends[min(stop, len(shard))]]
-        else:
-            columns[name] = column[start:stop]
-    return Shard(columns, {name: value for name, value in shard.about.items() if name != "digests"}, shard.name)
-
-
-def with_vectors(shard: Shard, vectors: torch.Tensor, source: Mapping[str, str]) -> Shard:
-    """A shard with other fused tokens, kept in the way in which the old ones are."""
-    columns = {name: column for name, column in shard.columns.items() if not name.endswith(".digest")}
-    if FEATURE + "fused" in columns:
-        means = torch.stack([part.float().mean(dim=0) for part in vectors.split(columns["lengths"].tolist())])
-        columns[FEATURE + "fused"] = sketched(means, columns[FEATURE + "fused"].shape[1]).half()
-    storage = "int8" if columns.pop("scales", None) is not None else shard.about["dtype"]
-    columns["vectors"] = vectors.to("cpu", DTYPES[shard.about["dtype"]])
-    return stored_as(make_shard(columns, {**shard.about, "source": dict(source)}), storage)
-
-
-def stored_as(shard: Shard, storage: str) -> Shard:
-    """A shard with its fused tokens kept in another precision; 8 bits are used as the precision from before."""
-    if storage not in STORAGES:
-        raise ValueError(f"storage={storage!r}: expected one of {', '.join(STORAGES)}.")
-    now = "int8" if "scales" in shard.columns else shard.about["dtype"]
-    if storage in ("auto", now):
-        return shard
-    parts = shard.vectors(range(len(shard)))
-    vectors = torch.cat(parts) if parts else torch.empty(0, shard.width)
-    columns = {name: column for name, column in shard.columns.items() if not name.endswith(".digest")}
-    columns.pop("scales", None)
-    if storage == "int8":
-        columns["vectors"], columns["scales"] = quantized(vectors)
-        return make_shard(columns, shard.about)
-    columns["vectors"] = vectors.to(DTYPES[storage])
-    return make_shard(columns, {**shard.about, "dtype": storage})
-
-
-# --- the manifest
-
-
-def new_manifest(source: Mapping[str, str], **more: Any) -> dict[str, Any]:
-    """A manifest of a bank that `source` read."""
-    return {"format": FORMAT, "version": VERSION, "source": dict(source), "settings": {}, "parts": 0, **more}
-
-
-MANIFEST_KINDS = {"source": dict, "settings": dict, "shards": list, "complete": bool, "parts": int, "duplicates": int}
-SHARD_KINDS = {"file": str, "sha256": str, "header_sha256": str, "bytes": int, "demonstrations": int, "tokens": int}
-
-
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest with its own sha256; the bank is what this file says from now on."""
-    content = {name: value for name, value in manifest.items() if name != "sha256"}
-    if isinstance(content.get("shards"), list):
-        content["demonstrations"] = sum(listed["demonstrations"] for listed in content["shards"])
-    text = json.dumps({**content, "sha256": _digest_of(content)}, ensure_ascii=False, indent=1, sort_keys=True)
-    write_whole(folder / BANK_MANIFEST, text.encode())
-
-
-def _digest_of(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read and check a manifest.
-
-    Raises:
-        BankDamaged: it is cut short, was edited, lists a shard twice, or belongs to something else.
-    """
-    try:
-        manifest = json.loads(Path(path).read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT or manifest["version"] != VERSION:
-            raise ValueError(f"format {manifest['format']!r:.40}, version {manifest['version']!r:.40}")
-        if manifest.pop("sha256") != _digest_of(manifest):
-            raise ValueError("it was changed after it was written: its own sha256 is another one")
-        wrong = [name for name, kind in MANIFEST_KINDS.items() if not isinstance(manifest[name], kind)]
-        if wrong or not all(isinstance(value, str) for value in manifest["source"].values()):
-            raise ValueError(f"{wrong or 'source'} is {manifest[(wrong or ['source'])[0]]!r:.80}")
-        for shard in manifest["shards"]:
-            wrong = [name for name, kind in SHARD_KINDS.items() if not isinstance(shard[name], kind)]
-            if wrong or Path(shard["file"]).name != shard["file"]:
-                raise ValueError(f"the shard {shard!r:.80}")
-        if sum(shard["demonstrations"] for shard in manifest["shards"]) != manifest["demonstrations"]:
-            raise ValueError(f"its shards do not hold {manifest['demonstrations']!r:.40} demonstrations")
-        files = [shard["file"] for shard in manifest["shards"]]
-        twice = sorted({file for file in files if files.count(file) > 1})
-        if twice:
-            raise ValueError(f"it lists {twice[0]} twice")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BankDamaged(
-            f"{path} is no manifest of a demonstration bank of version {VERSION} ({error!r:.200}). Copy or build the "
-            "bank again."
-        ) from error
-    return manifest
-
-
-def write_numbered(shard: Shard, folder: Path, number: int) -> dict[str, Any]:
-    """Write a shard under a name that holds its number and a digest of its content: no other is overwritten."""
-    scratch = folder / f".aim_bank-{number:05d}.safetensors"
-    listed = write_shard(shard, scratch)
-    listed["file"] = f"aim_bank-{number:05d}-{listed['sha256'][:8]}.safetensors"
-    os.replace(scratch, folder / listed["file"])
-    return listed
-
-
-def remove_unlisted(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Remove shards of an older bank, and what a killed process left behind."""
-    kept = {listed["file"] for listed in manifest["shards"]}
-    stale = [path for path in folder.glob(BANK_SHARDS) if path.name not in kept]
-    for path in [*stale, *folder.glob(".aim_bank-*.safetensors"), *folder.glob(".writing-*")]:
-        path.unlink(missing_ok=True)

@@ -18,20 +18,31 @@ import torch
 from PIL import Image
 from transformers.utils import logging
 
-from .bank_aim import (
+from .bank_aim import DemonstrationBank
+from .demonstrations_aim import DEMONSTRATION_KEYS, Demonstration
+from .manifest_aim import (
     BANK_MANIFEST,
-    DemonstrationBank,
-    key_column,
+    BANK_SHARDS,
     new_manifest,
     read_manifest,
     remove_unlisted,
-    stored_as,
     write_manifest,
     write_numbered,
 )
-from .demonstrations_aim import DEMONSTRATION_KEYS, Demonstration
 from .select_aim import sketched
-from .shards_aim import FEATURE, BankDamaged, Shard, blob, joined, make_shard, open_shard, write_shard, write_whole
+from .shards_aim import (
+    FEATURE,
+    BankDamaged,
+    Shard,
+    blob,
+    joined,
+    key_column,
+    make_shard,
+    open_shard,
+    stored_as,
+    write_shard,
+    write_whole,
+)
 
 try:
     import fcntl
@@ -169,7 +180,7 @@ class _Builder:
         source = dict(self.model.source)
         path = self.folder / BANK_MANIFEST
         if not path.exists():
-            if list(self.folder.glob("aim_bank-*.safetensors")):
+            if list(self.folder.glob(BANK_SHARDS)):
                 raise BankDamaged(
                     f"{self.folder} holds shards of a bank but no {BANK_MANIFEST}. Open them with DemonstrationBank"
                     ".from_pretrained(folder, damaged='skip') and save that elsewhere, or give another folder."
@@ -236,7 +247,7 @@ class _Builder:
         self.known.update(key for key, _ in batch)
 
     def _make_full_shard(self) -> None:
-        if self.parts and sum(_size(one) for one in self.parts) >= self.shard_bytes:
+        if self.parts and sum(one.nbytes for one in self.parts) >= self.shard_bytes:
             self._make_shard()
 
     def _make_shard(self) -> None:
@@ -293,12 +304,7 @@ class _Builder:
 
 def in_memory(shard: Shard) -> Shard:
     """A shard that does not depend on its file any more."""
-    about = {name: value for name, value in shard.about.items() if name != "digests"}
-    return Shard({name: column.clone() for name, column in shard.columns.items()}, about)
-
-
-def _size(shard: Shard) -> int:
-    return sum(column.numel() * column.element_size() for column in shard.columns.values())
+    return Shard({name: column.clone() for name, column in shard.columns.items()}, shard.facts)
 
 
 def thumbnail(demo: Demonstration, size: int) -> bytes:
