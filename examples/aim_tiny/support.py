@@ -25,9 +25,9 @@ BUILD.mkdir(parents=True, exist_ok=True)
 
 
 def write(path: Path, writer: Callable[[Path], object]) -> None:
-    """Write a file under a temporary name and rename it last, so that a file that exists is whole."""
+    """Write a file under a name of this process and rename it last: what exists is whole, whoever was first."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     writer(temporary)
     os.replace(temporary, path)
 
