@@ -15,6 +15,7 @@ from rich.table import Table
 
 from .bank_cli import bank_app, export_prompt_embeds
 from .terminal import errors, read_demonstrations, reported
+from .train_cli import train
 
 app = typer.Typer(
     help="Few-shot demonstrations for any vision-language model, at a few tokens each.",
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.add_typer(bank_app, name="bank")
 app.command()(export_prompt_embeds)
+app.command()(train)
 
 
 @app.callback()

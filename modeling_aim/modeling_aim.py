@@ -99,7 +99,7 @@ class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
         self._projector_id: tuple[Any, str] | None = None
         self.read_cache = Recent(256 * 2**20)  # hidden states of raw demonstrations; max_bytes = 0 turns it off
         self.prefix_cache = Recent(2**30)  # KV of prefixes, see `prefill`
-        for name in ("hf_device_map", "hf_quantizer", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"):
+        for name in ("hf_device_map", "hf_quantizer", "is_loaded_in_4bit", "is_loaded_in_8bit"):
             if hasattr(backbone, name):
                 setattr(self, name, getattr(backbone, name))
         self.post_init()
@@ -131,7 +131,7 @@ class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
         if is_demonstration(demos) or not isinstance(demos, (list, tuple)):
             raise ValueError(f"read takes a list of demonstrations; got {demos!r:.80}. Put a single one in a list.")
         raw = [Demonstration.of(demo) for demo in demos]
-        vectors, lengths = self._project(raw, batch_size)
+        vectors, lengths = self._project(raw, batch_size, keep=False)
         return FusedDemonstrations(
             vectors=vectors,
             lengths=lengths,
@@ -183,7 +183,7 @@ class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
         return self.projector(states.to(next(self.projector.parameters()).device))
 
     def _project(
-        self, demos: list[Demonstration], batch_size: int = 8, keep: bool = False
+        self, demos: list[Demonstration], batch_size: int = 8, keep: bool = True
     ) -> tuple[torch.Tensor, tuple[int, ...]]:
         """Read, then project; equal demonstrations are read once. Gradient, where enabled, reaches the projector.
 
@@ -200,7 +200,7 @@ class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
         states: dict[str, torch.Tensor] = {}
         if keep:
             reader = (self._backbone_state(), *(v for k, v in self.source.items() if k != "projector"))
-            states = {k: v for k in unique if (v := self.read_cache.get((k, reader))) is not None}
+            states = {k: v.to(self.device) for k in unique if (v := self.read_cache.get((k, reader))) is not None}
         new = [key for key in unique if key not in states]
         for key, read in zip(new, self.read_states([unique[key] for key in new], batch_size), strict=True):
             states[key] = read
@@ -265,7 +265,7 @@ class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
                 return self.backbone.generate(**kwargs)
         given = {**kwargs, "input_ids": input_ids}
         prefilled = self._prefilled(demos, given)
-        prompt = self._fused_prompt(given, demos, keep=True) if prefilled is None else prefilled[0]
+        prompt = self._fused_prompt(given, demos) if prefilled is None else prefilled[0]
         options = own_tokens_only(prompt, input_ids, self.backbone.generation_config)
         if prefilled is not None:
             options["past_key_values"] = prefilled[1]
@@ -316,6 +316,7 @@ class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
             output = self.backbone(**prompt.inputs)
         note_fused(getattr(output, "past_key_values", None))
         if labels is not None:
+            labels = labels[:, -output.logits.shape[1] :]  # `logits_to_keep` leaves the first positions out
             normalize = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
             vocab_size = output.logits.shape[-1]  # the configuration may count less
             loss = self.backbone.loss_function(output.logits, labels, vocab_size=vocab_size, **normalize)
@@ -369,9 +370,7 @@ class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
             rows.append(FusedDemonstrations(torch.cat(vectors), lengths, source=self.source) if parts else None)
         return rows
 
-    def _fused_prompt(
-        self, inputs: dict[str, Any], demos: Any, keep: bool = False, first: bool = False
-    ) -> FusedPrompt:
+    def _fused_prompt(self, inputs: dict[str, Any], demos: Any, first: bool = False) -> FusedPrompt:
         """Room for each row's fused tokens in the prompt, checked against the backbone's positions."""
         input_ids = inputs["input_ids"]
         if input_ids is None or inputs.get("inputs_embeds") is not None:
@@ -382,7 +381,7 @@ class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
                 f"demos stand at the start of a prompt, but past_key_values already hold {cache.get_seq_length()} "
                 "tokens. Give demos with the whole prompt and an empty cache."
             )
-        rows = self._fused_rows(demos, len(input_ids), keep)
+        rows = self._fused_rows(demos, len(input_ids))
         prompt = self._widened(inputs, rows, first)
         longest = longest_prompt(self.backbone.config)
         if longest is not None and prompt.width > longest:
@@ -420,14 +419,14 @@ class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
                 'positions. Choose some: generate(..., demos=bank, shots=8, select="image"), or bank[:8].'
             )
 
-    def _fused_rows(self, demos: Any, batch: int, keep: bool = False) -> list[FusedDemonstrations | None]:
+    def _fused_rows(self, demos: Any, batch: int) -> list[FusedDemonstrations | None]:
         """What each row of the batch is given, read where it is raw; each demonstration once."""
         if not isinstance(demos, (list, tuple)):
             return [self.read(demos)] * batch
         raw = [is_demonstration(demo) for demo in demos]
         if all(raw):
             opened = [Demonstration.of(demo) for demo in demos]
-            return [FusedDemonstrations(*self._project(opened, keep=keep))] * batch
+            return [FusedDemonstrations(*self._project(opened))] * batch
         if any(raw):
             raise ValueError(
                 "demos mixes demonstrations with other things; give one list of demonstrations, or one a row."
@@ -438,7 +437,7 @@ class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
                 "demonstrations for all rows, or exactly one entry (a list, what read() returned, or None) a row."
             )
         together = [Demonstration.of(demo) for row in demos if isinstance(row, (list, tuple)) for demo in row]
-        read = FusedDemonstrations(*self._project(together, keep=keep))
+        read = FusedDemonstrations(*self._project(together))
         rows: list[FusedDemonstrations | None] = []
         taken = 0
         for row in demos:

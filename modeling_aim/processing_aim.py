@@ -308,12 +308,29 @@ class AimProcessor(ProcessorMixin):
             prompts.append(front + words)
             start, end = answer if read_span == "answer" else (0, len(words))
             spans.append((len(front) + start, len(front) + end))
-        images = [list(d.images) for d in demonstrations]
+        inputs, mask = self.encode_spans([list(d.images) for d in demonstrations], prompts, spans)
+        empty = [d.text for d, kept in zip(demonstrations, mask.any(dim=1).tolist(), strict=True) if not kept]
+        if empty:
+            raise ValueError(f"The tokenizer finds no token in the words of these demonstrations: {empty[:3]}.")
+        return inputs, mask
+
+    def encode_spans(
+        self, images: Sequence[Sequence[Any]], prompts: Sequence[str], spans: Sequence[tuple[int, int]]
+    ) -> tuple[BatchFeature, torch.Tensor]:
+        """Make one padded batch of prompts, and find in it the tokens of a part of each.
+
+        Args:
+            images: those of each prompt; it has their placeholders.
+            prompts: one a row.
+            spans: first character of the part and the one behind its last, behind the last placeholder.
+
+        Returns:
+            The backbone's inputs, and a mask `(batch, length)` that is true at the tokens of the part.
+        """
+        shown = [list(row) for row in images] if any(images) else None
         with _TOKENIZING:
-            inputs = self._encode(
-                images if any(images) else None, prompts, padding=True, padding_side="left", return_tensors="pt"
-            )
-            plain = self.tokenizer(prompts, return_offsets_mapping=True, return_special_tokens_mask=True)
+            inputs = self._encode(shown, list(prompts), padding=True, padding_side="left", return_tensors="pt")
+            plain = self.tokenizer(list(prompts), return_offsets_mapping=True, return_special_tokens_mask=True)
         length = inputs["input_ids"].shape[1]
         mask = torch.zeros(len(prompts), length, dtype=torch.bool)
         # Images are expanded in the processor, so places are counted from the end, where the text is as it was given.
@@ -323,9 +340,6 @@ class AimProcessor(ProcessorMixin):
             for back, ((a, b), is_special) in enumerate(zip(reversed(offsets), reversed(special), strict=True), 1):
                 if b > start and a < end and b > a and not is_special:
                     mask[row, length - back] = True
-        empty = [d.text for d, kept in zip(demonstrations, mask.any(dim=1).tolist(), strict=True) if not kept]
-        if empty:
-            raise ValueError(f"The tokenizer finds no token in the words of these demonstrations: {empty[:3]}.")
         return inputs, mask
 
     # --- files

@@ -1,0 +1,22 @@
+"""Training of projectors: `aim train`, or `train(TrainSettings(backbone=..., data=(...), output=...))`."""
+
+from .episodes import Episode, Mixture, ShotLaw, Source
+from .kept_states import KeptStates
+from .run import TrainSettings, train
+from .sources import open_source
+from .targets import EpisodeCollator
+from .trainer import AimTrainer, NotFinite
+
+__all__ = [
+    "AimTrainer",
+    "Episode",
+    "EpisodeCollator",
+    "KeptStates",
+    "Mixture",
+    "NotFinite",
+    "ShotLaw",
+    "Source",
+    "TrainSettings",
+    "open_source",
+    "train",
+]

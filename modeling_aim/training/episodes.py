@@ -1,0 +1,201 @@
+"""Episodes, the unit of training: some pairs of image and text, of which later ones are answered from earlier ones.
+
+A *source* (one data set) gives episodes for ever, in an order that follows from the seed alone; a `Mixture` draws from
+several sources by weight. Documents hold *pairs* as raw demonstrations, images unopened; an episode holds them opened,
+and says how many could not be.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from PIL import Image
+from torch.utils.data import IterableDataset
+from transformers.image_utils import load_image
+
+from ..demonstrations_aim import Demonstration
+
+Pair = Mapping[str, Any]  # a raw demonstration as a dict; `image` may also be bytes, or {"bytes": ..., "path": ...}
+DOWNLOAD_SECONDS = 20.0
+LAWS = ("uniform", "exponential", "fixed")
+
+
+@dataclass(frozen=True)
+class Episode:
+    """Pairs in order, and which of them are targets: each is answered from the pairs before it.
+
+    Args:
+        pairs: opened demonstrations.
+        targets: places in `pairs`, none of them 0 unless it is to be answered from nothing.
+        source: the data set it comes from.
+        skipped: what was left out on the way, by reason, and how often.
+    """
+
+    pairs: tuple[Demonstration, ...]
+    targets: tuple[int, ...]
+    source: str = ""
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class ShotLaw:
+    """How many demonstrations an episode has: 1 to `most`.
+
+    Args:
+        most: the largest number.
+        law: `"uniform"`; `"exponential"`, which favours many (each number is `e ** (1 / 4)` times as likely as the one
+            below it, Link-Context Learning's 2-way-weight); or `"fixed"`, always `most`.
+    """
+
+    most: int = 8
+    law: str = "uniform"
+
+    def __post_init__(self) -> None:
+        if self.most < 1:
+            raise ValueError(f"shots={self.most}: an episode needs at least one demonstration.")
+        if self.law not in LAWS:
+            raise ValueError(f"shot law {self.law!r} is unknown; choose one of {LAWS}.")
+
+    def draw(self, rng: random.Random) -> int:
+        """One number of demonstrations."""
+        if self.law == "fixed":
+            return self.most
+        weights = [2.718281828 ** (k / 4) if self.law == "exponential" else 1.0 for k in range(self.most)]
+        return rng.choices(range(1, self.most + 1), weights)[0]
+
+
+def opened(pairs: Iterable[Pair], skipped: Counter[str]) -> Iterator[Demonstration]:
+    """Pairs with their images opened; what cannot be is left out and counted in `skipped`."""
+    for pair in pairs:
+        try:
+            yield Demonstration.of({key: _image(value) if "image" in key else value for key, value in pair.items()})
+        except (ValueError, OSError) as error:
+            words = any(isinstance(pair.get(key), str) and pair[key].strip() for key in ("text", "label", "answer"))
+            image = "read the image" in str(error).lower()
+            skipped["no text" if not words else "unreadable or missing image" if image else "other bad pair"] += 1
+
+
+def _image(value: Any) -> Any:
+    """An image as `Demonstration` takes it, of what data sets hold; a data set that holds none here has lost it."""
+    if isinstance(value, (list, tuple)):
+        return [_image(one) for one in value]
+    if isinstance(value, Mapping) and set(value) <= {"bytes", "path"}:
+        value = value.get("bytes") or value.get("path")
+    if value is None or value == []:
+        raise ValueError("Cannot read the image: there is none.")
+    try:
+        if isinstance(value, (bytes, bytearray)):
+            return Image.open(io.BytesIO(value))
+        if isinstance(value, str) and value.startswith(("http://", "https://")):
+            return load_image(value, timeout=DOWNLOAD_SECONDS)  # without one, a dead server holds up the training
+    except Exception as error:
+        raise ValueError(f"Cannot read the image {value!r:.120} ({type(error).__name__}: {error}).") from error
+    return value
+
+
+class Source:
+    """One data set, as a stream of episodes. Subclasses give `documents`, and say whether their order has a meaning.
+
+    What `documents` itself leaves out (a broken line) it counts in `skipped`, which the next episode takes along.
+
+    Attributes:
+        name: for messages, logs and the model card.
+        interleaved: a document is a whole whose order has a meaning (a web page): it is cut into episodes, and every
+            pair after the first is a target. Otherwise pairs are independent, and an episode takes the next few.
+    """
+
+    name: str = ""
+    interleaved: bool = False
+
+    @cached_property
+    def skipped(self) -> Counter[str]:
+        """What was left out since the last episode, by reason."""
+        return Counter()
+
+    def documents(self, seed: int) -> Iterator[Sequence[Pair]]:
+        """One pass over the data set, in an order that depends on `seed` alone."""
+        raise NotImplementedError
+
+    def episodes(self, law: ShotLaw, seed: int) -> Iterator[Episode]:
+        """One pass over the data set, cut into episodes.
+
+        Args:
+            law: draws the number of demonstrations of each episode.
+            seed: decides order and numbers.
+        """
+        rng = random.Random(f"{self.name} {seed}")
+        pairs: list[Demonstration] = []
+        shots = law.draw(rng)
+        for document in self.documents(seed):
+            if self.interleaved:
+                pairs = []
+            usable = 0
+            for pair in opened(document, self.skipped):
+                usable += 1
+                pairs.append(pair)
+                if len(pairs) == shots + 1:
+                    yield self._episode(pairs)
+                    pairs, shots = [], law.draw(rng)
+            if self.interleaved and len(pairs) > 1:
+                yield self._episode(pairs)
+                shots = law.draw(rng)
+            elif self.interleaved and usable < 2:
+                self.skipped["document with fewer than two pairs"] += 1
+        if not self.interleaved and len(pairs) > 1:
+            yield self._episode(pairs)
+
+    def _episode(self, pairs: Sequence[Demonstration], targets: Sequence[int] | None = None) -> Episode:
+        """An episode that takes along what was left out before it; every pair but the first is a target by default."""
+        taken = Counter(self.skipped)
+        self.skipped.clear()
+        return Episode(tuple(pairs), tuple(range(1, len(pairs)) if targets is None else targets), self.name, taken)
+
+
+class Mixture(IterableDataset):
+    """Episodes of several sources, drawn by weight, without end.
+
+    Args:
+        sources: at least one.
+        weights: how often each is drawn, relative to the others.
+        law: the number of demonstrations.
+        seed: the same seed gives the same episodes.
+
+    Raises:
+        ValueError: no source, a weight that is not above 0, or, while it is read, a source without one usable episode.
+    """
+
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float], law: ShotLaw, seed: int = 0) -> None:
+        if not sources:
+            raise ValueError("There is nothing to train on: give at least one source of data.")
+        bad = [weight for weight in weights if not weight > 0]
+        if bad or len(weights) != len(sources):
+            raise ValueError(f"{len(sources)} sources need as many weights, each above 0; got {list(weights)}.")
+        self.sources, self.weights, self.law, self.seed = list(sources), list(weights), law, seed
+
+    def __iter__(self) -> Iterator[Episode]:
+        rng = random.Random(f"mixture {self.seed}")
+        streams = [self._endless(source) for source in self.sources]
+        while True:
+            yield next(rng.choices(streams, self.weights)[0])
+
+    def _endless(self, source: Source) -> Iterator[Episode]:
+        passes = 0
+        source.skipped.clear()
+        while True:
+            episode = None
+            for episode in source.episodes(self.law, self.seed + passes):
+                yield episode
+            if episode is None:
+                left_out = ", ".join(f"{reason}: {count}" for reason, count in sorted(source.skipped.items()))
+                raise ValueError(
+                    f"{source.name} gave no episode: it is empty, or none of its documents has two pairs of a "
+                    f"readable image and a text. Left out: {left_out or 'nothing'}. Check its path, the folder of "
+                    "its images, and its similarity floor."
+                )
+            passes += 1

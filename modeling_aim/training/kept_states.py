@@ -1,0 +1,124 @@
+"""Hidden states of demonstrations, kept for a whole training run: in memory, and on disk where a folder is given.
+
+The backbone is frozen and the projector comes after it, so what the backbone makes of a demonstration never changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..prefix_aim import Recent
+
+FREE_AT_LEAST = 2**30  # bytes that stay free on the disk
+
+
+class KeptStates(Recent):
+    """Hidden states by demonstration: recent ones in memory, all of them on disk, both bounded in bytes.
+
+    Takes the place of a model's `read_cache`. On disk an entry is a safetensors file under the hash of what was read
+    and what read it (backbone fingerprint, precision, layers, processor settings), so several runs, and several
+    processes of one run, share a folder. Where the bound is reached, entries used longest ago leave.
+
+    Args:
+        max_bytes: bound in memory.
+        folder: where entries are kept beyond memory; nowhere when `None`.
+        max_disk_bytes: bound on disk.
+        reader: what reads, as JSON values.
+    """
+
+    def __init__(
+        self,
+        max_bytes: int,
+        folder: str | os.PathLike[str] | None = None,
+        max_disk_bytes: int = 20 * 2**30,
+        reader: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(max_bytes)
+        self.folder = None if folder is None else Path(folder)
+        self.max_disk_bytes = max_disk_bytes
+        self.hits = self.misses = 0
+        self._reader = hashlib.sha256(json.dumps(reader, sort_keys=True, default=str).encode()).hexdigest()
+        self._on_disk = 0
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._on_disk = sum(path.stat().st_size for path in self.folder.glob("*/*.safetensors"))
+
+    def __reduce__(self) -> Any:
+        return Recent, (self.max_bytes,)
+
+    def get(self, key: Any) -> Any:
+        """States of a demonstration; `None` where they are not kept."""
+        value = super().get(key)
+        if value is None and self.folder is not None:
+            value = self._load(self._path(key))
+            if value is not None:
+                super().put(key, value, value.numel() * value.element_size())
+        self.hits += value is not None
+        self.misses += value is None
+        return value
+
+    def put(self, key: Any, value: Any, size: int) -> None:
+        """Keep states, off the accelerator."""
+        value = value.detach().cpu()
+        super().put(key, value, size)
+        if self.folder is not None:
+            self._store(self._path(key), value, size)
+
+    def _path(self, key: Any) -> Path:
+        assert self.folder is not None
+        name = hashlib.sha256(f"{key[0]} {self._reader}".encode()).hexdigest()
+        return self.folder / name[:2] / f"{name}.safetensors"
+
+    def _load(self, path: Path) -> torch.Tensor | None:
+        try:
+            value = load_file(path)["states"]
+            os.utime(path)  # it was used now
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, KeyError, OSError):  # half-written by a crash of the machine, or foreign: read again
+            path.unlink(missing_ok=True)
+            return None
+        return value
+
+    def _store(self, path: Path, value: torch.Tensor, size: int) -> None:
+        """Write an entry under a temporary name and rename it; a full disk is no reason to stop."""
+        if path.exists() or shutil.disk_usage(self.folder or ".").free < FREE_AT_LEAST + size:
+            return
+        path.parent.mkdir(exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
+        os.close(handle)
+        try:
+            save_file({"states": value.contiguous()}, name)
+            os.replace(name, path)
+        finally:
+            Path(name).unlink(missing_ok=True)
+        self._on_disk += path.stat().st_size
+        if self._on_disk > self.max_disk_bytes:
+            self._shrink()
+
+    def _shrink(self) -> None:
+        """Remove the entries used longest ago until nine tenths of the bound are left."""
+        assert self.folder is not None
+        found = []
+        for path in self.folder.glob("*/*.safetensors"):
+            try:
+                found.append((path.stat().st_mtime, path.stat().st_size, path))
+            except FileNotFoundError:  # another process of the run was first
+                continue
+        self._on_disk = sum(size for _, size, _ in found)
+        for _, size, path in sorted(found):
+            if self._on_disk <= 0.9 * self.max_disk_bytes:
+                break
+            path.unlink(missing_ok=True)
+            self._on_disk -= size

@@ -1,0 +1,534 @@
+"""Link-context episodes (Link-Context Learning, arXiv 2308.07891): demonstrations bind what is seen to a made-up name.
+
+An episode shows images of a class under a random string and images of a class that looks like it under its own name,
+shuffled, and then asks for one more image of either. Only the demonstrations can answer that, not memory.
+
+    source = LinkContext("imagenet/train", clip="openai/clip-vit-base-patch16", policy="2-way-weight")
+    source = LclRows("train900_pairs.jsonl", images="imagenet")  # the published rows, with neighbours already mined
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import string
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from ..demonstrations_aim import Demonstration
+from .episodes import Episode, Pair, ShotLaw, Source, opened
+from .mining import ClassFeatures, ImageClass, clip_features, mined_neighbours, similarity
+
+logger = logging.get_logger(__name__)
+
+POLICIES = ("2-way", "2-way-random", "2-way-weight", "mix")
+RENAMES = ("positive", "both")
+NEIGHBOURS = ("similar", "random")
+SHOTS = 16  # of each class, in the paper
+TRIES = 5  # neighbours drawn for an episode, when broken images leave too few of a class
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How a class is named in demonstrations and asked for in queries; training and evaluation share it.
+
+    Args:
+        question: asked of the query.
+        answer: its answer, with `{label}` for the name.
+        demonstration_question: what a demonstration answers; `None` for a statement.
+        demonstration: what a demonstration says. The bare `{label}` without a question is a label, which the processor
+            words by its own `label_template`.
+    """
+
+    question: str
+    answer: str = "{label}"
+    demonstration_question: str | None = None
+    demonstration: str = "{label}"
+
+    def __post_init__(self) -> None:
+        for name in ("answer", "demonstration"):
+            if "{label}" not in getattr(self, name):
+                raise ValueError(f"The wording's {name}={getattr(self, name)!r} must contain {{label}}.")
+
+    @classmethod
+    def of(cls, value: str | Wording) -> Wording:
+        """A wording, by its name where that is given."""
+        if isinstance(value, str) and value not in WORDINGS:
+            raise ValueError(f"wording={value!r} is unknown; choose one of {tuple(WORDINGS)}, or give a Wording.")
+        return WORDINGS[value] if isinstance(value, str) else value
+
+    def shown(self, image: Any, name: str) -> Pair:
+        """A raw demonstration."""
+        words = self.demonstration.replace("{label}", name)
+        if self.demonstration_question is not None:
+            return {"image": image, "question": self.demonstration_question, "answer": words}
+        return {"image": image, "label" if self.demonstration == "{label}" else "text": words}
+
+    def asked(self, image: Any, name: str) -> Pair:
+        """A raw query with its answer."""
+        return {"image": image, "question": self.question, "answer": self.answer.replace("{label}", name)}
+
+
+# The paper puts [BEGIN EXAMPLE] and [END EXAMPLE] around demonstrations, which stand in one prompt there; AIM reads
+# each alone. An image stands where the backbone's prompts have it.
+WORDINGS = {
+    "label": Wording("What is this?"),
+    "paper": Wording(
+        question="Based on the previous examples, what is in the image?",
+        answer='there is "{label}" in the image.',
+        demonstration_question="What is in the image?",
+        demonstration='there is "{label}" in the image.',
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A class that another may be shown with.
+
+    Args:
+        number: of the class.
+        weight: how often it is drawn, relative to the other neighbours.
+        images: of it, besides those of the class.
+    """
+
+    number: int
+    weight: float
+    images: tuple[str, ...] = ()
+
+
+class LinkedClasses(Source):
+    """Link-context episodes over classes whose neighbours are known. One pass has each class once as the positive.
+
+    `ShotLaw` counts demonstrations in all, the paper counts those of each class. Of the law only `most` is used, as
+    the ceiling: `most // ways` of each class. How many there are below it is decided by the policy.
+
+    Args:
+        classes: at least two.
+        neighbours: those of each class.
+        name: of the source.
+        policy: `"2-way"`, always `shots` of each class; `"2-way-random"`, 1 to `shots` of each, all alike;
+            `"2-way-weight"`, 1 to `shots`, each number `e ** 0.5` times as likely as the one below it; `"mix"`, as
+            `"2-way"`, but half of the episodes are ordinary ones.
+        shots: demonstrations of each class; 16 as in the paper, or what the law has room for, when `None`.
+        ways: classes in an episode. The paper: 2.
+        rename: which classes get a random name: `"positive"` as in the paper, or `"both"` (all of them).
+        wording: `"label"`, `"paper"`, or a `Wording`.
+        ordinary: share of ordinary episodes (images under their true names, and another image to be named), which
+            have as many demonstrations in all. 0.5 for `"mix"` and else 0, when `None`.
+
+    Raises:
+        ValueError: a setting is unknown or there are too few classes; while it is read, a class has too few images,
+            or the law no room for one demonstration of each class.
+    """
+
+    def __init__(
+        self,
+        classes: Sequence[ImageClass],
+        neighbours: Sequence[Sequence[Neighbour]],
+        *,
+        name: str,
+        policy: str = "2-way",
+        shots: int | None = None,
+        ways: int = 2,
+        rename: str = "positive",
+        wording: str | Wording = "label",
+        ordinary: float | None = None,
+    ) -> None:
+        for setting, value, known in (("policy", policy, POLICIES), ("rename", rename, RENAMES)):
+            if value not in known:
+                raise ValueError(f"{setting}={value!r} is unknown; choose one of {known}.")
+        if shots is not None and shots < 1:
+            raise ValueError(f"shots={shots}: at least one demonstration of each class is needed.")
+        if not ways >= 2:
+            raise ValueError(f"ways={ways}: an episode needs at least two classes.")
+        self.ordinary = (0.5 if policy == "mix" else 0.0) if ordinary is None else ordinary
+        if not 0 <= self.ordinary <= 1:
+            raise ValueError(f"ordinary={ordinary}: expected a share in 0..1.")
+        self.classes, self.neighbours, self.name = list(classes), [list(some) for some in neighbours], name
+        self.policy, self.shots, self.ways, self.rename = policy, shots, ways, rename
+        self.wording = Wording.of(wording)
+        self._taken = {one.name.lower() for one in self.classes}
+        self._check_neighbours()
+
+    def _check_neighbours(self) -> None:
+        for one, some in zip(self.classes, self.neighbours, strict=True):
+            names = {self.classes[neighbour.number].name for neighbour in some}
+            if len(names) < self.ways - 1:
+                raise ValueError(
+                    f"{self.name}: the class {one.key!r} has {len(names)} neighbours of different names, but ways="
+                    f"{self.ways} needs {self.ways - 1}. Give more classes, or fewer ways."
+                )
+
+    def most(self, law: ShotLaw) -> int:
+        """The largest number of demonstrations of each class under a law; `ways` times as many are there in all.
+
+        Raises:
+            ValueError: the law has no room for `shots`, or for one demonstration of each class.
+        """
+        ceiling = law.most // self.ways
+        if ceiling < (self.shots or 1):
+            wanted = self.shots or 1
+            raise ValueError(
+                f"{self.name}: {wanted} demonstrations of each of {self.ways} classes are {wanted * self.ways} in all,"
+                f" but episodes may have {law.most} in all. Allow {wanted * self.ways} in all, or ask for fewer of "
+                "each class."
+            )
+        return self.shots or min(SHOTS, ceiling)
+
+    def counts(self, law: ShotLaw) -> str:
+        """Both counts of demonstrations under a law, in words: of each class, and in all."""
+        most = self.most(law)
+        lowest = 1 if self.policy in ("2-way-random", "2-way-weight") else most
+        many = [f"{lowest * k} to {most * k}" if lowest < most else f"{most * k}" for k in (1, self.ways)]
+        return f"{self.policy}: {many[0]} demonstrations of each of {self.ways} classes, {many[1]} in all"
+
+    def documents(self, seed: int) -> Iterator[Sequence[Pair]]:
+        """One pass over the images under their true names, as ordinary demonstrations, class by class."""
+        rng = random.Random(f"{self.name} documents {seed}")
+        for one in rng.sample(self.classes, len(self.classes)):
+            for image in rng.sample(one.images, len(one.images)):
+                yield [self.wording.shown(image, one.name)]
+
+    def episodes(self, law: ShotLaw, seed: int) -> Iterator[Episode]:
+        """One pass: an episode for each class as the positive, of which only the query is a target.
+
+        Where broken images leave too few of a class, other neighbours are drawn, a few times; then the episode is left
+        out. Each time is counted.
+
+        Args:
+            law: gives the ceiling of demonstrations in all.
+            seed: decides everything else.
+        """
+        most = self.most(law)
+        self._check_images(most)
+        logger.info(f"{self.name}: {self.counts(law)}.")
+        rng = random.Random(f"{self.name} {seed}")
+        for positive in rng.sample(range(len(self.classes)), len(self.classes)):
+            shots = self._draw(most, rng)
+            make = self._ordinary if rng.random() < self.ordinary else self._linked
+            for _ in range(TRIES):
+                pairs = make(positive, shots, rng)
+                if pairs is not None:
+                    yield self._episode(pairs, [len(pairs) - 1])
+                    break
+                self.skipped["class with too few readable images"] += 1
+
+    def _check_images(self, most: int) -> None:
+        short = [one for one in self.classes if len(one.images) < most + 1]
+        if short:
+            found = ", ".join(f"{one.key!r} ({len(one.images)})" for one in short[:5])
+            raise ValueError(
+                f"{self.name}: {most} demonstrations of each class and a query need {most + 1} images a class; "
+                f"{len(short)} of {len(self.classes)} classes have fewer: {found}{', ...' if len(short) > 5 else ''}. "
+                "Remove them, or ask for fewer shots."
+            )
+
+    def _draw(self, most: int, rng: random.Random) -> int:
+        """How many demonstrations each class has."""
+        if self.policy in ("2-way", "mix"):
+            return most
+        weights = [math.exp(count / 2) if self.policy == "2-way-weight" else 1.0 for count in range(1, most + 1)]
+        return rng.choices(range(1, most + 1), weights)[0]
+
+    def _linked(self, positive: int, shots: int, rng: random.Random) -> list[Demonstration] | None:
+        """Demonstrations of a class and of its neighbours, shuffled, and a query of one of them; `None`: too few."""
+        one = self.classes[positive]
+        negatives = self._negatives(positive, rng)
+        shown = [(one.name, one.images)]
+        for neighbour in negatives:
+            other = self.classes[neighbour.number]
+            shown.append((other.name, tuple(dict.fromkeys([*other.images, *neighbour.images]))))
+        taken = set(self._taken)
+        names = [name for name, _ in shown]
+        for place in range(self.ways if self.rename == "both" else 1):
+            names[place] = random_name(rng, taken)
+            taken.add(names[place])
+        asked = rng.randrange(self.ways)
+        demos: list[Demonstration] = []
+        query: list[Demonstration] = []
+        for place, (_, images) in enumerate(shown):
+            shuffled = iter(rng.sample(images, len(images)))  # the query is another image than the demonstrations
+            demos += self._take(shuffled, shots, names[place], self.wording.shown)
+            if place == asked:
+                query = self._take(shuffled, 1, names[place], self.wording.asked)
+        rng.shuffle(demos)
+        return [*demos, *query] if len(demos) == shots * self.ways and query else None
+
+    def _negatives(self, positive: int, rng: random.Random) -> list[Neighbour]:
+        """Neighbours with different names, drawn by weight."""
+        chosen: list[Neighbour] = []
+        left = self.neighbours[positive]
+        while len(chosen) < self.ways - 1:
+            chosen += rng.choices(left, [neighbour.weight for neighbour in left])
+            drawn = self.classes[chosen[-1].number].name
+            left = [neighbour for neighbour in left if self.classes[neighbour.number].name != drawn]
+        return chosen
+
+    def _take(
+        self,
+        images: Iterator[str],
+        count: int,
+        name: str,
+        word: Callable[[Any, str], Pair],
+    ) -> list[Demonstration]:
+        """The next images that can be read, `count` at most; the iterator goes on behind them."""
+        return list(islice(opened((word(image, name) for image in images), self.skipped), count))
+
+    def _ordinary(self, number: int, shots: int, rng: random.Random) -> list[Demonstration] | None:
+        """Images of any class under their true names, and one of class `number` to be named."""
+        count = shots * self.ways
+        one = self.classes[number]
+        images = iter(rng.sample(one.images, len(one.images)))
+        query = self._take(images, 1, one.name, self.wording.asked)
+        own = set(images)  # those after the query: it is not among the demonstrations, nor is a broken one
+        drawn: dict[str, str] = {}
+        for other in rng.choices(self.classes, k=8 * count):  # more than enough, as images recur and may be broken
+            image = rng.choice(other.images)
+            if other is not one or image in own:
+                drawn[image] = other.name
+        demos = list(islice(opened((self.wording.shown(*pair) for pair in drawn.items()), self.skipped), count))
+        return [*demos, *query] if len(demos) == count and query else None
+
+
+class LinkContext(LinkedClasses):
+    """Link-context episodes over a labelled image folder: one folder a class.
+
+    Args:
+        path: the folder; images may lie in subfolders of a class.
+        features: class features to mine neighbours from (`ClassFeatures`, or a safetensors file of them, whose
+            classes are names of class folders); with `clip`, the file to keep them in.
+        clip: Hub id or folder of a CLIP that computes them. The paper: `openai/clip-vit-base-patch16`.
+        neighbours: `"similar"`, mined from features; or `"random"`, any other class, all alike, without features.
+        names: names of the classes by folder, or a JSON file of them, where a folder is not called by its class's
+            name (WordNet ids).
+        seed: of the mining.
+        **settings: as for `LinkedClasses`: `policy`, `shots`, `ways`, `rename`, `wording`, `ordinary`.
+
+    Raises:
+        ValueError: fewer than two classes, a class without a name, features of other classes, an unknown setting.
+        FileNotFoundError: no such folder or file.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        features: ClassFeatures | str | os.PathLike[str] | None = None,
+        clip: str | os.PathLike[str] | None = None,
+        neighbours: str = "similar",
+        names: Mapping[str, str] | str | os.PathLike[str] | None = None,
+        seed: int = 0,
+        **settings: Any,
+    ) -> None:
+        if neighbours not in NEIGHBOURS:
+            raise ValueError(f"neighbours={neighbours!r} is unknown; choose one of {NEIGHBOURS}.")
+        if neighbours == "similar" and features is None and clip is None:
+            raise ValueError(
+                "Neighbours are mined from class features: give clip= (a CLIP that computes them), features= (a file "
+                "of them), or neighbours='random'."
+            )
+        classes = class_folders(path, names)
+        if neighbours == "random":
+            everybody = range(len(classes))
+            found = [[Neighbour(other, 1.0) for other in everybody if other != own] for own in everybody]
+        else:
+            mined = mined_neighbours(_alike(classes, features, clip), seed)
+            found = [[Neighbour(other, len(some) - place) for place, other in enumerate(some)] for some in mined]
+        super().__init__(classes, found, name=f"link-context {Path(path).name}", **settings)
+
+
+def _alike(
+    classes: Sequence[ImageClass],
+    features: ClassFeatures | str | os.PathLike[str] | None,
+    clip: str | os.PathLike[str] | None,
+) -> Any:
+    """How alike classes are, of features that are given, or computed."""
+    if isinstance(features, ClassFeatures):
+        features = features.of(classes)
+    elif clip is not None:
+        features = clip_features(classes, clip, features)
+    else:
+        assert features is not None
+        features = ClassFeatures.load(features).of(classes, f"The features in {os.fspath(features)}")
+    return similarity(features.text, features.images)
+
+
+def class_folders(
+    path: str | os.PathLike[str], names: Mapping[str, str] | str | os.PathLike[str] | None = None
+) -> list[ImageClass]:
+    """The classes of a labelled image folder, by name of their folders; hidden ones are left out.
+
+    Args:
+        path: holds one folder a class.
+        names: of the classes by folder, or a JSON file of them; the folders' own when `None`.
+
+    Raises:
+        ValueError: fewer than two classes, or a folder without a name.
+        FileNotFoundError: no such folder or file.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise FileNotFoundError(f"There is no folder of classes at {root}.")
+    folders = sorted(one for one in root.iterdir() if one.is_dir() and not one.name.startswith("."))
+    if len(folders) < 2:
+        raise ValueError(f"{root} has {len(folders)} class folders; link-context episodes need at least two.")
+    if isinstance(names, (str, os.PathLike)):
+        try:
+            names = json.loads(Path(names).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"The class names in {names} are not JSON ({error}).") from error
+    if names is None:
+        names = {folder.name: folder.name for folder in folders}
+    if not isinstance(names, Mapping):
+        raise ValueError(f"Class names are given by folder, {{'n02119789': 'kit fox'}}; got {names!r:.80}.")
+    unnamed = [f.name for f in folders if not (isinstance(names.get(f.name), str) and names[f.name].strip())]
+    if unnamed:
+        raise ValueError(f"{len(unnamed)} class folders of {root} have no name in names=, for example {unnamed[:3]}.")
+    return [ImageClass(folder.name, names[folder.name].strip(), _images(folder)) for folder in folders]
+
+
+def _images(folder: Path) -> tuple[str, ...]:
+    found = (os.path.join(base, file) for base, _, files in os.walk(folder) for file in files)
+    return tuple(sorted(path for path in found if Path(path).suffix.lower() in IMAGE_SUFFIXES))
+
+
+def random_name(rng: random.Random, taken: set[str]) -> str:
+    """A random lowercase string of 1 to 10 letters that is not in `taken`."""
+    while True:
+        name = "".join(rng.choices(string.ascii_lowercase, k=rng.randint(1, 10)))
+        if name not in taken:
+            return name
+
+
+# --- the published rows
+
+
+class LclRows(LinkedClasses):
+    """Link-context episodes of the rows published for training: classes with samples, and neighbours already mined.
+
+    A row has `class_id`, `class_name`, `samples` (paths of 36 images) and `neighbours`, in the files spelled
+    `neighbors` (36 of `[class id, class name, image]`, nearest first). Names are lower-cased as in the original code.
+    Negatives are the neighbour's image and the samples of its own row; a neighbour without a row is never drawn.
+
+    Args:
+        path: the jsonl file.
+        images: the folder that image paths are relative to; that of the file when `None`.
+        **settings: as for `LinkedClasses`.
+
+    Raises:
+        ValueError: a row is not as described; the message names file and line.
+        FileNotFoundError: no such file.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, images: str | os.PathLike[str] | None = None, **settings: Any
+    ) -> None:
+        root = Path(path).parent if images is None else Path(images)
+        rows = list(_rows(Path(path), ("class_id", "class_name", "samples", "neighbors")))
+        if len(rows) < 2:
+            raise ValueError(f"{path} has {len(rows)} rows; link-context episodes need at least two classes.")
+        numbers = {str(row["class_id"]): number for number, (_, row) in enumerate(rows)}
+        if len(numbers) < len(rows):
+            raise ValueError(f"{path} has {len(rows)} rows of only {len(numbers)} classes; expected one row a class.")
+        classes, found = [], []
+        for line, row in rows:
+            key, samples = str(row["class_id"]), tuple(_paths(root, row["samples"], path, line))
+            classes.append(ImageClass(key, row["class_name"].strip().lower(), samples))
+            found.append(list(_row_neighbours(row["neighbors"], numbers, root, path, line)))
+        super().__init__(classes, found, name=f"lcl {Path(path).stem}", **settings)
+
+
+def _row_neighbours(
+    listed: Any, numbers: Mapping[str, int], root: Path, path: str | os.PathLike[str], line: int
+) -> Iterator[Neighbour]:
+    """Neighbours of a row that have rows of their own, with the weights of their places among all: 36, 35, ..., 1."""
+    if not isinstance(listed, list) or not all(isinstance(one, list) and len(one) == 3 for one in listed):
+        raise ValueError(f"{path}, line {line}: its neighbors are no lists [class id, class name, image].")
+    for place, (key, _, image) in enumerate(listed):
+        if str(key) in numbers:
+            more = tuple(_paths(root, [image], path, line))
+            yield Neighbour(numbers[str(key)], len(listed) - place, more)
+
+
+@dataclass(frozen=True)
+class PairedClass:
+    """One class of a published test pair.
+
+    Args:
+        key: id of the class.
+        name: of the class, as it is in the file.
+        context: paths of images to demonstrate it with; the first are taken.
+        queries: paths of images to ask for.
+    """
+
+    key: str
+    name: str
+    context: tuple[str, ...]
+    queries: tuple[str, ...]
+
+
+def test_pairs(
+    path: str | os.PathLike[str], images: str | os.PathLike[str] | None = None
+) -> Iterator[tuple[PairedClass, PairedClass]]:
+    """The published test pairs: rows 2i and 2i + 1, each the other's negative.
+
+    A row has `class_id`, `class_name`, `context_samples` (32 paths) and `test_samples` (50).
+
+    Args:
+        path: the jsonl file.
+        images: the folder that image paths are relative to; that of the file when `None`.
+
+    Raises:
+        ValueError: a row is not as described, or there is an odd number of rows.
+        FileNotFoundError: no such file.
+    """
+    root = Path(path).parent if images is None else Path(images)
+    rows = list(_rows(Path(path), ("class_id", "class_name", "context_samples", "test_samples")))
+    if len(rows) % 2 or not rows:
+        raise ValueError(f"{path} has {len(rows)} rows; test pairs are rows 2i and 2i + 1, so an even number.")
+    classes = [
+        PairedClass(
+            str(row["class_id"]),
+            row["class_name"].strip(),
+            tuple(_paths(root, row["context_samples"], path, line)),
+            tuple(_paths(root, row["test_samples"], path, line)),
+        )
+        for line, row in rows
+    ]
+    yield from zip(classes[::2], classes[1::2], strict=True)
+
+
+def _rows(path: Path, keys: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of a jsonl file with the numbers of their lines, each with `keys` and a class name."""
+    with path.open(encoding="utf-8") as file:
+        for line, words in enumerate(file, 1):
+            if not words.strip():
+                continue
+            try:
+                row = json.loads(words)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {line}: not JSON ({error}). Expected one object a line.") from error
+            missing = [key for key in keys if not isinstance(row, dict) or key not in row]
+            if missing:
+                has = sorted(row) if isinstance(row, dict) else type(row).__name__
+                raise ValueError(f"{path}, line {line}: a row with {missing} missing; it has {has}, not {list(keys)}.")
+            if not (isinstance(row["class_name"], str) and row["class_name"].strip()):
+                raise ValueError(f"{path}, line {line}: class_name is {row['class_name']!r:.40}; expected a name.")
+            yield line, row
+
+
+def _paths(root: Path, names: Any, path: str | os.PathLike[str], line: int) -> Iterator[str]:
+    """Image paths of a row, each once."""
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"{path}, line {line}: {names!r:.60} is no list of image paths.")
+    for name in dict.fromkeys(names):
+        yield os.path.join(root, name)

@@ -1,0 +1,87 @@
+"""What a run says of itself: a picture of its curves, and the section on training of the model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .trainer import AimTrainer
+
+SHOWN = (
+    "data", "steps", "batch_size", "accumulation", "learning_rate", "warmup", "shots", "shot_law", "dtype",
+    "load_in_4bit", "prompts", "teacher", "distillation", "seed",
+)  # fmt: skip
+
+
+def curves(history: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
+    """Draw loss and held-out loss over steps.
+
+    Args:
+        history: `trainer.state.log_history`.
+        path: of the PNG file.
+
+    Returns:
+        `path`, or `None` where nothing was logged or matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    lines = {name: [(row["step"], row[name]) for row in history if name in row] for name in ("loss", "eval_loss")}
+    if not any(lines.values()):
+        return None
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for name, label in (("loss", "training"), ("eval_loss", "held-out episodes")):
+        if lines[name]:
+            steps, values = zip(*lines[name], strict=True)
+            axes.plot(steps, values, label=label, marker="o" if name == "eval_loss" else None, markersize=3)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss a target token (nats)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def training_section(settings: Mapping[str, Any], trainer: AimTrainer, picture: Path | None) -> str:
+    """Markdown: data, settings, what was skipped, losses, curves.
+
+    Args:
+        settings: of the run.
+        trainer: after training.
+        picture: of the curves, beside the card.
+    """
+    state = trainer.state
+    rows = [(name.replace("_", " "), settings[name]) for name in SHOWN if settings[name] is not None]
+    rows += [(name, value) for name, value in sorted(settings["arguments"].items())]
+    if not settings["teacher"]:
+        rows = [row for row in rows if row[0] != "distillation"]
+    table = "\n".join(f"| {name} | {_worded(value)} |" for name, value in rows)
+    trained = [row["loss"] for row in state.log_history if "loss" in row]
+    held = [row["eval_loss"] for row in state.log_history if "eval_loss" in row]
+    losses = f"Loss a target token: {trained[-1]:.4f} at the last report" if trained else "No loss was reported"
+    losses += f"; {held[-1]:.4f} on {settings['eval_episodes']} held-out episodes.\n" if held else ".\n"
+    skipped = ", ".join(f"{reason}: {count}" for reason, count in sorted(trainer.skipped.items())) or "nothing"
+    image = f"\n![Loss over steps]({picture.name})\n" if picture else ""
+    return f"""
+## Training
+
+The backbone is frozen; only the projector was trained, by `aim train`.
+
+| | |
+|---|---|
+{table}
+
+{losses}
+Left out of the data on the main process: {skipped}.
+{image}"""
+
+
+def _worded(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "<br>".join(f"`{one}`" for one in value)
+    return f"`{value}`" if isinstance(value, str) else json.dumps(value, default=str)

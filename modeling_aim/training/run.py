@@ -1,0 +1,314 @@
+"""One training run, from data to a Hub repository: `aim train`, and `train(TrainSettings(...))` in Python."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from huggingface_hub import HfApi
+from torch.utils.data import Dataset
+from transformers import PreTrainedConfig, TrainingArguments
+
+from .. import AimConfig, AimForConditionalGeneration
+from ..backbone_aim import laptop_quantization_config
+from ..files_aim import model_card
+from .episodes import Episode, Mixture, ShotLaw
+from .kept_states import KeptStates
+from .report import curves, training_section
+from .sources import open_source
+from .targets import PROMPTS, TEACHERS
+from .trainer import AimTrainer
+
+RUN_FILE = "aim_training.json"
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GIB = 2**30
+# what may change between an interrupted run and the one that goes on
+CHANGEABLE = {
+    "output", "overwrite", "push_to_hub", "save_every", "log_every", "memory", "keep_states", "disk", "device_map",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What `aim train` takes; defaults are what won on aim-tiny (docs/LOG.md), for sizes it cannot tell, LLaVA's.
+
+    Args:
+        backbone: Hub id or folder of the backbone, or of an AIM repository whose projector is trained further.
+        data: sources, `KIND:PATH[,name=value...]`; see docs/TRAINING.md.
+        output: folder of the Hub repository that comes out.
+        steps: optimizer steps.
+        batch_size: episodes of one process in one forward pass.
+        accumulation: forward passes of one step.
+        learning_rate, warmup: peak, reached after this share of the steps; it falls as a cosine.
+        shots, shot_law: demonstrations of an episode, 1 to `shots`; see `ShotLaw`.
+        projector_form, projector_size, read_layers, read_span, max_fused_tokens: see `AimConfig`; of a new projector.
+        revision: of the backbone.
+        dtype, load_in_4bit, device_map: of the backbone.
+        gradient_checkpointing: recompute the backbone's layers in the backward pass, for memory.
+        prompts, teacher, distillation: see `AimTrainer`.
+        eval_data, eval_episodes: held-out sources, and how many of their episodes are scored at every save.
+        memory, keep_states, disk: GiB of hidden states kept in memory; a folder where all are kept; GiB there.
+        save_every, log_every: steps.
+        seed: of order, episodes, and the projector's first weights.
+        overwrite: replace another run in `output`.
+        push_to_hub: repository id to push to in the end.
+        arguments: further `TrainingArguments` by name, as in `{"report_to": "wandb"}`.
+    """
+
+    backbone: str
+    data: tuple[str, ...]
+    output: str
+    steps: int = 2000
+    batch_size: int = 8
+    accumulation: int = 1
+    learning_rate: float = 1e-3
+    warmup: float = 0.03
+    shots: int = 8
+    shot_law: str = "uniform"
+    projector_form: str = "linear_norm"
+    projector_size: int | None = None
+    read_layers: tuple[int, ...] = (-1,)
+    read_span: str = "text"
+    max_fused_tokens: int | None = None
+    revision: str | None = None
+    dtype: str = "bfloat16"
+    load_in_4bit: bool = False
+    device_map: str | None = None
+    gradient_checkpointing: bool = False
+    prompts: str = "chat"
+    teacher: str | None = None
+    distillation: float = 0.5
+    eval_data: tuple[str, ...] = ()
+    eval_episodes: int = 200
+    memory: float = 1.0
+    keep_states: str | None = None
+    disk: float = 20.0
+    save_every: int = 200
+    log_every: int = 10
+    seed: int = 0
+    overwrite: bool = False
+    push_to_hub: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, known in (("dtype", tuple(PRECISIONS)), ("prompts", PROMPTS), ("teacher", (None, *TEACHERS))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {known}.")
+        if not 0 <= self.distillation <= 1:
+            raise ValueError(f"distillation={self.distillation} must lie in 0..1, the weight of the divergence.")
+        unknown = set(self.arguments) - set(TrainingArguments.__dataclass_fields__)
+        if unknown:
+            raise ValueError(f"TrainingArguments of transformers has no {sorted(unknown)}; see its documentation.")
+        if self.push_to_hub is not None and os.path.isdir(self.backbone):
+            raise ValueError(
+                f"The backbone is the local folder {self.backbone}, which others do not have, so the result cannot be "
+                "pushed by itself. Train without push_to_hub, then model.push_to_hub(..., include_backbone=True)."
+            )
+
+
+class Held(Dataset):
+    """The first episodes of a stream, held for evaluation."""
+
+    def __init__(self, episodes: Sequence[Episode]) -> None:
+        self.episodes = list(episodes)
+
+    def __len__(self) -> int:
+        return len(self.episodes)
+
+    def __getitem__(self, place: int) -> Episode:
+        return self.episodes[place]
+
+
+def train(settings: TrainSettings) -> AimTrainer:
+    """Train a projector; goes on where a run with the same settings was interrupted.
+
+    Args:
+        settings: all of the run.
+
+    Returns:
+        The trainer, after `settings.output` was written: projector, processor, code, and a model card with data,
+        settings and curves.
+
+    Raises:
+        ValueError: settings or data that cannot work, or an output folder that holds another run.
+        NotFinite: the loss is no number any more.
+    """
+    mixture = _mixture(settings.data, settings)
+    held = _mixture(settings.eval_data, settings, seed=10**6) if settings.eval_data else None
+    arguments = _arguments(settings, bool(held))
+    _check_data(mixture)
+    last = claim(settings)
+    model = _model(settings)
+    reader = _reader(model, settings)
+    kept = KeptStates(int(settings.memory * GIB), settings.keep_states, int(settings.disk * GIB), reader)
+    trainer = AimTrainer(
+        model,
+        arguments,
+        prompts=settings.prompts,
+        teacher=settings.teacher,
+        distillation=settings.distillation,
+        kept_states=kept,
+        train_dataset=mixture,
+        eval_dataset=None if held is None else Held(list(itertools.islice(held, settings.eval_episodes))),
+    )
+    trainer.train(resume_from_checkpoint=last)
+    finish(trainer, settings)
+    return trainer
+
+
+def finish(trainer: AimTrainer, settings: TrainSettings) -> None:
+    """Write the Hub repository: model, model card, curves."""
+    output, model = Path(settings.output), trainer.accelerator.unwrap_model(trainer.model)
+    trainer.save_model(settings.output)
+    if not trainer.args.should_save:
+        return
+    picture = curves(trainer.state.log_history, output / "training.png")
+    section = training_section(asdict(settings), trainer, picture)
+    (output / "README.md").write_text(model_card(model.config, model.projector) + section, encoding="utf-8")
+    _write_run(output, settings, finished=True)
+    if settings.push_to_hub is not None:
+        model.push_to_hub(settings.push_to_hub)
+        HfApi().upload_folder(
+            repo_id=settings.push_to_hub,
+            folder_path=output,
+            allow_patterns=["README.md", "training.png", RUN_FILE],
+            commit_message="How it was trained",
+        )
+
+
+def claim(settings: TrainSettings) -> str | None:
+    """Take the output folder for this run; the checkpoint to go on from, where the run was begun before.
+
+    Raises:
+        ValueError: the folder holds another run, a finished one, or something else.
+    """
+    output = Path(settings.output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"The output {output} is a file; give a folder.")
+    held = list(output.iterdir()) if output.exists() else []
+    record = output / RUN_FILE
+    if held and not settings.overwrite:
+        if not record.exists():
+            raise ValueError(
+                f"The output folder {output} holds {held[0].name} and more, but no run of `aim train`. Choose an "
+                "empty folder, or overwrite=True (--overwrite)."
+            )
+        earlier = json.loads(record.read_text(encoding="utf-8"))
+        if not earlier["finished"] and last_checkpoint(output) is None:  # nothing is lost by beginning anew
+            _write_run(output, settings, finished=False)
+            return None
+        now = _comparable(settings)
+        before = {**now, **earlier["settings"]}
+        other = [f"{name} was {before[name]!r}, is {now[name]!r}" for name in now if before[name] != now[name]]
+        if other:
+            raise ValueError(
+                f"The output folder {output} holds another run: {'; '.join(other)}. Choose another folder, give the "
+                "same settings to go on, or overwrite=True (--overwrite)."
+            )
+        if earlier["finished"]:
+            raise ValueError(
+                f"The run in {output} is finished. To train it further, give it as the backbone of a new run, or "
+                "overwrite=True (--overwrite)."
+            )
+    output.mkdir(parents=True, exist_ok=True)
+    if settings.overwrite or not record.exists():
+        _write_run(output, settings, finished=False)
+    return None if settings.overwrite else last_checkpoint(output)
+
+
+def last_checkpoint(output: Path) -> str | None:
+    """The newest checkpoint that was written to its end: Trainer writes `trainer_state.json` last."""
+    found = {int(path.name.rpartition("-")[2]): path for path in output.glob("checkpoint-*[0-9]")}
+    for _, path in sorted(found.items(), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            continue
+        return str(path)
+    return None
+
+
+def _comparable(settings: TrainSettings) -> dict[str, Any]:
+    return json.loads(json.dumps({k: v for k, v in asdict(settings).items() if k not in CHANGEABLE}))
+
+
+def _write_run(output: Path, settings: TrainSettings, finished: bool) -> None:
+    part = output / f"{RUN_FILE}.{os.getpid()}.part"
+    part.write_text(json.dumps({"settings": _comparable(settings), "finished": finished}, indent=1), encoding="utf-8")
+    os.replace(part, output / RUN_FILE)
+
+
+def _mixture(specs: Sequence[str], settings: TrainSettings, seed: int = 0) -> Mixture:
+    opened = [open_source(spec) for spec in specs]
+    law = ShotLaw(settings.shots, settings.shot_law)
+    return Mixture([source for source, _ in opened], [weight for _, weight in opened], law, settings.seed + seed)
+
+
+def _check_data(mixture: Mixture) -> None:
+    """Look at one episode of every source before the backbone is loaded."""
+    for source in mixture.sources:
+        next(iter(Mixture([source], [1.0], mixture.law, mixture.seed)))
+
+
+def _model(settings: TrainSettings) -> Any:
+    """The plug-in to train: a new projector on a backbone, or that of an AIM repository."""
+    options: dict[str, Any] = {"dtype": PRECISIONS[settings.dtype], "device_map": settings.device_map}
+    if settings.revision:
+        options["revision"] = settings.revision
+    if settings.load_in_4bit:
+        options["quantization_config"] = laptop_quantization_config()
+        if torch.cuda.is_available() and settings.device_map is None:  # one process, one device
+            options["device_map"] = {"": PartialState().local_process_index}
+    torch.manual_seed(settings.seed)
+    stored, _ = PreTrainedConfig.get_config_dict(settings.backbone, revision=settings.revision)
+    if stored.get("model_type") == AimConfig.model_type:
+        return AimForConditionalGeneration.from_pretrained(settings.backbone, **options)
+    return AimForConditionalGeneration.from_backbone(
+        settings.backbone,
+        read_layers=settings.read_layers,
+        read_span=settings.read_span,
+        max_fused_tokens=settings.max_fused_tokens,
+        projector_form=settings.projector_form,
+        projector_intermediate_size=settings.projector_size,
+        **options,
+    )
+
+
+def _reader(model: Any, settings: TrainSettings) -> dict[str, Any]:
+    """What decides the hidden states of a demonstration, beside the demonstration."""
+    source = {name: value for name, value in model.source.items() if name != "projector"}
+    return {**source, "dtype": settings.dtype, "4-bit": settings.load_in_4bit}
+
+
+def _arguments(settings: TrainSettings, evaluates: bool) -> TrainingArguments:
+    """The run as HF `TrainingArguments`; what the user names there wins."""
+    new_name = "activation_checkpointing" in TrainingArguments.__dataclass_fields__  # of transformers 6
+    checkpointing = "activation_checkpointing" if new_name else "gradient_checkpointing"
+    values: dict[str, Any] = {
+        "output_dir": settings.output,
+        "max_steps": settings.steps,
+        "per_device_train_batch_size": settings.batch_size,
+        "per_device_eval_batch_size": settings.batch_size,
+        "gradient_accumulation_steps": settings.accumulation,
+        checkpointing: settings.gradient_checkpointing,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": int(settings.warmup * settings.steps),
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "save_steps": settings.save_every,
+        "save_total_limit": 2,
+        "logging_steps": settings.log_every,
+        "eval_strategy": "steps" if evaluates else "no",
+        "eval_steps": settings.save_every,
+        "seed": settings.seed,
+        "report_to": "none",
+    }
+    return TrainingArguments(**{**values, **settings.arguments})

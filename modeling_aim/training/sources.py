@@ -1,0 +1,512 @@
+"""Data sets as sources of episodes, in the formats they are published in.
+
+    source, weight = open_source("mmc4:/data/mmc4/docs_shard_*_v2.jsonl.zip,min_similarity=0.28,weight=2")
+
+Files are read as streams and shuffled in a bounded buffer, so a data set may be larger than memory. What cannot be
+used is left out and counted by reason in `Source.skipped`: of data from the web a part is always gone or broken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+from urllib.parse import urlsplit
+
+from .episodes import Episode, Pair, ShotLaw, Source, opened
+from .link_context import IMAGE_SUFFIXES, LclRows, LinkContext
+from .rows import (
+    LINES,
+    NO_IMAGE,
+    NO_TEXT,
+    choose_columns,
+    columns_of,
+    csv_rows,
+    data_files,
+    dataset_rows,
+    existing,
+    find_files,
+    fitting_columns,
+    is_hub_id,
+    is_saved,
+    json_rows,
+    located,
+    open_dataset,
+    pair_of,
+    tar_rows,
+    words_in,
+)
+
+T = TypeVar("T")
+
+
+def shuffled(items: Iterable[T], size: int, rng: random.Random) -> Iterator[T]:
+    """A stream in random order, with at most `size` items held in memory."""
+    held: list[T] = []
+    for item in items:
+        if len(held) < size:
+            held.append(item)
+            continue
+        place = rng.randrange(size)
+        item, held[place] = held[place], item
+        yield item
+    rng.shuffle(held)
+    yield from held
+
+
+class ShuffledSource(Source):
+    """A source that gives its documents in the order of its files, and has them shuffled here.
+
+    Args:
+        name: of the source.
+        shuffle_buffer: documents that are held in memory to be shuffled, images unopened.
+    """
+
+    def __init__(self, name: str, shuffle_buffer: int) -> None:
+        if shuffle_buffer < 1:
+            raise ValueError(f"shuffle_buffer={shuffle_buffer}: expected at least 1, which leaves files in order.")
+        self.name, self.shuffle_buffer = name, shuffle_buffer
+
+    def documents(self, seed: int) -> Iterator[Sequence[Pair]]:
+        rng = random.Random(f"order {seed}")
+        return shuffled(self._read(rng), self.shuffle_buffer, rng)
+
+    def _read(self, rng: random.Random) -> Iterator[Sequence[Pair]]:
+        """Documents shard by shard, shards in an order drawn from `rng`."""
+        raise NotImplementedError
+
+
+# --- interleaved documents
+
+
+class Mmc4(ShuffledSource):
+    """Multimodal C4 (arXiv 2304.06939): web pages with images matched to sentences. Images are apart, URLs rot.
+
+    Images matched to the same sentence make one pair; pairs are in the order of the sentences.
+
+    Args:
+        path: jsonl shards (`.jsonl`, `.jsonl.gz`, `.jsonl.zip`): a file, a folder or a pattern.
+        images: folder of the images by `image_name`. When `None` it is `<shard>_images` beside the shard, where the
+            download script of MMC4 puts them, or, if there is none, the folder of the shard.
+        min_similarity: images whose CLIP ViT-L/14 similarity to their sentence is lower are left out. 0.24 is what
+            OpenFlamingo trains with (`--mmc4_textsim_threshold 0.24` in the README of mlfoundations/open_flamingo).
+        shuffle_buffer: documents held in memory to be shuffled.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+    """
+
+    interleaved = True
+
+    def __init__(
+        self, path: str, *, images: str | None = None, min_similarity: float = 0.24, shuffle_buffer: int = 1000
+    ) -> None:
+        super().__init__(f"mmc4 {Path(path).name}", shuffle_buffer)
+        self.shards, self.min_similarity = find_files(path, LINES), min_similarity
+        self.images = None if images is None else existing(images)
+
+    def _read(self, rng: random.Random) -> Iterator[Sequence[Pair]]:
+        for shard in rng.sample(self.shards, len(self.shards)):
+            beside = shard.parent / f"{shard.name.partition('.')[0]}_images"
+            folder = self.images or (beside if beside.is_dir() else shard.parent)
+            for row in json_rows(shard, self.skipped):
+                texts, found = row.get("text_list"), row.get("image_info")
+                if isinstance(texts, list) and isinstance(found, list):
+                    yield self._pairs(texts, found, folder)
+                else:
+                    self.skipped["line without text_list and image_info"] += 1
+
+    def _pairs(self, texts: Sequence[Any], found: Sequence[Any], folder: Path) -> list[Pair]:
+        images: dict[int, list[str]] = {}
+        for info in found:
+            try:
+                image, place = os.path.join(folder, info["image_name"]), range(len(texts))[info["matched_text_index"]]
+                similar = float(info["matched_sim"]) >= self.min_similarity
+            except (TypeError, KeyError, IndexError, ValueError):
+                self.skipped["image that is matched to no sentence"] += 1
+                continue
+            if not similar:
+                self.skipped["image below the similarity floor"] += 1
+            elif not os.path.isfile(image):  # here, so that the other images of its sentence stay
+                self.skipped[NO_IMAGE] += 1
+            else:
+                images.setdefault(place, []).append(image)
+        return [{"images": images[place], "text": texts[place]} for place in sorted(images)]
+
+
+class Obelics(ShuffledSource):
+    """OBELICS (arXiv 2306.16527): web pages as two lists, `images` and `texts`, with gaps where the other goes on.
+
+    Images in a row and the text after them make a pair; a text with no image before it is in none. The published
+    rows hold URLs, local ones may hold paths or bytes.
+
+    Args:
+        path: parquet shards (a file, a folder, a pattern), a folder that `datasets` saved, or a Hub id
+            (`HuggingFaceM4/OBELICS`).
+        images: folder of the images, named as the last part of the URL or by the URL's sha256 (with the URL's suffix,
+            with `.jpg`, or bare). Paths are relative to it, or else to the folder of the data.
+        download: fetch images that are not there. Slow: download them once instead, where you can.
+        split: of the data set.
+        config: its configuration, where it has several.
+        shuffle_buffer: documents held in memory to be shuffled.
+
+    Raises:
+        ValueError: there are no columns `images` and `texts`.
+        FileNotFoundError: there is no such file or folder.
+    """
+
+    interleaved = True
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        images: str | None = None,
+        download: bool = False,
+        split: str = "train",
+        config: str | None = None,
+        shuffle_buffer: int = 1000,
+    ) -> None:
+        super().__init__(f"obelics {Path(path).name}", shuffle_buffer)
+        self.download = download
+        self.data, self.folder = open_dataset(path, split, config)
+        self.images = None if images is None else existing(images)
+        columns = columns_of(self.data)
+        if not {"images", "texts"} <= set(columns):
+            raise ValueError(f"{path} has the columns {sorted(columns)}; OBELICS has 'images' and 'texts'.")
+
+    def _read(self, rng: random.Random) -> Iterator[Sequence[Pair]]:
+        for row in dataset_rows(self.data, rng):
+            yield list(self._pairs(row["images"] or [], row["texts"] or []))
+
+    def _pairs(self, images: Sequence[Any], texts: Sequence[Any]) -> Iterator[Pair]:
+        if len(images) != len(texts):
+            self.skipped["document with lists of different lengths"] += 1
+            return
+        run: list[Any] = []
+        for image, text in zip(images, texts, strict=True):
+            if image:
+                there = self._there(image)
+                if there is None:
+                    self.skipped[NO_IMAGE] += 1
+                else:
+                    run.append(there)
+            if isinstance(text, str) and text.strip() and run:
+                yield {"images": run, "text": text}
+                run = []
+        self.skipped.update({"image without a text after it": len(run)} if run else {})
+
+    def _there(self, image: Any) -> Any:
+        """An image as it can be opened; `None` if it is not there."""
+        folder = self.images or self.folder
+        if not (isinstance(image, str) and image.startswith(("http://", "https://"))):
+            return located(folder, image)
+        last, digest = Path(urlsplit(image).path).name, hashlib.sha256(image.encode()).hexdigest()
+        for name in (last, digest + Path(last).suffix, digest + ".jpg", digest) if self.images else ():
+            if name and os.path.isfile(os.path.join(folder, name)):
+                return os.path.join(folder, name)
+        return image if self.download else None
+
+
+# --- independent pairs
+
+
+class Pairs(ShuffledSource):
+    """Pairs of an image and a text, a label, or a question and its answer.
+
+    Args:
+        path: one of
+            - jsonl files (also `.gz`, `.zip`), as of `aim bank build`; images are relative to the file;
+            - a folder of images with `metadata.jsonl` or `metadata.csv` (`file_name` and a text);
+            - a folder with a folder of images for each label;
+            - webdataset shards (`.tar`): members of the same name are a pair, such as `7.jpg` and `7.txt` or `7.json`;
+            - parquet files, a folder that `datasets` saved, or a Hub id.
+          Files may be given as a folder or as a pattern.
+        images: folder that paths of images are relative to.
+        image, text, label, question, answer: which columns (keys, members) are which part; usual names are found
+            by themselves. Of several answers or captions the most frequent is taken, or else the first.
+        split: of a data set.
+        config: its configuration, where it has several.
+        shuffle_buffer: pairs held in memory to be shuffled.
+
+    Raises:
+        ValueError: there is no column for an image, or for a text.
+        FileNotFoundError: there is no such file or folder.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        images: str | None = None,
+        image: str | None = None,
+        text: str | None = None,
+        label: str | None = None,
+        question: str | None = None,
+        answer: str | None = None,
+        split: str = "train",
+        config: str | None = None,
+        shuffle_buffer: int = 1000,
+    ) -> None:
+        super().__init__(f"pairs {Path(path).name}", shuffle_buffer)
+        self.given = {"image": image, "text": text, "label": label, "question": question, "answer": answer}
+        self.images = None if images is None else existing(images)
+        self.shards: list[Path] = []
+        self.data: Any = None
+        place = Path(path).expanduser()
+        if place.is_dir() and not is_saved(place):
+            self.shards = data_files(place)
+        elif not place.is_dir():
+            self.shards = find_files(path, (), missing_ok=is_hub_id(path))
+            known = (*LINES, ".csv", ".tar", ".parquet", *IMAGE_SUFFIXES)
+            if any(not one.name.lower().endswith(known) for one in self.shards):
+                raise ValueError(
+                    f"{path} is no file of pairs: expected one that ends in {LINES}, .csv, .tar or .parquet."
+                )
+        if not self.shards or self.shards[0].suffix == ".parquet":
+            self.data, self.folder = open_dataset(path, split, config)
+            self.columns = fitting_columns(columns_of(self.data), self.given, path)
+        else:
+            self._check_columns(path)
+
+    def _check_columns(self, path: str) -> None:
+        """Say at once, not in the middle of a training, that no row looks like a pair."""
+        some = [list(_given(row)) for row in islice(self._rows(self.shards[0]), 20)]
+        self.skipped.clear()
+        chosen = [choose_columns(names, self.given) for names in some]
+        if some and not any("image" in one and words_in(one) for one in chosen):
+            fitting_columns(some[0], self.given, path)
+
+    def _read(self, rng: random.Random) -> Iterator[Sequence[Pair]]:
+        if self.data is not None:
+            names = {name: getattr(kind, "int2str", None) for name, kind in columns_of(self.data).items()}
+            for whole in dataset_rows(self.data, rng):
+                yield [pair_of(whole, self.columns, self.images or self.folder, names)]
+            return
+        for shard in rng.sample(self.shards, len(self.shards)):  # single images of class folders are shards too
+            for row in self._rows(shard):
+                columns = choose_columns(_given(row), self.given)
+                if "image" not in columns:
+                    self.skipped[NO_IMAGE] += 1
+                elif not words_in(columns):
+                    self.skipped[NO_TEXT] += 1
+                else:
+                    yield [pair_of(row, columns, self.images or shard.parent)]
+
+    def _rows(self, shard: Path) -> Iterator[Mapping[str, Any]]:
+        # `read_demonstrations` of the other commands reads a file whole and stops at a broken line; and `datasets`
+        # gives up on a jsonl file or a tar of which one line or member is broken, or has other keys than the first.
+        if shard.suffix == ".tar":
+            return tar_rows(shard, self.skipped)
+        if shard.suffix == ".csv":
+            return csv_rows(shard, self.skipped)
+        if shard.suffix.lower() in IMAGE_SUFFIXES:
+            return iter([{"image": shard.name, "label": shard.parent.name}])
+        return json_rows(shard, self.skipped)
+
+
+def _given(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {name: value for name, value in row.items() if value is not None}
+
+
+class LlavaConversations(Source):
+    """Conversations about images in LLaVA's JSON (arXiv 2304.08485): each question and its answer is a pair.
+
+    A human turn that is nothing but the image makes a caption of the answer, as in stage 1. Turns of a conversation
+    are spread over the whole pass: side by side they would be demonstrations for one another, and a target could be
+    answered from what was just said of the same image, without looking at it.
+
+    Args:
+        path: the JSON file, a list of `{"id", "image", "conversations": [{"from", "value"}]}`. It is read whole.
+        images: folder of the images; that of the file when `None`.
+        captions: take answers as captions, without their questions: LLaVA's stage 1, where questions are
+            "Describe the image concisely" in other words.
+
+    Raises:
+        ValueError: the file is no such list.
+        FileNotFoundError: there is no such file.
+    """
+
+    def __init__(self, path: str, *, images: str | None = None, captions: bool = False) -> None:
+        place = existing(path)
+        self.name, self.folder = f"llava {place.name}", place.parent if images is None else existing(images)
+        try:
+            records = json.loads(place.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not JSON ({error}); it is cut short or another kind of file.") from error
+        if not isinstance(records, list):
+            raise ValueError(f"{path} holds a JSON {type(records).__name__}; LLaVA's format is a list of objects.")
+        self._left_out: Counter[str] = Counter()
+        self.pairs = [pair for record in records for pair in self._pairs(record, captions)]
+
+    def _pairs(self, record: Any, captions: bool) -> Iterator[Pair]:
+        image, turns = (record.get(key) for key in ("image", "conversations")) if isinstance(record, dict) else (0, 0)
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+            self._left_out["record without a conversation"] += 1
+        elif not image:
+            self._left_out["record without an image"] += 1
+        else:
+            question = None
+            for turn in turns:
+                value = turn["value"].strip() if isinstance(turn.get("value"), str) else ""
+                if turn.get("from") == "gpt" and question is not None:
+                    words = {"question": question, "answer": value} if question and not captions else {"text": value}
+                    yield {"image": located(self.folder, image), **words}
+                    question = None
+                else:
+                    self._left_out["turn without its question or answer"] += question is not None
+                    question = value.replace("<image>", "").strip() if turn.get("from") == "human" else None
+            self._left_out["turn without its question or answer"] += question is not None
+
+    def documents(self, seed: int) -> Iterator[Sequence[Pair]]:
+        self.skipped.update(+self._left_out)
+        order = list(range(len(self.pairs)))
+        random.Random(f"order {seed}").shuffle(order)
+        return ([self.pairs[place]] for place in order)
+
+
+# --- ready-made episodes
+
+
+class EpisodeFile(ShuffledSource):
+    """Episodes that are made already: jsonl, a line `{"demos": [...], "queries": [...]}` of demonstrations as dicts.
+
+    Each query is a target of its own, answered from the demonstrations of its line and never from another query. The
+    shot law draws nothing here; but of more than `law.most` demonstrations only the last are kept, since that many
+    are what memory was meant for, and the most alike stand last. A line with a demonstration that cannot be read is
+    left out whole: what its queries ask for may have been shown there.
+
+    Args:
+        path: jsonl files (also `.gz`, `.zip`): a file, a folder or a pattern; images are relative to the file.
+        images: folder that paths of images are relative to, instead.
+        shuffle_buffer: lines held in memory to be shuffled.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+    """
+
+    def __init__(self, path: str, *, images: str | None = None, shuffle_buffer: int = 1000) -> None:
+        super().__init__(f"episodes {Path(path).name}", shuffle_buffer)
+        self.shards, self.images = find_files(path, LINES), None if images is None else existing(images)
+
+    def documents(self, seed: int) -> Iterator[Sequence[Pair]]:
+        return ([*demos, *queries] for demos, queries in self._lines(seed))
+
+    def episodes(self, law: ShotLaw, seed: int) -> Iterator[Episode]:
+        for demos, queries in self._lines(seed):
+            if len(demos) > law.most:
+                self.skipped["demonstration beyond the largest number of shots"] += len(demos) - law.most
+                demos = demos[-law.most :]
+            shown = list(opened(demos, self.skipped))
+            if len(shown) < len(demos):
+                self.skipped["episode with a demonstration that cannot be read"] += 1
+                continue
+            for query in opened(queries, self.skipped):
+                yield self._episode([*shown, query], targets=(len(shown),))
+
+    def _lines(self, seed: int) -> Iterator[tuple[list[Pair], list[Pair]]]:
+        rng = random.Random(f"order {seed}")
+        return shuffled(self._made(rng), self.shuffle_buffer, rng)
+
+    def _made(self, rng: random.Random) -> Iterator[tuple[list[Pair], list[Pair]]]:
+        for shard in rng.sample(self.shards, len(self.shards)):
+            for row in json_rows(shard, self.skipped):
+                demos, queries = (self._located(row.get(part), shard.parent) for part in ("demos", "queries"))
+                if demos and queries:
+                    yield demos, queries
+                else:
+                    self.skipped["line without demos and queries"] += 1
+
+    def _located(self, demos: Any, beside: Path) -> list[Pair]:
+        """Demonstrations with their images where they lie; none if these are not demonstrations."""
+        if not isinstance(demos, list) or not all(isinstance(demo, dict) for demo in demos):
+            return []
+        folder = self.images or beside
+        return [{k: located(folder, v) if "image" in k else v for k, v in demo.items()} for demo in demos]
+
+
+# --- sources by name
+
+
+KINDS: dict[str, Callable[..., Source]] = {
+    "mmc4": Mmc4,
+    "obelics": Obelics,
+    "pairs": Pairs,
+    "llava": LlavaConversations,
+    "episodes": EpisodeFile,
+    "link-context": LinkContext,
+    "lcl": LclRows,
+}
+
+
+def open_source(spec: str) -> tuple[Source, float]:
+    """A source and its weight, from one line of text.
+
+    Args:
+        spec: `KIND:PATH[,name=value...]`. The names are the settings of the kind, and `weight` (1 by default).
+
+    Raises:
+        ValueError: the kind, a setting or a value is wrong; the message has those there are.
+        FileNotFoundError: there is nothing at the path.
+        ImportError: a library is missing; the message says how to install it.
+    """
+    kind, _, rest = spec.partition(":")
+    path, *settings = re.split(r",(?=\s*[\w-]+=)", rest)  # other commas belong to the path or to a value
+    if kind not in KINDS or not path:
+        raise ValueError(
+            f"{spec!r} is no source of data. Expected KIND:PATH[,name=value...] with a kind of {sorted(KINDS)}, such "
+            "as pairs:data/train.jsonl,weight=2."
+        )
+    hints = {**_settings(KINDS[kind]), "weight": float}
+    values: dict[str, Any] = {}
+    for setting in settings:
+        name, _, value = setting.strip().partition("=")
+        if name not in hints:
+            raise ValueError(f"{spec!r}: {kind} has no setting {name!r}; it has {sorted(hints)}.")
+        values[name] = _typed(value, hints[name], f"{spec!r}: {name}={value}")
+    weight = values.pop("weight", 1.0)
+    try:
+        return KINDS[kind](path, **values), weight
+    except (ValueError, OSError, ImportError) as error:
+        same = next(
+            type_ for type_ in (FileNotFoundError, ValueError, ImportError, OSError) if isinstance(error, type_)
+        )
+        raise same(f"{spec!r}: {error}") from error
+
+
+def _settings(kind: Callable[..., Source]) -> dict[str, Any]:
+    """Keyword settings of a class with their types; where it passes settings on, those of its parents too."""
+    found: dict[str, Any] = {}
+    for owner in inspect.getmro(kind) if inspect.isclass(kind) else ():
+        init = vars(owner).get("__init__")
+        if init is None:
+            continue
+        parameters, hints = inspect.signature(init).parameters.values(), get_type_hints(init)
+        found = {**{one.name: hints[one.name] for one in parameters if one.kind is one.KEYWORD_ONLY}, **found}
+        if not any(one.kind is one.VAR_KEYWORD for one in parameters):
+            break
+    return {name: hint for name, hint in found.items() if name != "name"}
+
+
+def _typed(value: str, hint: Any, shown: str) -> Any:
+    """A value of a setting as its type has it."""
+    types = get_args(hint) or (hint,)
+    if bool in types:
+        if value.lower() not in ("true", "false"):
+            raise ValueError(f"{shown}: expected true or false.")
+        return value.lower() == "true"
+    for type_, what in ((int, "a whole number"), (float, "a number")):
+        if type_ in types:
+            try:
+                return type_(value)
+            except ValueError:
+                raise ValueError(f"{shown}: expected {what}.") from None
+    return value

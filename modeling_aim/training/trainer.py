@@ -1,0 +1,221 @@
+"""`AimTrainer`: HF `Trainer` for a projector on a frozen backbone (section 3.3 of the paper).
+
+    trainer = AimTrainer(model, TrainingArguments("out", max_steps=1000), train_dataset=Mixture(...))
+    trainer.train()
+
+The loss is the frozen backbone's own cross-entropy on the target tokens, with the fused tokens of the demonstrations
+in front of the query. What Trainer does with any model (accelerate's DDP, FSDP and DeepSpeed, precision,
+accumulation, checkpoints, logging, `push_to_hub`) it does here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import IterableDataset
+from transformers import Trainer, TrainingArguments
+
+from ..backbone_aim import check_backbone
+from ..configuration_aim import AimConfig
+from ..files_aim import read_safetensors
+from ..pretrained_aim import PROJECTOR_WEIGHTS
+from .episodes import Episode
+from .kept_states import KeptStates
+from .targets import EpisodeCollator
+
+
+class NotFinite(ValueError):
+    """The loss is not a number, so the projector would be lost with the next step."""
+
+
+class LengthGrouped(IterableDataset):
+    """Episodes of similar length side by side, so that less of a batch is padding.
+
+    Takes `window` episodes at a time, sorts them by length, and gives them in blocks of `block` in random order.
+
+    Args:
+        episodes: any stream of them.
+        block: episodes in one batch over all processes.
+        window: episodes that are sorted together.
+        seed: of the order.
+    """
+
+    def __init__(self, episodes: Iterable[Episode], block: int, window: int | None = None, seed: int = 0) -> None:
+        self.episodes, self.block, self.window, self.seed = episodes, block, window or 16 * block, seed
+
+    def __iter__(self) -> Iterator[Episode]:
+        order = torch.Generator().manual_seed(self.seed)
+        held: list[Episode] = []
+        for episode in self.episodes:
+            held.append(episode)
+            if len(held) == self.window:
+                yield from self._blocks(held, order)
+                held = []
+        yield from self._blocks(held, order)
+
+    def _blocks(self, held: list[Episode], order: torch.Generator) -> Iterator[Episode]:
+        held.sort(key=lambda episode: (len(episode.pairs), sum(len(pair.text) for pair in episode.pairs)))
+        blocks = [held[start : start + self.block] for start in range(0, len(held), self.block)]
+        for place in torch.randperm(len(blocks), generator=order).tolist():
+            yield from blocks[place]
+
+
+class AimTrainer(Trainer):
+    """`Trainer` for `AimForConditionalGeneration`: data sets give episodes, checkpoints hold the projector alone.
+
+    Args:
+        model: the plug-in; its backbone may be in 4-bit.
+        args: as for `Trainer`. `per_device_train_batch_size` counts episodes; a stream needs `max_steps`.
+        prompts: how questions are put: `"chat"`, `"plain"` or `"mixed"`, see `AnswerFrame`.
+        teacher: distillation from the same backbone that reads the demonstrations `"full"` or as `"text"`.
+        distillation: weight of the KL divergence to the teacher; the cross-entropy has the rest.
+        temperature: of teacher and student in the divergence.
+        group_by_length: sort a window of the stream by length, see `LengthGrouped`.
+        kept_states: where hidden states of demonstrations are kept; 1 GiB of memory when `None`.
+        **kwargs: as for `Trainer` (`train_dataset`, `eval_dataset`, `callbacks`, ...).
+
+    Raises:
+        NotFinite: in training, a loss that is not a finite number; checkpoints on disk are not touched.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        *,
+        prompts: str = "chat",
+        teacher: str | None = None,
+        distillation: float = 0.5,
+        temperature: float = 1.0,
+        group_by_length: bool = True,
+        kept_states: KeptStates | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not 0 <= distillation <= 1 or temperature <= 0:
+            raise ValueError(
+                f"distillation={distillation} must lie in 0..1 and temperature={temperature} above 0; the weight of "
+                "the cross-entropy is 1 - distillation."
+            )
+        args.remove_unused_columns = False  # an episode is an object, not columns
+        args.prediction_loss_only = True
+        accelerator: Any = args.accelerator_config
+        accelerator.dispatch_batches = (
+            False  # images cannot be sent: each process reads the stream and takes its share
+        )
+        model.read_cache = KeptStates(2**30) if kept_states is None else kept_states
+        kwargs.setdefault("data_collator", EpisodeCollator(model, teacher, prompts))
+        kwargs.setdefault("processing_class", model.processor)
+        train = kwargs.get("train_dataset")
+        if group_by_length and isinstance(train, IterableDataset):
+            block = args.per_device_train_batch_size * args.world_size
+            kwargs["train_dataset"] = LengthGrouped(train, block, seed=args.seed)
+        super().__init__(model, args, **kwargs)
+        self.teacher, self.distillation, self.temperature = teacher, distillation, temperature
+        self.skipped: Counter[str] = Counter()
+        taken = inspect.signature(model.backbone.forward).parameters
+        self._keeps_logits = "logits_to_keep" in taken
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Cross-entropy of the targets, and the divergence to the teacher where there is one."""
+        inputs = {**inputs}
+        self.skipped.update(inputs.pop("skipped", {}))
+        inputs.pop("sources", None)
+        taught = inputs.pop("teacher", None)
+        if self._keeps_logits:
+            scored = (inputs["labels"] != -100).int()
+            inputs["logits_to_keep"] = int((scored.shape[1] - scored.argmax(dim=1)).max()) + 1
+        labels = inputs["labels"]
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if taught is not None:
+            divergence = self._divergence(outputs.logits, labels, taught, num_items_in_batch)
+            loss = (1 - self.distillation) * loss + self.distillation * divergence
+        return (loss, outputs) if return_outputs else loss
+
+    def _divergence(self, logits: torch.Tensor, labels: torch.Tensor, taught: dict[str, Any], items: Any) -> Any:
+        """KL divergence of the student from the teacher at the target tokens, a mean over them."""
+        known = taught.pop("labels")
+        teacher = self._teacher_logits(taught, known)
+        student = _at_targets(logits, labels)
+        same = [bool(torch.equal(a[a != -100], b[b != -100])) for a, b in zip(labels, known, strict=True)]
+        if not all(same):
+            raise ValueError(
+                "Teacher and student see other tokens for the same target: the tokenizer joins words over the edge of "
+                "the prompt. End questions with a line break or a mark, or train without distillation."
+            )
+        student, teacher = (torch.log_softmax(x.float() / self.temperature, dim=-1) for x in (student, teacher))
+        total = torch.nn.functional.kl_div(student, teacher, reduction="sum", log_target=True) * self.temperature**2
+        if items is None:
+            return total / len(student)
+        shared = self.args.average_tokens_across_devices and self.args.world_size > 1
+        return total / items * (self.args.world_size if shared else 1)
+
+    @torch.no_grad()
+    def _teacher_logits(self, inputs: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
+        model: Any = self.accelerator.unwrap_model(self.model)
+        longest = model.config.get_text_config().max_position_embeddings
+        if inputs["input_ids"].shape[1] > longest:
+            raise ValueError(
+                f"The teacher's prompt has {inputs['input_ids'].shape[1]} tokens, but the backbone has {longest} "
+                "positions. Distil from text (teacher='text'), or with fewer shots."
+            )
+        return _at_targets(model(**inputs).logits, labels)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """One step; a loss that is not finite stops the run before it reaches the weights."""
+        sources, first = inputs.get("sources"), inputs["demos"][0][0].text
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise NotFinite(
+                f"The loss of step {self.state.global_step + 1} is {loss.item()}, in a batch of "
+                f"{len(inputs['demos'])} targets from {sorted(set(sources or []))} whose first demonstration says "
+                f"{first[:80]!r}. The weights were not changed by it, and the last checkpoint is good: try a smaller "
+                "learning rate, or bfloat16 instead of float16."
+            )
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Trainer's log, with what was skipped and how often a read was spared."""
+        kept = self.model.read_cache  # type: ignore[union-attr]
+        if "loss" in logs and isinstance(kept, KeptStates) and kept.hits + kept.misses:
+            logs = {**logs, "reads_spared": round(kept.hits / (kept.hits + kept.misses), 4)}
+        if "loss" in logs and self.skipped:
+            logs = {**logs, **{f"skipped/{reason}": count for reason, count in sorted(self.skipped.items())}}
+        super().log(logs, *args, **kwargs)
+
+    # --- checkpoints hold a projector, not a model.safetensors
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_projector(model or self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            load_projector(self.model, str(self.state.best_model_checkpoint))
+
+
+def load_projector(model: Any, checkpoint: str) -> None:
+    """Put the projector of a checkpoint on a model.
+
+    Raises:
+        ValueError: the checkpoint is of another backbone or of another projector.
+    """
+    config = AimConfig.from_pretrained(checkpoint)
+    check_backbone(model.backbone, config.backbone_config, config.backbone_fingerprint)
+    model._load_projector(read_safetensors(str(Path(checkpoint) / PROJECTOR_WEIGHTS)), checkpoint)
+
+
+def _at_targets(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Logits that predict the labels `(targets, vocabulary)`; `logits` may lack the first positions."""
+    labels = labels[:, -logits.shape[1] :]
+    return logits[:, :-1][labels[:, 1:] != -100]

@@ -1,0 +1,440 @@
+"""Training a projector: what a batch holds, what is learned, resumed, distributed, kept, and refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import backbones
+import pyarrow
+import pytest
+import torch
+from backbones import picture
+from pyarrow import parquet
+from safetensors.torch import load_file
+from transformers import TrainingArguments, pipeline
+from typer.testing import CliRunner
+
+from modeling_aim import AimForConditionalGeneration, Demonstration, laptop_quantization_config
+from modeling_aim.cli import app
+from modeling_aim.pretrained_aim import PROJECTOR_WEIGHTS
+from modeling_aim.training import (
+    AimTrainer,
+    Episode,
+    EpisodeCollator,
+    KeptStates,
+    Mixture,
+    NotFinite,
+    ShotLaw,
+    Source,
+    TrainSettings,
+    train,
+)
+from modeling_aim.training.run import last_checkpoint
+from modeling_aim.training.trainer import LengthGrouped
+
+WORDS = ["cat", "dog", "bird", "fish", "horse", "mouse", "tiger", "wolf"]
+SHAPES = ("llava", "qwen2_5_vl", "idefics", "idefics3")
+
+
+class Things(Source):
+    """Pictures with a word each; every third is a question."""
+
+    name = "things"
+
+    def __init__(self, count: int = 30) -> None:
+        self.count = count
+
+    def documents(self, seed: int) -> Iterator[Sequence[Any]]:
+        for i in torch.randperm(self.count, generator=torch.Generator().manual_seed(seed)).tolist():
+            word = WORDS[i % len(WORDS)]
+            asked = {"question": "What is it?", "answer": word} if i % 3 == 0 else {"text": f"a small {word}"}
+            yield [{"image": picture(i), **asked}]
+
+
+def arguments(folder: Path, **given: Any) -> TrainingArguments:
+    options: dict[str, Any] = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "use_cpu": True,
+    }
+    options |= {
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "warmup_steps": 0,
+    }
+    return TrainingArguments(str(folder), **{**options, **given})
+
+
+def trainer(model: Any, folder: Path, options: dict[str, Any] | None = None, **given: Any) -> AimTrainer:
+    data = Mixture([Things()], [1.0], ShotLaw(3))
+    return AimTrainer(model, arguments(folder, **given), train_dataset=data, **(options or {}))
+
+
+def losses(run: AimTrainer) -> list[float]:
+    return [row["loss"] for row in run.state.log_history if "loss" in row]
+
+
+def data_on_disk(folder: Path, count: int = 12) -> str:
+    """Image-text pairs as a jsonl file with images beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i in range(count):
+        picture(i).save(folder / f"{i}.png")
+        lines.append(json.dumps({"image": f"{i}.png", "text": f"a small {WORDS[i % len(WORDS)]}"}))
+    (folder / "pairs.jsonl").write_text("\n".join(lines))
+    return f"pairs:{folder / 'pairs.jsonl'}"
+
+
+@pytest.fixture(scope="module")
+def saved_backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny LLaVA with its processor, as a backbone's own repository holds them."""
+    folder = tmp_path_factory.mktemp("backbone")
+    built = backbones.build("llava")
+    built.model.save_pretrained(folder)
+    built.processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def settings(saved_backbone: str, tmp_path: Path) -> TrainSettings:
+    """A short run."""
+    return TrainSettings(
+        backbone=saved_backbone,
+        data=(data_on_disk(tmp_path / "data"),),
+        output=str(tmp_path / "run"),
+        steps=6,
+        batch_size=2,
+        shots=2,
+        learning_rate=1e-2,
+        dtype="float32",
+        save_every=2,
+        log_every=1,
+        arguments={"use_cpu": True, "disable_tqdm": True},
+    )
+
+
+# --- what a batch holds
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_labels_are_answer_and_end_behind_the_prompt_of_answering_time(family: str) -> None:
+    model = backbones.plugin(family).model
+    pairs = [Demonstration.of(pair) for document in Things(6).documents(0) for pair in document]
+    batch = EpisodeCollator(model)([Episode(tuple(pairs), tuple(range(1, 6)))])
+    assert [len(demos) for demos in batch["demos"]] == [1, 2, 3, 4, 5]
+    decode = model.processor.tokenizer.decode
+    for ids, labels, target in zip(batch["input_ids"], batch["labels"], pairs[1:], strict=True):
+        scored = labels != -100
+        assert decode(labels[scored]).strip() == target.text + "</s>"
+        assert torch.equal(ids[scored], labels[scored]) and scored[-1]
+        if target.question is not None:
+            prompt = model.processor.prompt(target.question)
+            query = model.processor(images=target.images[0], text=prompt, return_tensors="pt")["input_ids"][0]
+            assert torch.equal(ids[~scored][-len(query) :], query)
+
+
+def test_a_target_without_room_is_skipped_and_early_demonstrations_leave() -> None:
+    built = backbones.build("llava", max_position_embeddings=60)
+    model = AimForConditionalGeneration.from_backbone(built.model, built.processor)
+    demos = [Demonstration.of((picture(i), "one two three four five six")) for i in range(8)]
+    target = Demonstration.of((picture(9), "yes"))
+    long = Demonstration.of((picture(9), "word " * 60))
+    batch = EpisodeCollator(model)([Episode((*demos, target), (8,)), Episode((*demos, long), (8,))])
+    assert len(batch["demos"]) == 1 and 0 < len(batch["demos"][0]) < 8
+    assert batch["demos"][0][-1] is demos[-1]
+    assert batch["skipped"] == {"target longer than the context": 1}
+    model(**{k: v for k, v in batch.items() if k not in ("sources", "skipped")})  # it fits
+    with pytest.raises(ValueError, match=r"No target of this batch fits in the backbone's 60 positions"):
+        EpisodeCollator(model)([Episode((*demos, long), (8,))])
+
+
+def test_grouping_by_length_changes_the_order_alone() -> None:
+    stream = [episode for episode, _ in zip(Mixture([Things()], [1.0], ShotLaw(5)), range(40), strict=False)]
+    grouped = list(LengthGrouped(stream, block=4, window=40))
+    assert sorted(map(id, grouped)) == sorted(map(id, stream)) and grouped != stream
+
+    def spread(episodes: list[Episode]) -> int:
+        lengths = [[len(e.pairs) for e in episodes[i : i + 4]] for i in range(0, 40, 4)]
+        return sum(max(block) - min(block) for block in lengths)
+
+    assert spread(grouped) < spread(stream) / 2
+
+
+# --- what is learned
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_only_the_projector_learns_and_the_loss_falls(family: str, tmp_path: Path) -> None:
+    model = backbones.plugin(family).model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    run = trainer(model, tmp_path, max_steps=12)
+    run.train()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and all(name.startswith("projector.") for name in changed)
+    assert sum(losses(run)[-4:]) < sum(losses(run)[:4])
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_sixteen_samples_are_learned_by_heart(family: str, tmp_path: Path) -> None:
+    """All ask the same of the same image: only the fused tokens of each demonstration can tell the answers apart."""
+    model = backbones.plugin(family, projector_form="mlp").model
+    draw = random.Random(0)
+    names = ["".join(draw.choices("abcdefghij", k=4)) for _ in range(16)]
+    demos = [Demonstration.of((picture(i), f"this is {name} here")) for i, name in enumerate(names)]
+    asked = [Demonstration.of((picture(99), "What?", name)) for name in names]
+    samples = [Episode(pair, (1,)) for pair in zip(demos, asked, strict=True)]
+    options: dict[str, Any] = {"max_steps": 300, "per_device_train_batch_size": 16, "lr_scheduler_type": "cosine"}
+    run = AimTrainer(model, arguments(tmp_path, **options), train_dataset=samples)
+    run.train()
+    assert losses(run)[0] > 2 and losses(run)[-1] < 0.1
+
+
+@pytest.mark.parametrize("teacher", ["full", "text"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "idefics3"])
+def test_distillation_brings_the_student_nearer_to_its_teacher(family: str, teacher: str, tmp_path: Path) -> None:
+    model = backbones.plugin(family, projector_form="mlp").model
+    pairs = [Demonstration.of(pair) for document in Things(8).documents(0) for pair in document]
+    samples = [Episode(tuple(pairs[:4]), (1, 2, 3)), Episode(tuple(pairs[4:]), (1, 2, 3))]
+    run = AimTrainer(
+        model, arguments(tmp_path, max_steps=25), teacher=teacher, distillation=1.0, train_dataset=samples
+    )
+    run.train()
+    assert all(loss >= 0 for loss in losses(run)) and losses(run)[-1] < 0.7 * losses(run)[0]
+
+
+def test_a_4_bit_backbone_trains(saved_backbone: str, tmp_path: Path) -> None:
+    model = AimForConditionalGeneration.from_backbone(
+        saved_backbone, quantization_config=laptop_quantization_config(), dtype=torch.float32
+    )
+    packed = {name: value.clone() for name, value in model.backbone.state_dict().items()}
+    run = trainer(model, tmp_path, max_steps=8)
+    run.train()
+    assert sum(losses(run)[-3:]) < sum(losses(run)[:3])
+    assert all(torch.equal(value, packed[name]) for name, value in model.backbone.state_dict().items())
+
+
+# --- interrupted, distributed
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(settings: TrainSettings, tmp_path: Path) -> None:
+    """SIGKILL between checkpoints, then the same command again."""
+    settings = replace(settings, steps=10)
+    train(settings)
+    command = [
+        sys.executable,
+        "-m",
+        "modeling_aim",
+        "train",
+        "--backbone",
+        settings.backbone,
+        "--data",
+        settings.data[0],
+    ]
+    command += ["--output", str(tmp_path / "killed"), "--steps", "10", "--batch-size", "2", "--shots", "2"]
+    command += ["--learning-rate", "1e-2", "--dtype", "float32", "--save-every", "2", "--log-every", "1"]
+    command += ["--set", "use_cpu=true", "--set", "disable_tqdm=true"]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while running.poll() is None and not (tmp_path / "killed/checkpoint-4/trainer_state.json").exists():
+        time.sleep(0.01)
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    begun = last_checkpoint(tmp_path / "killed")
+    assert begun is not None and not (tmp_path / "killed" / PROJECTOR_WEIGHTS).exists()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    whole, resumed = (load_file(folder / PROJECTOR_WEIGHTS) for folder in (Path(settings.output), tmp_path / "killed"))
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_an_unfinished_checkpoint_is_passed_by(tmp_path: Path) -> None:
+    for step, state in ((2, '{"global_step": 2}'), (4, '{"global_st'), (6, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+PROCESS = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import conftest, backbones, test_training
+from pathlib import Path
+from modeling_aim.training import *
+model = backbones.plugin("llava").model
+data = Mixture([test_training.Things()], [1.0], ShotLaw(3))
+arguments = test_training.arguments(Path(sys.argv[2]), per_device_train_batch_size=int(sys.argv[3]), max_steps=3)
+run = AimTrainer(model, arguments, train_dataset=data, group_by_length=False)
+run.train()
+if run.args.process_index == 0:
+    weights = {name: value.tolist() for name, value in model.projector.state_dict().items()}
+    print(json.dumps({"processes": run.args.world_size, "losses": test_training.losses(run), "weights": weights}))
+"""
+
+
+def test_two_processes_learn_what_one_learns_of_the_doubled_batch(tmp_path: Path) -> None:
+    script = tmp_path / "process.py"
+    script.write_text(PROCESS)
+    here, out = str(Path(__file__).parent), str(tmp_path / "out")
+    many = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571"]
+    found = []
+    for command in ([*many, str(script), here, out, "2"], [sys.executable, str(script), here, out, "4"]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1]))
+    two, one = found
+    assert (two["processes"], one["processes"]) == (2, 1)
+    torch.testing.assert_close(torch.tensor(two["losses"]), torch.tensor(one["losses"]), rtol=1e-4, atol=1e-4)
+    for name, value in one["weights"].items():
+        torch.testing.assert_close(torch.tensor(two["weights"][name]), torch.tensor(value), rtol=1e-3, atol=1e-5)
+
+
+# --- reads are kept
+
+
+def test_what_was_read_is_not_read_again_in_this_run_or_the_next(tmp_path: Path) -> None:
+    read: list[int] = []
+
+    def run(folder: Path) -> list[float]:
+        model = backbones.plugin("llava").model
+        states = model.read_states
+        model.read_states = lambda demos, *more: (read.append(len(demos)), states(demos, *more))[1]  # type: ignore
+        kept = KeptStates(2**20, tmp_path / "states", reader={"backbone": "tiny"})
+        done = trainer(model, folder, {"kept_states": kept}, max_steps=6)
+        done.train()
+        return losses(done)
+
+    first = run(tmp_path / "one")
+    assert 0 < sum(read) <= 30  # as many as there are pairs
+    read.clear()
+    assert run(tmp_path / "two") == pytest.approx(first, rel=1e-4)
+    assert sum(read) == 0
+
+
+def test_kept_states_are_bounded_and_damaged_ones_are_read_again(tmp_path: Path) -> None:
+    kept = KeptStates(1000, tmp_path, max_disk_bytes=4000, reader={"a": 1})
+    values = {str(i): torch.full((10, 10), float(i)) for i in range(12)}
+    for name, value in values.items():
+        kept.put((name, "now"), value, 400)
+        assert kept.nbytes <= 1000
+    files = list(tmp_path.glob("*/*.safetensors"))
+    assert 0 < sum(path.stat().st_size for path in files) <= 4000
+    again = KeptStates(1000, tmp_path, max_disk_bytes=4000, reader={"a": 1})
+    found = {name: again.get((name, "later")) for name in values}
+    assert sum(value is not None for value in found.values()) == len(files)
+    assert all(value is None or torch.equal(value, values[name]) for name, value in found.items())
+    assert all(KeptStates(0, tmp_path, reader={"a": 2}).get((name, "")) is None for name in values)
+    for path in files:
+        path.write_bytes(path.read_bytes()[:50])
+    assert all(KeptStates(0, tmp_path, reader={"a": 1}).get((name, "")) is None for name in values)
+
+
+# --- the command, and what it refuses
+
+
+def test_a_run_leaves_a_repository_that_answers(settings: TrainSettings, tmp_path: Path) -> None:
+    held = data_on_disk(tmp_path / "held", 6)
+    train(replace(settings, eval_data=(held,), eval_episodes=3))
+    output = Path(settings.output)
+    card = (output / "README.md").read_text()
+    assert "## Training" in card and settings.data[0] in card and "held-out episodes" in card
+    assert (output / "training.png").stat().st_size > 1000 and "training.png" in card
+    pipe = pipeline("image-text-to-text", model=settings.output, trust_remote_code=True)
+    demos = [{"image": picture(0), "label": "dax"}]
+    found = pipe(images=picture(1), text="<image> What is it?", demos=demos, max_new_tokens=3)
+    assert isinstance(found[0]["generated_text"], str)
+
+
+def test_web_pages_train_through_the_command(settings: TrainSettings, tmp_path: Path) -> None:
+    """A shard of MMC4 and one of OBELICS, as published, half and half."""
+    for i in range(6):
+        picture(i).save(tmp_path / f"{i}.png")
+    words = [f"Here is a small {word}." for word in WORDS]
+    matched = [{"image_name": f"{i}.png", "matched_text_index": i, "matched_sim": 0.3} for i in range(6)]
+    mmc4 = tmp_path / "docs_shard_0_v2.jsonl"
+    mmc4.write_text("\n".join([json.dumps({"text_list": words, "image_info": matched}), "{broken", "{}"]))
+    images = [str(tmp_path / f"{i // 2}.png") if i % 2 == 0 else None for i in range(8)]
+    rows = {"images": [images], "texts": [[None if image else words[i] for i, image in enumerate(images)]]}
+    parquet.write_table(pyarrow.table(rows), tmp_path / "obelics.parquet")
+    command = ["train", "--backbone", settings.backbone, "--output", settings.output, "--steps", "4", "--shots", "3"]
+    command += ["--data", f"mmc4:{mmc4},images={tmp_path}", "--data", f"obelics:{tmp_path}/obelics.parquet,weight=2"]
+    command += ["--batch-size", "2", "--dtype", "float32", "--set", "use_cpu=true"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert "trained for 4 steps" in " ".join(done.output.split())
+    card = (Path(settings.output) / "README.md").read_text()
+    assert "mmc4:" in card and "obelics:" in card and "line that is" in card
+    answered = pipeline("image-text-to-text", model=settings.output, trust_remote_code=True)(
+        images=picture(9), text="<image> What is it?", demos=[{"image": picture(0), "label": "dax"}], max_new_tokens=3
+    )
+    assert isinstance(answered[0]["generated_text"], str)
+
+
+def test_another_run_in_the_folder_is_left_alone(settings: TrainSettings, listing: Any) -> None:
+    output = Path(settings.output)
+    output.mkdir()
+    (output / "thesis.txt").write_text("years of work")
+    before = listing(output)
+    with pytest.raises(ValueError, match=r"holds thesis\.txt and more, but no run"):
+        train(settings)
+    assert listing(output) == before
+    (output / "thesis.txt").unlink()
+    train(replace(settings, steps=2))
+    before = listing(output)
+    with pytest.raises(ValueError, match=r"holds another run: steps was 2, is 6"):
+        train(settings)
+    with pytest.raises(ValueError, match=r"is finished"):
+        train(replace(settings, steps=2))
+    assert listing(output) == before
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_checkpoint(settings: TrainSettings) -> None:
+    with pytest.raises(NotFinite, match=r"The loss of step \d+ is (nan|inf).*small"):
+        train(
+            replace(settings, learning_rate=1e30, arguments={**settings.arguments, "max_grad_norm": 0}, save_every=1)
+        )
+    last = last_checkpoint(Path(settings.output))
+    assert last is not None
+    assert all(torch.isfinite(value).all() for value in load_file(f"{last}/{PROJECTOR_WEIGHTS}").values())
+
+
+def test_a_checkpoint_of_another_backbone_is_refused(settings: TrainSettings, tmp_path: Path) -> None:
+    other = backbones.build("llava", seed=5)
+    other.model.save_pretrained(tmp_path / "other")
+    other.processor.save_pretrained(tmp_path / "other")
+    train(settings)
+    model = AimForConditionalGeneration.from_backbone(str(tmp_path / "other"))
+    last = last_checkpoint(Path(settings.output))
+    with pytest.raises(ValueError, match="backbone"):
+        trainer(model, tmp_path / "out").train(resume_from_checkpoint=last)
+
+
+def test_settings_that_cannot_work_are_named(settings: TrainSettings) -> None:
+    for change, message in (
+        ({"dtype": "int3"}, r"dtype='int3' is unknown"),
+        ({"shots": 0}, r"shots=0"),
+        ({"shot_law": "often"}, r"shot law 'often' is unknown"),
+        ({"data": ()}, r"nothing to train on"),
+        ({"data": ("pairs:/nowhere/at/all.jsonl",)}, r"/nowhere/at/all\.jsonl"),
+        ({"arguments": {"lerning_rate": 1}}, r"has no \['lerning_rate'\]"),
+        ({"teacher": "loud"}, r"teacher='loud' is unknown"),
+        ({"prompts": "loud"}, r"prompts='loud' is unknown"),
+        ({"distillation": 2.0}, r"distillation=2\.0"),
+        ({"push_to_hub": "me/mine"}, r"local folder"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            train(replace(settings, **change))
+    assert not Path(settings.output).exists()
