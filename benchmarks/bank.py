@@ -6,6 +6,9 @@
 The content is random: fused tokens of width 4096 in 8 bits, features of width 512 as `model.build_bank` keeps them.
 Few tokens a demonstration keep the file small; opening and choosing do not look at them. Choosing starts from features
 of the query: computing those is one pass of the backbone's vision tower and is not in the figures.
+
+Memory is given as resident, and as the part of it that is the process's own: the rest are pages of libraries and of
+the bank's files, which the system shares and drops as it likes.
 """
 
 from __future__ import annotations
@@ -55,19 +58,21 @@ def write(folder: Path, demonstrations: int, tokens: int) -> None:
     write_manifest(folder, new_manifest({"backbone": "random"}, shards=listed, complete=True, duplicates=0))
 
 
-def resident() -> float:
-    """Resident memory of this process in MB."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+def note_memory(found: dict[str, float], when: str) -> None:
+    """Note the memory of this process in MB."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    for name, what in (("VmRSS", "resident"), ("RssAnon", "of it the process's own")):
+        found[f"{when}: {what}, MB"] = int(lines[name].split()[0]) * 1024 / 1e6
 
 
 def measure(folder: Path) -> dict[str, float]:
     """Open, choose and read, in this process."""
-    found: dict[str, float] = {"resident MB with libraries, no bank": resident()}
+    found: dict[str, float] = {}
+    note_memory(found, "libraries, no bank")
     start = time.perf_counter()
     bank = DemonstrationBank.from_pretrained(folder)
     found["open ms"] = 1000 * (time.perf_counter() - start)
-    found["resident MB of the open bank"] = resident() - found["resident MB with libraries, no bank"]
-    found["resident MB in all before use"] = resident()
+    note_memory(found, "with the open bank, before use")
     generator = torch.Generator().manual_seed(1)
     for name, by, balanced in (
         ("image", "image", False),
@@ -86,7 +91,7 @@ def measure(folder: Path) -> dict[str, float]:
         found[f"select {SHOTS} by {name}: first, ms"] = times[0]
         found[f"select {SHOTS} by {name}: median of the next 11, ms"] = statistics.median(times[1:])
         found[f"select {SHOTS} by {name}: the same, ms of processor time"] = statistics.median(work[1:])
-    found["resident MB in all after use"] = resident()
+    note_memory(found, "after all of these")
     return found
 
 

@@ -21,6 +21,7 @@ HERE = Path(__file__).resolve().parent
 
 def share(repo: str, repo_id: str, token: str | None) -> None:
     """Build, push, open again, ask."""
+    import torch
     from lesson import ask, load, shapes
 
     model, processor = load(repo)
@@ -31,8 +32,8 @@ def share(repo: str, repo_id: str, token: str | None) -> None:
     print(f"{repo_id}: {len(bank)} demonstrations, read by {bank.source['backbone']}")
     for image, name in queries:
         print(f"  {name:10} {ask(model, processor, image, demos=bank)}")
-    model.projector.layers[-1].weight.data.mul_(1.5)
-    model._projector_id = None  # changed through .data, which no counter sees
+    with torch.no_grad():
+        model.projector.layers[-1].weight.mul_(1.5)  # as if it had been trained further
     try:
         model.load_bank(repo_id, token=token)
     except ValueError as error:

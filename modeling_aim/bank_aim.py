@@ -24,11 +24,10 @@ from .manifest_aim import (
     BANK_SHARDS,
     new_manifest,
     read_manifest,
-    remove_unlisted,
-    write_manifest,
+    write_bank,
     write_numbered,
 )
-from .select_aim import FAISS_FROM, KINDS, MMICES_POOL, Groups, Likeness, check_way, drawn, pick, sketched
+from .select_aim import FAISS_FROM, MMICES_POOL, Groups, Likeness, check_way, drawn, pick, sketched
 from .shards_aim import (
     DTYPES,
     BankDamaged,
@@ -42,12 +41,11 @@ from .shards_aim import (
     slice_of,
     stored_as,
     with_vectors,
-    write_whole,
 )
 
 logger = logging.get_logger(__name__)
 
-NOT_COMPARED = -3.0  # below every score
+NOT_COMPARED = -3.0  # no score of what is compared is lower
 SHARD_BYTES = 256 * 2**20
 
 
@@ -183,7 +181,7 @@ class DemonstrationBank:
         return self._gather(self._numbers(index), lambda shard, rows: shard.rows("states", rows))
 
     def _numbers(self, index: Sequence[int] | None) -> Sequence[int]:
-        return range(len(self)) if index is None else index
+        return range(len(self)) if index is None else [range(len(self))[number] for number in index]
 
     @property
     def has_states(self) -> bool:
@@ -261,7 +259,8 @@ class DemonstrationBank:
                 fixed list. Also what `model.query_features` gave for one query.
             k: how many.
             by: `"random"`; `"image"` (RICES: the backbone's own features of images); `"text"`; `"fused"` (fused
-                tokens, averaged); `"mmices"` (the most alike texts among the 200 most alike images); or a list of
+                tokens, averaged); `"mmices"` (of the `4 * k` most alike images the most alike texts; where texts are
+                as alike, and for labels, which ask nothing, the images decide; arXiv 2311.18021); or a list of
                 numbers or keys of demonstrations, of which the first `k` are taken as they come.
             seed: of `"random"`.
             balanced: take labels in turn, the best of each first, where demonstrations have labels.
@@ -276,6 +275,8 @@ class DemonstrationBank:
             ValueError: `k` is larger than the bank, or the query lacks what is compared.
         """
         check_way(by)
+        if not len(self):
+            raise ValueError("This bank is empty: there is nothing to choose from.")
         if not 0 < k <= len(self):
             raise ValueError(
                 f"k={k} demonstrations were asked of a bank that has {len(self)}; expected 1..{len(self)}."
@@ -305,7 +306,13 @@ class DemonstrationBank:
                 scores = torch.full((len(self),), NOT_COMPARED)
                 scores[near[0]] = torch.tensor(near[1])
                 return self._picked(scores, k, None, near_duplicate)
-        return self._picked(self._scores(features, by, k, seed), k, groups, near_duplicate)
+        if by == "random":
+            scores = drawn(len(self), seed)
+        elif by == "mmices":
+            scores = self._mmices(features, k, groups)
+        else:
+            scores = self._like(by).scores(features[by])
+        return self._picked(scores, k, groups, near_duplicate)
 
     def _picked(
         self, scores: torch.Tensor, k: int, groups: Groups | None, near_duplicate: float | None
@@ -320,15 +327,15 @@ class DemonstrationBank:
 
         return [(number, float(scores[number])) for number in pick(scores, k, groups, repeats)]
 
-    def _scores(self, features: Mapping[str, torch.Tensor], by: str, k: int, seed: int) -> torch.Tensor:
-        if by == "random":
-            return drawn(len(self), seed)
-        kinds = KINDS[by]
-        scores = self._like(kinds[-1]).scores(features[kinds[-1]][None])[0]
-        if by == "mmices":
-            images = self._like("image").scores(features["image"][None])[0]
-            pool = images.topk(min(len(self), max(MMICES_POOL, 2 * k))).indices
-            scores = torch.full_like(scores, NOT_COMPARED).index_put((pool,), scores[pool])
+    def _mmices(self, features: Mapping[str, torch.Tensor], k: int, groups: Groups | None) -> torch.Tensor:
+        """Texts of the most alike images, to two digits, where images decide between equals; behind them, images."""
+        images = self._like("image").scores(features["image"])
+        pool = pick(images, min(len(self), MMICES_POOL * k), groups, lambda number, chosen: False)
+        texts = self._like("text").scores(features["text"], among=pool)
+        named = torch.tensor([label is not None for label in self.labels(pool)])
+        texts = torch.where(named, 0.0, texts.mul(100).round() / 100)
+        scores = images.clamp(min=-1) + NOT_COMPARED - 1
+        scores[pool] = texts + 0.004 * images[pool].clamp(min=-1)
         return scores
 
     def _listed(self, by: Sequence[int] | Sequence[str], k: int) -> list[int]:
@@ -375,15 +382,15 @@ class DemonstrationBank:
         return self.features[kind]
 
     def _like(self, kind: str) -> Likeness:
-        """Features of a kind, loaded when they are first used."""
+        """Features of a kind, checked when they are first used."""
         with self._lock:
             if kind not in self._likeness:
                 width = self.feature_width(kind)
                 if kind in self.features:
-                    features = torch.cat([shard.feature(kind) for shard in self._shards])
+                    features = [shard.feature(kind) for shard in self._shards]
                 else:
                     parts = (v.float().mean(dim=0) for s in self._shards for v in s.vectors(range(len(s))))
-                    features = sketched(torch.stack([p.nan_to_num() for p in parts]), width)
+                    features = [sketched(torch.stack([p.nan_to_num() for p in parts]), width)]
                 self._likeness[kind] = Likeness(features)
             return self._likeness[kind]
 
@@ -403,6 +410,8 @@ class DemonstrationBank:
     ) -> None:
         """Write the bank: shards, manifest and a card. A kill leaves the old bank or the new one.
 
+        A card that is already there is kept if somebody wrote it, and written anew if it was made by this.
+
         Args:
             save_directory: the folder.
             storage: how fused tokens are kept: `"auto"` (as they are), `"float32"`, `"bfloat16"`, `"float16"`, or
@@ -415,16 +424,12 @@ class DemonstrationBank:
         folder.mkdir(parents=True, exist_ok=True)
         listed: list[dict[str, Any]] = []
         for shard in self._shards:
-            size = sum(column.numel() * column.element_size() for column in shard.columns.values())
-            step = max(1, len(shard) * shard_bytes // max(size, 1))
+            step = max(1, len(shard) * shard_bytes // max(shard.nbytes, 1))
             for start in range(0, max(len(shard), 1), step):
                 part = stored_as(slice_of(shard, start, start + step), storage)
                 listed.append(write_numbered(part, folder, len(listed) + 1))
         manifest = new_manifest(self.source, shards=listed, complete=True, duplicates=self.duplicates)
-        write_manifest(folder, manifest)
-        remove_unlisted(folder, manifest)
-        if not (folder / "README.md").exists():
-            write_whole(folder / "README.md", self.card().encode())
+        write_bank(folder, manifest, self.card())
 
     @classmethod
     def from_pretrained(
@@ -547,14 +552,15 @@ class DemonstrationBank:
                 parts.append(with_vectors(part, fused, dict(model.source)))
             listed.append(write_numbered(joined(parts), folder, len(listed) + 1))
         manifest = new_manifest(model.source, shards=listed, complete=True, duplicates=self.duplicates)
-        write_manifest(folder, manifest)
-        remove_unlisted(folder, manifest)
-        write_whole(folder / "README.md", self.card().encode())
+        write_bank(folder, manifest, self._card_for(model.source))
         return model.load_bank(folder)
 
     def card(self) -> str:
         """What a repository that holds this bank says about itself."""
-        rows = "".join(f"| {name} | {value} |\n" for name, value in self.source.items())
+        return self._card_for(self.source)
+
+    def _card_for(self, source: Mapping[str, str]) -> str:
+        rows = "".join(f"| {name} | {value} |\n" for name, value in sorted(source.items()))
         labels = [label for label in dict.fromkeys(self.labels()) if label is not None]
         says = f"\n\nLabels: {', '.join(labels[:30])}{' and more' if len(labels) > 30 else ''}." if labels else ""
         return f"""---

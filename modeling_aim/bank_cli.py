@@ -74,7 +74,7 @@ def build(
         )
     Console().print(
         f"{output}: {len(bank)} demonstrations, {bank.num_tokens} fused tokens, {_bytes(bank.nbytes)}"
-        + (f", {bank.duplicates} duplicates merged" if bank.duplicates else ""),
+        + (f", merged duplicates: {bank.duplicates}" if bank.duplicates else ""),
         soft_wrap=True,
     )
 
@@ -104,9 +104,9 @@ def inspect(
     for name, value in info.pop("source").items():
         table.add_row(escape(name), escape(str(value)))
     for name, value in info.items():
-        table.add_row(name.replace("_", " "), _bytes(value) if name == "bytes" else escape(str(value)))
-    shown = ", ".join(f"{label} {count}" for label, count in list(labels.items())[:20])
-    table.add_row(f"labels ({len(labels)})", escape(shown + (", ..." if len(labels) > 20 else "")))
+        table.add_row(name.replace("_", " "), _bytes(value) if name == "bytes" else escape(_shown(value)))
+    more = ", ..." if len(labels) > 20 else ""
+    table.add_row(f"labels ({len(labels)})", escape(_shown(dict(list(labels.items())[:20])) + more))
     Console().print(table)
 
 
@@ -174,6 +174,8 @@ def export_prompt_embeds(
         from safetensors.torch import save_file
         from transformers.image_utils import load_image
 
+        if demos is not None and bank is not None:
+            raise ValueError("Give --demos FILE or --bank BANK, not both.")
         model = _load(repo, revision, load_in_4bit, device_map)
         picture = None if image is None else load_image(image).convert("RGB")
         query = {**({} if picture is None else {"image": picture}), "question": question}
@@ -204,13 +206,19 @@ def _rows(dataset: str | None, split: str, limit: int | None) -> Any:
     return data if limit is None else data.take(limit)
 
 
+def _shown(value: Any) -> str:
+    """A value of `bank.info()` for people."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {number}" for name, number in value.items()) or "none"
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
 def _bytes(count: int) -> str:
-    size = float(count)
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1024
-    return ""
+    size, unit = float(count), "bytes"
+    for larger in ("KiB", "MiB", "GiB"):
+        if size >= 1024:
+            size, unit = size / 1024, larger
+    return f"{count} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
 
 
 def contact_sheet(query: Any, question: str, thumbnails: Sequence[bytes], says: Sequence[str], side: int = 112) -> Any:

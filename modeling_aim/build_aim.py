@@ -26,12 +26,14 @@ from .manifest_aim import (
     new_manifest,
     read_manifest,
     remove_unlisted,
+    write_bank,
     write_manifest,
     write_numbered,
 )
 from .select_aim import sketched
 from .shards_aim import (
     FEATURE,
+    STORAGES,
     BankDamaged,
     Shard,
     blob,
@@ -41,7 +43,6 @@ from .shards_aim import (
     open_shard,
     stored_as,
     write_shard,
-    write_whole,
 )
 
 try:
@@ -73,6 +74,13 @@ def build_bank(
     folder = Path(save_directory)
     if folder.is_file():
         raise ValueError(f"{folder} is a file; give a folder to build the bank in.")
+    if storage not in STORAGES:
+        raise ValueError(f"storage={storage!r}: expected one of {', '.join(STORAGES)}.")
+    for name, value, least in (
+        ("batch_size", batch_size, 1), ("feature_size", feature_size, 1), ("thumbnails", thumbnails, 0),
+    ):  # fmt: skip
+        if value < least:
+            raise ValueError(f"{name}={value}: expected {least} or more.")
     folder.mkdir(parents=True, exist_ok=True)
     if storage == "auto":
         storage = str(model.dtype).removeprefix("torch.")
@@ -112,7 +120,8 @@ def open_rows(demos: Iterable[Any], columns: Mapping[str, str] | None) -> Iterat
     classes as the classes' names.
 
     Raises:
-        ValueError: a row is no demonstration; the message says which.
+        ValueError: a row is no demonstration, or a data set has no column that is part of one; the message says
+            which.
     """
     if isinstance(demos, (str, bytes, Mapping)):
         raise ValueError(f"A bank is built from a stream of demonstrations; got {demos!r:.80}.")
@@ -120,6 +129,11 @@ def open_rows(demos: Iterable[Any], columns: Mapping[str, str] | None) -> Iterat
     kinds = kinds if isinstance(kinds, Mapping) else {}
     if columns is None and kinds:
         columns = {name: name for name in kinds if name in DEMONSTRATION_KEYS}
+        if not columns:
+            raise ValueError(
+                f"The data set has the columns {sorted(kinds)}, none of {sorted(DEMONSTRATION_KEYS)}. Say which is "
+                'which, e.g. columns={"image": "img", "label": "fine_label"}.'
+            )
     for number, row in enumerate(demos):
         try:
             if columns is not None and isinstance(row, Mapping):
@@ -128,7 +142,8 @@ def open_rows(demos: Iterable[Any], columns: Mapping[str, str] | None) -> Iterat
         except KeyError as error:
             raise ValueError(f"Row {number} has no column {error}; it has {sorted(row)}. Check columns=.") from error
         except ValueError as error:
-            raise ValueError(f"Row {number}: {error} What came before it is kept in the bank.") from error
+            taken = f" Of each row {columns} were taken; columns= takes others." if columns is not None else ""
+            raise ValueError(f"Row {number}: {error}{taken} What came before it is kept in the bank.") from error
         yield demo
 
 
@@ -266,13 +281,11 @@ class _Builder:
         """Make the last shard and say that the bank is complete."""
         if self.parts:
             self._make_shard()
-        if not self.manifest["complete"] or self.manifest["duplicates"] != self.duplicates:
-            self._commit(complete=True, duplicates=self.duplicates)
+        shards = [open_shard(self.folder / listed["file"], listed) for listed in self.manifest["shards"]]
+        card = DemonstrationBank._of(shards, self.manifest["source"]).card()
+        write_bank(self.folder, {**self.manifest, "complete": True, "duplicates": self.duplicates}, card)
         if not any(self.parts_folder.iterdir()):
             self.parts_folder.rmdir()
-        card = self.folder / "README.md"
-        if not card.exists():
-            write_whole(card, DemonstrationBank.from_pretrained(self.folder).card().encode())
 
     def _read(self, batch: list[tuple[str, Demonstration]]) -> Shard:
         """Read some demonstrations into a part."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,18 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
             "bank again."
         ) from error
     return manifest
+
+
+def write_bank(folder: Path, manifest: Mapping[str, Any], card: str) -> None:
+    """Write manifest and card, and remove what is not listed any more; a card that somebody wrote is kept."""
+    path, written = folder / "README.md", None
+    with suppress(OSError, ValueError):
+        written = read_manifest(folder / BANK_MANIFEST).get("card")
+    own = not path.exists() or written == hashlib.sha256(path.read_bytes()).hexdigest()
+    write_manifest(folder, {**manifest, "card": hashlib.sha256(card.encode()).hexdigest()})
+    remove_unlisted(folder, manifest)
+    if own:
+        write_whole(path, card.encode())
 
 
 def write_numbered(shard: Shard, folder: Path, number: int) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from importlib import import_module
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,12 @@ import torch
 
 WAYS = ("random", "image", "text", "fused", "mmices")
 KINDS = {"image": ("image",), "text": ("text",), "fused": ("fused",), "mmices": ("image", "text")}
-FAISS_FROM = 50_000  # demonstrations; below it a matrix product is as fast
+FAISS_FROM = 250_000  # demonstrations; of 100 000 a product in blocks is as fast, and copies no features
 INNER_PRODUCT = 0  # faiss.METRIC_INNER_PRODUCT
-MMICES_POOL = 200  # demonstrations with the most alike images, of which the most alike texts are taken
+MMICES_POOL = 4  # times k: demonstrations with the most alike images, of which the most alike texts are taken
 ABSENT = -2.0  # below every cosine: a demonstration without an image, when it is images that are compared
+ALL_ALIKE = 1e-3  # a feature that differs from the mean of the bank by less differs in rounding alone
+BLOCK = 2**17  # numbers that are compared at a time: in float32 they stay in the processor's cache
 
 
 def check_way(by: Any) -> None:
@@ -47,55 +50,94 @@ def sketched(features: torch.Tensor, width: int) -> torch.Tensor:
 class Likeness:
     """The features of a bank, ready to be compared: cosine of unit vectors, each less the mean of the bank.
 
-    Taking the mean away keeps what tells demonstrations apart; what all have in common is most of a feature.
+    Taking the mean away keeps what tells demonstrations apart; what all have in common is most of a feature. The
+    features stay where they are, mapped from files as a rule, and are gone through a block at a time.
 
     Args:
-        features: unit vectors `(demonstrations, width)`; zeros where a demonstration has none.
+        parts: unit vectors `(demonstrations, width)` of each shard, of any type; zeros where one has none.
     """
 
-    def __init__(self, features: torch.Tensor) -> None:
-        self.unit = features.float()
-        self.there = self.unit.any(dim=1)
+    def __init__(self, parts: Sequence[torch.Tensor]) -> None:
+        self.parts = list(parts)
+        self.starts = [0, *accumulate(len(part) for part in parts)]
+        total = torch.zeros(parts[0].shape[1], dtype=torch.float64)
+        self.there = torch.empty(self.starts[-1], dtype=torch.bool)
+        for here, rows in self._blocks():
+            self.there[here] = rows.any(dim=1)
+            total += rows.sum(dim=0, dtype=torch.float64)
         count = int(self.there.sum())
-        self.mean = self.unit.sum(dim=0) / max(count, 1)
-        if count < 2:  # nothing to tell apart
-            self.mean = torch.zeros_like(self.mean)
-        self.unit = self._centred(self.unit)
-        self.all_there = count == len(self.unit)
+        self.mean = (total / count if count > 1 else torch.zeros_like(total)).float()  # of one: nothing to tell apart
+        self.norms = torch.empty(self.starts[-1])
+        for here, rows in self._blocks():
+            self.norms[here] = rows.sub_(self.mean).norm(dim=1)
+        self.norms[self.norms < ALL_ALIKE] = torch.inf
         self.index: Any = None
 
-    def _centred(self, rows: torch.Tensor) -> torch.Tensor:
-        centred = torch.where(rows.any(dim=1, keepdim=True), rows - self.mean, 0.0)
-        return centred / centred.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    def _blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """All rows in float32, some at a time, and which they are; the next ones take the same memory."""
+        width = self.parts[0].shape[1]
+        buffer = torch.empty(max(1, BLOCK // max(width, 1)), width)
+        for part, start in zip(self.parts, self.starts[:-1], strict=True):
+            for at in range(0, len(part), len(buffer)):
+                block = part[at : at + len(buffer)]
+                yield slice(start + at, start + at + len(block)), buffer[: len(block)].copy_(block)
 
-    def scores(self, queries: torch.Tensor) -> torch.Tensor:
-        """Cosine of each query with each demonstration, `(queries, demonstrations)`."""
-        found = torch.stack([self.unit @ query for query in self._centred(queries)])
-        return found if self.all_there else torch.where(self.there, found, ABSENT)
+    def _centred(self, rows: torch.Tensor) -> torch.Tensor:
+        """Unit vectors of rows less the mean; zeros where a row has no feature, or is the mean."""
+        centred = torch.where(rows.any(dim=1, keepdim=True), rows - self.mean, 0.0)
+        norms = centred.norm(dim=1, keepdim=True)
+        return torch.where(norms < ALL_ALIKE, 0.0, centred / norms)
+
+    def rows(self, numbers: Sequence[int]) -> torch.Tensor:
+        """Centred unit vectors of some demonstrations, `(demonstrations, width)`."""
+        places = [(bisect.bisect_right(self.starts, number) - 1, number) for number in numbers]
+        return self._centred(torch.stack([self.parts[at][number - self.starts[at]] for at, number in places]).float())
+
+    def scores(self, query: torch.Tensor, among: Sequence[int] | None = None) -> torch.Tensor:
+        """Cosine of a query `(width,)` with each demonstration, or with those `among` these numbers."""
+        query = self._centred(query[None])[0]
+        if among is not None:
+            return torch.where(self.there[list(among)], self.rows(among) @ query, ABSENT)
+        found = torch.empty(self.starts[-1])
+        for here, rows in self._blocks():
+            torch.mv(rows, query, out=found[here])
+        return torch.where(self.there, ((found - self.mean @ query) / self.norms).clamp(-1, 1), ABSENT)
 
     def nearest(self, query: torch.Tensor, count: int) -> tuple[list[int], list[float]] | None:
-        """The `count` most alike, by FAISS through `datasets`; `None` where these are not installed."""
+        """The `count` most alike, by FAISS through `datasets`; `None` where it is not installed or cannot say."""
         if self.index is None:
-            self.index = _faiss_index(self.unit)
+            self.index = _faiss_index(self) if bool(self.there.all()) else False
         if not self.index:
             return None
         scores, found = self.index.search("features", self._centred(query[None])[0].numpy(), k=count)
         return [int(i) for i in found], [float(score) for score in scores]
 
     def alike(self, one: int, others: Sequence[int]) -> torch.Tensor:
-        """Cosine of one demonstration with others; 1 where neither has the feature."""
-        found = self.unit[list(others)] @ self.unit[one]
-        return torch.where(self.there[list(others)] | self.there[one], found, 1.0)
+        """Cosine of one demonstration with others; 1 where neither has the feature, or both have that of all."""
+        rows = self.rows([one, *others])
+        plain = ~rows.any(dim=1)
+        same = plain[1:] & plain[0] & (self.there[list(others)] == self.there[one])
+        return torch.where(same, 1.0, rows[1:] @ rows[0])
 
 
-def _faiss_index(features: torch.Tensor) -> Any:
-    """A `datasets` data set with an exact FAISS index over `features`, or `False`."""
+def _faiss_index(like: Likeness) -> Any:
+    """A `datasets` data set with an exact FAISS index over all features, or `False`."""
     try:
         import_module("faiss")
-        data = import_module("datasets").Dataset.from_dict({"number": list(range(len(features)))})
+        datasets = import_module("datasets")
     except ImportError:
         return False
-    data.add_faiss_index_from_external_arrays(features.numpy(), index_name="features", metric_type=INNER_PRODUCT)
+    features = torch.empty(like.starts[-1], like.parts[0].shape[1])
+    for here, rows in like._blocks():
+        features[here] = like._centred(rows)
+    data = datasets.Dataset.from_dict({"number": list(range(like.starts[-1]))})
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        data.add_faiss_index_from_external_arrays(features.numpy(), index_name="features", metric_type=INNER_PRODUCT)
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
     return data
 
 

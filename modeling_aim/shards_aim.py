@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -36,6 +37,10 @@ RAGGED = {
 NEEDED = ("keys", "lengths", "vectors", "texts", "text_lengths", "labels", "label_lengths")
 FEATURE = "feature."
 STORAGES = ("auto", "float32", "bfloat16", "float16", "int8")
+TYPES = {  # of columns, as safetensors calls them
+    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I32": torch.int32, "I8": torch.int8,
+    "U8": torch.uint8,
+}  # fmt: skip
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
@@ -77,10 +82,11 @@ class Shard:
     def __init__(self, columns: Mapping[str, torch.Tensor], about: Mapping[str, Any], name: str = "this bank") -> None:
         self.columns, self.about, self.name = columns, about, name
         self._checked: set[str] = set()
-        self.ends = {k: v.to(torch.int64).cumsum(0).tolist() for k, v in columns.items() if k in RAGGED.values()}
         problem = self._problem()
         if problem is not None:
             raise BankDamaged(f"{name} is no shard of a demonstration bank: {problem}. Copy or build it again.")
+        sizes = {lengths: columns[lengths].numpy() for lengths in RAGGED.values() if lengths in columns}
+        self.ends = {name: np.concatenate([[0], np.cumsum(size, dtype=np.int64)]) for name, size in sizes.items()}
 
     def __len__(self) -> int:
         return int(self.columns["keys"].shape[0])
@@ -129,16 +135,17 @@ class Shard:
             tail = tuple(found[name].shape[1:])
             if len(tail) != (name in ("vectors", "states")) or lengths not in found:
                 return f"{name} has the shape {tuple(found[name].shape)}"
-            if found[lengths].dtype != torch.int32 or (count and int(found[lengths].min()) < 0):
-                return f"{lengths} are {found[lengths].dtype}, or negative"
+            if found[lengths].dtype != torch.int32 or found[lengths].ndim != 1 or bool((found[lengths] < 0).any()):
+                return f"{lengths} are {found[lengths].dtype} {tuple(found[lengths].shape)}, or negative"
             expected[lengths] = ((count,), torch.int32)
-            total = self.ends[lengths][-1] if self.ends[lengths] else 0
+            total = int(found[lengths].sum())
             kinds = {"texts": torch.uint8, "labels": torch.uint8, "thumbnails": torch.uint8, "scales": torch.float32}
             expected[name] = ((total, *tail), kinds.get(name))
             expected[name + ".digest"] = ((count, DIGEST_BYTES), torch.uint8)
         for name in found:
             if name.startswith(FEATURE):
-                expected[name] = ((count, *found[name].shape[1:2]), torch.float16)
+                width = found[name].shape[1] if found[name].ndim == 2 else 0
+                expected[name] = ((count, width), torch.float16)
         if set(found) != set(expected):
             return f"it holds {sorted(found)}, expected {sorted(expected)}"
         for name, (shape, dtype) in expected.items():
@@ -158,7 +165,7 @@ class Shard:
         ends, column, digests = self.ends[RAGGED[name]], self.columns[name], self.columns[name + ".digest"]
         found = []
         for i in index:
-            part = column[ends[i - 1] if i else 0 : ends[i]]
+            part = column[ends[i] : ends[i + 1]]
             if hashlib.blake2b(as_bytes(part), digest_size=DIGEST_BYTES).digest() != bytes(digests[i].tolist()):
                 raise BankDamaged(
                     f"{name} of demonstration {i} of {self.name} are damaged; the others can still be used. Copy the "
@@ -184,7 +191,7 @@ class Shard:
         """Features of all demonstrations `(demonstrations, width)`, checked when they are first used."""
         name = FEATURE + kind
         if name not in self._checked and "digests" in self.about:
-            _check_digest(self.columns[name], name, self.about["digests"].get(name), self.name)
+            _check_digest(as_bytes(self.columns[name]), name, self.about["digests"].get(name), self.name)
         self._checked.add(name)
         return self.columns[name]
 
@@ -243,7 +250,7 @@ def slice_of(shard: Shard, start: int, stop: int) -> Shard:
     columns = {}
     for name, column in shard.columns.items():
         if name in RAGGED:
-            ends = [0, *shard.ends[RAGGED[name]]]
+            ends = shard.ends[RAGGED[name]]
             columns[name] = column[ends[min(start, len(shard))] : ends[min(stop, len(shard))]]
         else:
             columns[name] = column[start:stop]
@@ -319,7 +326,7 @@ def write_whole(path: Path, payload: bytes) -> None:
 
 
 def open_shard(path: str | os.PathLike[str], listed: Mapping[str, Any] | None = None) -> Shard:
-    """Map a shard into memory; fixed columns but features are checked, the others when they are used.
+    """Map a shard into memory; fixed columns but features are checked now, the others when they are used.
 
     Args:
         path: the file.
@@ -331,26 +338,32 @@ def open_shard(path: str | os.PathLike[str], listed: Mapping[str, Any] | None = 
     path = Path(path)
     try:
         header = _header(path, listed)
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})[FORMAT])
-            if about["format"] != FORMAT or about["version"] != VERSION:
-                raise ValueError(f"format {about['format']!r:.40}, version {about['version']!r:.40}")
-            columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with safe_open(path, framework="pt") as tensors:  # checks that they fill the file, one after another
+            about = json.loads((tensors.metadata() or {})[FORMAT])
+        if about["format"] != FORMAT or about["version"] != VERSION:
+            raise ValueError(f"format {about['format']!r:.40}, version {about['version']!r:.40}")
         if listed is not None and hashlib.sha256(header).hexdigest() != listed["header_sha256"]:
             raise ValueError("its header has another sha256 than the manifest says")
-        for name, column in columns.items():
-            if name not in RAGGED and not name.startswith(FEATURE):
-                _check_digest(column, name, about["digests"].get(name), path.name)
+        columns, starts = _mapped(path, header)
+        with path.open("rb") as file:  # what is read here is not kept, and leaves the mapping untouched
+            for name in [name for name in columns if name not in RAGGED and not name.startswith(FEATURE)]:
+                file.seek(starts[name])
+                content = file.read(columns[name].numel() * columns[name].element_size())
+                _check_digest(content, name, about["digests"].get(name), path.name)
+                if name in RAGGED.values() and content:
+                    columns[name] = torch.frombuffer(bytearray(content), dtype=columns[name].dtype)
+        shard = Shard(columns, about, path.name)
     except BankDamaged:
         raise
     except FileNotFoundError:
         raise BankDamaged(f"{path} is missing. Copy the bank again, whole.") from None
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (  # what a header written by somebody else can bring about
+        SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError,
+    ) as error:  # fmt: skip
         raise BankDamaged(
             f"{path} does not belong to a demonstration bank of version {VERSION}, or is damaged ({error!r:.200}). "
             "Copy or build it again."
         ) from error
-    shard = Shard(columns, about, path.name)
     if listed is not None and (len(shard), shard.tokens) != (listed["demonstrations"], listed["tokens"]):
         raise BankDamaged(f"{path} has {len(shard)} demonstrations; its manifest says {listed['demonstrations']}.")
     return shard
@@ -372,8 +385,25 @@ def _header(path: Path, listed: Mapping[str, Any] | None) -> bytes:
         return start + file.read(length)
 
 
-def _check_digest(column: torch.Tensor, name: str, expected: Any, file: str) -> None:
-    if hashlib.sha256(as_bytes(column)).hexdigest() != expected:
+def _mapped(path: Path, header: bytes) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """The tensors of a safetensors file as views of one mapping, of which no page is touched, and where they begin.
+
+    `safe_open.get_tensor` touches the first page of each, for which Linux may map 2 MB.
+    """
+    size = path.stat().st_size
+    mapping: Any = torch.UntypedStorage.from_file(os.fspath(path), shared=False, nbytes=size)
+    content = torch.empty(0, dtype=torch.uint8).set_(mapping)
+    entries = {name: entry for name, entry in json.loads(header[8:]).items() if name != "__metadata__"}
+    places = {name: [len(header) + at for at in entry["data_offsets"]] for name, entry in entries.items()}
+    columns = {
+        name: content[start:end].view(TYPES[entries[name]["dtype"]]).reshape(entries[name]["shape"])
+        for name, (start, end) in places.items()
+    }
+    return columns, {name: start for name, (start, _) in places.items()}
+
+
+def _check_digest(content: bytes | memoryview, name: str, expected: Any, file: str) -> None:
+    if hashlib.sha256(content).hexdigest() != expected:
         raise BankDamaged(f"{name} of {file} are damaged (their sha256 is another one). Copy or build it again.")
 
 

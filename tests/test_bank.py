@@ -94,6 +94,49 @@ def test_saving_again_replaces_the_bank_and_leaves_no_old_file(saved: Path, llav
     assert torch.equal(loaded.fused.vectors, vectors)  # one that is open stays what it is
 
 
+def test_the_card_is_of_the_bank_that_is_there_unless_somebody_wrote_it(tmp_path: Path, llava: Plugin) -> None:
+    card = tmp_path / "README.md"
+    llava.model.build_bank(DEMOS[:2], tmp_path)
+    assert "2 demonstrations" in card.read_text()
+    llava.model.build_bank(DEMOS, tmp_path)
+    assert "5 demonstrations" in card.read_text()
+    DemonstrationBank(llava.model.read(DEMOS[:3])).save_pretrained(tmp_path)
+    assert "3 demonstrations" in card.read_text()
+    card.write_text("My own words.")
+    llava.model.load_bank(tmp_path)[:1]
+    DemonstrationBank(llava.model.read(DEMOS[:1])).save_pretrained(tmp_path)
+    assert card.read_text() == "My own words."
+
+
+def test_numbers_from_the_end_are_taken_everywhere(saved: Path) -> None:
+    bank = DemonstrationBank.from_pretrained(saved)
+    for what in (bank.keys, bank.texts, bank.labels, bank.thumbnails):
+        assert what([-1, 0]) == [what()[4], what()[0]]
+        with pytest.raises(IndexError):
+            what([5])
+
+
+def test_opening_a_bank_touches_nothing_of_its_columns(saved: Path) -> None:
+    """They are mapped, not read: of the files' pages none is in memory until something is used."""
+    maps = Path("/proc/self/smaps")
+    if not maps.exists():
+        pytest.skip("only Linux says what is in memory")
+
+    def resident() -> int:
+        found, ours = 0, False
+        for line in maps.read_text().splitlines():
+            if line.split()[0].count("-") == 1:
+                ours = str(saved) in line
+            elif ours and line.startswith("Rss:"):
+                found += int(line.split()[1])
+        return found
+
+    bank = DemonstrationBank.from_pretrained(saved)
+    assert resident() == 0
+    bank[0]
+    assert resident() > 0
+
+
 def test_a_bank_in_half_precision(tmp_path: Path) -> None:
     aim = plugin("llava")
     aim.model.to(torch.bfloat16)
@@ -177,7 +220,9 @@ def test_hidden_states_take_a_new_projector_without_reading(saved: Path, llava: 
         wanted = new.model.build_bank(DEMOS, tmp_path / f"{storage} read", batch_size=2, storage=storage)
         torch.testing.assert_close(again.fused.vectors, wanted.fused.vectors, rtol=1e-4, atol=0.02)
         assert dict(again.source) == new.model.source and again.has_states
-        torch.testing.assert_close(again._like("fused").unit, wanted._like("fused").unit, rtol=1e-2, atol=1e-2)
+        found, expected = (one._like("fused").rows(range(5)) for one in (again, wanted))
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+        assert new.model.source["projector"] in (tmp_path / f"{storage} again" / "README.md").read_text()
     other = plugin("qwen2_5_vl")
     with pytest.raises(ValueError, match="another model: backbone llava"):
         bank.reproject(other.model, tmp_path / "no")

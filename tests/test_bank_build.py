@@ -149,6 +149,14 @@ def test_a_bad_demonstration_is_named_and_what_came_before_is_kept(tmp_path: Pat
     counted = reads(aim)
     assert len(aim.model.build_bank(MANY[:6], tmp_path / "bank", **OPTIONS)) == 6
     assert sum(counted) == 2
+    for wrong_setting, message in (
+        ({"storage": "int4"}, "storage='int4': expected one of auto"),
+        ({"batch_size": 0}, "batch_size=0: expected 1 or more"),
+        ({"thumbnails": -1}, "thumbnails=-1: expected 0 or more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            llava.model.build_bank(MANY[:3], tmp_path / "none", **wrong_setting)
+    assert not (tmp_path / "none").exists()
     with pytest.raises(ValueError, match="built from a stream of demonstrations; got 'demos"):
         llava.model.build_bank("demos.jsonl", tmp_path / "other")
 
@@ -205,6 +213,8 @@ def test_columns_name_the_parts_of_a_demonstration(llava: Plugin, tmp_path: Path
     assert bank.labels() == ["dax", "wug"] and bank.texts() == ["This is dax.", "This is wug."]
     with pytest.raises(ValueError, match=r"Row 0 has no column 'image'; it has \['img', 'kind', 'split'\]"):
         list(open_rows(rows, {"image": "image"}))
+    with pytest.raises(ValueError, match=r"Row 0: A demonstration needs .*\{'image': 'img'\} were taken; columns="):
+        list(open_rows(rows, {"image": "img"}))
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -217,3 +227,5 @@ def test_a_datasets_data_set(llava: Plugin, tmp_path: Path, streamed: bool) -> N
     data = datasets.Dataset.from_dict(rows, features=features)
     bank = llava.model.build_bank(data.to_iterable_dataset() if streamed else data, tmp_path)
     assert bank.labels() == ["dax", "wug", "dax"]
+    with pytest.raises(ValueError, match=r"has the columns \['img', 'kind', 'number'\], none of .*columns="):
+        list(open_rows(data.rename_columns({"image": "img", "label": "kind"}), None))

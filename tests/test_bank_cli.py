@@ -47,12 +47,12 @@ def build(folder: Path, output: Path, *more: Any, fails: bool = False) -> str:
 def test_build_inspect_and_select(folder: Path, tmp_path: Path) -> None:
     bank = tmp_path / "bank"
     said = build(folder, bank, "--batch-size", 2, "--storage", "int8", "--keep-states")
-    assert "4 demonstrations" in said and "1 duplicates merged" in said
+    assert "4 demonstrations" in said and "merged duplicates: 1" in said
     info = json.loads(run("bank", "inspect", bank, "--json", "--verify"))
     assert info["demonstrations"] == 4 and info["labels"] == {"dax": 2, "blicket": 1, "wug": 1}
     assert info["stored_as"] == "int8" and info["hidden_states"] and info["merged_duplicates"] == 1
     shown = run("bank", "inspect", bank)
-    assert all(word in shown for word in ("dax 2", "backbone", "projector", "fused tokens"))
+    assert all(word in shown for word in ("dax 2", "backbone", "projector", "fused tokens", "yes", "image 64"))
     sheet = tmp_path / "chosen.png"
     command = ["bank", "select", bank, "--repo", folder / "repo", "--image", folder / "1.png"]
     chosen = json.loads(run(*command, "-k", 3, "--output", sheet, "--json"))
@@ -72,6 +72,7 @@ def test_errors_are_one_message(folder: Path, tmp_path: Path) -> None:
         ["bank", "select", bank, "--repo", repo, "--image", folder / "1.png", "-k", 9],
         ["bank", "select", bank, "--repo", repo, "--question", "What is this?"],
         ["bank", "inspect", tmp_path / "nowhere"],
+        ["export-prompt-embeds", "--repo", repo, "--question", "a", "--output", bank, "--bank", bank, "--demos", bank],
     ):
         assert "Traceback" not in run(*command, fails=True)
     build(folder, bank, "--storage", "int8", fails=True)

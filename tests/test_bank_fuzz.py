@@ -13,21 +13,22 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from modeling_aim import DemonstrationBank, FusedDemonstrations
 from modeling_aim.demonstrations_aim import FusedDemonstrations as Fused
-from modeling_aim.shards_aim import BankDamaged, blob, fused_columns, make_shard
+from modeling_aim.shards_aim import VERSION, BankDamaged, as_bytes, blob, fused_columns, make_shard
 
 NAMES = ("aim_bank.json", "0", "1")  # the manifest and the two shards
 
 
 def content(bank: DemonstrationBank) -> list[tuple[Any, ...]]:
     """All that a bank holds of each demonstration."""
-    likeness = bank._like("image").unit if "image" in bank.features else torch.zeros(len(bank), 1)
-    rows = zip(bank, bank.keys(), bank.labels(), bank.thumbnails(), likeness.shape[:1] * len(bank), strict=True)
+    seen = torch.cat([shard.feature("image") for shard in bank._shards]) if "image" in bank.features else [None] * 9
+    rows = zip(bank, bank.keys(), bank.labels(), bank.thumbnails(), seen, strict="image" in bank.features)
     return [
-        (one.vectors.float().numpy().tobytes(), one.texts, dict(one.source), key, label, picture)
-        for one, key, label, picture, _ in rows
+        (one.vectors.float().numpy().tobytes(), one.texts, dict(one.source), key, label, picture, str(features))
+        for one, key, label, picture, features in rows
     ]
 
 
@@ -153,6 +154,32 @@ def test_an_edited_manifest_is_an_error_or_right(bank: tuple[Path, Any], data: s
         except (BankDamaged, FileNotFoundError):
             return
         assert found == wanted
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(sorted(demonstration_bank()._shards[0].columns)),
+    shape=st.lists(st.integers(0, 4), max_size=3),
+    dtype=st.sampled_from([torch.int32, torch.uint8, torch.float16, torch.float32, torch.bfloat16, torch.int64]),
+    fill=st.integers(-1, 3),
+)
+def test_a_column_of_any_other_shape_or_type_is_refused(
+    tmp_path: Path, name: str, shape: list[int], dtype: torch.dtype, fill: int
+) -> None:
+    """Written by somebody who corrects all digests, in a folder without a manifest."""
+    shard = demonstration_bank()._shards[0]
+    columns = {**shard.columns, name: torch.full(shape, fill % 256 if dtype == torch.uint8 else fill, dtype=dtype)}
+    digests = {k: hashlib.sha256(as_bytes(v)).hexdigest() for k, v in columns.items()}
+    about = {**shard.facts, "format": "aim_bank", "version": VERSION, "digests": digests}
+    save_file(columns, tmp_path / "aim_bank-1.safetensors", metadata={"aim_bank": json.dumps(about)})
+    if shape == list(shard.columns[name].shape) and dtype == shard.columns[name].dtype:
+        return
+    try:
+        found = DemonstrationBank.from_pretrained(tmp_path, damaged="skip")
+    except BankDamaged:
+        return
+    widths = {"vectors": found.width, **{f"feature.{kind}": width for kind, width in found.features.items()}}
+    assert widths[name] == shape[1], "only widths may be others"
 
 
 @settings(max_examples=50, deadline=None)

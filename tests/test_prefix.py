@@ -179,15 +179,17 @@ def test_what_cannot_use_kept_kv_takes_the_fused_tokens(aim: Plugin) -> None:
         assert torch.equal(aim.model(**inputs, demos=prefix).logits, aim.model(**inputs, demos=fused).logits)
 
 
-def test_a_right_padded_batch_and_samples_use_it_too(llava: Plugin) -> None:
-    fused, prefix = llava.model.read(DEMOS), llava.model.prefill(DEMOS)
-    inputs = llava.query()
-    options = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 6}
-    drawn = []
-    for demos in (fused, prefix):
+def test_several_samples_are_drawn_from_it(llava: Plugin) -> None:
+    inputs, options = llava.query(), {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 6}
+    drawn: list[torch.Tensor] = []
+    computed = []
+    for demos in (llava.model.read(DEMOS), llava.model.prefill(DEMOS)):
         torch.manual_seed(0)
-        drawn.append(llava.model.generate(**inputs, demos=demos, **options))
+        computed.append(
+            passes(llava, lambda demos=demos: drawn.append(llava.model.generate(**inputs, demos=demos, **options)))
+        )
     assert drawn[0].shape[0] == 3 and torch.equal(*drawn)
+    assert computed[0] - computed[1] >= 3 * llava.model.read(DEMOS).num_tokens
 
 
 def test_a_prefix_is_refused_by_another_plug_in(llava: Plugin) -> None:

@@ -38,7 +38,8 @@ def test_the_most_alike_image_is_last(bank: DemonstrationBank) -> None:
         chosen = bank.choose(picture(seed), 4, by="image", balanced=False)
         scores = [score for _, score in chosen]
         assert chosen[-1][0] == seed and scores == sorted(scores) and scores[-1] > 0.99
-        exact = bank._like("image").unit @ bank._like("image").unit[seed]
+        rows = bank._like("image").rows(range(9))
+        exact = rows @ rows[seed]
         assert set(numbers(chosen)) == set(exact.topk(4).indices.tolist())
 
 
@@ -49,8 +50,8 @@ def test_labels_are_taken_in_turn(bank: DemonstrationBank) -> None:
             assert sorted(bank.labels(chosen), key=str) == sorted(NAMES)
             six = numbers(bank.choose((query, "What is this?"), 6, by=by))
             assert sorted(bank.labels(six), key=str) == sorted(NAMES * 2)
-    like = bank._like("image")
-    best = like.scores(bank.model.query_features(bank.model.query_inputs(picture(7)), "image", bank)["image"])[0]
+    seen = bank.model.query_features(bank.model.query_inputs(picture(7)), "image", bank)["image"][0]
+    best = bank._like("image").scores(seen)
     wanted = {max((i for i in range(9) if bank.labels()[i] == name), key=lambda i: float(best[i])) for name in NAMES}
     assert set(numbers(bank.choose(picture(7), 3, by="image"))) == wanted
 
@@ -93,25 +94,45 @@ def test_near_duplicates_are_left_out_while_there_are_others(llava: Plugin, tmp_
         assert len({0, 1, 2} & set(numbers(bank.choose(k=5, seed=seed)))) == 1
 
 
-def test_mmices_takes_texts_among_alike_images(llava: Plugin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modeling_aim.bank_aim.MMICES_POOL", 2)
-    texts = ["a red thing lies on the table.", "somewhere in the far north it rains."]
-    demos = [(picture(seed), text) for seed in (0, 1, 2) for text in texts]
+QUESTIONS = ("which colour has the thing on the table ?", "does it rain in the far north today ?")
+
+
+def test_mmices_takes_texts_among_the_most_alike_images(llava: Plugin, tmp_path: Path) -> None:
+    demos = [(picture(seed), question, f"number {seed}") for seed in range(6) for question in QUESTIONS]
     bank = llava.model.build_bank(demos, tmp_path)
-    chosen = bank.choose({"image": picture(1), "text": texts[1]}, 1, by="mmices")
-    assert numbers(chosen) == [3]
-    assert numbers(bank.choose(texts[0], 3, by="text", near_duplicate=None, balanced=False)) != [3]
-    assert all(number % 2 == 0 for number in numbers(bank.choose(texts[0], 3, by="text", near_duplicate=None)))
+    for seed in range(6):
+        for asked in (0, 1):
+            query = {"image": picture(seed), "question": QUESTIONS[asked]}
+            chosen = numbers(bank.choose(query, 2, by="mmices"))
+            pool = numbers(bank.choose(query, 8, by="image", near_duplicate=None))
+            assert set(chosen) < set(pool), "not among the 4 k most alike images"
+            assert all(number % 2 == asked for number in chosen), "another question is asked"
+            assert chosen[-1] == 2 * seed + asked
+    assert all(number % 2 == 0 for number in numbers(bank.choose(QUESTIONS[0], 6, by="text", near_duplicate=None)))
+
+
+def test_mmices_keeps_the_order_of_the_images_where_texts_do_not_differ(
+    llava: Plugin, bank: DemonstrationBank, tmp_path: Path
+) -> None:
+    asked = llava.model.build_bank([(picture(seed), QUESTIONS[0], NAMES[seed % 3]) for seed in range(9)], tmp_path)
+    for seed in range(12):
+        for one in (bank, asked):  # names, where nothing is asked; and the same question each time
+            query = {"image": picture(seed), "question": QUESTIONS[0]}
+            assert numbers(one.choose(query, 4, by="mmices")) == numbers(one.choose(query, 4, by="image"))
+    assert len({numbers(bank.choose((picture(seed), "a ?"), 1, by="mmices"))[0] for seed in range(9)}) == 9
 
 
 def test_what_a_query_must_have(bank: DemonstrationBank, llava: Plugin) -> None:
     for call, message in (
         (lambda: bank.choose(picture(1), 10, by="image"), "k=10 demonstrations were asked of a bank that has 9"),
         (lambda: bank.choose(picture(1), 0, by="image"), "k=0"),
-        (lambda: bank.choose("What is this?", 2, by="image"), "Query 0 of 1 has no image, and 'image' compares them"),
+        (
+            lambda: bank.choose("What is this?", 2, by="image"),
+            "Query 0 of 1 has no image, and 'image' compares",
+        ),
         (lambda: bank.choose(picture(1), 2, by="text"), "Query 0 of 1 has no words"),
         (lambda: bank.choose(picture(1), 2, by="clip"), "by='clip': expected one of random, image, text"),
-        (lambda: DemonstrationBank(llava.model.read([])).choose(), "a bank that has 0"),
+        (lambda: DemonstrationBank(llava.model.read([])).choose(), "This bank is empty"),
         (lambda: DemonstrationBank.from_pretrained(bank.folder).choose(picture(1), 2, by="image"), "knows no model"),
         (
             lambda: DemonstrationBank(llava.model.read(DEMOS)).choose(picture(1), 2, by="image", model=llava.model),
@@ -228,13 +249,39 @@ def test_a_sketch_keeps_who_is_alike() -> None:
     assert sketched(wide[:, :8], 512).shape == (40, 512)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_comparing_in_blocks_is_the_plain_definition(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr("modeling_aim.select_aim.BLOCK", 7 * 32)
+    features = torch.nn.functional.normalize(3 + torch.randn(50, 32, generator=torch.Generator().manual_seed(0)))
+    features[[4, 30]] = 0.0
+    features = features.to(dtype)
+    there = [i for i in range(50) if i not in (4, 30)]
+    mean = features[there].double().mean(dim=0)
+    centred = torch.nn.functional.normalize(features.double() - mean)
+    query = torch.nn.functional.normalize(features[7] + 0.3 * features[9], dim=0).float()
+    wanted = centred @ torch.nn.functional.normalize(query.double() - mean, dim=0)
+    wanted[[4, 30]] = -2.0
+    like = Likeness(features.split((20, 0, 30)))
+    torch.testing.assert_close(like.scores(query).double(), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(like.scores(query, among=[30, 8, 21]).double(), wanted[[30, 8, 21]], rtol=0, atol=1e-5)
+    torch.testing.assert_close(like.alike(7, [9, 4]).double(), centred[[9, 4]] @ centred[7] * torch.tensor([1, 0]))
+    assert like.alike(4, [30]).tolist() == [1.0]
+
+
+def test_features_that_all_are_the_same_tell_nothing_apart() -> None:
+    same = torch.nn.functional.normalize(torch.ones(6, 8) + 1e-5 * torch.randn(6, 8)).half()
+    like = Likeness([same])
+    assert like.scores(torch.randn(8)).tolist() == [0.0] * 6
+    assert like.alike(0, [1, 2]).tolist() == [1.0, 1.0]
+
+
 def test_faiss_finds_what_torch_finds(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("faiss")
     pytest.importorskip("datasets")
     features = torch.nn.functional.normalize(torch.randn(500, 32, generator=torch.Generator().manual_seed(0)))
-    like = Likeness(features)
+    like = Likeness(features.split((200, 300)))
     query = features[7] + 0.1 * features[9]
     found, scores = like.nearest(query, 20) or ([], [])
-    exact = like.scores(query[None])[0]
+    exact = like.scores(query)
     assert found == exact.topk(20).indices.tolist()
     torch.testing.assert_close(torch.tensor(scores), exact.topk(20).values, rtol=1e-4, atol=1e-5)

@@ -128,7 +128,10 @@ class AimBankingModel(AimPreTrainedModel):
 
     def text_features(self, texts: Sequence[Demonstration]) -> torch.Tensor:
         """Hidden states of words alone, averaged: `(texts, joined layers x hidden size)`."""
-        return torch.stack([states.float().mean(dim=0) for states in self.read_states(texts, max(len(texts), 1))])
+        unique = {one.key: one for one in texts}  # the same words have the same features, to the last bit
+        read = self.read_states(list(unique.values()), max(len(unique), 1))
+        means = {key: states.float().mean(dim=0) for key, states in zip(unique, read, strict=True)}
+        return torch.stack([means[one.key] for one in texts])
 
     def query_inputs(self, query: Any) -> dict[str, Any]:
         """The backbone's inputs of one query that is an image, a text, or a dict or pair of both."""
@@ -186,10 +189,10 @@ class AimBankingModel(AimPreTrainedModel):
                 )
                 empty = []
             if empty:
-                what = "image" if kind == "image" else "words"
+                what, them = ("image", "images") if kind == "image" else ("words", "words")
                 raise ValueError(
-                    f"Query {empty[0]} of {len(ids)} has no {what}, and {by!r} compares them. Choose in another way, "
-                    "or give each query what is compared."
+                    f"Query {empty[0]} of {len(ids)} has no {what}, and {by!r} compares {them}. Give each query its "
+                    f'{them}, or choose in another way ("random" compares nothing).'
                 )
             found[kind] = sketched(seen, width)
         return found
