@@ -22,8 +22,9 @@ style: $(VENV)/.installed-dev  ## what CI checks beside the tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed-demo  ## what a bank of 100 000 demonstrations costs to open and to choose from; 2 GB of disk for a minute
+bench: $(VENV)/.installed-demo  ## a bank of 100 000 demonstrations (2 GB of disk for a minute), and steps a second of training
 	$(BIN)/python benchmarks/bank.py
+	$(BIN)/python benchmarks/training.py
 
 aim-tiny: $(VENV)/.installed-dev  ## train hub_configs/aim-tiny again, from nothing; resumes where it was stopped
 	$(BIN)/python examples/aim_tiny/build.py

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -66,12 +67,21 @@ def survey(model_type: str) -> tuple[str, str]:
             return "cannot", reason
         layers = len(decoder_layers(model))
     except Exception as error:
+        package = missing_package(error)
+        if package is not None:
+            return "not known", f"it needs the package {package}, which was not installed here"
         return "not known", f"its default configuration does not build: {in_short(error)}"
     try:
         return answer_text(model_type)
     except NotAnswered as error:
         return "cannot", str(error)
     except Exception as error:
+        package = missing_package(error)
+        if package is not None:
+            return (
+                "by construction",
+                f"{layers} decoder layers; to run, it needs the package {package}, not installed here",
+            )
         return "by construction", f"{layers} decoder layers; not run, as no small model was made: {in_short(error)}"
 
 
@@ -145,6 +155,14 @@ def small(config: Any) -> Any:
     if kinds:
         text.layer_types = kinds if len(kinds) > 1 else 2 * kinds
     return config
+
+
+def missing_package(error: Exception) -> str | None:
+    """The package that is not installed, where an error says so: Python's own, or transformers'."""
+    if not isinstance(error, ImportError):
+        return None
+    asked = re.search(r"requires the (\S+) library", str(error))
+    return asked[1] if asked else error.name
 
 
 def in_short(error: Exception) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
@@ -104,7 +105,7 @@ def watch_layers(backbone: PreTrainedModel, read_layers: Sequence[int]) -> None:
     if backbone.base_model is backbone and head is not None:
         head.register_forward_pre_hook(_keep_last)
     tower = backbone.get_encoder("image") if hasattr(backbone, "get_encoder") else backbone
-    if tower is not backbone:
+    if tower is not None and tower is not backbone:
         tower.register_forward_hook(_keep_vision)
     backbone.get_decoder().register_forward_pre_hook(_keep_decoder, with_kwargs=True)
     with suppress(ValueError):  # without a stack of layers reading works; features of images do not
@@ -434,14 +435,36 @@ def longest_prompt(config: PreTrainedConfig) -> int | None:
 # --- loading, and 4-bit weights
 
 
-def load_backbone(name: str, **kwargs: Any) -> PreTrainedModel:
-    """Load a backbone with the user's own arguments; what is quantized are its text decoder layers alone."""
+def load_backbone(name: str, **kwargs: Any) -> Any:
+    """Load a backbone with the user's own arguments; what is quantized are its text decoder layers alone.
+
+    Returns:
+        The backbone; where `output_loading_info=True` is among the arguments, the library's report of its files too.
+
+    Raises:
+        ValueError: weights are missing in its files. The library draws them at random and prints a report, but
+            answers of such a backbone mean nothing.
+    """
     kwargs.setdefault("trust_remote_code", False)  # trust in this repository is none in the backbone's
     quantization = kwargs.get("quantization_config")
     if quantization is not None:
         place = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
         kwargs["quantization_config"] = _with_modules_kept(quantization, AutoConfig.from_pretrained(name, **place))
-    return AutoModelForImageTextToText.from_pretrained(name, **kwargs)
+    told = kwargs.pop("output_loading_info", False)
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **kwargs)
+    backbone, info = loaded
+    if told:
+        return backbone, info
+    missing = sorted(info["missing_keys"])
+    if missing:
+        folder = os.path.join(name, *filter(None, [kwargs.get("subfolder")]))
+        raise ValueError(
+            f"{len(missing)} weights of {type(backbone).__name__} are missing in {folder}: {', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}. Its files are incomplete, or another version of transformers "
+            f"than {transformers.__version__} wrote them (config.json says {backbone.config.transformers_version}). "
+            "To go on with random weights in their place, load it with transformers and pass it as backbone=model."
+        )
+    return backbone
 
 
 def _with_modules_kept(quantization: Any, config: PreTrainedConfig) -> Any:

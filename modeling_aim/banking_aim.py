@@ -21,7 +21,7 @@ from .bank_aim import DemonstrationBank
 from .build_aim import build_bank
 from .demonstrations_aim import Demonstration, check_source
 from .injection_aim import FusedPrompt, injected
-from .prefix_aim import FusedPrefix, Recent, cache_bytes, copies_of, is_prefix, same_prefix
+from .prefix_aim import FusedPrefix, Recent, cache_bytes, copies_of, is_prefix, same_prefix, serves
 from .pretrained_aim import AimPreTrainedModel
 from .select_aim import KINDS, check_way, sketched
 
@@ -233,7 +233,8 @@ class AimBankingModel(AimPreTrainedModel):
         The KV is kept in `model.prefix_cache`, at most `prefix_cache.max_bytes`; the least recently used leaves, and
         is computed again when it is needed. It serves greedy and sampled decoding and beams of prompts that all rows
         of a batch share; everything else (other demonstrations a row, a cache of the caller's own, `use_cache=False`,
-        assisted decoding, a padded batch on a backbone with a recurrent state) takes the fused tokens as they are.
+        assisted decoding, cross-attention, a padded batch on a backbone with sliding windows or a recurrent state)
+        takes the fused tokens as they are.
         The answers are the same within float tolerance.
 
         Args:
@@ -285,9 +286,11 @@ class AimBankingModel(AimPreTrainedModel):
             return None
         mask = options.get("attention_mask")
         padded = mask is not None and not bool(mask.all())
-        if any(setting(name) for name in unusual) or (padded and self.backbone._is_stateful):
+        if any(setting(name) for name in unusual):
             return None
         cache, bos = self._prefix_kv(prefix)
+        if not serves(cache, padded):
+            return None
         prompt = self._fused_prompt(dict(options), [prefix] * len(ids), first=True)
         if not bool((prompt.columns.view(len(ids), -1)[:, 0] == len(bos)).all()):  # prompts that begin otherwise
             return None

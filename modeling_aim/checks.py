@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 from .backbone_aim import goes_on_behind_kv, laptop_quantization_config
 from .configuration_aim import AimConfig
 from .modeling_aim import AimForConditionalGeneration
+from .prefix_aim import serves
 from .processing_aim import AimProcessor
 
 
@@ -190,6 +191,8 @@ def beams(case: Case) -> None:
 def sampling(case: Case) -> None:
     """sampling repeats with its seed"""
     inputs, fused = case.query(), case.model.read(case.demos)
+    if (problem := _alone(case, do_sample=True, num_return_sequences=3)) is not None:
+        raise NotApplicable(f"the backbone's own sampling of several answers fails: {problem}")
     drawn = []
     for _ in range(2):
         torch.manual_seed(3)
@@ -315,7 +318,8 @@ def kept_prefix(case: Case) -> None:
     prefix = case.model.prefill(case.demos)
     queries = case.query(), case.query(QUESTION, "Which of the names that you were told goes with this?")
     kept = [value for value, _ in case.model.prefix_cache._values.values()]
-    assert kept and case.model._prefilled(prefix, dict(queries[0])) is not None, "the KV is not used"
+    used = case.model._prefilled(prefix, dict(queries[0])) is not None
+    assert kept and used == all(serves(cache, padded=False) for cache, _ in kept), "the KV is not used"
     lengths = [cache.get_seq_length() for cache, _ in kept]
     for inputs in queries:
         for beams in (1, 3) if _alone(case, num_beams=3) is None else (1,):

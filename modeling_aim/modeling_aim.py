@@ -24,6 +24,7 @@ from .backbone_aim import (
     read_hidden_states,
     read_with_images,
     watch_layers,
+    why_not,
 )
 from .banking_aim import AimBankingModel
 from .configuration_aim import AimConfig
@@ -85,6 +86,9 @@ class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
         super().__init__(config)
         if backbone is None:
             backbone = AutoModelForImageTextToText.from_config(config.backbone_config)
+        reason = why_not(backbone)
+        if reason is not None:
+            raise ValueError(f"AIM cannot use {type(backbone).__name__}: {reason}")
         self.backbone = backbone.requires_grad_(False).eval()
         self.projector = AimProjector(config)
         if not embedding_weight(
@@ -272,8 +276,6 @@ class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
         with one_at_a_time(self.backbone), answering(self.backbone), injected(prompt):
             output = self.backbone.generate(**options)
         note_fused(options.get("past_key_values"), getattr(output, "past_key_values", None))
-        if self.backbone.config.is_encoder_decoder:
-            return output
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         queries = input_ids.to(sequences.device).repeat_interleave(len(sequences) // len(input_ids), dim=0)
         sequences = torch.cat([queries, sequences[:, prompt.width :]], dim=1)

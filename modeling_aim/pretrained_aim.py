@@ -23,9 +23,8 @@ from .backbone_aim import (
     has_fingerprint,
     load_backbone,
     module_device,
-    why_not,
 )
-from .configuration_aim import OWN_SETTINGS, AimConfig
+from .configuration_aim import IMPLEMENTATIONS, OWN_SETTINGS, AimConfig, by_part, implementation
 from .families_aim import FAMILIES
 from .files_aim import HUB_KWARGS, copy_shipped_files, locate_file, model_card, read_safetensors, staged_folder, upload
 from .injection_aim import watch_embeddings
@@ -101,9 +100,24 @@ class AimPreTrainedModel(PreTrainedModel):
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Give the backbone another number of token ids; from then on it must be saved with the plug-in."""
-        embeddings = self.backbone.resize_token_embeddings(*args, **kwargs)
-        self.config.backbone_config = copy.deepcopy(self.backbone.config)
-        return embeddings
+        return self.backbone.resize_token_embeddings(*args, **kwargs)
+
+    def set_attn_implementation(self, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Give the backbone another implementation of attention, in all of its parts or by part."""
+        asked = by_part(attn_implementation)
+        inner = asked.get("backbone_config") if isinstance(asked, dict) else asked
+        if inner is not None:
+            self.backbone.set_attn_implementation(inner, *args, **kwargs)
+        own = asked.get("") if isinstance(asked, dict) else self.backbone.config._attn_implementation
+        if own is not None:
+            self.config._attn_implementation_internal = self.get_correct_attn_implementation(own)
+
+    def post_init(self) -> None:
+        """End making the model: from here on, what its configuration says of the backbone is the backbone's own."""
+        super().post_init()
+        self.config.backbone_config = self.backbone.config
+        for option in IMPLEMENTATIONS:  # the internal names: the others set the parts too
+            setattr(self.config, f"_{option}_internal", getattr(self.backbone.config, f"_{option}"))
 
     def init_weights(self) -> None:
         """Nothing to do: backbone and projector draw or load their weights where they are made."""
@@ -210,9 +224,6 @@ class AimPreTrainedModel(PreTrainedModel):
                 f"backbone is a {type(backbone).__name__}; expected a Hub id, a folder, or a vision-language model of "
                 "transformers (of a PEFT model: peft_model.merge_and_unload())."
             )
-        reason = why_not(backbone)
-        if reason is not None:
-            raise ValueError(f"AIM cannot use {type(backbone).__name__}: {reason}")
         if backbone.config.model_type not in FAMILIES:
             logger.warning(
                 f"AIM has not been tested with {backbone.config.model_type} backbones. It works if the properties "
@@ -263,7 +274,8 @@ class AimPreTrainedModel(PreTrainedModel):
             The plug-in; with `output_loading_info=True` also what was missing or unexpected in the backbone's files.
 
         Raises:
-            ValueError: the projector belongs to another backbone, or its file is damaged or another kind of file.
+            ValueError: the projector belongs to another backbone, or its file is damaged or another kind of file; or
+                weights are missing in the backbone's files (not with `output_loading_info=True`, which tells them).
             FileNotFoundError: the repository has no projector.
         """
         name = str(pretrained_model_name_or_path)
@@ -273,9 +285,14 @@ class AimPreTrainedModel(PreTrainedModel):
         hub = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
         settings = {key: kwargs.pop(key) for key in OWN_SETTINGS if key in kwargs}
         config = AimConfig.from_pretrained(name, **hub, **settings) if config is None else copy.deepcopy(config)
-        for option, taken in (("attn_implementation", config._attn_implementation), ("dtype", config.dtype)):
+        said = config if config.backbone_config is None else config.backbone_config
+        options = {"dtype": config.dtype, **{option: implementation(said, option) for option in IMPLEMENTATIONS}}
+        for option, taken in options.items():
             if taken is not None:  # AutoConfig has taken it out of the arguments
                 kwargs.setdefault(option, taken)
+        for option in IMPLEMENTATIONS:
+            if isinstance(kwargs.get(option), dict):
+                kwargs[option] = by_part(kwargs[option]).get("backbone_config", kwargs[option])
         weights = read_safetensors(locate_file(name, PROJECTOR_WEIGHTS, **hub))
         if backbone is None:
             elsewhere = config.backbone_name_or_path is not None
@@ -348,7 +365,7 @@ class AimPreTrainedModel(PreTrainedModel):
             self.generation_config.save_pretrained(folder)
             if self._processor is not None or self._loaded_from is not None:
                 self.processor.save_pretrained(folder)
-            copy_shipped_files(folder)
+            copy_shipped_files(folder)  # last: the processor may come from another version of this code
             if not (Path(save_directory) / "README.md").exists():
                 (folder / "README.md").write_text(model_card(config, self.projector), encoding="utf-8")
             if include_backbone:

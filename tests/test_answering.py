@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from backbones import DEMOS, Plugin, picture, plugin
+from backbones import DEMOS, FAMILIES, MORE_FAMILIES, Plugin, picture, plugin
 from transformers import GenerationConfig, TextStreamer, set_seed
 from transformers.generation.streamers import BaseStreamer
 
@@ -28,25 +29,73 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def prompt_by_hand(aim: Plugin, inputs: dict[str, Any], fused: FusedDemonstrations) -> dict[str, Any]:
-    """One query's embeddings with the fused tokens after BOS, put together without the package."""
-    model, ids = aim.backbone, inputs["input_ids"]
-    embeddings = model.get_input_embeddings()(ids)
-    if "pixel_values" in inputs:
-        names = ("pixel_values", "pixel_attention_mask", "image_grid_thw")
-        images = model.get_image_features(**{name: inputs[name] for name in names if name in inputs}).pooler_output
-        images = torch.cat([image.reshape(-1, image.shape[-1]) for image in images])
-        embeddings[ids == model.config.image_token_id] = images
+@pytest.fixture(scope="module", params=[*FAMILIES, *MORE_FAMILIES])
+def any_aim(request: pytest.FixtureRequest) -> Plugin:
+    """A plug-in of every family there is; nobody changes it."""
+    return plugin(request.param)
+
+
+def after_bos(aim: Plugin, ids: torch.Tensor, values: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
+    """`values` of one query's positions, with `more` of them where fused tokens go."""
     start = int(ids[0, 0] == aim.processor.tokenizer.bos_token_id)
-    parts = [embeddings[:, :start], fused.vectors[None], embeddings[:, start:]]
-    whole = {"inputs_embeds": torch.cat(parts, dim=1), "attention_mask": torch.ones(1, sum(p.shape[1] for p in parts))}
-    if aim.family == "qwen2_5_vl":  # positions in the picture come from ids, in which a fused token is any text token
-        filler = torch.full((1, fused.num_tokens), aim.processor.tokenizer.convert_tokens_to_ids("a"))
-        ids = torch.cat([ids[:, :start], filler, ids[:, start:]], dim=1)
-        kinds = (ids == model.config.image_token_id).int()
-        grid = inputs.get("image_grid_thw")
-        whole["position_ids"] = model.model.get_rope_index(ids, image_grid_thw=grid, mm_token_type_ids=kinds)[0]
-    return whole
+    return torch.cat([values[:, :start], more.to(values), values[:, start:]], dim=1)
+
+
+def in_one(parts: Any) -> torch.Tensor:
+    """Features of several images, one after the other."""
+    return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+
+
+def prompt_by_hand(aim: Plugin, inputs: dict[str, Any], fused: FusedDemonstrations) -> dict[str, Any]:
+    """What the text decoder gets for one query with fused tokens after BOS, put together without the package."""
+    model, ids, count = aim.backbone, inputs["input_ids"], fused.num_tokens
+    embeddings = model.get_input_embeddings()(ids)
+    more: dict[str, Any] = {}
+    if "image_attention_mask" in inputs:  # images come by cross-attention, and a fused token looks at none
+        mask = inputs["image_attention_mask"]
+        more["image_attention_mask"] = after_bos(aim, ids, mask, torch.zeros(1, count, mask.shape[2]))
+        more["pixel_values"] = inputs["pixel_values"]
+    elif "pixel_values" in inputs:
+        images = ids == model.config.image_token_id
+        names = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes", "batch_num_images")
+        found = model.get_image_features(**{name: inputs[name] for name in names if name in inputs})
+        embeddings[images] = in_one(found.pooler_output)
+        if getattr(found, "deepstack_features", None):  # they are added behind the first layers too
+            more["visual_pos_masks"] = after_bos(aim, ids, images, torch.zeros(1, count))
+            more["deepstack_visual_embeds"] = [in_one(features) for features in found.deepstack_features]
+    if hasattr(model.base_model, "get_rope_index"):  # positions in the picture; a fused token is any word
+        words = after_bos(aim, ids, ids, torch.full((1, count), aim.processor.tokenizer.convert_tokens_to_ids("a")))
+        kinds, grid = (words == model.config.image_token_id).int(), inputs.get("image_grid_thw")
+        more["position_ids"] = model.base_model.get_rope_index(words, image_grid_thw=grid, mm_token_type_ids=kinds)[0]
+    whole = after_bos(aim, ids, embeddings, fused.vectors[None])
+    return {"inputs_embeds": whole, "attention_mask": torch.ones(whole.shape[:2], dtype=torch.long), **more}
+
+
+@torch.no_grad()
+def two_answers(aim: Plugin, **options: Any) -> list[torch.Tensor]:
+    """The answer from fused tokens, and that of a copy of the backbone to which they are words of the prompt.
+
+    Letters that the query does not use give their embeddings to fused tokens; so neither model may draw them.
+    """
+    inputs, fused, backbone = aim.query(), aim.model.read(DEMOS), copy.deepcopy(aim.backbone)
+    ids, count = inputs["input_ids"], fused.num_tokens
+    free = [word for word in range(3, aim.processor.tokenizer.vocab_size) if word not in ids]
+    words = torch.tensor(free[:count])
+    assert len(words) == count
+    backbone.get_input_embeddings().weight[words] = fused.vectors
+    filled = {
+        "input_ids": words[None],
+        "attention_mask": torch.ones(1, count),
+        "mm_token_type_ids": torch.zeros(1, count),
+        "image_attention_mask": torch.zeros(1, count, 1),
+    }
+    wide = {name: after_bos(aim, ids, inputs[name], more) for name, more in filled.items() if name in inputs}
+    never = [*(aim.backbone.generation_config.suppress_tokens or []), *words.tolist()]
+    options = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": never, **options}
+    set_seed(0)
+    wanted = backbone.generate(**{**inputs, **wide}, **options)[:, ids.shape[1] + count :]
+    set_seed(0)
+    return [aim.answer(inputs, fused, **options), wanted]
 
 
 @pytest.mark.parametrize("nothing", [*NOTHING, "empty", "bank"], ids=str)
@@ -89,10 +138,12 @@ def test_what_a_demonstration_shows_reaches_the_answer(aim: Plugin) -> None:
 
 
 @pytest.mark.parametrize("image", [9, None], ids=["with image", "without image"])
-def test_the_prompt_equals_one_put_together_by_hand(aim: Plugin, image: int | None) -> None:
+def test_the_prompt_equals_one_put_together_by_hand(any_aim: Plugin, image: int | None) -> None:
+    aim = any_aim
     inputs, fused = aim.query(image=image), aim.model.read(DEMOS)
     with torch.no_grad():
-        wanted = aim.backbone(**prompt_by_hand(aim, inputs, fused)).logits
+        states = aim.backbone.get_decoder()(**prompt_by_hand(aim, inputs, fused), use_cache=False).last_hidden_state
+        wanted = aim.backbone.get_output_embeddings()(states)
         found = aim.model(**inputs, demos=fused).logits
     own = torch.ones(wanted.shape[1], dtype=torch.bool)
     start = int(inputs["input_ids"][0, 0] == aim.processor.tokenizer.bos_token_id)
@@ -101,16 +152,13 @@ def test_the_prompt_equals_one_put_together_by_hand(aim: Plugin, image: int | No
     torch.testing.assert_close(found, wanted[:, own], rtol=1e-4, atol=1e-4)
 
 
+def test_every_family_answers_as_if_fused_tokens_were_words(any_aim: Plugin) -> None:
+    assert torch.equal(*two_answers(any_aim))
+
+
 @pytest.mark.parametrize("mode", MODES)
-def test_every_way_to_generate_answers_from_the_prompt_by_hand(aim: Plugin, mode: str) -> None:
-    if aim.family == "qwen2_5_vl":  # its generate cannot take positions with embeddings
-        pytest.skip("generate(inputs_embeds=...) loses the positions in the picture")
-    inputs, fused = aim.query(), aim.model.read(DEMOS)
-    options = {"max_new_tokens": 6, "do_sample": False, **MODES[mode]}
-    set_seed(0)
-    wanted = aim.backbone.generate(**prompt_by_hand(aim, inputs, fused), **options)
-    set_seed(0)
-    assert torch.equal(aim.answer(inputs, fused, **options), wanted)
+def test_every_way_to_generate_answers_as_if_fused_tokens_were_words(aim: Plugin, mode: str) -> None:
+    assert torch.equal(*two_answers(aim, **MODES[mode]))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import copy
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,10 @@ from typing import Any
 import pytest
 import tomllib
 import torch
+import transformers
 from backbones import DEMOS, FAMILIES, Plugin, build, on_disk, plugin, run_without_package
 from hub_server import HubServer
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
@@ -237,6 +242,61 @@ def test_what_was_missing_in_the_backbones_files_is_told(self_contained: Path) -
     model, info = AimForConditionalGeneration.from_pretrained(self_contained, output_loading_info=True)
     assert isinstance(model, AimForConditionalGeneration)
     assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_a_backbone_with_missing_weights_is_refused(aim: Plugin, self_contained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(self_contained, folder)
+    weights = load_file(folder / "backbone" / "model.safetensors")
+    gone = next(name for name in weights if "vision" not in name and "visual" not in name and "v_proj" in name)
+    del weights[gone]
+    save_file(weights, folder / "backbone" / "model.safetensors", metadata={"format": "pt"})
+    wanted = rf"1 weights of .* missing in .*damaged.backbone: .*v_proj.*says {re.escape(transformers.__version__)}"
+    with pytest.raises(ValueError, match=wanted):
+        AimForConditionalGeneration.from_pretrained(folder)
+    with pytest.raises(ValueError, match=r"missing in .*backbone=model"):
+        AimForConditionalGeneration.from_backbone(folder / "backbone", aim.processor)
+    _, info = AimForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert len(info["missing_keys"]) == 1
+    given = AutoModelForImageTextToText.from_pretrained(folder / "backbone")
+    assert AimForConditionalGeneration.from_pretrained(folder, backbone=given).backbone is given
+
+
+def test_a_tied_head_is_not_a_missing_weight(llava: Plugin, tmp_path: Path) -> None:
+    config = copy.deepcopy(llava.backbone.config)
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+    type(llava.backbone)(config).save_pretrained(tmp_path)
+    assert not [name for name in load_file(tmp_path / "model.safetensors") if "lm_head" in name]
+    tied = AimForConditionalGeneration.from_backbone(tmp_path, llava.processor)
+    assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
+
+
+def attention(model: AimForConditionalGeneration) -> tuple[str, str, str]:
+    """What a backbone, its decoder and its vision tower have, after checking that the configurations say so."""
+    found = []
+    for config in (model.backbone.config, model.config.backbone_config):
+        parts = (config, config.get_text_config(), config.vision_config)
+        found.append(tuple(part._attn_implementation for part in parts))
+    assert found[0] == found[1]
+    assert model.backbone.get_decoder().config._attn_implementation == found[0][1]
+    return found[0]
+
+
+@pytest.mark.parametrize("loader", [AimForConditionalGeneration, AutoModelForImageTextToText], ids=["own", "auto"])
+def test_the_configuration_says_which_attention_the_backbone_has(self_contained: Path, loader: Any) -> None:
+    model = loader.from_pretrained(self_contained)
+    assert attention(model) == ("sdpa", "sdpa", "sdpa") and model.config._attn_implementation == "sdpa"
+    for asked in ({"text_config": "eager"}, {"backbone_config": {"text_config": "eager"}}):
+        model = loader.from_pretrained(self_contained, attn_implementation=asked)
+        assert attention(model) == ("sdpa", "eager", "sdpa")
+    model = loader.from_pretrained(self_contained, attn_implementation="eager")
+    assert attention(model) == ("eager", "eager", "eager") and model.config._attn_implementation == "eager"
+    assert attention(AimForConditionalGeneration(model.config)) == ("eager", "eager", "eager")
+    model.set_attn_implementation("sdpa")
+    assert attention(model) == ("sdpa", "sdpa", "sdpa") and model.config._attn_implementation == "sdpa"
+    for asked, wanted in (("vision_config", ("sdpa", "sdpa", "eager")), ("backbone_config", ("eager",) * 3)):
+        model.set_attn_implementation({asked: "eager"})
+        assert attention(model) == wanted
 
 
 def test_the_backbone_is_saved_only_if_asked_for(aim: Plugin, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from backbones import FAMILIES, MORE_FAMILIES, build
+from more_families import BUILDERS
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from modeling_aim import AimForConditionalGeneration
@@ -26,6 +27,15 @@ def test_property(case: Case, name: str) -> None:
         PROPERTIES[name](case)
     except NotApplicable as reason:
         pytest.skip(str(reason))
+
+
+@pytest.mark.parametrize("family", ["gemma3", "lfm2_vl", "mllama"])
+def test_kv_of_a_prefix_with_windows_with_recurrence_and_with_cross_attention(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MORE_FAMILIES, family, BUILDERS[family])
+    backbone = build(family)
+    PROPERTIES["kept_prefix"](Case(AimForConditionalGeneration.from_backbone(backbone.model, backbone.processor)))
 
 
 @pytest.fixture(scope="module")

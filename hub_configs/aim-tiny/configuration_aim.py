@@ -19,6 +19,7 @@ OWN_SETTINGS = (
     "placeholder_token_id",
 )
 READ_SPANS = ("text", "answer")
+IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 AUTO_MAP = {
     "AutoConfig": "configuration_aim.AimConfig",
     "AutoModel": "modeling_aim.AimForConditionalGeneration",
@@ -39,6 +40,25 @@ def check_versions() -> None:
 check_versions()  # before anything that an old release does not have is imported
 
 from transformers import AutoConfig, PreTrainedConfig  # noqa: E402
+
+
+def by_part(asked: Any) -> Any:
+    """An `attn_implementation` or `experts_implementation` with the keys of the plug-in's configuration.
+
+    Args:
+        asked: a name for all parts, or a dictionary by part; its keys may be those that the backbone itself takes.
+    """
+    if not isinstance(asked, dict) or asked.keys() <= {"", "backbone_config"}:
+        return asked
+    return {**({"": asked[""]} if "" in asked else {}), "backbone_config": asked}
+
+
+def implementation(config: PreTrainedConfig, option: str) -> Any:
+    """What a configuration says under `option` (see `IMPLEMENTATIONS`) of itself and its parts, in one value."""
+    own = getattr(config, f"_{option}")
+    parts = {name: part for name in config.sub_configs if (part := getattr(config, name, None)) is not None}
+    said = {name: implementation(part, option) for name, part in parts.items()}
+    return own if all(value == own for value in said.values()) else {"": own, **said}
 
 
 class AimConfig(PreTrainedConfig):
@@ -98,6 +118,9 @@ class AimConfig(PreTrainedConfig):
         self.projector_intermediate_size = projector_intermediate_size
         self.projector_norm = projector_norm
         self.placeholder_token_id = placeholder_token_id
+        for option in IMPLEMENTATIONS:
+            if option in kwargs:  # from the library's loader
+                kwargs[option] = by_part(kwargs[option])
         kwargs["auto_map"] = dict(AUTO_MAP)
         kwargs["architectures"] = ["AimForConditionalGeneration"]
         super().__init__(**kwargs)

@@ -10,6 +10,7 @@ from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicLayer
 
 from .demonstrations_aim import FusedDemonstrations
 from .shards_aim import as_bytes
@@ -127,6 +128,22 @@ def copies_of(cache: Any, rows: int) -> Any:
     if rows > 1:
         own.reorder_cache(torch.zeros(rows, dtype=torch.long))
     return own
+
+
+def serves(cache: Any, padded: bool) -> bool:
+    """Whether KV of a prefix alone is the KV that the prefix has in a whole prompt.
+
+    It is not in layers that the prefix alone does not enter (with cross-attention, where even masked words may look
+    at the images of the query). With padding between the prefix and a query, it is none in layers that count what
+    lies between: sliding windows and recurrent states.
+
+    Args:
+        cache: what `generate` would go on from.
+        padded: rows of the batch have padding.
+    """
+    layers = getattr(cache, "layers", [])
+    entered = all(getattr(layer, "is_initialized", True) for layer in layers)
+    return entered and not (padded and any(type(layer) is not DynamicLayer for layer in layers))
 
 
 def note_fused(*caches: Any) -> None:
