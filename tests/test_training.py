@@ -21,6 +21,7 @@ import torch
 from backbones import picture
 from pyarrow import parquet
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 from transformers import TrainingArguments, pipeline
 from typer.testing import CliRunner
 
@@ -171,6 +172,19 @@ def test_grouping_by_length_changes_the_order_alone() -> None:
         return sum(max(block) - min(block) for block in lengths)
 
     assert spread(grouped) < spread(stream) / 2
+
+
+def test_workers_of_a_loader_go_through_the_data_each_in_its_order() -> None:
+    def first(workers: int) -> list[Any]:
+        data = Mixture([Things()], [1.0], ShotLaw(1, "fixed"))
+        loader = DataLoader(data, batch_size=4, num_workers=workers, collate_fn=list)
+        return [
+            [pair.key for episode in batch for pair in episode.pairs] for batch, _ in zip(loader, "ab", strict=False)
+        ]
+
+    alone, two = first(0), first(2)
+    assert two[0] == alone[0] and two[1] not in (alone[0], alone[1])
+    assert first(2) == two
 
 
 # --- what is learned

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from PIL import Image
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 from transformers.image_utils import load_image
 
 from ..demonstrations_aim import Demonstration
@@ -160,6 +160,10 @@ class Source:
 class Mixture(IterableDataset):
     """Episodes of several sources, drawn by weight, without end.
 
+    Each worker of a `DataLoader` goes through the data in an order of its own, from a seed of its own. Each process of
+    a distributed run goes through the same episodes and takes its share, as one process with their joint batch would;
+    so each opens all images, which workers can do beside the training.
+
     Args:
         sources: at least one.
         weights: how often each is drawn, relative to the others.
@@ -179,17 +183,19 @@ class Mixture(IterableDataset):
         self.sources, self.weights, self.law, self.seed = list(sources), list(weights), law, seed
 
     def __iter__(self) -> Iterator[Episode]:
-        rng = random.Random(f"mixture {self.seed}")
-        streams = [self._endless(source) for source in self.sources]
+        worker = get_worker_info()
+        seed = self.seed + (0 if worker is None else 1_000_003 * worker.id)
+        rng = random.Random(f"mixture {seed}")
+        streams = [self._endless(source, seed) for source in self.sources]
         while True:
             yield next(rng.choices(streams, self.weights)[0])
 
-    def _endless(self, source: Source) -> Iterator[Episode]:
+    def _endless(self, source: Source, seed: int) -> Iterator[Episode]:
         passes = 0
         source.skipped.clear()
         while True:
             episode = None
-            for episode in source.episodes(self.law, self.seed + passes):
+            for episode in source.episodes(self.law, seed + passes):
                 yield episode
             if episode is None:
                 left_out = ", ".join(f"{reason}: {count}" for reason, count in sorted(source.skipped.items()))

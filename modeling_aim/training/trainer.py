@@ -41,12 +41,12 @@ class LengthGrouped(IterableDataset):
     Args:
         episodes: any stream of them.
         block: episodes in one batch over all processes.
-        window: episodes that are sorted together.
+        window: episodes that are sorted together, four blocks when `None`: their images are open in memory.
         seed: of the order.
     """
 
     def __init__(self, episodes: Iterable[Episode], block: int, window: int | None = None, seed: int = 0) -> None:
-        self.episodes, self.block, self.window, self.seed = episodes, block, window or 16 * block, seed
+        self.episodes, self.block, self.window, self.seed = episodes, block, window or 4 * block, seed
 
     def __iter__(self) -> Iterator[Episode]:
         order = torch.Generator().manual_seed(self.seed)
