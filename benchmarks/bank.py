@@ -43,6 +43,7 @@ def random_shard(start: int, count: int, tokens: int) -> Shard:
     }
     columns["texts"], columns["text_lengths"] = blob([f"This is thing {start + i}.".encode() for i in range(count)])
     columns["labels"], columns["label_lengths"] = blob([f"name{(start + i) % 1000}".encode() for i in range(count)])
+    columns["has_question"] = torch.ones(count, dtype=torch.uint8)
     for kind in ("image", "text", "fused"):
         rows = torch.randn(count, FEATURES, generator=generator)
         columns["feature." + kind] = torch.nn.functional.normalize(rows).half()

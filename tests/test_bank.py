@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from modeling_aim import DemonstrationBank
 from modeling_aim.manifest_aim import BANK_MANIFEST, read_manifest, write_manifest
-from modeling_aim.shards_aim import write_whole
+from modeling_aim.shards_aim import VERSION, write_whole
 
 
 @pytest.fixture
@@ -199,6 +199,21 @@ def test_a_bank_of_another_plug_in_is_refused_and_the_difference_named(saved: Pa
         other.model.load_bank(saved)
 
 
+def test_a_bank_of_another_backbone_is_refused_and_the_backbone_named(saved: Path) -> None:
+    other = plugin("qwen2_5_vl")
+    assert other.model.source["projector"] != read_manifest(saved / BANK_MANIFEST)["source"]["projector"]
+    bank = DemonstrationBank.from_pretrained(saved)
+    for use in (
+        lambda: other.model.load_bank(saved),
+        lambda: other.model.generate(**other.query(), demos=bank),
+        lambda: other.model.generate(**other.query(), demos=bank, shots=2),
+        lambda: other.model.generate(**other.query(), demos=bank, shots=2, select="image"),
+        lambda: other.model.prefill(bank),
+    ):
+        with pytest.raises(ValueError, match=r"another model: backbone llava.* \(this model: qwen2_5_vl"):
+            use()
+
+
 def test_what_binds_a_bank_is_the_same_after_saving_the_model(aim: Plugin, self_contained: Path) -> None:
     from modeling_aim import AimForConditionalGeneration
 
@@ -300,6 +315,13 @@ def huge_header(folder: Path, size: int) -> None:
     overwritten(shards_of(folder)[0], 0, size.to_bytes(8, "little"))
 
 
+def older_shard(folder: Path) -> None:
+    path = shards_of(folder)[0]
+    now, then = (rf"\"version\": {number}".encode() for number in (VERSION, VERSION - 1))
+    assert now in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(now, then))
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], Any], type[Exception], str, int]] = {
     # what happens, the error, its message, and how many of the five demonstrations can still be read
     "no manifest": (
@@ -313,7 +335,16 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], type[Exception], str, int]] = {
     "an edited manifest": (
         lambda f: edited(f, '"duplicates": 0', '"duplicates": 3'), ValueError, "was changed after it was written", 5,
     ),
-    "a later version": (lambda f: rewritten(f, version=3), ValueError, "version 2.*version 3", 5),
+    "an older version": (
+        lambda f: rewritten(f, version=VERSION - 1), ValueError,
+        f"is of version {VERSION - 1} of .* reads version {VERSION}. Build the bank again", 5,
+    ),
+    "a later version": (
+        lambda f: rewritten(f, version=VERSION + 1), ValueError, f"is of version {VERSION + 1} of .*{VERSION}", 5,
+    ),
+    "a shard of an older version": (
+        older_shard, ValueError, f"aim_bank-00001.* is of version {VERSION - 1} of .* reads version {VERSION}", 2,
+    ),
     "an entry missing": (lambda f: rewritten(f, shards=None), ValueError, "is no manifest.*shards", 5),
     "a shard listed twice": (
         lambda f: rewritten(f, shards=[read_manifest(f / BANK_MANIFEST)["shards"][0]] * 2), ValueError,
@@ -367,7 +398,8 @@ def place_of(path: Path, name: str, row: int = 0) -> int:
 
 
 @pytest.mark.parametrize(
-    "name", ["vectors", "texts", "thumbnails", "keys", "lengths", "vectors.digest", "feature.image"]
+    "name",
+    ["vectors", "texts", "thumbnails", "keys", "lengths", "vectors.digest", "feature.image", "has_question"],
 )
 def test_one_changed_byte_is_found_when_it_is_used(saved: Path, llava: Plugin, name: str) -> None:
     path = shards_of(saved)[0]

@@ -65,7 +65,7 @@ def test_build_inspect_and_select(folder: Path, tmp_path: Path) -> None:
 
 def test_errors_are_one_message(folder: Path, tmp_path: Path) -> None:
     bank = tmp_path / "bank"
-    build(folder, bank)
+    build(folder, bank, "--keep-states")
     repo = folder / "repo"
     for command in (
         ["bank", "build", "--repo", repo, "--output", bank],
@@ -75,10 +75,12 @@ def test_errors_are_one_message(folder: Path, tmp_path: Path) -> None:
         ["export-prompt-embeds", "--repo", repo, "--question", "a", "--output", bank, "--bank", bank, "--demos", bank],
     ):
         assert "Traceback" not in run(*command, fails=True)
-    build(folder, bank, "--storage", "int8", fails=True)
+    build(folder, bank, "--keep-states", "--storage", "int8", fails=True)
     shard = next(bank.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-9])
     run("bank", "inspect", bank, fails=True)
+    left = json.loads(run("bank", "inspect", bank, "--skip-damaged", "--json"))
+    assert left["demonstrations"] == 0 and left["hidden_states"] is False
 
 
 @pytest.mark.slow

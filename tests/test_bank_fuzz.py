@@ -44,6 +44,8 @@ def demonstration_bank() -> DemonstrationBank:
         columns["labels"], columns["label_lengths"] = blob([b"dax", b"", b"wug"])
         columns["thumbnails"], columns["thumbnail_lengths"] = blob([b"one", b"two", b""])
         columns["feature.image"] = torch.randn(3, 4, generator=generator).half()
+        columns["feature.text"] = torch.randn(3, 4, generator=generator).half()
+        columns["has_question"] = torch.tensor([1, 0, 1], dtype=torch.uint8)
         shards.append(make_shard(columns, about))
     return DemonstrationBank._of(shards, shards[0].about["source"])
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,12 @@ from backbones import Plugin, picture, plugin
 from PIL import Image
 
 from modeling_aim import DemonstrationBank
-from modeling_aim.select_aim import Groups, Likeness, pick, sketched
+from modeling_aim.select_aim import NOT_COMPARED, Groups, Likeness, pick, sketched
 
+needs_faiss = pytest.mark.skipif(
+    not (importlib.util.find_spec("faiss") and importlib.util.find_spec("datasets")),
+    reason='needs pip install "modeling-aim[bank]"',
+)
 NAMES = ("dax", "wug", "blicket")
 DEMOS = [{"image": picture(seed), "label": NAMES[seed % 3 if seed < 6 else 0]} for seed in range(9)]
 
@@ -122,6 +128,29 @@ def test_mmices_keeps_the_order_of_the_images_where_texts_do_not_differ(
     assert len({numbers(bank.choose((picture(seed), "a ?"), 1, by="mmices"))[0] for seed in range(9)}) == 9
 
 
+def test_mmices_compares_questions_with_questions_alone(llava: Plugin, tmp_path: Path) -> None:
+    captions = [(picture(seed), f"this is {NAMES[seed % 3]} number {seed} .") for seed in range(6)]
+    bank = llava.model.build_bank(captions, tmp_path / "captions")
+    for seed in range(9):
+        for question in (*QUESTIONS, "this is dax ."):
+            query = {"image": picture(seed), "question": question}
+            assert numbers(bank.choose(query, 3, by="mmices")) == numbers(bank.choose(query, 3, by="image"))
+    asked = [(picture(seed), question, f"number {seed}") for seed in (7, 8) for question in QUESTIONS]
+    names = [{"image": picture(9), "label": "dax"}, {"image": picture(10), "label": "wug"}]
+    mixed = llava.model.build_bank([*captions, *names, *asked], tmp_path / "mixed", batch_size=5, shard_bytes=1)
+    for one in (mixed, llava.model.load_bank(tmp_path / "mixed")):
+        alike, others = ([8, 10], [9, 11]), set(range(8))
+        for asks in (0, 1):
+            query = {"image": picture(20 + asks), "question": QUESTIONS[asks]}
+            found = numbers(one.choose(query, 12, by="mmices", balanced=False, near_duplicate=None))
+            assert set(found[-2:]) == set(alike[asks]) and set(found[:2]) == set(alike[1 - asks])
+            by_image = numbers(one.choose(query, 12, by="image", balanced=False, near_duplicate=None))
+            assert found[2:-2] == [number for number in by_image if number in others]
+    mixed.save_pretrained(tmp_path / "copy", shard_bytes=10**9)
+    copy = llava.model.load_bank(tmp_path / "copy")
+    assert numbers(copy.choose(query, 9, by="mmices")) == numbers(mixed.choose(query, 9, by="mmices"))
+
+
 def test_what_a_query_must_have(bank: DemonstrationBank, llava: Plugin) -> None:
     for call, message in (
         (lambda: bank.choose(picture(1), 10, by="image"), "k=10 demonstrations were asked of a bank that has 9"),
@@ -132,6 +161,7 @@ def test_what_a_query_must_have(bank: DemonstrationBank, llava: Plugin) -> None:
         ),
         (lambda: bank.choose(picture(1), 2, by="text"), "Query 0 of 1 has no words"),
         (lambda: bank.choose(picture(1), 2, by="clip"), "by='clip': expected one of random, image, text"),
+        (lambda: bank.choose(picture(1), 2, by=None), "by=None: expected one of random, .* list of numbers"),
         (lambda: DemonstrationBank(llava.model.read([])).choose(), "This bank is empty"),
         (lambda: DemonstrationBank.from_pretrained(bank.folder).choose(picture(1), 2, by="image"), "knows no model"),
         (
@@ -198,6 +228,10 @@ def test_shots_ask_for_a_bank(llava: Plugin, bank: DemonstrationBank) -> None:
         (lambda: llava.answer(inputs, None, shots=2), "choose from a DemonstrationBank"),
         (lambda: llava.answer(inputs, bank, shots=20, select="image"), "k=20 demonstrations were asked"),
         (lambda: llava.answer(inputs, bank, select="nearest"), "by='nearest'"),
+        (
+            lambda: llava.answer(inputs, bank, select={"by": "image", "k": 2}),
+            r"the keys \['k'\]; known are by, .*shots=",
+        ),
         (lambda: llava.answer(llava.query(image=None), bank, select="image"), "Query 0 of 1 has no image"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -275,13 +309,60 @@ def test_features_that_all_are_the_same_tell_nothing_apart() -> None:
     assert like.alike(0, [1, 2]).tolist() == [1.0, 1.0]
 
 
-def test_faiss_finds_what_torch_finds(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("faiss")
-    pytest.importorskip("datasets")
+@needs_faiss
+def test_faiss_finds_what_torch_finds() -> None:
     features = torch.nn.functional.normalize(torch.randn(500, 32, generator=torch.Generator().manual_seed(0)))
     like = Likeness(features.split((200, 300)))
     query = features[7] + 0.1 * features[9]
-    found, scores = like.nearest(query, 20) or ([], [])
-    exact = like.scores(query)
-    assert found == exact.topk(20).indices.tolist()
-    torch.testing.assert_close(torch.tensor(scores), exact.topk(20).values, rtol=1e-4, atol=1e-5)
+    found, exact = like.nearest(query, 20), like.scores(query)
+    assert torch.equal(found.topk(20).indices, exact.topk(20).indices)
+    torch.testing.assert_close(found.topk(20).values, exact.topk(20).values, rtol=1e-4, atol=1e-5)
+    assert int((found == NOT_COMPARED).sum()) == 480
+
+
+@needs_faiss
+def test_faiss_can_be_asked_for_and_is_taken_for_large_banks(
+    bank: DemonstrationBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, options = {"image": picture(30), "question": "What is this?"}, {"k": 4, "balanced": False}
+    for by in ("image", "fused"):
+        exact = bank.choose(query, by=by, search="torch", **options)
+        assert bank._like(by).index is None and bank.choose(query, by=by, **options) == exact
+        assert bank._like(by).index is None, "of nine demonstrations an index is made only when asked for"
+        found = bank.choose(query, by=by, search="faiss", **options)
+        assert bank._like(by).index is not None and numbers(found) == numbers(exact)
+        assert [score for _, score in found] == pytest.approx([score for _, score in exact], abs=1e-4)
+        bank._like(by).index = None
+    monkeypatch.setattr("modeling_aim.bank_aim.FAISS_FROM", 9)
+    large = bank.choose(query, by="image", **options)
+    assert numbers(large) == numbers(bank.choose(query, by="image", search="torch", **options))
+    assert bank._like("image").index is not None
+    bank._like("image").index = None
+    bank.choose(query, 4, by="image")
+    bank.choose(query, by="image", search="torch", **options)
+    assert bank._like("image").index is None, "labels in turn are searched in torch"
+
+
+def test_faiss_that_cannot_be_used_is_an_error_only_when_asked_for(
+    llava: Plugin, bank: DemonstrationBank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, options = {"image": picture(1), "question": "What is this?"}, {"balanced": False, "search": "faiss"}
+    for by in ("random", "mmices", [1, 2]):
+        with pytest.raises(ValueError, match="finds the most alike by one of image, text, fused; got by="):
+            bank.choose(query, 2, by=by, **options)
+    with pytest.raises(ValueError, match=r"labels are to be taken in turn.*balanced=False"):
+        bank.choose(query, 2, by="image", search="faiss")
+    with pytest.raises(ValueError, match="search='annoy': expected one of auto, torch, faiss"):
+        bank.choose(query, 2, by="image", search="annoy")
+    with pytest.raises(ValueError, match="finds the most alike"):
+        llava.answer(llava.query(), bank, shots=2, select={"by": "mmices", "search": "faiss"})
+    words = [{"text": "only words, no image."}, {"image": picture(1), "text": "it is one of them."}]
+    partly = llava.model.build_bank(words, tmp_path)
+    with pytest.raises(ValueError, match=r"cannot be used .*have no such feature"):
+        partly.choose(query, 1, by="image", **options)
+    monkeypatch.setattr("modeling_aim.bank_aim.FAISS_FROM", 1)
+    assert numbers(partly.choose(query, 2, by="image")) == [0, 1]
+    monkeypatch.setitem(sys.modules, "faiss", None)  # as where it is not installed
+    with pytest.raises(ValueError, match=r"cannot be used .*faiss.*modeling-aim\[bank\]"):
+        bank.choose(query, 2, by="image", **options)
+    assert bank.choose(query, 1, by="image", balanced=False)[0][0] == 1

@@ -27,9 +27,22 @@ from .manifest_aim import (
     write_bank,
     write_numbered,
 )
-from .select_aim import FAISS_FROM, MMICES_POOL, Groups, Likeness, check_way, drawn, pick, sketched
+from .select_aim import (
+    FAISS_FROM,
+    FaissUnavailable,
+    Groups,
+    Likeness,
+    check_way,
+    drawn,
+    mmices,
+    near_duplicates,
+    pick,
+    shortlist,
+    sketched,
+)
 from .shards_aim import (
     DTYPES,
+    HAS_QUESTION,
     BankDamaged,
     Shard,
     as_bytes,
@@ -45,7 +58,6 @@ from .shards_aim import (
 
 logger = logging.get_logger(__name__)
 
-NOT_COMPARED = -3.0  # no score of what is compared is lower
 SHARD_BYTES = 256 * 2**20
 
 
@@ -186,7 +198,7 @@ class DemonstrationBank:
     @property
     def has_states(self) -> bool:
         """Whether hidden states are kept, so that another projector can be put on them."""
-        return all("states" in shard.columns for shard in self._shards)
+        return bool(self._shards) and all("states" in shard.columns for shard in self._shards)
 
     @property
     def features(self) -> dict[str, int]:
@@ -223,23 +235,14 @@ class DemonstrationBank:
     # --- choose
 
     def select(
-        self,
-        query: Any = None,
-        k: int = 8,
-        by: str | Sequence[int] | Sequence[str] = "random",
-        *,
-        seed: int = 0,
-        balanced: bool = True,
-        near_duplicate: float | None = 0.98,
-        model: Any = None,
+        self, query: Any = None, k: int = 8, by: str | Sequence[int] | Sequence[str] = "random", **options: Any
     ) -> FusedDemonstrations:
-        """Choose `k` demonstrations for a query; see `choose`, which also says which they are.
+        """Choose `k` demonstrations for a query; see `choose`, which has the `options`, and says which they are.
 
         Returns:
             The chosen demonstrations, most alike last, as `read` returns them.
         """
-        options: dict[str, Any] = {"seed": seed, "balanced": balanced, "near_duplicate": near_duplicate}
-        return self[[number for number, _ in self.choose(query, k, by, model=model, **options)]]
+        return self[[number for number, _ in self.choose(query, k, by, **options)]]
 
     def choose(
         self,
@@ -250,6 +253,7 @@ class DemonstrationBank:
         seed: int = 0,
         balanced: bool = True,
         near_duplicate: float | None = 0.98,
+        search: str = "auto",
         model: Any = None,
     ) -> list[tuple[int, float]]:
         """Choose `k` demonstrations for a query.
@@ -259,84 +263,64 @@ class DemonstrationBank:
                 fixed list. Also what `model.query_features` gave for one query.
             k: how many.
             by: `"random"`; `"image"` (RICES: the backbone's own features of images); `"text"`; `"fused"` (fused
-                tokens, averaged); `"mmices"` (of the `4 * k` most alike images the most alike texts; where texts are
-                as alike, and for labels, which ask nothing, the images decide; arXiv 2311.18021); or a list of
-                numbers or keys of demonstrations, of which the first `k` are taken as they come.
+                tokens, averaged); `"mmices"` (of the `4 * k` most alike images those with the most alike questions;
+                where questions are as alike, and where nothing is asked, the images decide; arXiv 2311.18021); or a
+                list of numbers or keys of demonstrations, of which the first `k` are taken as they come.
             seed: of `"random"`.
             balanced: take labels in turn, the best of each first, where demonstrations have labels.
             near_duplicate: a demonstration is left out while others are left when it is at least as alike (cosine) as
                 this to a chosen one in everything that is stored of it: image and text. `None` keeps all.
+            search: `"torch"`; `"faiss"` (an exact index through `datasets`, for `by` image, text or fused where no
+                labels are taken in turn); or `"auto"`: FAISS from 250 000 demonstrations on where it can be used.
             model: the model that compares, for a bank that was not opened through `model.load_bank`.
 
         Returns:
             Number and score of each, most alike last.
 
         Raises:
-            ValueError: `k` is larger than the bank, or the query lacks what is compared.
+            ValueError: `k` is larger than the bank, the query lacks what is compared, or FAISS was asked for and
+                cannot be used.
         """
-        check_way(by)
+        check_way(by, search)
+        self.check_count(k)
+        if not isinstance(by, str):
+            return [(number, 1.0) for number in self._listed(by, k)]
+        groups = self._by_label() if balanced else None
+        features = {} if by == "random" else self._features_of(query, by, model)
+        if by == "random":
+            scores = drawn(len(self), seed)
+        elif by == "mmices":
+            scores = mmices(self._like("image"), self._like("question"), features, k, groups)
+        else:
+            scores = self._scores(features[by], k, by, groups, search)
+        limit = near_duplicate if k > 1 else None  # one alone repeats nothing: no features need be loaded
+        kinds: list[str] = [kind for kind in ("image", "text") if kind in self.features] or ["fused"]
+        repeats = near_duplicates([] if limit is None else [self._like(kind) for kind in kinds], limit)
+        return [(number, float(scores[number])) for number in pick(scores, k, groups, repeats)]
+
+    def check_count(self, k: int) -> None:
+        """Raise `ValueError` unless `k` demonstrations can be chosen from this bank."""
         if not len(self):
             raise ValueError("This bank is empty: there is nothing to choose from.")
         if not 0 < k <= len(self):
             raise ValueError(
                 f"k={k} demonstrations were asked of a bank that has {len(self)}; expected 1..{len(self)}."
             )
-        if not isinstance(by, str):
-            return [(number, 1.0) for number in self._listed(by, k)]
-        found: dict[str, torch.Tensor] = {}
-        if by != "random":
-            found = self._features_of(query, by, model)
-        return self.choose_by_features(found, k, by, seed=seed, balanced=balanced, near_duplicate=near_duplicate)
 
-    def choose_by_features(
-        self,
-        features: Mapping[str, torch.Tensor],
-        k: int,
-        by: str,
-        *,
-        seed: int = 0,
-        balanced: bool = True,
-        near_duplicate: float | None = 0.98,
-    ) -> list[tuple[int, float]]:
-        """`choose` for a query whose features `(width,)` of each kind are known."""
-        groups = self._by_label() if balanced else None
-        if by in ("image", "text", "fused") and groups is None and len(self) >= FAISS_FROM:
-            near = self._like(by).nearest(features[by], min(len(self), 4 * k + 64))
-            if near is not None:
-                scores = torch.full((len(self),), NOT_COMPARED)
-                scores[near[0]] = torch.tensor(near[1])
-                return self._picked(scores, k, None, near_duplicate)
-        if by == "random":
-            scores = drawn(len(self), seed)
-        elif by == "mmices":
-            scores = self._mmices(features, k, groups)
-        else:
-            scores = self._like(by).scores(features[by])
-        return self._picked(scores, k, groups, near_duplicate)
-
-    def _picked(
-        self, scores: torch.Tensor, k: int, groups: Groups | None, near_duplicate: float | None
-    ) -> list[tuple[int, float]]:
-        kinds: list[str] = [kind for kind in ("image", "text") if kind in self.features] or ["fused"]
-
-        def repeats(number: int, chosen: Sequence[int]) -> bool:
-            if near_duplicate is None or not chosen:
-                return False
-            alike = torch.stack([self._like(kind).alike(number, chosen) for kind in kinds])
-            return bool((alike.amin(dim=0) >= near_duplicate).any())
-
-        return [(number, float(scores[number])) for number in pick(scores, k, groups, repeats)]
-
-    def _mmices(self, features: Mapping[str, torch.Tensor], k: int, groups: Groups | None) -> torch.Tensor:
-        """Texts of the most alike images, to two digits, where images decide between equals; behind them, images."""
-        images = self._like("image").scores(features["image"])
-        pool = pick(images, min(len(self), MMICES_POOL * k), groups, lambda number, chosen: False)
-        texts = self._like("text").scores(features["text"], among=pool)
-        named = torch.tensor([label is not None for label in self.labels(pool)])
-        texts = torch.where(named, 0.0, texts.mul(100).round() / 100)
-        scores = images.clamp(min=-1) + NOT_COMPARED - 1
-        scores[pool] = texts + 0.004 * images[pool].clamp(min=-1)
-        return scores
+    def _scores(self, query: torch.Tensor, k: int, by: str, groups: Groups | None, search: str) -> torch.Tensor:
+        """Cosine of a query with each demonstration; of the most alike only, where FAISS searches."""
+        if search == "faiss" and groups is not None:
+            raise ValueError(
+                "search='faiss' finds the most alike of the whole bank, but labels are to be taken in turn. Choose "
+                "with balanced=False, or without search."
+            )
+        if search == "faiss" or (search == "auto" and groups is None and len(self) >= FAISS_FROM):
+            try:
+                return self._like(by).nearest(query, shortlist(len(self), k))
+            except FaissUnavailable as error:
+                if search == "faiss":
+                    raise ValueError(f"search='faiss' cannot be used ({error}). Choose without search.") from error
+        return self._like(by).scores(query)
 
     def _listed(self, by: Sequence[int] | Sequence[str], k: int) -> list[int]:
         """Numbers of a fixed list of numbers or keys."""
@@ -382,9 +366,13 @@ class DemonstrationBank:
         return self.features[kind]
 
     def _like(self, kind: str) -> Likeness:
-        """Features of a kind, checked when they are first used."""
+        """Features of a kind, checked when they are first used; `question` are texts of those that have one."""
         with self._lock:
-            if kind not in self._likeness:
+            if kind == "question" and kind not in self._likeness:
+                texts = self._like("text")
+                asked = torch.cat([shard.columns[HAS_QUESTION] for shard in self._shards]).bool()
+                self._likeness[kind] = Likeness(texts.parts, only=asked)
+            elif kind not in self._likeness:
                 width = self.feature_width(kind)
                 if kind in self.features:
                     features = [shard.feature(kind) for shard in self._shards]
@@ -493,7 +481,7 @@ class DemonstrationBank:
             except BankDamaged as error:
                 logger.warning(f"Left out: {error}")
         if not shards:
-            raise BankDamaged(f"No shard in {folder} is whole. Copy or build the bank again.")
+            raise BankDamaged(f"No shard in {folder} can be opened. Copy or build the bank again.")
         return cls._of(shards, shards[0].about["source"], folder)
 
     def verify(self) -> None:

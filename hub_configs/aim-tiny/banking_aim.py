@@ -25,6 +25,8 @@ from .prefix_aim import FusedPrefix, Recent, cache_bytes, copies_of, is_prefix, 
 from .pretrained_aim import AimPreTrainedModel
 from .select_aim import KINDS, check_way, sketched
 
+SELECT_OPTIONS = {"balanced", "near_duplicate", "search", "seed"}
+
 
 class AimBankingModel(AimPreTrainedModel):
     """Banks and prefixes; `AimForConditionalGeneration` has the method itself."""
@@ -203,10 +205,16 @@ class AimBankingModel(AimPreTrainedModel):
             return demos
         options = dict(select) if isinstance(select, Mapping) else {"by": "random" if select is None else select}
         by, k = options.pop("by", "random"), 8 if shots is None else shots
-        check_way(by)
+        unknown = set(options) - SELECT_OPTIONS
+        if unknown:
+            raise ValueError(
+                f"select has the keys {sorted(unknown)}; known are by, {', '.join(sorted(SELECT_OPTIONS))}. How many "
+                "are chosen is said by shots=."
+            )
+        check_way(by, options.get("search", "auto"))
         rows = list(demos) if isinstance(demos, (list, tuple)) else [demos] * len(inputs["input_ids"])
         banks = {id(one): one for one in rows if one is not None}
-        if not banks or not all(hasattr(bank, "choose_by_features") for bank in banks.values()):
+        if not banks or not all(hasattr(bank, "choose") for bank in banks.values()):
             raise ValueError(
                 f"shots={shots} and select={select!r} choose from a DemonstrationBank, but demos is {demos!r:.80}. "
                 "Build one with model.build_bank(demos, folder)."
@@ -215,7 +223,7 @@ class AimBankingModel(AimPreTrainedModel):
             picked = {key: bank.select(None, k, by, **options) for key, bank in banks.items()}
             return [None if bank is None else picked[id(bank)] for bank in rows]
         for bank in banks.values():
-            bank.choose(k=k, by="random")  # says what is wrong with k before anything is computed
+            bank.check_count(k)  # before anything is computed
         found = {key: self.query_features(inputs, by, bank) for key, bank in banks.items()}
         return [
             None

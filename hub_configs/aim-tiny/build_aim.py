@@ -33,6 +33,7 @@ from .manifest_aim import (
 from .select_aim import sketched
 from .shards_aim import (
     FEATURE,
+    HAS_QUESTION,
     STORAGES,
     BankDamaged,
     Shard,
@@ -305,6 +306,8 @@ class _Builder:
         if self.settings["thumbnails"]:
             pictures = [thumbnail(demo, self.settings["thumbnails"]) for demo in demos]
             columns["thumbnails"], columns["thumbnail_lengths"] = blob(pictures)
+        if self.settings["features"]:
+            columns[HAS_QUESTION] = torch.tensor([demo.question is not None for demo in demos], dtype=torch.uint8)
         for kind, found in reading["features"].items():
             columns[FEATURE + kind] = sketched(found, min(self.settings["features"], model.config.hidden_size)).half()
         dtype = str(columns["vectors"].dtype).removeprefix("torch.")

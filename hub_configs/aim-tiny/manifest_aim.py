@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .shards_aim import FORMAT, VERSION, BankDamaged, Shard, write_shard, write_whole
+from .shards_aim import FORMAT, VERSION, BankDamaged, Shard, check_version, write_shard, write_whole
 
 BANK_MANIFEST = "aim_bank.json"
 BANK_SHARDS = "aim_bank-*.safetensors"
@@ -44,8 +44,7 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     try:
         manifest = json.loads(Path(path).read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT or manifest["version"] != VERSION:
-            raise ValueError(f"format {manifest['format']!r:.40}, version {manifest['version']!r:.40}")
+        check_version(manifest, path)
         if manifest.pop("sha256") != _digest_of(manifest):
             raise ValueError("it was changed after it was written: its own sha256 is another one")
         wrong = [name for name, kind in MANIFEST_KINDS.items() if not isinstance(manifest[name], kind)]
@@ -61,10 +60,11 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
         twice = sorted({file for file in files if files.count(file) > 1})
         if twice:
             raise ValueError(f"it lists {twice[0]} twice")
+    except BankDamaged:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BankDamaged(
-            f"{path} is no manifest of a demonstration bank of version {VERSION} ({error!r:.200}). Copy or build the "
-            "bank again."
+            f"{path} is no manifest of a demonstration bank ({error!r:.200}). Copy or build the bank again."
         ) from error
     return manifest
 

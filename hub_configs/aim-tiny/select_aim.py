@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib import import_module
 from itertools import accumulate, chain, islice
@@ -14,18 +14,25 @@ import torch
 
 WAYS = ("random", "image", "text", "fused", "mmices")
 KINDS = {"image": ("image",), "text": ("text",), "fused": ("fused",), "mmices": ("image", "text")}
+SEARCHED = ("image", "text", "fused")  # ways that rank the whole bank by one kind of features
+SEARCHES = ("auto", "torch", "faiss")
 FAISS_FROM = 250_000  # demonstrations; of 100 000 a product in blocks is as fast, and copies no features
 INNER_PRODUCT = 0  # faiss.METRIC_INNER_PRODUCT
 MMICES_POOL = 4  # times k: demonstrations with the most alike images, of which the most alike texts are taken
 ABSENT = -2.0  # below every cosine: a demonstration without an image, when it is images that are compared
+NOT_COMPARED = -3.0  # below that: a demonstration outside of a shortlist
 ALL_ALIKE = 1e-3  # a feature that differs from the mean of the bank by less differs in rounding alone
 BLOCK = 2**17  # numbers that are compared at a time: in float32 they stay in the processor's cache
 
 
-def check_way(by: Any) -> None:
-    """Raise `ValueError` unless `by` is a way to choose."""
-    if isinstance(by, str) and by not in WAYS:
-        raise ValueError(f"by={by!r}: expected one of {', '.join(WAYS)}, or a list of numbers or keys.")
+def check_way(by: Any, search: str = "auto") -> None:
+    """Raise `ValueError` unless `by` is a way to choose that `search` can search for."""
+    if by not in WAYS if isinstance(by, str) else not hasattr(by, "__len__"):
+        raise ValueError(f"by={by!r:.80}: expected one of {', '.join(WAYS)}, or a list of numbers or keys.")
+    if search not in SEARCHES:
+        raise ValueError(f"search={search!r:.80}: expected one of {', '.join(SEARCHES)}.")
+    if search == "faiss" and not (isinstance(by, str) and by in SEARCHED):
+        raise ValueError(f"search='faiss' finds the most alike by one of {', '.join(SEARCHED)}; got by={by!r:.80}.")
 
 
 @lru_cache(maxsize=4)
@@ -55,16 +62,18 @@ class Likeness:
 
     Args:
         parts: unit vectors `(demonstrations, width)` of each shard, of any type; zeros where one has none.
+        only: which demonstrations are compared `(demonstrations,)`; `None` for all that have the feature.
     """
 
-    def __init__(self, parts: Sequence[torch.Tensor]) -> None:
+    def __init__(self, parts: Sequence[torch.Tensor], only: torch.Tensor | None = None) -> None:
         self.parts = list(parts)
         self.starts = [0, *accumulate(len(part) for part in parts)]
         total = torch.zeros(parts[0].shape[1], dtype=torch.float64)
         self.there = torch.empty(self.starts[-1], dtype=torch.bool)
         for here, rows in self._blocks():
-            self.there[here] = rows.any(dim=1)
-            total += rows.sum(dim=0, dtype=torch.float64)
+            there = rows.any(dim=1) if only is None else rows.any(dim=1) & only[here]
+            self.there[here] = there
+            total += rows.mul_(there[:, None]).sum(dim=0, dtype=torch.float64)
         count = int(self.there.sum())
         self.mean = (total / count if count > 1 else torch.zeros_like(total)).float()  # of one: nothing to tell apart
         self.norms = torch.empty(self.starts[-1])
@@ -103,14 +112,20 @@ class Likeness:
             torch.mv(rows, query, out=found[here])
         return torch.where(self.there, ((found - self.mean @ query) / self.norms).clamp(-1, 1), ABSENT)
 
-    def nearest(self, query: torch.Tensor, count: int) -> tuple[list[int], list[float]] | None:
-        """The `count` most alike, by FAISS through `datasets`; `None` where it is not installed or cannot say."""
+    def nearest(self, query: torch.Tensor, count: int) -> torch.Tensor:
+        """`scores` of the `count` most alike, found by FAISS through `datasets`; the others are not compared.
+
+        Raises:
+            FaissUnavailable: one of both is not installed, or a demonstration has no feature.
+        """
         if self.index is None:
-            self.index = _faiss_index(self) if bool(self.there.all()) else False
-        if not self.index:
-            return None
-        scores, found = self.index.search("features", self._centred(query[None])[0].numpy(), k=count)
-        return [int(i) for i in found], [float(score) for score in scores]
+            if not bool(self.there.all()):
+                raise FaissUnavailable("some demonstrations of the bank have no such feature")
+            self.index = _faiss_index(self)
+        found = self.index.search("features", self._centred(query[None])[0].numpy(), k=count)
+        scores = torch.full((len(self.there),), NOT_COMPARED)
+        scores[torch.from_numpy(found.indices)] = torch.from_numpy(found.scores)
+        return scores
 
     def alike(self, one: int, others: Sequence[int]) -> torch.Tensor:
         """Cosine of one demonstration with others; 1 where neither has the feature, or both have that of all."""
@@ -120,13 +135,17 @@ class Likeness:
         return torch.where(same, 1.0, rows[1:] @ rows[0])
 
 
+class FaissUnavailable(ValueError):
+    """FAISS cannot search these features."""
+
+
 def _faiss_index(like: Likeness) -> Any:
-    """A `datasets` data set with an exact FAISS index over all features, or `False`."""
+    """A `datasets` data set with an exact FAISS index over all features."""
     try:
         import_module("faiss")
         datasets = import_module("datasets")
-    except ImportError:
-        return False
+    except ImportError as error:
+        raise FaissUnavailable(f'{error}; to install both: pip install "modeling-aim[bank]"') from error
     features = torch.empty(like.starts[-1], like.parts[0].shape[1])
     for here, rows in like._blocks():
         features[here] = like._centred(rows)
@@ -195,9 +214,14 @@ def pick(
     return sorted(chosen, key=lambda i: (float(scores[i]), -i))
 
 
+def shortlist(count: int, k: int) -> int:
+    """How many of the best of `count` are looked at for `k`, with some to spare for near-duplicates."""
+    return min(count, 4 * k + 64)
+
+
 def _best_first(scores: torch.Tensor, k: int) -> Iterator[int]:
     """Numbers from the highest score down; all are sorted only when the first few do not do."""
-    first = min(len(scores), 4 * k + 64)
+    first = shortlist(len(scores), k)
     seen = scores.topk(first).indices.tolist()
     yield from seen
     if first < len(scores):
@@ -209,3 +233,41 @@ def drawn(count: int, seed: int) -> torch.Tensor:
     """Random scores, the same for the same seed."""
     order = np.random.RandomState(seed % 2**32).permutation(count)
     return torch.from_numpy(order.astype(np.float32))
+
+
+def near_duplicates(kinds: Sequence[Likeness], limit: float | None) -> Callable[[int, Sequence[int]], bool]:
+    """Whether a demonstration is at least as alike as `limit` to a chosen one in all `kinds`; never for `None`."""
+
+    def repeats(number: int, chosen: Sequence[int]) -> bool:
+        if limit is None or not chosen:
+            return False
+        alike = torch.stack([kind.alike(number, chosen) for kind in kinds])
+        return bool((alike.amin(dim=0) >= limit).any())
+
+    return repeats
+
+
+def mmices(
+    images: Likeness, questions: Likeness, query: Mapping[str, torch.Tensor], k: int, groups: Groups | None
+) -> torch.Tensor:
+    """Scores of MMICES (arXiv 2311.18021): the most alike images are shortlisted, then ranked by their texts.
+
+    The query's question is compared with questions alone: names and captions would be ranked by how much they sound
+    like a question. Cosines are taken to two digits, and between equals the images decide.
+
+    Args:
+        images: of all demonstrations.
+        questions: texts of those that have a question; the others get 0, the cosine of what is unrelated.
+        query: features `(width,)` of `image` and `text`.
+        k: how many are to be chosen.
+        groups: as for `pick`; labels are taken in turn for the shortlist, too.
+
+    Returns:
+        `(demonstrations,)`; those that are not shortlisted come after the others, by their images.
+    """
+    seen = images.scores(query["image"])
+    first = pick(seen, min(len(seen), MMICES_POOL * k), groups, lambda number, chosen: False)
+    asked = torch.where(questions.there[first], questions.scores(query["text"], among=first), 0.0)
+    scores = seen.clamp(min=-1) + NOT_COMPARED - 1
+    scores[first] = asked.mul(100).round() / 100 + 0.004 * seen[first].clamp(min=-1)  # less than half a digit
+    return scores

@@ -1,8 +1,9 @@
 """Files of a demonstration bank: shards of safetensors that check themselves, mapped into memory, never unpickled.
 
-A shard holds columns. Fixed columns have one row a demonstration: its key, its features, and how long it is in each
-ragged column. Ragged columns (fused tokens, hidden states, words, thumbnails) hold one demonstration after
-another, with a digest each, so that what is used is checked when it is used, and nothing else need be loaded.
+A shard holds columns. Fixed columns have one row a demonstration: its key, its features, whether it has a question,
+and how long it is in each ragged column. Ragged columns (fused tokens, hidden states, words, thumbnails) hold one
+demonstration after another, with a digest each, so that what is used is checked when it is used, and nothing else need
+be loaded.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from safetensors.torch import save
 from .demonstrations_aim import FusedDemonstrations
 from .select_aim import sketched
 
-FORMAT, VERSION = "aim_bank", 2
+FORMAT, VERSION = "aim_bank", 3
 KEY_BYTES, DIGEST_BYTES = 32, 16
 HEADER_LIMIT = 100_000_000  # bytes: what safetensors itself refuses
 RAGGED = {
@@ -36,6 +37,7 @@ RAGGED = {
 }
 NEEDED = ("keys", "lengths", "vectors", "texts", "text_lengths", "labels", "label_lengths")
 FEATURE = "feature."
+HAS_QUESTION = "has_question"  # 1 where a demonstration answers a question; there with features of texts
 STORAGES = ("auto", "float32", "bfloat16", "float16", "int8")
 TYPES = {  # of columns, as safetensors calls them
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I32": torch.int32, "I8": torch.int8,
@@ -146,6 +148,8 @@ class Shard:
             if name.startswith(FEATURE):
                 width = found[name].shape[1] if found[name].ndim == 2 else 0
                 expected[name] = ((count, width), torch.float16)
+        if FEATURE + "text" in found:
+            expected[HAS_QUESTION] = ((count,), torch.uint8)
         if set(found) != set(expected):
             return f"it holds {sorted(found)}, expected {sorted(expected)}"
         for name, (shape, dtype) in expected.items():
@@ -340,8 +344,7 @@ def open_shard(path: str | os.PathLike[str], listed: Mapping[str, Any] | None = 
         header = _header(path, listed)
         with safe_open(path, framework="pt") as tensors:  # checks that they fill the file, one after another
             about = json.loads((tensors.metadata() or {})[FORMAT])
-        if about["format"] != FORMAT or about["version"] != VERSION:
-            raise ValueError(f"format {about['format']!r:.40}, version {about['version']!r:.40}")
+        check_version(about, path)
         if listed is not None and hashlib.sha256(header).hexdigest() != listed["header_sha256"]:
             raise ValueError("its header has another sha256 than the manifest says")
         columns, starts = _mapped(path, header)
@@ -361,12 +364,22 @@ def open_shard(path: str | os.PathLike[str], listed: Mapping[str, Any] | None = 
         SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError,
     ) as error:  # fmt: skip
         raise BankDamaged(
-            f"{path} does not belong to a demonstration bank of version {VERSION}, or is damaged ({error!r:.200}). "
-            "Copy or build it again."
+            f"{path} does not belong to a demonstration bank, or is damaged ({error!r:.200}). Copy or build it again."
         ) from error
     if listed is not None and (len(shard), shard.tokens) != (listed["demonstrations"], listed["tokens"]):
         raise BankDamaged(f"{path} has {len(shard)} demonstrations; its manifest says {listed['demonstrations']}.")
     return shard
+
+
+def check_version(about: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Raise `BankDamaged` where a file is of another version of the format, `ValueError` where it is no bank's."""
+    if about["format"] != FORMAT:
+        raise ValueError(f"its format is {about['format']!r:.40}")
+    if about["version"] != VERSION:
+        raise BankDamaged(
+            f"{path} is of version {about['version']!r:.40} of demonstration banks; this release of modeling_aim "
+            f"reads version {VERSION}. Build the bank again, or take the release that wrote it."
+        )
 
 
 def _header(path: Path, listed: Mapping[str, Any] | None) -> bytes:
