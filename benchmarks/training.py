@@ -101,6 +101,7 @@ def main() -> None:
         options = TrainingArguments(folder, max_steps=1, report_to="none", use_cpu=args.device == "cpu")
         trainer = AimTrainer(model, options, train_dataset=episodes(1, 1, args.pixels), group_by_length=False)
         trainer.create_optimizer()
+        trainer.current_gradient_accumulation_steps = 1  # what `train` sets
         model.train()
         made = episodes(args.batches * args.batch_size, args.shots, args.pixels)
         batches = [made[start : start + args.batch_size] for start in range(0, len(made), args.batch_size)]
