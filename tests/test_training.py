@@ -413,6 +413,8 @@ def test_another_run_in_the_folder_is_left_alone(settings: TrainSettings, listin
     with pytest.raises(ValueError, match=r"is finished"):
         train(replace(settings, steps=2))
     assert listing(output) == before
+    train(replace(settings, steps=1, overwrite=True))
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-1"]
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_checkpoint(settings: TrainSettings) -> None:
@@ -451,4 +453,6 @@ def test_settings_that_cannot_work_are_named(settings: TrainSettings) -> None:
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             train(replace(settings, **change))
+    with pytest.raises(OSError, match="no/backbone"):
+        train(replace(settings, backbone="/no/backbone"))
     assert not Path(settings.output).exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -146,6 +147,8 @@ def train(settings: TrainSettings) -> AimTrainer:
     _check_data(mixture)
     last = claim(settings)
     model = _model(settings)
+    if last is None:
+        _begin(settings)
     reader = _reader(model, settings)
     kept = KeptStates(int(settings.memory * GIB), settings.keep_states, int(settings.disk * GIB), reader)
     trainer = AimTrainer(
@@ -184,7 +187,10 @@ def finish(trainer: AimTrainer, settings: TrainSettings) -> None:
 
 
 def claim(settings: TrainSettings) -> str | None:
-    """Take the output folder for this run; the checkpoint to go on from, where the run was begun before.
+    """See whether the output folder is free for this run; nothing is written yet.
+
+    Returns:
+        The checkpoint to go on from, where the run was begun before.
 
     Raises:
         ValueError: the folder holds another run, a finished one, or something else.
@@ -201,9 +207,8 @@ def claim(settings: TrainSettings) -> str | None:
                 "empty folder, or overwrite=True (--overwrite)."
             )
         earlier = json.loads(record.read_text(encoding="utf-8"))
-        if not earlier["finished"] and last_checkpoint(output) is None:  # nothing is lost by beginning anew
-            _write_run(output, settings, finished=False)
-            return None
+        if not earlier["finished"] and last_checkpoint(output) is None:
+            return None  # nothing is lost by beginning anew
         now = _comparable(settings)
         before = {**now, **earlier["settings"]}
         other = [f"{name} was {before[name]!r}, is {now[name]!r}" for name in now if before[name] != now[name]]
@@ -217,10 +222,17 @@ def claim(settings: TrainSettings) -> str | None:
                 f"The run in {output} is finished. To train it further, give it as the backbone of a new run, or "
                 "overwrite=True (--overwrite)."
             )
-    output.mkdir(parents=True, exist_ok=True)
-    if settings.overwrite or not record.exists():
-        _write_run(output, settings, finished=False)
     return None if settings.overwrite else last_checkpoint(output)
+
+
+def _begin(settings: TrainSettings) -> None:
+    """Make the output folder this run's: its settings go in, checkpoints of a run before it go out."""
+    output = Path(settings.output)
+    output.mkdir(parents=True, exist_ok=True)
+    _write_run(output, settings, finished=False)
+    if PartialState().is_main_process:
+        for path in output.glob("checkpoint-*[0-9]"):
+            shutil.rmtree(path)
 
 
 def last_checkpoint(output: Path) -> str | None:
