@@ -10,10 +10,14 @@ from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers.cache_utils import DynamicLayer
 
 from .demonstrations_aim import FusedDemonstrations
 from .shards_aim import as_bytes
+
+PREFIX_STATES = Version(Version(transformers.__version__).base_version) >= Version("5.23")
 
 
 class Recent:
@@ -135,15 +139,17 @@ def serves(cache: Any, padded: bool) -> bool:
 
     It is not in layers that the prefix alone does not enter (with cross-attention, where even masked words may look
     at the images of the query). With padding between the prefix and a query, it is none in layers that count what
-    lies between: sliding windows and recurrent states.
+    lies between: sliding windows and recurrent states; before transformers 5.23, the oldest on which that was tried
+    and holds, in none of these at all. Caches of a kind of their own, without layers, are not looked into.
 
     Args:
         cache: what `generate` would go on from.
         padded: rows of the batch have padding.
     """
-    layers = getattr(cache, "layers", [])
+    layers = getattr(cache, "layers", None) or []
     entered = all(getattr(layer, "is_initialized", True) for layer in layers)
-    return entered and not (padded and any(type(layer) is not DynamicLayer for layer in layers))
+    plain = all(type(layer) is DynamicLayer for layer in layers)
+    return bool(layers) and entered and (plain or (PREFIX_STATES and not padded))
 
 
 def note_fused(*caches: Any) -> None:

@@ -1,11 +1,8 @@
-"""The commands of the bank, and the examples, as a user runs them."""
+"""The commands of the bank, as a user runs them."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -81,24 +78,3 @@ def test_errors_are_one_message(folder: Path, tmp_path: Path) -> None:
     run("bank", "inspect", bank, fails=True)
     left = json.loads(run("bank", "inspect", bank, "--skip-damaged", "--json"))
     assert left["demonstrations"] == 0 and left["hidden_states"] is False
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "example",
-    [
-        ["bank_ask_many.py", "--bank", "BANK"],
-        ["bank_retrieval.py", "--concepts", "4", "--queries", "1"],
-        ["bank_on_the_hub.py"],
-        ["export_to_vllm.py", "--output", "BANK.safetensors"],
-    ],
-    ids=lambda example: example[0],
-)
-def test_an_example_runs(example: list[str], tmp_path: Path) -> None:
-    words = [word.replace("BANK", str(tmp_path / "bank")) for word in example]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "examples" / words[0]), *words[1:]]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    if example[0] == "bank_on_the_hub.py":
-        assert "read by another model: projector" in done.stdout

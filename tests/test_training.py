@@ -303,7 +303,7 @@ def test_two_processes_learn_what_one_learns_of_the_doubled_batch(tmp_path: Path
     script = tmp_path / "process.py"
     script.write_text(PROCESS)
     here, out = str(Path(__file__).parent), str(tmp_path / "out")
-    many = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571"]
+    many = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     found = []
     for command in ([*many, str(script), here, out, "2"], [sys.executable, str(script), here, out, "4"]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
