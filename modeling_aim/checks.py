@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
-from .backbone_aim import goes_on_behind_kv, laptop_quantization_config
+from .backbone_aim import check_usable, goes_on_behind_kv, laptop_quantization_config
 from .configuration_aim import AimConfig
 from .modeling_aim import AimForConditionalGeneration
 from .prefix_aim import serves
@@ -461,4 +461,5 @@ def check_model(
         text.layer_types = text.layer_types[: text.num_hidden_layers]
     torch.manual_seed(0)
     random = AutoModelForImageTextToText.from_config(config)
+    check_usable(random)
     return AimForConditionalGeneration.from_backbone(random, AimProcessor.from_pretrained(backbone, **place))

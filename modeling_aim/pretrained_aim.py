@@ -18,6 +18,7 @@ from transformers.utils import cached_file, logging
 
 from .backbone_aim import (
     check_backbone,
+    check_usable,
     embedding_norm,
     fingerprint,
     has_fingerprint,
@@ -229,6 +230,7 @@ class AimPreTrainedModel(PreTrainedModel):
                 f"AIM has not been tested with {backbone.config.model_type} backbones. It works if the properties "
                 "that `aim check BACKBONE` tries hold; please report those that do not."
             )
+        check_usable(backbone)
         loaded = backbone
         name = loaded.config.name_or_path or None
         if processor is None and name is not None:

@@ -60,6 +60,13 @@ def why_not(backbone: PreTrainedModel) -> str | None:
     return None
 
 
+def check_usable(backbone: PreTrainedModel) -> None:
+    """Raise `ValueError` for a backbone that AIM cannot work with; the message says why."""
+    reason = why_not(backbone)
+    if reason is not None:
+        raise ValueError(f"AIM cannot use {type(backbone).__name__}: {reason}")
+
+
 def decoder_layers(backbone: PreTrainedModel) -> nn.ModuleList:
     """The stack of text decoder layers, in order.
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText, GenerationConfig, Generati
 
 from .backbone_aim import (
     answering,
+    check_usable,
     decoder_inputs,
     embedding_weight,
     longest_prompt,
@@ -24,7 +25,6 @@ from .backbone_aim import (
     read_hidden_states,
     read_with_images,
     watch_layers,
-    why_not,
 )
 from .banking_aim import AimBankingModel
 from .configuration_aim import AimConfig
@@ -86,9 +86,7 @@ class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
         super().__init__(config)
         if backbone is None:
             backbone = AutoModelForImageTextToText.from_config(config.backbone_config)
-        reason = why_not(backbone)
-        if reason is not None:
-            raise ValueError(f"AIM cannot use {type(backbone).__name__}: {reason}")
+        check_usable(backbone)
         self.backbone = backbone.requires_grad_(False).eval()
         self.projector = AimProjector(config)
         if not embedding_weight(
