@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from backbones import DEMOS, Plugin, picture, plugin
@@ -219,7 +220,6 @@ def test_columns_name_the_parts_of_a_demonstration(llava: Plugin, tmp_path: Path
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_datasets_data_set(llava: Plugin, tmp_path: Path, streamed: bool) -> None:
-    datasets = pytest.importorskip("datasets")
     features = datasets.Features(
         image=datasets.Image(), label=datasets.ClassLabel(names=["dax", "wug"]), number=datasets.Value("int32")
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import sys
 from pathlib import Path
@@ -17,10 +16,6 @@ from PIL import Image
 from modeling_aim import DemonstrationBank
 from modeling_aim.select_aim import NOT_COMPARED, Groups, Likeness, pick, sketched
 
-needs_faiss = pytest.mark.skipif(
-    not (importlib.util.find_spec("faiss") and importlib.util.find_spec("datasets")),
-    reason='needs pip install "modeling-aim[bank]"',
-)
 NAMES = ("dax", "wug", "blicket")
 DEMOS = [{"image": picture(seed), "label": NAMES[seed % 3 if seed < 6 else 0]} for seed in range(9)]
 
@@ -309,7 +304,6 @@ def test_features_that_all_are_the_same_tell_nothing_apart() -> None:
     assert like.alike(0, [1, 2]).tolist() == [1.0, 1.0]
 
 
-@needs_faiss
 def test_faiss_finds_what_torch_finds() -> None:
     features = torch.nn.functional.normalize(torch.randn(500, 32, generator=torch.Generator().manual_seed(0)))
     like = Likeness(features.split((200, 300)))
@@ -320,7 +314,6 @@ def test_faiss_finds_what_torch_finds() -> None:
     assert int((found == NOT_COMPARED).sum()) == 480
 
 
-@needs_faiss
 def test_faiss_can_be_asked_for_and_is_taken_for_large_banks(
     bank: DemonstrationBank, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,8 +15,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from modeling_aim.training.episodes import Episode, Mixture, ShotLaw, Source, opened
 from modeling_aim.training.sources import EpisodeFile, LlavaConversations, Mmc4, Obelics, Pairs, open_source
@@ -150,8 +153,6 @@ def test_compressed_shards_and_where_images_lie(tmp_path: Path) -> None:
 
 
 def obelics(path: Path, images: list[Any], texts: list[Any]) -> Path:
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    pytest.importorskip("datasets")
     parquet.write_table(pyarrow.table({"images": images, "texts": texts}), path)
     return path
 
@@ -182,9 +183,7 @@ def test_obelics_urls_are_found_by_name_or_digest_and_else_left_out(tmp_path: Pa
 
 
 def test_obelics_needs_its_columns(tmp_path: Path) -> None:
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.table({"image": ["a"], "text": ["b"]}), tmp_path / "a.parquet")
-    pytest.importorskip("datasets")
     with pytest.raises(ValueError, match=r"columns \['image', 'text'\]; OBELICS has 'images' and 'texts'"):
         Obelics(str(tmp_path))
 
@@ -277,7 +276,6 @@ def test_pairs_of_webdataset_shards(tmp_path: Path) -> None:
 
 
 def test_pairs_of_data_sets(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
     features = datasets.Features(picture=datasets.Image(), label=datasets.ClassLabel(names=["dax", "wug"]))
     numbers = list(range(6))
     rows = {"picture": [{"bytes": png(n), "path": None} for n in numbers], "label": [0, 1, 1, 0, -1, None]}
@@ -300,7 +298,6 @@ def test_pairs_of_data_sets(tmp_path: Path) -> None:
 
 
 def test_data_sets_are_shuffled_by_seed(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
     rows = {"image": ["x.png"] * 40, "text": [str(n) for n in range(40)]}
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "a.parquet")
 
@@ -328,7 +325,6 @@ def test_a_first_row_without_a_text_is_no_reason_to_stop(tmp_path: Path) -> None
 
 
 def test_a_name_that_is_neither_here_nor_on_the_hub() -> None:
-    pytest.importorskip("datasets")
     with pytest.raises(FileNotFoundError, match="some-user/some-data is no file or folder here, and from the Hub"):
         open_source("pairs:some-user/some-data")
 
