@@ -1,6 +1,7 @@
 """Train a projector for a frozen backbone: naming episodes as a jsonl file, then `aim train`'s own function.
 
-    python examples/train_projector.py --steps 20          # the whole path; 600 steps and more to learn naming
+    python examples/train_projector.py --steps 20                                        # the whole path
+    python examples/train_projector.py --steps 200 --episodes 1200 --batch-size 16       # learns naming, in minutes
 
 The backbone is that of aim-tiny, the episodes are drawn from its world: a few concepts get made-up names, and a new
 image is asked for its name. Any jsonl file of such lines will do (`episodes:` in docs/TRAINING.md).
