@@ -132,6 +132,19 @@ def test_a_damaged_bank_is_an_error_or_right(bank: tuple[Path, Any], data: st.Da
         assert all(one in wanted for one in rest)
 
 
+def test_a_shard_without_its_manifest_vouches_for_itself(bank: tuple[Path, Any], tmp_path: Path) -> None:
+    """Whichever byte of its header is another: the shard is left out, or right."""
+    folder, wanted = bank
+    shutil.copytree(folder, tmp_path / "bank")
+    (tmp_path / "bank" / NAMES[0]).write_text("{")
+    shard = min((tmp_path / "bank").glob("*.safetensors"))
+    raw = shard.read_bytes()
+    for at in range(8 + int.from_bytes(raw[:8], "little")):
+        shard.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
+        rest = content(DemonstrationBank.from_pretrained(tmp_path / "bank", damaged="skip"))
+        assert all(one in wanted for one in rest), f"byte {at} of {shard.name}"
+
+
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_an_edited_manifest_is_an_error_or_right(bank: tuple[Path, Any], data: st.DataObject) -> None:

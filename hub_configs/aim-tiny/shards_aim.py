@@ -25,6 +25,7 @@ from .demonstrations_aim import FusedDemonstrations
 from .select_aim import sketched
 
 FORMAT, VERSION = "aim_bank", 3
+SEAL = "about_sha256"
 KEY_BYTES, DIGEST_BYTES = 32, 16
 HEADER_LIMIT = 100_000_000  # bytes: what safetensors itself refuses
 RAGGED = {
@@ -116,7 +117,7 @@ class Shard:
     @property
     def facts(self) -> dict[str, Any]:
         """What is said of the demonstrations, without the digests of a file."""
-        return {name: value for name, value in self.about.items() if name != "digests"}
+        return {name: value for name, value in self.about.items() if name not in ("digests", SEAL)}
 
     @property
     def content(self) -> dict[str, torch.Tensor]:
@@ -303,6 +304,7 @@ def write_shard(shard: Shard, path: Path) -> dict[str, Any]:
     small = [name for name in columns if name not in RAGGED]
     about = {**shard.facts, "format": FORMAT, "version": VERSION}
     about["digests"] = {name: hashlib.sha256(as_bytes(columns[name])).hexdigest() for name in sorted(small)}
+    about[SEAL] = _seal(about, columns)
     payload = save(columns, metadata={FORMAT: json.dumps(about, sort_keys=True)})  # one entry: their order is random
     write_whole(path, payload)
     return {
@@ -348,6 +350,8 @@ def open_shard(path: str | os.PathLike[str], listed: Mapping[str, Any] | None = 
         if listed is not None and hashlib.sha256(header).hexdigest() != listed["header_sha256"]:
             raise ValueError("its header has another sha256 than the manifest says")
         columns, starts = _mapped(path, header)
+        if about.get(SEAL) != _seal(about, columns):
+            raise ValueError("what it says of itself has another sha256")
         with path.open("rb") as file:  # what is read here is not kept, and leaves the mapping untouched
             for name in [name for name in columns if name not in RAGGED and not name.startswith(FEATURE)]:
                 file.seek(starts[name])
@@ -369,6 +373,13 @@ def open_shard(path: str | os.PathLike[str], listed: Mapping[str, Any] | None = 
     if listed is not None and (len(shard), shard.tokens) != (listed["demonstrations"], listed["tokens"]):
         raise BankDamaged(f"{path} has {len(shard)} demonstrations; its manifest says {listed['demonstrations']}.")
     return shard
+
+
+def _seal(about: Mapping[str, Any], columns: Mapping[str, torch.Tensor]) -> str:
+    """Digest of all that a shard says of itself, so that one whose manifest is lost can be trusted as well."""
+    said = {name: value for name, value in about.items() if name != SEAL}
+    layout = {name: [str(column.dtype), list(column.shape)] for name, column in columns.items()}
+    return hashlib.sha256(json.dumps([said, layout], sort_keys=True).encode()).hexdigest()
 
 
 def check_version(about: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
