@@ -33,13 +33,7 @@ def read_demonstrations(path: Path) -> Iterator[dict[str, Any]]:
         ValueError: a line is no JSON object; the message names file and line.
         FileNotFoundError: there is no such file.
     """
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            demo = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error}). Expected one object a line.") from error
+    for number, demo in numbered_json(path):
         if not isinstance(demo, dict):
             raise ValueError(f"{path}, line {number}: expected an object such as {{'image': ..., 'label': ...}}.")
         for key in ("image", "images"):
@@ -48,6 +42,23 @@ def read_demonstrations(path: Path) -> Iterator[dict[str, Any]]:
             elif isinstance(demo.get(key), list):
                 demo[key] = [_beside(path, name) for name in demo[key]]
         yield demo
+
+
+def numbered_json(path: Path) -> Iterator[tuple[int, Any]]:
+    """What the lines of a jsonl file hold, with their numbers; empty ones are passed by.
+
+    Raises:
+        ValueError: a line is not JSON; the message names file and line.
+    """
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error}). Expected one object a line.") from error
+            yield number, value
 
 
 def _beside(path: Path, name: str) -> str:

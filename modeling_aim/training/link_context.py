@@ -23,6 +23,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..demonstrations_aim import Demonstration
+from ..terminal import numbered_json
 from .episodes import Episode, Pair, ShotLaw, Source, opened
 from .mining import ClassFeatures, ImageClass, clip_features, mined_neighbours, similarity
 
@@ -509,21 +510,14 @@ def test_pairs(
 
 def _rows(path: Path, keys: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows of a jsonl file with the numbers of their lines, each with `keys` and a class name."""
-    with path.open(encoding="utf-8") as file:
-        for line, words in enumerate(file, 1):
-            if not words.strip():
-                continue
-            try:
-                row = json.loads(words)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {line}: not JSON ({error}). Expected one object a line.") from error
-            missing = [key for key in keys if not isinstance(row, dict) or key not in row]
-            if missing:
-                has = sorted(row) if isinstance(row, dict) else type(row).__name__
-                raise ValueError(f"{path}, line {line}: a row with {missing} missing; it has {has}, not {list(keys)}.")
-            if not (isinstance(row["class_name"], str) and row["class_name"].strip()):
-                raise ValueError(f"{path}, line {line}: class_name is {row['class_name']!r:.40}; expected a name.")
-            yield line, row
+    for line, row in numbered_json(path):
+        missing = [key for key in keys if not isinstance(row, dict) or key not in row]
+        if missing:
+            has = sorted(row) if isinstance(row, dict) else type(row).__name__
+            raise ValueError(f"{path}, line {line}: a row with {missing} missing; it has {has}, not {list(keys)}.")
+        if not (isinstance(row["class_name"], str) and row["class_name"].strip()):
+            raise ValueError(f"{path}, line {line}: class_name is {row['class_name']!r:.40}; expected a name.")
+        yield line, row
 
 
 def _paths(root: Path, names: Any, path: str | os.PathLike[str], line: int) -> Iterator[str]:

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, TrainingArguments
 from .. import AimConfig, AimForConditionalGeneration
 from ..backbone_aim import laptop_quantization_config
 from ..files_aim import model_card
+from ..shards_aim import write_whole
 from .episodes import Episode, Mixture, ShotLaw
 from .kept_states import KeptStates
 from .report import curves, training_section
@@ -252,9 +253,8 @@ def _comparable(settings: TrainSettings) -> dict[str, Any]:
 
 
 def _write_run(output: Path, settings: TrainSettings, finished: bool) -> None:
-    part = output / f"{RUN_FILE}.{os.getpid()}.part"
-    part.write_text(json.dumps({"settings": _comparable(settings), "finished": finished}, indent=1), encoding="utf-8")
-    os.replace(part, output / RUN_FILE)
+    text = json.dumps({"settings": _comparable(settings), "finished": finished}, indent=1)
+    write_whole(output / RUN_FILE, text.encode())
 
 
 def _mixture(specs: Sequence[str], settings: TrainSettings, seed: int = 0) -> Mixture:

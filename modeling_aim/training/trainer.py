@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 
-from ..backbone_aim import check_backbone
+from ..backbone_aim import check_backbone, longest_prompt
 from ..configuration_aim import AimConfig
 from ..files_aim import read_safetensors
 from ..pretrained_aim import PROJECTOR_WEIGHTS
@@ -103,10 +103,8 @@ class AimTrainer(Trainer):
             )
         args.remove_unused_columns = False  # an episode is an object, not columns
         args.prediction_loss_only = True
-        accelerator: Any = args.accelerator_config
-        accelerator.dispatch_batches = (
-            False  # images cannot be sent: each process reads the stream and takes its share
-        )
+        accelerator: Any = args.accelerator_config  # images cannot be sent from one process to the others:
+        accelerator.dispatch_batches = False  # each reads the stream and takes its share
         model.read_cache = KeptStates(2**30) if kept_states is None else kept_states
         kwargs.setdefault("data_collator", EpisodeCollator(model, teacher, prompts))
         kwargs.setdefault("processing_class", model.processor)
@@ -159,8 +157,8 @@ class AimTrainer(Trainer):
     @torch.no_grad()
     def _teacher_logits(self, inputs: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
         model: Any = self.accelerator.unwrap_model(self.model)
-        longest = model.config.get_text_config().max_position_embeddings
-        if inputs["input_ids"].shape[1] > longest:
+        longest = longest_prompt(model.backbone.config)
+        if longest is not None and inputs["input_ids"].shape[1] > longest:
             raise ValueError(
                 f"The teacher's prompt has {inputs['input_ids'].shape[1]} tokens, but the backbone has {longest} "
                 "positions. Distil from text (teacher='text'), or with fewer shots."
