@@ -201,7 +201,7 @@ class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
         unique = dict(zip(keys, demos, strict=True))
         states: dict[str, torch.Tensor] = {}
         if keep:
-            reader = (self._backbone_state(), *(v for k, v in self.source.items() if k != "projector"))
+            reader = (self._backbone_state(), *self.reader.values())
             states = {k: v.to(self.device) for k in unique if (v := self.read_cache.get((k, reader))) is not None}
         new = [key for key in unique if key not in states]
         for key, read in zip(new, self.read_states([unique[key] for key in new], batch_size), strict=True):

@@ -170,11 +170,15 @@ class AimPreTrainedModel(PreTrainedModel):
     @property
     def source(self) -> dict[str, str]:
         """Identity of what reads here: fused demonstrations are good for this alone."""
+        return {**self.reader, "projector": self._projector_digest()[:12]}
+
+    @property
+    def reader(self) -> dict[str, str]:
+        """Identity of what decides the hidden states of a demonstration: all of `source` but the projector."""
         prints = str(self.config.backbone_fingerprint).encode()
         knows_processor = self._processor is not None or self._loaded_from is not None
         return {
             "backbone": f"{self.backbone.config.model_type} {hashlib.sha256(prints).hexdigest()[:12]}",
-            "projector": self._projector_digest()[:12],
             "read": f"layers {self.config.read_layers}, {self.config.read_span}, "
             f"at most {self.config.max_fused_tokens} tokens",
             **(self.processor.reading_settings if knows_processor else {}),

@@ -145,6 +145,7 @@ def train(settings: TrainSettings) -> AimTrainer:
     mixture = _mixture(settings.data, settings)
     held = _mixture(settings.eval_data, settings, seed=10**6) if settings.eval_data else None
     arguments = _arguments(settings, bool(held))
+    _check_processes(arguments)
     _check_data(mixture)
     last = claim(settings)
     model = _model(settings)
@@ -263,6 +264,16 @@ def _mixture(specs: Sequence[str], settings: TrainSettings, seed: int = 0) -> Mi
     return Mixture([source for source, _ in opened], [weight for _, weight in opened], law, settings.seed + seed)
 
 
+def _check_processes(arguments: TrainingArguments) -> None:
+    """Raise `ValueError` where several processes were started that do not know of each other."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != arguments.world_size:
+        raise ValueError(
+            f"{started} processes were started, but this one would train alone (use_cpu={arguments.use_cpu}), and all "
+            "would write the same folder. Leave use_cpu as it is, or start one process."
+        )
+
+
 def _check_data(mixture: Mixture) -> None:
     """Look at one episode of every source before the backbone is loaded."""
     for source in mixture.sources:
@@ -295,8 +306,7 @@ def _model(settings: TrainSettings) -> Any:
 
 def _reader(model: Any, settings: TrainSettings) -> dict[str, Any]:
     """What decides the hidden states of a demonstration, beside the demonstration."""
-    source = {name: value for name, value in model.source.items() if name != "projector"}
-    return {**source, "dtype": settings.dtype, "4-bit": settings.load_in_4bit}
+    return {**model.reader, "dtype": settings.dtype, "4-bit": settings.load_in_4bit}
 
 
 def _arguments(settings: TrainSettings, evaluates: bool) -> TrainingArguments:
@@ -322,5 +332,6 @@ def _arguments(settings: TrainSettings, evaluates: bool) -> TrainingArguments:
         "eval_steps": settings.save_every,
         "seed": settings.seed,
         "report_to": "none",
+        "use_cpu": not torch.accelerator.is_available(),  # without it, several processes on CPUs train each alone
     }
     return TrainingArguments(**{**values, **settings.arguments})

@@ -1,0 +1,95 @@
+"""A backbone whose weights are spread over processes, as FSDP does it, trains as a whole one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+BACKBONE = str(Path(__file__).parents[1] / "hub_configs" / "aim-tiny" / "backbone")
+
+PROCESS = """
+import json, sys
+import torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+sys.path.insert(0, sys.argv[1])
+import backbones
+from modeling_aim.backbone_aim import decoder_layers
+
+dist.init_process_group("gloo")
+case = backbones.plugin("llava")
+model = case.model.train()
+inputs, demos = case.query(), [backbones.DEMOS[:2]]
+labels = inputs["input_ids"].clone()
+labels[:, :-2] = -100
+found = {}
+for kind in ("whole", "sharded"):
+    if kind == "sharded":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for layer in decoder_layers(model.backbone):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    model.read_cache.clear()
+    model.zero_grad()
+    loss = model(**inputs, labels=labels, demos=demos).loss
+    loss.backward()
+    gradients = [p.grad.full_tensor() if kind == "sharded" else p.grad for p in model.projector.parameters()]
+    found[kind] = [loss.item(), *(g.flatten()[:50].tolist() for g in gradients)]
+if dist.get_rank() == 0:
+    print(json.dumps(found))
+dist.destroy_process_group()
+"""
+
+
+def test_a_sharded_backbone_gives_the_same_loss_and_gradients(tmp_path: Path) -> None:
+    script = tmp_path / "process.py"
+    script.write_text(PROCESS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*command, str(script), str(Path(__file__).parent)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
+    whole, sharded = found["whole"], found["sharded"]
+    assert sharded[0] == pytest.approx(whole[0], rel=1e-5)
+    assert any(any(gradient) for gradient in whole[1:])
+    for one, other in zip(whole[1:], sharded[1:], strict=True):
+        assert other == pytest.approx(one, rel=1e-4, abs=1e-7)
+
+
+def test_processes_that_do_not_know_of_each_other_do_not_train(tmp_path: Path) -> None:
+    arguments = ["--backbone", BACKBONE, "--data", f"episodes:{_one_episode(tmp_path)}", "--output", "out"]
+    command = [sys.executable, "-m", "modeling_aim", "train", *arguments, "--set", "use_cpu=false"]
+    environment = {**os.environ, "WORLD_SIZE": "2", "COLUMNS": "400"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 1
+    assert "2 processes were started" in done.stderr and "use_cpu" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_itself_takes_several_processes(tmp_path: Path) -> None:
+    """Each would train alone, and write the same folder, where Trainer is not told that they are on CPUs."""
+    arguments = ["--backbone", BACKBONE, "--data", f"episodes:{_one_episode(tmp_path)}", "--output", "out"]
+    arguments += ["--steps", "2", "--batch-size", "1", "--shots", "1", "--prompts", "plain", "--dtype", "float32"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "modeling_aim", "train", *arguments], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("trained for 2 steps") == 1
+
+
+def _one_episode(folder: Path) -> Path:
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    line = {
+        "demos": [{"image": "a.png", "text": "x"}],
+        "queries": [{"image": "a.png", "question": "q", "answer": "y"}],
+    }
+    path = folder / "episodes.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    return path
