@@ -19,6 +19,7 @@ import pyarrow
 import pytest
 import torch
 from backbones import picture
+from hub_server import HubServer
 from pyarrow import parquet
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
@@ -367,6 +368,21 @@ def test_a_run_leaves_a_repository_that_answers(settings: TrainSettings, tmp_pat
     assert "## Training" in card and settings.data[0] in card and "held-out episodes" in card
     assert (output / "training.png").stat().st_size > 1000 and "training.png" in card
     pipe = pipeline("image-text-to-text", model=settings.output, trust_remote_code=True)
+    demos = [{"image": picture(0), "label": "dax"}]
+    found = pipe(images=picture(1), text="<image> What is it?", demos=demos, max_new_tokens=3)
+    assert isinstance(found[0]["generated_text"], str)
+
+
+def test_a_run_pushes_what_it_leaves(settings: TrainSettings, hub: HubServer, monkeypatch: Any) -> None:
+    """Backbone from the Hub, projector to the Hub: what is there loads by its id and answers, and the card is there."""
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    hub.add_repo("user/backbone", settings.backbone)
+    train(replace(settings, backbone="user/backbone", push_to_hub="user/trained"))
+    files = hub.files("user/trained")
+    assert {"aim_projector.safetensors", "training.png", "aim_training.json", "modeling_aim.py"} <= set(files)
+    assert "## Training" in files["README.md"].decode()
+    assert not any(name.startswith("checkpoint") or name == "model.safetensors" for name in files)
+    pipe = pipeline("image-text-to-text", model="user/trained", trust_remote_code=True)
     demos = [{"image": picture(0), "label": "dax"}]
     found = pipe(images=picture(1), text="<image> What is it?", demos=demos, max_new_tokens=3)
     assert isinstance(found[0]["generated_text"], str)
