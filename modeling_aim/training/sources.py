@@ -9,18 +9,17 @@ used is left out and counted by reason in `Source.skipped`: of data from the web
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 import random
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from ..specs import spec_named, split_spec
 from .episodes import Episode, Pair, ShotLaw, Source, opened
 from .link_context import IMAGE_SUFFIXES, LclRows, LinkContext
 from .rows import (
@@ -458,55 +457,12 @@ def open_source(spec: str) -> tuple[Source, float]:
         FileNotFoundError: there is nothing at the path.
         ImportError: a library is missing; the message says how to install it.
     """
-    kind, _, rest = spec.partition(":")
-    path, *settings = re.split(r",(?=\s*[\w-]+=)", rest)  # other commas belong to the path or to a value
+    kind, path, values = split_spec(spec, KINDS, {"weight": float}, omitted=("name",))
     if kind not in KINDS or not path:
         raise ValueError(
             f"{spec!r} is no source of data. Expected KIND:PATH[,name=value...] with a kind of {sorted(KINDS)}, such "
             "as pairs:data/train.jsonl,weight=2."
         )
-    hints = {**_settings(KINDS[kind]), "weight": float}
-    values: dict[str, Any] = {}
-    for setting in settings:
-        name, _, value = setting.strip().partition("=")
-        if name not in hints:
-            raise ValueError(f"{spec!r}: {kind} has no setting {name!r}; it has {sorted(hints)}.")
-        values[name] = _typed(value, hints[name], f"{spec!r}: {name}={value}")
     weight = values.pop("weight", 1.0)
-    try:
+    with spec_named(spec):
         return KINDS[kind](path, **values), weight
-    except (ValueError, OSError, ImportError) as error:
-        same = next(
-            type_ for type_ in (FileNotFoundError, ValueError, ImportError, OSError) if isinstance(error, type_)
-        )
-        raise same(f"{spec!r}: {error}") from error
-
-
-def _settings(kind: Callable[..., Source]) -> dict[str, Any]:
-    """Keyword settings of a class with their types; where it passes settings on, those of its parents too."""
-    found: dict[str, Any] = {}
-    for owner in inspect.getmro(kind) if inspect.isclass(kind) else ():
-        init = vars(owner).get("__init__")
-        if init is None:
-            continue
-        parameters, hints = inspect.signature(init).parameters.values(), get_type_hints(init)
-        found = {**{one.name: hints[one.name] for one in parameters if one.kind is one.KEYWORD_ONLY}, **found}
-        if not any(one.kind is one.VAR_KEYWORD for one in parameters):
-            break
-    return {name: hint for name, hint in found.items() if name != "name"}
-
-
-def _typed(value: str, hint: Any, shown: str) -> Any:
-    """A value of a setting as its type has it."""
-    types = get_args(hint) or (hint,)
-    if bool in types:
-        if value.lower() not in ("true", "false"):
-            raise ValueError(f"{shown}: expected true or false.")
-        return value.lower() == "true"
-    for type_, what in ((int, "a whole number"), (float, "a number")):
-        if type_ in types:
-            try:
-                return type_(value)
-            except ValueError:
-                raise ValueError(f"{shown}: expected {what}.") from None
-    return value

@@ -1,0 +1,14 @@
+"""Few-shot evaluation: tasks, methods, metrics and the loop that runs them.
+
+results = evaluate(EvalSettings(repo="hub_configs/aim-tiny", tasks=("episodes:test.jsonl",), output="build/eval"))
+"""
+
+from .methods import METHODS, Method, Prompt, Shown, Wording
+from .report import eval_results
+from .runner import EvalSettings, evaluate
+from .task import Example, Prediction, Shot, Task
+
+__all__ = [
+    "METHODS", "EvalSettings", "Example", "Method", "Prediction", "Prompt", "Shot", "Shown", "Task", "Wording",
+    "eval_results", "evaluate",
+]  # fmt: skip
