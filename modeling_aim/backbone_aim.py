@@ -30,9 +30,11 @@ from transformers import (
 )
 from transformers.quantizers import AutoQuantizationConfig
 
+from .batching_aim import repeat_images, shared_images
 from .files_aim import HUB_KWARGS
 
 INPUT, VISION, DECODER = 0, -2, -3  # what enters the first layer, leaves the vision tower, enters the decoder
+SHARED = -4  # asked for where images of a batch are equal: the call of the vision tower with each of them once
 STATE_NAMES = ("rope_deltas",)  # what some backbones remember of the last prompt, as attributes of their modules
 
 _TURNS: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()
@@ -112,7 +114,8 @@ def watch_layers(backbone: PreTrainedModel, read_layers: Sequence[int]) -> None:
     if backbone.base_model is backbone and head is not None:
         head.register_forward_pre_hook(_keep_last)
     tower = backbone.get_encoder("image") if hasattr(backbone, "get_encoder") else backbone
-    if tower is not None and tower is not backbone:
+    if tower is not None and tower is not backbone and _share_images not in tower._forward_pre_hooks.values():
+        tower.register_forward_pre_hook(_share_images, with_kwargs=True)
         tower.register_forward_hook(_keep_vision)
     backbone.get_decoder().register_forward_pre_hook(_keep_decoder, with_kwargs=True)
     with suppress(ValueError):  # without a stack of layers reading works; features of images do not
@@ -136,11 +139,24 @@ def _keep_last(head: nn.Module, args: Any) -> None:
         raise _ReadFinished
 
 
-def _keep_vision(module: nn.Module, args: Any, output: Any) -> None:
+def _share_images(tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     kept = _READING.get()
-    if kept is not None and VISION in kept:
+    if kept is None or SHARED not in kept:
+        return None
+    kept[SHARED] = shared = shared_images(args, kwargs)
+    return None if shared is None else (shared.args, shared.kwargs)
+
+
+def _keep_vision(tower: nn.Module, args: Any, output: Any) -> Any:
+    kept = _READING.get()
+    if kept is None:
+        return None
+    if kept.get(SHARED) is not None:
+        output = repeat_images(tower, kept[SHARED], output)
+    if VISION in kept:
         first = output if isinstance(output, torch.Tensor) else getattr(output, "last_hidden_state", None)
         kept[VISION] = output[0] if first is None else first
+    return output
 
 
 def _keep_input(layer: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
@@ -171,7 +187,7 @@ def decoder_inputs(backbone: PreTrainedModel, inputs: Mapping[str, Any]) -> torc
     kept: dict[int, Any] = {DECODER: None}
     token = _READING.set(kept)
     try:
-        with one_at_a_time(backbone), preserved_state(backbone):
+        with preserved_state(backbone):
             backbone.base_model(**inputs, use_cache=False, return_dict=True)
     except _ReadFinished:
         pass
@@ -201,11 +217,11 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def _captured(backbone: PreTrainedModel, inputs: Mapping[str, Any], wanted: Sequence[int]) -> dict[int, Any]:
-    """Run the backbone as far as it must for what is `wanted` of it: layers, -1, `INPUT` and `VISION`."""
+    """Run the backbone as far as it must for what is `wanted` of it: layers, -1, `INPUT`, `VISION` and `SHARED`."""
     kept: dict[int, Any] = dict.fromkeys(wanted)
     token = _READING.set(kept)
     try:
-        with one_at_a_time(backbone), preserved_state(backbone):
+        with preserved_state(backbone):
             kept[-1] = backbone.base_model(**inputs, use_cache=False, return_dict=True).last_hidden_state
     except _ReadFinished:
         pass
@@ -216,10 +232,10 @@ def _captured(backbone: PreTrainedModel, inputs: Mapping[str, Any], wanted: Sequ
 
 @torch.no_grad()
 def read_with_images(
-    backbone: PreTrainedModel, inputs: Mapping[str, Any], read_layers: Sequence[int]
+    backbone: PreTrainedModel, inputs: Mapping[str, Any], read_layers: Sequence[int], share_images: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`read_hidden_states`, and of the same pass what `image_features` gives."""
-    kept = _captured(backbone, inputs, [*read_layers, INPUT, VISION])
+    kept = _captured(backbone, inputs, [*read_layers, INPUT, VISION, *([SHARED] if share_images else [])])
     states = torch.cat([kept[k].to(kept[read_layers[0]].device) for k in read_layers], dim=-1)
     return states, _pooled_images(backbone, inputs, kept)
 
@@ -270,7 +286,7 @@ def _pooled_images(backbone: PreTrainedModel, inputs: Mapping[str, Any], kept: M
 
 @torch.no_grad()
 def read_hidden_states(
-    backbone: PreTrainedModel, inputs: Mapping[str, Any], read_layers: Sequence[int]
+    backbone: PreTrainedModel, inputs: Mapping[str, Any], read_layers: Sequence[int], share_images: bool = False
 ) -> torch.Tensor:
     """One forward pass without LM head, KV cache or gradient.
 
@@ -278,17 +294,38 @@ def read_hidden_states(
         backbone: the frozen backbone, prepared by `watch_layers`.
         inputs: a padded batch of the backbone's own inputs.
         read_layers: as in `AimConfig`; layers after the last of them are not run.
+        share_images: look for equal images, so that the vision tower sees each of them once.
 
     Returns:
         Hidden states `(batch, length, len(read_layers) * hidden size)`.
     """
-    kept = _captured(backbone, inputs, read_layers)
+    kept = _captured(backbone, inputs, [*read_layers, *([SHARED] if share_images else [])])
     return torch.cat([kept[k].to(kept[read_layers[0]].device) for k in read_layers], dim=-1)
+
+
+def all_modules(backbone: nn.Module) -> list[nn.Module]:
+    """`backbone.modules()`, several times faster: it makes no names, and lists a shared module twice."""
+    found = [backbone]
+    for module in found:  # grows on the way
+        if module._modules:
+            found += [child for child in module._modules.values() if child is not None]
+    return found
+
+
+def weights_state(module: nn.Module) -> list[Any]:
+    """What changes whenever a weight of a module does, or moves, except by writing to its `.data`."""
+    weights = [weight for part in all_modules(module) for weight in part._parameters.values() if weight is not None]
+    return [(w.data_ptr(), w.dtype, -1 if w.is_inference() else w._version) for w in weights]
+
+
+def _remembered(modules: Sequence[nn.Module]) -> list[tuple[nn.Module, str, Any]]:
+    """What modules keep of their last prompt: module, name and value."""
+    return [(module, name, vars(module)[name]) for module in modules for name in STATE_NAMES if name in vars(module)]
 
 
 def remembers(backbone: PreTrainedModel) -> bool:
     """Whether a backbone keeps something of its last prompt (`STATE_NAMES`)."""
-    return any(hasattr(module, name) for module in backbone.modules() for name in STATE_NAMES)
+    return bool(_remembered(all_modules(backbone)))
 
 
 def goes_on_behind_kv(backbone: PreTrainedModel) -> bool:
@@ -297,22 +334,43 @@ def goes_on_behind_kv(backbone: PreTrainedModel) -> bool:
     return not remembers(backbone) or Version(Version(transformers.__version__).base_version) >= Version("5.23")
 
 
-def one_at_a_time(backbone: PreTrainedModel) -> AbstractContextManager[Any]:
+@contextmanager
+def one_at_a_time(backbone: PreTrainedModel) -> Iterator[None]:
     """Calls of a backbone that remembers its last prompt (`STATE_NAMES`) wait for each other; others need not."""
-    if not remembers(backbone):
-        return nullcontext()
-    return _TURNS.setdefault(backbone, RLock())
+    with _turn(backbone, all_modules(backbone)):
+        yield
+
+
+def _turn(backbone: PreTrainedModel, modules: Sequence[nn.Module]) -> AbstractContextManager[Any]:
+    return _TURNS.setdefault(backbone, RLock()) if _remembered(modules) else nullcontext()
 
 
 @contextmanager
 def preserved_state(backbone: PreTrainedModel) -> Iterator[None]:
-    """Put back what the backbone remembered before, so that nothing leaks from a read into an answer."""
-    found = [(m, name, getattr(m, name)) for m in backbone.modules() for name in STATE_NAMES if hasattr(m, name)]
-    try:
-        yield
-    finally:
-        for module, name, value in found:
-            setattr(module, name, value)
+    """`one_at_a_time`, after which the backbone remembers what it did before: no read leaks into an answer."""
+    modules = all_modules(backbone)
+    with _turn(backbone, modules):
+        before = _remembered(modules)
+        try:
+            yield
+        finally:
+            for module, name, value in before:
+                setattr(module, name, value)
+
+
+@contextmanager
+def answering(backbone: PreTrainedModel) -> Iterator[None]:
+    """`one_at_a_time`, and layers that recompute in training mode rest: they would drop the KV cache."""
+    modules = all_modules(backbone)
+    with _turn(backbone, modules):
+        training = [module for module in modules if module.training]
+        try:
+            for module in training:
+                module.training = False
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
 
 def embedding_weight(backbone: PreTrainedModel) -> torch.Tensor:
@@ -320,19 +378,6 @@ def embedding_weight(backbone: PreTrainedModel) -> torch.Tensor:
     weight = backbone.get_input_embeddings().weight
     assert isinstance(weight, torch.Tensor)
     return weight
-
-
-@contextmanager
-def answering(backbone: PreTrainedModel) -> Iterator[None]:
-    """Layers that recompute in training mode drop the KV cache: let them rest while the backbone generates."""
-    training = [module for module in backbone.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _spread(count: int, total: int) -> list[int]:

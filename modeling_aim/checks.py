@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
-from .backbone_aim import check_usable, goes_on_behind_kv, laptop_quantization_config
+from .backbone_aim import check_usable, decoder_layers, goes_on_behind_kv, laptop_quantization_config
 from .configuration_aim import AimConfig
+from .demonstrations_aim import Demonstration
 from .modeling_aim import AimForConditionalGeneration
 from .prefix_aim import serves
 from .processing_aim import AimProcessor
@@ -140,6 +141,44 @@ def batch_reading(case: Case) -> None:
     """a padded batch of demonstrations is read as each alone"""
     together = case.model.read(case.demos, batch_size=3).vectors.float()
     alone = torch.cat([case.model.read([demo]).vectors for demo in case.demos]).float()
+    close(together, alone)
+
+
+def early_stop(case: Case) -> None:
+    """a read of an inner layer runs no layer behind it, and gives what a whole pass gives there"""
+    backbone = case.model.backbone
+    try:
+        layers = decoder_layers(backbone)
+    except ValueError as error:
+        raise NotApplicable("the backbone has no stack of decoder layers") from error
+    middle = len(layers) // 2
+    if not middle:
+        raise NotApplicable("the backbone has a single layer")
+    demos = [Demonstration.of(demo) for demo in case.demos]
+    stopping, whole = (
+        AimForConditionalGeneration.from_backbone(backbone, case.processor, read_layers=read_layers)
+        for read_layers in ([middle], [middle, -1])
+    )
+    ran: list[Any] = []
+    watching = [layer.register_forward_hook(lambda layer, *_: ran.append(layer)) for layer in layers[middle:]]
+    try:
+        found = stopping.read_states(demos)
+        assert not ran, f"{len(ran)} layers ran behind the one that is read"
+        expected = whole.read_states(demos)
+        assert ran
+    finally:
+        for handle in watching:
+            handle.remove()
+    for states, joined in zip(found, expected, strict=True):
+        close(states.float(), joined[:, : states.shape[1]].float())
+
+
+def equal_images(case: Case) -> None:
+    """demonstrations of one image, which is encoded once for all of them, are read as each alone"""
+    first, second = noise(1), noise(2)
+    demos = [(first, "a dax is here."), (second, "a wug"), (first, QUESTION, "It is a dax."), (first, "blicket")]
+    together = case.model.read(demos, batch_size=len(demos)).vectors.float()
+    alone = torch.cat([case.model.read([demo]).vectors for demo in demos]).float()
     close(together, alone)
 
 

@@ -7,6 +7,8 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -190,13 +192,17 @@ class FusedDemonstrations:
         """Fused tokens of all demonstrations together: what they cost in the prompt."""
         return int(self.vectors.shape[0])
 
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(self.lengths))
+
     def __getitem__(self, index: int | slice | Sequence[int]) -> FusedDemonstrations:
         """The demonstrations at `index` (a number, a slice or a list of numbers), in that order."""
         chosen = range(len(self))[index] if isinstance(index, (int, slice)) else [range(len(self))[i] for i in index]
         chosen = [chosen] if isinstance(chosen, int) else list(chosen)
-        parts = self.vectors.split(self.lengths)
+        parts = [self.vectors[self._ends[i] - self.lengths[i] : self._ends[i]] for i in chosen]
         return FusedDemonstrations(
-            vectors=torch.cat([parts[i] for i in chosen]) if chosen else self.vectors[:0],
+            vectors=torch.cat(parts) if parts else self.vectors[:0],
             lengths=tuple(self.lengths[i] for i in chosen),
             keys=tuple(self.keys[i] for i in chosen) if self.keys else (),
             texts=tuple(self.texts[i] for i in chosen) if self.texts else (),

@@ -25,6 +25,7 @@ IMAGE_SETTINGS = (
     "image_std", "do_pad", "do_image_splitting", "max_image_size", "image_grid_pinpoints", "min_pixels", "max_pixels",
     "crop_to_patches", "min_patches", "max_patches", "patch_size", "merge_size",
 )  # fmt: skip
+UNKNOWN_IMAGE = 1024  # positions of an image whose number of tokens is not known before it is encoded
 _SENTINEL = "aimtextgoeshere"
 _TOKENIZING = Lock()  # a fast tokenizer keeps its padding as state and refuses two threads at once
 
@@ -287,6 +288,20 @@ class AimProcessor(ProcessorMixin):
         worded = self.label_template.split("{label}", 1)[0].strip().lower()
         name = len(text.split()) <= 2 and text.isascii() and text[-1].isalnum()
         return name and not (worded and text.lower().startswith(worded))
+
+    def reading_lengths(self, demonstrations: Sequence[Demonstration]) -> list[int]:
+        """About how many positions each demonstration takes when it is read, rather too many than too few.
+
+        A character counts as one position. Images count what the backbone's processor says of images of their size,
+        or `UNKNOWN_IMAGE` where it cannot say.
+        """
+        images = [image for demonstration in demonstrations for image in demonstration.images]
+        counts = [UNKNOWN_IMAGE] * len(images)
+        if images and hasattr(self.processor, "_get_num_multimodal_tokens"):
+            sizes = [(image.height, image.width) for image in images]
+            counts = self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens or counts
+        remaining = iter(counts)
+        return [len(self.word(d)[0]) + sum(next(remaining) for _ in d.images) for d in demonstrations]
 
     def encode_demonstrations(
         self, demonstrations: Sequence[Demonstration], read_span: str = "text"

@@ -126,7 +126,11 @@ def test_the_least_recently_used_leaves() -> None:
     assert len(kept) == 1 and kept.nbytes == 10
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: (kept.put(i % 7, i, 4), kept.get(i % 5)), range(2000)))
-    assert kept.nbytes <= 10
+    assert kept.nbytes == 4 * len(kept) == 8
+    kept.put(next(iter(kept._values)), "larger", 11)  # what it replaces has gone all the same
+    assert kept.nbytes == 4 and len(kept) == 1
+    kept.clear()
+    assert kept.nbytes == len(kept) == 0
 
 
 # --- the KV of a prefix

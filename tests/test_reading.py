@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from backbones import DEMOS, FAMILIES, Plugin, build, picture, plugin
+from backbones import DEMOS, FAMILIES, MORE_FAMILIES, Plugin, build, picture, plugin
 from torch import nn
+from transformers import BitsAndBytesConfig
 
 from modeling_aim import AimForConditionalGeneration, AimProcessor, Demonstration, DemonstrationBank
 from modeling_aim.backbone_aim import decoder_layers
@@ -124,6 +126,32 @@ def test_neither_lm_head_nor_later_layers_run_during_a_read(aim: Plugin) -> None
         assert used and not seen
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
+def test_an_early_stop_in_4_bit_and_partly_on_disk(family: str, tmp_path: Path) -> None:
+    early = plugin(family, read_layers=[1])
+    early.model.save_pretrained(tmp_path / "repository", include_backbone=True)
+    wanted = early.model.read(DEMOS).vectors
+
+    def read_twice(**options: Any) -> tuple[Any, list[torch.Tensor]]:
+        model = AimForConditionalGeneration.from_pretrained(tmp_path / "repository", **options)
+        with calls(*decoder_layers(model.backbone)[1:]) as seen:
+            read = [model.read(DEMOS).vectors for _ in range(2)]
+        assert not seen
+        return model, read
+
+    four_bit = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}
+    _, read = read_twice(quantization_config=BitsAndBytesConfig(**four_bit))
+    assert torch.equal(*read) and not torch.equal(read[0], wanted)
+    size = sum(p.numel() * p.element_size() for p in early.backbone.parameters())
+    places = {"device_map": "auto", "max_memory": {"cpu": size // 2}, "offload_folder": str(tmp_path / "disk")}
+    model, read = read_twice(**places)
+    on_disk = [name for name, place in model.hf_device_map.items() if place == "disk"]
+    assert on_disk and torch.equal(*read)
+    torch.testing.assert_close(read[0], wanted)
+    left = [name for name, p in model.backbone.named_parameters() if name.startswith(tuple(on_disk)) and not p.is_meta]
+    assert not left, "the stop left weights in memory that belong on the disk"
+
+
 def test_a_read_that_stops_early_leaves_the_backbone_as_it_was(aim: Plugin) -> None:
     early = plugin(aim.family, read_layers=[1])
     inputs = early.query()
@@ -179,6 +207,8 @@ def test_a_budget_averages_neighbouring_states(llava: Plugin) -> None:
         ("linear", [1, -1]),
         ("linear_norm", [-1]),
         ("linear_norm", [1, 3]),
+        ("residual", [-1]),
+        ("residual", [1, 3]),
         ("mlp", [-1]),
         ("mlp", [1, 3]),
     ],

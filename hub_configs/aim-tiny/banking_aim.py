@@ -13,7 +13,6 @@ from .backbone_aim import (
     goes_on_behind_kv,
     image_features,
     image_positions,
-    one_at_a_time,
     preserved_state,
     read_hidden_states,
 )
@@ -21,7 +20,7 @@ from .bank_aim import DemonstrationBank
 from .build_aim import build_bank
 from .demonstrations_aim import Demonstration, check_source
 from .injection_aim import FusedPrompt, injected
-from .prefix_aim import FusedPrefix, Recent, cache_bytes, copies_of, is_prefix, same_prefix, serves
+from .prefix_aim import FusedPrefix, Recent, cache_bytes, grown_from, is_prefix, same_prefix, serves
 from .pretrained_aim import AimPreTrainedModel
 from .select_aim import KINDS, check_way, sketched
 
@@ -68,7 +67,8 @@ class AimBankingModel(AimPreTrainedModel):
             columns: which column of a row is which part of a demonstration, `{"image": "img", "label": "fine_label"}`;
                 of a `datasets` data set the columns named `image`, `text`, `label`, ... are taken when `None`. Numbers
                 of classes become the classes' names.
-            batch_size: demonstrations in one forward pass of the backbone.
+            batch_size: demonstrations that are read and put on disk together. Large ones take several passes of the
+                backbone.
             storage: how fused tokens are kept: `"auto"` (the backbone's precision), `"float32"`, `"bfloat16"`,
                 `"float16"`, or `"int8"` with one scale a token.
             keep_states: keep the backbone's hidden states too, so that `bank.reproject(model)` puts a newly trained
@@ -109,12 +109,12 @@ class AimBankingModel(AimPreTrainedModel):
 
     @torch.no_grad()
     def read_fully(self, demos: Sequence[Demonstration], features: bool = True) -> dict[str, Any]:
-        """Read demonstrations in one batch, with everything that a bank keeps of them.
+        """Read demonstrations, with everything that a bank keeps of them.
 
         Returns:
             `fused` and `states`: a tensor a demonstration; `features`: a tensor `(demonstrations, width)` a kind.
         """
-        read = sorted(self._read_batches(demos, len(demos), images=features), key=lambda row: row[0])
+        read = sorted(self._read_batches(demos, images=features), key=lambda row: row[0])
         states = [row[1] for row in read]
         fused = [self.project(one) for one in states]
         found: dict[str, torch.Tensor] = {}
@@ -131,7 +131,7 @@ class AimBankingModel(AimPreTrainedModel):
     def text_features(self, texts: Sequence[Demonstration]) -> torch.Tensor:
         """Hidden states of words alone, averaged: `(texts, joined layers x hidden size)`."""
         unique = {one.key: one for one in texts}  # the same words have the same features, to the last bit
-        read = self.read_states(list(unique.values()), max(len(unique), 1))
+        read = self.read_states(list(unique.values()))
         means = {key: states.float().mean(dim=0) for key, states in zip(unique, read, strict=True)}
         return torch.stack([means[one.key] for one in texts])
 
@@ -269,7 +269,7 @@ class AimBankingModel(AimPreTrainedModel):
             for name, value in prompt.inputs.items():
                 if isinstance(value, torch.Tensor) and value.shape[:2] == (1, full) and name != "pixel_values":
                     prompt.inputs[name] = value[:, : prompt.width]
-            with one_at_a_time(self.backbone), preserved_state(self.backbone), injected(prompt):
+            with preserved_state(self.backbone), injected(prompt):
                 cache = self.backbone.base_model(**prompt.inputs, use_cache=True, return_dict=True).past_key_values
             kept = cache, bos
             self.prefix_cache.put(key, kept, cache_bytes(cache))
@@ -304,4 +304,4 @@ class AimBankingModel(AimPreTrainedModel):
             return None
         prompt.seen = len(bos) + prefix.num_tokens
         rows = len(ids) * max(int(setting("num_beams") or 1), int(setting("num_return_sequences") or 1))
-        return prompt, copies_of(cache, rows)
+        return prompt, grown_from(cache, rows)

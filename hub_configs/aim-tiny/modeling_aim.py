@@ -8,6 +8,8 @@ the same frozen backbone *generate*. Loading and saving come after.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,8 +27,10 @@ from .backbone_aim import (
     read_hidden_states,
     read_with_images,
     watch_layers,
+    weights_state,
 )
 from .banking_aim import AimBankingModel
+from .batching_aim import CPU_POSITIONS, PASS_POSITIONS, reading_batches
 from .configuration_aim import AimConfig
 from .demonstrations_aim import (
     Demonstration,
@@ -109,12 +113,13 @@ class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
     # --- read, project
 
     @torch.no_grad()
-    def read(self, demos: Any, batch_size: int = 8) -> FusedDemonstrations:
+    def read(self, demos: Any, batch_size: int | None = None) -> FusedDemonstrations:
         """Read demonstrations once, each alone, into fused tokens that any number of calls can use (section 3.2).
 
         Args:
             demos: raw demonstrations, in order. What has been read already passes through unchanged.
-            batch_size: demonstrations in one forward pass of the backbone.
+            batch_size: demonstrations in one forward pass of the backbone. Where `None`, as many as fit into 8192
+                positions (1024 on a CPU) with hardly any padding.
 
         Returns:
             A frozen value with one fused token for each text token of each demonstration (at most
@@ -133,17 +138,11 @@ class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
         if is_demonstration(demos) or not isinstance(demos, (list, tuple)):
             raise ValueError(f"read takes a list of demonstrations; got {demos!r:.80}. Put a single one in a list.")
         raw = [Demonstration.of(demo) for demo in demos]
-        vectors, lengths = self._project(raw, batch_size, keep=False)
-        return FusedDemonstrations(
-            vectors=vectors,
-            lengths=lengths,
-            keys=tuple(demo.key for demo in raw),
-            texts=tuple(self.processor.word(demo)[0] for demo in raw),
-            source=self.source,
-        )
+        texts = tuple(self.processor.word(demo)[0] for demo in raw)
+        return replace(self._project(raw, batch_size, keep=False), texts=texts, source=self.source)
 
     @torch.no_grad()
-    def read_states(self, demos: Sequence[Demonstration], batch_size: int = 8) -> list[torch.Tensor]:
+    def read_states(self, demos: Sequence[Demonstration], batch_size: int | None = None) -> list[torch.Tensor]:
         """Hidden states at the kept text positions, `(positions, joined layers x hidden size)` a demonstration.
 
         They depend on the frozen backbone alone, not on the projector, so they can be kept while it is trained.
@@ -152,25 +151,23 @@ class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
         return [states[i] for i in range(len(demos))]
 
     def _read_batches(
-        self, demos: Sequence[Demonstration], batch_size: int, images: bool = False
+        self, demos: Sequence[Demonstration], batch_size: int | None = None, images: bool = False
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
         """Number, hidden states and, where asked for, image features of each demonstration, as they are read."""
-        order = sorted(range(len(demos)), key=lambda i: (bool(demos[i].images), len(self.processor.word(demos[i])[0])))
-        groups = [[i for i in order if bool(demos[i].images) == with_image] for with_image in (False, True)]
-        for group in groups:
-            for start in range(0, len(group), batch_size):
-                rows = group[start : start + batch_size]
-                inputs, kept = self.processor.encode_demonstrations([demos[i] for i in rows], self.config.read_span)
-                self._check_length(inputs["input_ids"].shape[1], [demos[i].text for i in rows])
-                inputs = inputs.to(self.device, self.dtype)
-                seen: Any = [None] * len(rows)
-                with injected(None):
-                    if images:
-                        hidden, seen = read_with_images(self.backbone, inputs, self.config.read_layers)
-                    else:
-                        hidden = read_hidden_states(self.backbone, inputs, self.config.read_layers)
-                for i, row, mask, image in zip(rows, hidden, kept.to(hidden.device), seen, strict=True):
-                    yield i, self._within_budget(row[mask]), image
+        lengths = self.processor.reading_lengths(demos)
+        positions = CPU_POSITIONS if self.device.type == "cpu" else PASS_POSITIONS
+        for rows, alike in reading_batches(demos, lengths, batch_size, positions):
+            inputs, kept = self.processor.encode_demonstrations([demos[i] for i in rows], self.config.read_span)
+            self._check_length(inputs["input_ids"].shape[1], [demos[i].text for i in rows])
+            inputs = inputs.to(self.device, self.dtype)
+            seen: Any = [None] * len(rows)
+            with injected(None):
+                if images:
+                    hidden, seen = read_with_images(self.backbone, inputs, self.config.read_layers, alike)
+                else:
+                    hidden = read_hidden_states(self.backbone, inputs, self.config.read_layers, alike)
+            for i, row, mask, image in zip(rows, hidden, kept.to(hidden.device), seen, strict=True):
+                yield i, self._within_budget(row[mask]), image
 
     def _within_budget(self, states: torch.Tensor) -> torch.Tensor:
         """Average neighbouring states down to `max_fused_tokens` of them, where there are more."""
@@ -185,19 +182,16 @@ class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
         return self.projector(states.to(next(self.projector.parameters()).device))
 
     def _project(
-        self, demos: list[Demonstration], batch_size: int = 8, keep: bool = True
-    ) -> tuple[torch.Tensor, tuple[int, ...]]:
+        self, demos: list[Demonstration], batch_size: int | None = None, keep: bool = True
+    ) -> FusedDemonstrations:
         """Read, then project; equal demonstrations are read once. Gradient, where enabled, reaches the projector.
 
         Args:
             demos: what to read.
-            batch_size: demonstrations in one forward pass.
+            batch_size: as for `read`.
             keep: use what `read_cache` has of them, and leave there what was read.
-
-        Returns:
-            Fused tokens of all demonstrations `(tokens, hidden size)`, and how many each has.
         """
-        keys = [demo.key for demo in demos]
+        keys = tuple(demo.key for demo in demos)
         unique = dict(zip(keys, demos, strict=True))
         states: dict[str, torch.Tensor] = {}
         if keep:
@@ -211,13 +205,12 @@ class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
         lengths = tuple(len(states[key]) for key in keys)
         width = self.config.hidden_size * len(self.config.read_layers)
         joined = torch.cat([states[key] for key in keys]) if keys else torch.empty(0, width, device=self.device)
-        return self.projector(joined.to(next(self.projector.parameters()).device)), lengths
+        vectors = self.projector(joined.to(next(self.projector.parameters()).device))
+        return FusedDemonstrations(vectors, lengths, keys)
 
-    def _backbone_state(self) -> Any:
-        """What changes whenever a weight of the backbone does, or moves, except by writing to its `.data`."""
-        return hash(
-            tuple((p.data_ptr(), p.dtype, -1 if p.is_inference() else p._version) for p in self.backbone.parameters())
-        )
+    def _backbone_state(self) -> int:
+        """What changes with every weight of the backbone; it is asked for only where something is kept."""
+        return hash(tuple(weights_state(self.backbone)))
 
     # --- inject, answer
 
@@ -263,7 +256,7 @@ class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
             if input_ids is not None:
                 kwargs["input_ids"] = input_ids
             check_continued(kwargs, whole_prompt=True)
-            with one_at_a_time(self.backbone), answering(self.backbone), injected(None):
+            with answering(self.backbone), injected(None):
                 return self.backbone.generate(**kwargs)
         given = {**kwargs, "input_ids": input_ids}
         prefilled = self._prefilled(demos, given)
@@ -271,7 +264,7 @@ class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
         options = own_tokens_only(prompt, input_ids, self.backbone.generation_config)
         if prefilled is not None:
             options["past_key_values"] = prefilled[1]
-        with one_at_a_time(self.backbone), answering(self.backbone), injected(prompt):
+        with answering(self.backbone), injected(prompt):
             output = self.backbone.generate(**options)
         note_fused(options.get("past_key_values"), getattr(output, "past_key_values", None))
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
@@ -425,8 +418,7 @@ class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
             return [self.read(demos)] * batch
         raw = [is_demonstration(demo) for demo in demos]
         if all(raw):
-            opened = [Demonstration.of(demo) for demo in demos]
-            return [FusedDemonstrations(*self._project(opened))] * batch
+            return [self._project([Demonstration.of(demo) for demo in demos])] * batch
         if any(raw):
             raise ValueError(
                 "demos mixes demonstrations with other things; give one list of demonstrations, or one a row."
@@ -437,7 +429,8 @@ class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
                 "demonstrations for all rows, or exactly one entry (a list, what read() returned, or None) a row."
             )
         together = [Demonstration.of(demo) for row in demos if isinstance(row, (list, tuple)) for demo in row]
-        read = FusedDemonstrations(*self._project(together))
+        read = self._project(together) if together else FusedDemonstrations(torch.empty(0, 0), ())
+        given = {id(row): self.read(row) for row in demos if not isinstance(row, (list, tuple, NoneType))}
         rows: list[FusedDemonstrations | None] = []
         taken = 0
         for row in demos:
@@ -445,7 +438,7 @@ class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
                 rows.append(read[taken : taken + len(row)])
                 taken += len(row)
             else:
-                rows.append(None if row is None else self.read(row))
+                rows.append(given.get(id(row)))
         return rows
 
     def _placeholder_id(self) -> int:
@@ -455,7 +448,7 @@ class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
         taken: set[Any] = set()
         for eos in (getattr(text, "eos_token_id", None), self.backbone.generation_config.eos_token_id):
             taken.update(eos if isinstance(eos, (list, tuple)) else [eos])
-        for name, value in self.backbone.config.to_dict().items():
+        for name, value in vars(self.backbone.config).items():
             if name.endswith(("_token_id", "_token_index")) and name[:4] not in ("bos_", "pad_"):
                 taken.add(value)
         if given is not None and (given in taken or not 0 <= given < vocabulary):

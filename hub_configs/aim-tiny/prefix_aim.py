@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import Version
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .demonstrations_aim import FusedDemonstrations
 from .shards_aim import as_bytes
@@ -31,6 +31,7 @@ class Recent:
         self._values: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
         self._lock = threading.RLock()
         self._max_bytes = max_bytes
+        self._nbytes = 0
 
     @property
     def max_bytes(self) -> int:
@@ -52,8 +53,7 @@ class Recent:
     @property
     def nbytes(self) -> int:
         """Bytes that are kept now."""
-        with self._lock:
-            return sum(size for _, size in self._values.values())
+        return self._nbytes
 
     def get(self, key: Hashable) -> Any:
         """The value, now the most recently used; `None` where there is none."""
@@ -66,20 +66,21 @@ class Recent:
     def put(self, key: Hashable, value: Any, size: int) -> None:
         """Keep a value of `size` bytes, unless it is larger than the bound by itself."""
         with self._lock:
-            self._values.pop(key, None)
+            self._nbytes -= self._values.pop(key, (None, 0))[1]
             if size <= self.max_bytes:
                 self._values[key] = (value, size)
+                self._nbytes += size
             self._trim()
 
     def _trim(self) -> None:
-        total = sum(size for _, size in self._values.values())
-        while total > self.max_bytes:
-            total -= self._values.popitem(last=False)[1][1]
+        while self._nbytes > self.max_bytes:
+            self._nbytes -= self._values.popitem(last=False)[1][1]
 
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:
             self._values.clear()
+            self._nbytes = 0
 
 
 class FusedPrefix:
@@ -126,11 +127,23 @@ def same_prefix(demos: Any) -> Any:
     return None
 
 
-def copies_of(cache: Any, rows: int) -> Any:
-    """A KV cache of one row for `rows` rows, all its own: a generation changes the cache that it is given."""
-    own = copy.deepcopy(cache)
-    if rows > 1:
-        own.reorder_cache(torch.zeros(rows, dtype=torch.long))
+def grown_from(cache: Any, rows: int) -> Any:
+    """A KV cache of `rows` rows that goes on from one of a single row and leaves that as it is.
+
+    Layers that grow by joining old and new KV into new tensors begin with a view of the old: nothing is copied, for
+    any number of rows and of generations at a time. Layers of other kinds write into their tensors and are copied.
+    """
+    own = copy.copy(cache)
+    own.layers = []
+    for layer in cache.layers:
+        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+            layer = copy.copy(layer)
+            layer.keys, layer.values = (kv.expand(rows, -1, -1, -1) for kv in (layer.keys, layer.values))
+        else:
+            layer = copy.deepcopy(layer)
+            if rows > 1:
+                layer.reorder_cache(torch.zeros(rows, dtype=torch.long))
+        own.layers.append(layer)
     return own
 
 

@@ -1,0 +1,171 @@
+"""Which demonstrations are read in one pass of the backbone, and equal images among them encoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from .demonstrations_aim import Demonstration
+
+PASS_POSITIONS = 8192  # of one pass, padding included: enough to keep an accelerator busy, and bounded memory
+CPU_POSITIONS = 1024  # on a CPU, which one demonstration keeps busy; attention is dearer where rows are padded
+PASS_PADDING = 512  # of these at most
+SAMPLES = 64  # values of an image by which others that may be equal are found
+
+
+def reading_batches(
+    demos: Sequence[Demonstration],
+    lengths: Sequence[int],
+    batch_size: int | None = None,
+    positions: int = PASS_POSITIONS,
+) -> Iterator[tuple[list[int], bool]]:
+    """Put demonstrations into batches: with images or without, those of about one length, those of one image together.
+
+    Args:
+        demos: what is to be read.
+        lengths: about how many positions each takes.
+        batch_size: demonstrations in a batch; where `None`, as many as `positions` and `PASS_PADDING` allow.
+        positions: of a batch, padding included. Demonstrations of one image, which is encoded once, may take
+            `PASS_POSITIONS` in any case.
+
+    Yields:
+        The numbers of a batch's demonstrations, and whether some of their images look the same.
+
+    Raises:
+        ValueError: `batch_size` is less than 1.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: expected 1 or more, or None.")
+    looks = [_looks(demo) for demo in demos]
+    shortest: dict[Any, int] = {}
+    for look, length in zip(looks, lengths, strict=True):
+        shortest[look] = min(length, shortest.get(look, length))
+    order = sorted(range(len(demos)), key=lambda i: (bool(looks[i]), shortest[looks[i]], looks[i], lengths[i]))
+    batch: list[int] = []
+    longest = total = 0
+    for number in order:
+        area = (len(batch) + 1) * max(longest, lengths[number])
+        same = bool(batch) and not set(looks[number]).isdisjoint(looks[batch[-1]])
+        full = area > (PASS_POSITIONS if same else positions) or area - total - lengths[number] > PASS_PADDING
+        if batch_size is not None:
+            full = len(batch) >= batch_size
+        if batch and (full or bool(looks[number]) != bool(looks[batch[0]])):
+            yield batch, _repeat(looks[i] for i in batch)
+            batch, longest, total = [], 0, 0
+        batch.append(number)
+        longest, total = max(longest, lengths[number]), total + lengths[number]
+    if batch:
+        yield batch, _repeat(looks[i] for i in batch)
+
+
+def _looks(demo: Demonstration) -> tuple[Any, ...]:
+    """A few pixels of each image, the same for equal images."""
+    return tuple((i.size, i.resize((8, 8), Image.Resampling.NEAREST).tobytes()) for i in demo.images)
+
+
+def _repeat(looks: Iterator[tuple[Any, ...]]) -> bool:
+    images = [image for look in looks for image in look]
+    return len(set(images)) < len(images)
+
+
+# --- equal images
+#
+# A vision tower is called with the images of a batch one after another: an image (or a tile of one) a row of (images,
+# channels, height, width) or (images, patches, values), or the patches of all images as rows of (patches, values) with
+# the grid of each image in grid_thw. What it gives is in the same order. So it can be given each image once, and what
+# it says of an image be repeated where that comes again. Connector and decoder see the batch as it is.
+
+
+class SharedImages:
+    """What a vision tower is called with, each image once.
+
+    Args:
+        args, kwargs: arguments of the call.
+        sizes: rows of the tower's input that each image takes; a tensor with one row an image is split by image.
+
+    Attributes:
+        order: for each image of the call the number of the one that stands for it.
+        sizes: rows of the images that are left.
+        args, kwargs: the call with these.
+    """
+
+    def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any], sizes: Sequence[int]) -> None:
+        self.given = args, dict(kwargs)
+        every: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+        parts = {
+            name: value.split([1] * len(sizes) if len(value) == len(sizes) else list(sizes))
+            for name, value in every.items()
+            if isinstance(value, torch.Tensor) and value.ndim
+        }
+        images = list(zip(*parts.values(), strict=True))
+        alike: dict[Any, list[int]] = {}
+        kept: list[int] = []
+        self.order: list[int] = []
+        for number, image in enumerate(images):
+            flat = image[0].reshape(-1)
+            candidates = alike.setdefault(tuple(flat[:: max(len(flat) // SAMPLES, 1)].tolist()), [])
+            same = next((k for k in candidates if _equal(images[kept[k]], image)), None)
+            if same is None:
+                same = len(kept)
+                candidates.append(same)
+                kept.append(number)
+            self.order.append(same)
+        if len(kept) == 1:
+            kept += range(1, len(images))[:1]  # of one image alone nobody can tell whether the output is in parts
+        self.sizes = [sizes[number] for number in kept]
+        fewer = {name: torch.cat([split[number] for number in kept]) for name, split in parts.items()}
+        self.args = tuple(fewer.get(place, value) for place, value in enumerate(args))
+        self.kwargs = {name: fewer.get(name, value) for name, value in kwargs.items()}
+
+    def repeated(self, output: Any) -> Any:
+        """The output for all images of the call, from that for the images that are left.
+
+        Raises:
+            ValueError: the output is not in parts by image.
+        """
+        if isinstance(output, torch.Tensor):
+            a_row, rest = divmod(sum(self.sizes), max(len(output), 1))
+            if rest or not a_row or any(size % a_row for size in self.sizes):
+                raise ValueError(f"an output of shape {tuple(output.shape)} has no part for each image")
+            parts = output.split([size // a_row for size in self.sizes])
+            return torch.cat([parts[number] for number in self.order])
+        if isinstance(output, Mapping):
+            return type(output)(**{name: self.repeated(value) for name, value in output.items()})
+        if isinstance(output, (list, tuple)):
+            return type(output)(self.repeated(value) for value in output)
+        return output
+
+
+def _equal(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
+    return all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def shared_images(args: Sequence[Any], kwargs: Mapping[str, Any]) -> SharedImages | None:
+    """The call of a vision tower with each image once; `None` where all differ, or the call is of another form."""
+    tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor) and one.ndim]
+    if not tensors:
+        return None
+    pixels, grid = tensors[0], kwargs.get("grid_thw")
+    if grid is not None and pixels.ndim == 2:
+        sizes = grid.prod(dim=-1).tolist()
+    elif pixels.ndim >= 3:
+        sizes = [1] * len(pixels)
+    else:
+        return None
+    if any(len(tensor) not in (len(sizes), sum(sizes)) for tensor in tensors):
+        return None
+    found = SharedImages(args, kwargs, sizes)
+    return found if len(found.sizes) < len(sizes) else None
+
+
+def repeat_images(tower: nn.Module, shared: SharedImages, output: Any) -> Any:
+    """What the tower says of every image; it runs again where what it says is not in parts by image."""
+    try:
+        return shared.repeated(output)
+    except ValueError:
+        args, kwargs = shared.given
+        return tower.forward(*args, **kwargs)
