@@ -1,0 +1,1 @@
+"""What few-shot prompting costs: counted and measured."""
