@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-lowest style bench aim-tiny clean
+.PHONY: demo test test-all test-lowest test-lmms-eval style bench aim-tiny clean
 
 demo: $(VENV)/.installed-demo  ## answer held-out queries from demonstrations; writes demo.png
 	$(BIN)/python examples/demo.py --output demo.png
@@ -16,6 +16,9 @@ test-all: $(VENV)/.installed-dev  ## the slow ones too
 
 test-lowest: $(VENV)-lowest/.installed  ## the tests on the oldest transformers and torch that are declared
 	$(VENV)-lowest/bin/python -m pytest
+
+test-lmms-eval: $(VENV)-lmms-eval/.installed  ## the adapter inside the real lmms-eval, in an environment of its own
+	$(VENV)-lmms-eval/bin/python -m pytest tests/test_lmms_eval.py
 
 style: $(VENV)/.installed-dev  ## what CI checks beside the tests
 	$(BIN)/ruff check .
@@ -46,5 +49,10 @@ $(VENV)-lowest/.installed: pyproject.toml
 		"transformers==5.5.0" "torch==2.10.0"
 	touch $@
 
+$(VENV)-lmms-eval/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-lmms-eval
+	$(VENV)-lmms-eval/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" "lmms-eval==0.7.3"
+	touch $@
+
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) $(VENV)-lowest build *.egg-info demo.png
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-lmms-eval build *.egg-info demo.png

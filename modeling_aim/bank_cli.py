@@ -42,7 +42,7 @@ def build(
         str | None, typer.Option(help="Columns of the data set, e.g. image=img,label=fine_label.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Read no more than this many.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Demonstrations in one pass of the backbone.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Demonstrations read and put on disk together.")] = 8,
     storage: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or int8.")] = "auto",
     keep_states: Annotated[
         bool, typer.Option("--keep-states", help="Keep hidden states, to put another projector on them later.")

@@ -13,7 +13,10 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
+from .attention_cli import attention
 from .bank_cli import bank_app, export_prompt_embeds
+from .bench_cli import bench
+from .eval_cli import eval_app
 from .terminal import errors, read_demonstrations, reported
 from .train_cli import train
 
@@ -23,8 +26,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bank_app, name="bank")
+app.add_typer(eval_app, name="eval")
+eval_app.command()(attention)
 app.command()(export_prompt_embeds)
 app.command()(train)
+app.command()(bench)
 
 
 @app.callback()
@@ -62,7 +68,7 @@ def init(
     output: Annotated[Path, typer.Option(help="Folder of the new repository.")],
     revision: Annotated[str | None, typer.Option(help="Revision of the backbone.")] = None,
     read_layers: Annotated[str, typer.Option(help="Layers that are read, e.g. -1 or 12,24.")] = "-1",
-    projector_form: Annotated[str, typer.Option(help="linear, linear_norm or mlp.")] = "linear_norm",
+    projector_form: Annotated[str, typer.Option(help="linear, linear_norm, residual or mlp.")] = "linear_norm",
     max_fused_tokens: Annotated[int | None, typer.Option(help="Most fused tokens a demonstration.")] = None,
     include_backbone: Annotated[
         bool, typer.Option("--include-backbone", help="Copy the backbone too: a repository that needs no other.")

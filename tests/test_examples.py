@@ -15,6 +15,11 @@ EXAMPLES = {  # script: (arguments, what it prints)
     "bank_retrieval.py": (["--concepts", "4", "--queries", "1"], "random"),
     "bank_on_the_hub.py": ([], "read by another model: projector"),
     "export_to_vllm.py": (["--output", "{folder}/prompt.safetensors"], "same logits"),
+    "evaluate.py": (
+        ["--output", "{folder}/eval", "--tasks", "link_context,captions", "--shots", "0,2", "--seeds", "1"]
+        + ["--episodes", "3"],
+        "results.md",
+    ),
     "train_projector.py": (["--steps", "2", "--batch-size", "2", "--output", "{folder}/out"], "right on held-out"),
 }
 SHARED = {"demo.py", "lesson.py"}  # run by make demo; imported by the others

@@ -1,0 +1,75 @@
+"""Few-shot evaluation of aim-tiny on five synthetic tasks with all methods: a table and two pictures.
+
+    python examples/evaluate.py --output build/eval                     # minutes
+    python examples/evaluate.py --output build/eval --limit 4           # a quick look
+
+The tasks (`examples/aim_tiny/tasks.py`) are drawn from the test split of aim-tiny's world and written as episode
+files, other ones for each seed; then `aim eval`'s own function runs over them. Interrupted, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from lesson import AIM_TINY
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "aim_tiny"))
+import tasks
+
+from modeling_aim.evaluation import EvalSettings, evaluate
+
+
+def write_tasks(folder: Path, names: list[str], count: int, shots: int, seeds: int) -> list[str]:
+    """Write `count` episodes of each task for each seed.
+
+    Returns:
+        What `aim eval --tasks` takes for each.
+    """
+    for name in names:
+        for seed in range(seeds):
+            path = folder / name / f"episodes-{seed}.jsonl"
+            if not path.exists():
+                part = path.with_suffix(".part")
+                tasks.write_episodes(part, tasks.episodes(name, "test", count, shots, seed))
+                lines = [json.dumps(asked(json.loads(line))) + "\n" for line in part.read_text().splitlines()]
+                part.write_text("".join(lines))
+                part.rename(path)
+    return [f"episodes:{folder / name}/episodes-{{seed}}.jsonl,name={name},match=vqa" for name in names]
+
+
+def asked(episode: dict[str, Any]) -> dict[str, Any]:
+    """An episode whose queries are questions with answers; of a caption nothing is asked."""
+    queries = [{"question": "", "answer": one.get("text"), **one} for one in episode["queries"]]
+    return {**episode, "queries": queries}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repo", default=AIM_TINY, help="AIM repository on aim-tiny's backbone")
+    parser.add_argument("--output", type=Path, default=Path("build/eval"))
+    parser.add_argument("--tasks", default=",".join(tasks.TASKS))
+    parser.add_argument("--shots", default="0,2,4,8,16")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--episodes", type=int, default=40, help="episodes of a task for each seed")
+    parser.add_argument("--limit", type=int, help="answer only as many of them")
+    args = parser.parse_args()
+
+    shots = tuple(int(one) for one in args.shots.split(","))
+    folder = args.output.with_name(f"{args.output.name}-tasks")
+    specs = write_tasks(folder, args.tasks.split(","), args.episodes, max(shots), args.seeds)
+    settings = EvalSettings(
+        repo=args.repo, tasks=tuple(specs), output=str(args.output), shots=shots, seeds=args.seeds, limit=args.limit,
+        batch_size=16, images_at_once=256,
+    )  # fmt: skip
+    results = evaluate(settings)
+    means = {(cell["task"], cell["method"], cell["shots"]): cell["mean"] for cell in results["cells"]}
+    print(json.dumps({name: round(means[name, "aim", max(shots)], 3) for name in args.tasks.split(",")}))
+    print(f"{args.output}: results.md, by_shots.png, by_tokens.png, results.json, predictions.jsonl")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""Methods: ways to show demonstrations to a model. All of a run see the same examples with the same demonstrations.
+
+A method makes a `Prompt` of a query and its demonstrations. It never opens an image and never sees a model, so a new
+one is a function of a few lines with an entry in `METHODS`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..demonstrations_aim import Demonstration
+from ..processing_aim import AimProcessor
+from .task import Example, Shot
+
+PROMPTS = ("plain", "chat")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A demonstration as one prompt shows it.
+
+    Args:
+        said: whose words are shown.
+        seen: whose images are shown with them; the same one but where images are dealt anew.
+    """
+
+    said: Shot
+    seen: Shot
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Identity within a task."""
+        return self.said.id, self.seen.id
+
+    @property
+    def words(self) -> Demonstration:
+        """The demonstration without its images: enough to word it."""
+        return Demonstration.of({name: value for name, value in self.said.pair.items() if "image" not in name})
+
+    @property
+    def images(self) -> tuple[Any, ...]:
+        """Its images, unopened."""
+        pair = self.seen.pair
+        given = pair["images"] if pair.get("images") is not None else pair.get("image")
+        return () if given is None else tuple(given) if isinstance(given, (list, tuple)) else (given,)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is given for one query.
+
+    Args:
+        text: words with the backbone's placeholder for each image.
+        images: unopened, in the order of their placeholders.
+        fused: demonstrations that the plug-in reads; their fused tokens stand in front of `text`.
+        random_projector: read them through an untrained projector.
+    """
+
+    text: str
+    images: tuple[Any, ...]
+    fused: tuple[Shown, ...] = ()
+    random_projector: bool = False
+
+
+class Wording:
+    """How demonstrations and queries are put into words.
+
+    A demonstration stands in a prompt with the words that AIM reads of it (`AimProcessor.word`).
+
+    Args:
+        processor: of the backbone.
+        prompts: `"plain"`: images, then the question, demonstrations before them in the same form; `"chat"`: the
+            backbone's chat template, with demonstrations as earlier turns.
+        separator: what ends a demonstration of a plain prompt.
+
+    Raises:
+        ValueError: `prompts` is unknown, or the backbone has no chat template.
+    """
+
+    def __init__(self, processor: AimProcessor, prompts: str = "plain", separator: str = "\n") -> None:
+        if prompts not in PROMPTS:
+            raise ValueError(f"prompts={prompts!r} is unknown; choose one of {PROMPTS}.")
+        if prompts == "chat" and processor.chat_template is None:
+            raise ValueError(
+                "This backbone has no chat template, so it cannot be asked in chats. Use prompts='plain'."
+            )
+        self.processor, self.prompts, self.separator = processor, prompts, separator
+        tokenizer = processor.tokenizer  # asked now: prompts are worded in another thread than the one that reads
+        self._bos = tokenizer.bos_token if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else None
+
+    def prompt(self, example: Example, shown: Sequence[Shown] = (), images: bool = True) -> str:
+        """The words of a query behind those of its demonstrations.
+
+        Args:
+            example: the query.
+            shown: demonstrations that stand in the prompt itself.
+            images: whether their images do, too.
+        """
+        if self.prompts == "plain":
+            parts = [self._plain(one, images) + self.separator for one in shown]
+            return "".join(parts) + self.processor.image_text * len(example.images) + example.question
+        turns = [turn for one in shown for turn in self._turns(one, images)]
+        query = _turn("user", example.question, len(example.images))
+        rendered = self.processor.apply_chat_template([*turns, query], add_generation_prompt=True)
+        return rendered.removeprefix(self._bos or "")  # the tokenizer puts it there, as for AimProcessor.prompt
+
+    def option(self, prompt: str, option: str) -> str:
+        """An option as it stands behind a prompt: after a space, unless something else divides them."""
+        template = self.processor.question_template
+        divides = template[: template.index("{answer}")][-1:].isspace()
+        image = self.processor.image_text
+        asked = prompt and not prompt[-1].isspace() and not (image and prompt.endswith(image))
+        return f" {option}" if asked and divides else option
+
+    def _plain(self, one: Shown, images: bool) -> str:
+        return self.processor.image_text * (len(one.images) if images else 0) + self.processor.word(one.words)[0]
+
+    def _turns(self, one: Shown, images: bool) -> list[dict[str, Any]]:
+        """A user turn with what is asked, where something is, and the assistant's with what is said."""
+        demonstration = one.words
+        words, start, _ = self.processor.word(demonstration)
+        asked = words[:start] if demonstration.question is not None else ""
+        count = len(one.images) if images else 0
+        question = asked.strip() or (None if count else "")
+        return [_turn("user", question, count), _turn("assistant", words[len(asked) :])]
+
+
+def _turn(role: str, words: str | None, images: int = 0) -> dict[str, Any]:
+    said = [] if words is None else [{"type": "text", "text": words}]
+    return {"role": role, "content": [{"type": "image"}] * images + said}
+
+
+# --- the methods
+
+Show = Callable[[Wording, Example, Sequence[Shown], int], Prompt]
+
+
+def zero(wording: Wording, example: Example, shown: Sequence[Shown], seed: int) -> Prompt:
+    """The query alone."""
+    return Prompt(wording.prompt(example), example.images)
+
+
+def text_only(wording: Wording, example: Example, shown: Sequence[Shown], seed: int) -> Prompt:
+    """The demonstrations' words in front of the query, without their images."""
+    return Prompt(wording.prompt(example, shown, images=False), example.images)
+
+
+def full(wording: Wording, example: Example, shown: Sequence[Shown], seed: int) -> Prompt:
+    """The demonstrations' images and words in front of the query."""
+    return Prompt(wording.prompt(example, shown), (*(i for one in shown for i in one.images), *example.images))
+
+
+def aim(wording: Wording, example: Example, shown: Sequence[Shown], seed: int) -> Prompt:
+    """The demonstrations as fused tokens."""
+    return Prompt(wording.prompt(example), example.images, tuple(shown))
+
+
+def aim_shuffled(wording: Wording, example: Example, shown: Sequence[Shown], seed: int) -> Prompt:
+    """As `aim`, with the demonstrations' images dealt anew among them: what is left does not come from the images."""
+    seen = [one.seen for one in shown]
+    random.Random(f"deal {seed} {example.id}").shuffle(seen)
+    return aim(wording, example, [replace(one, seen=other) for one, other in zip(shown, seen, strict=True)], seed)
+
+
+def aim_random(wording: Wording, example: Example, shown: Sequence[Shown], seed: int) -> Prompt:
+    """As `aim`, through an untrained projector: what is left does not come from training."""
+    return replace(aim(wording, example, shown, seed), random_projector=True)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to show demonstrations.
+
+    Args:
+        show: makes the prompt of a query.
+        needs_aim: it needs a plug-in.
+        many_images: it puts several images into one prompt.
+        shots: it shows demonstrations at all.
+        draws: it draws something by the seed beside the demonstrations.
+    """
+
+    show: Show
+    needs_aim: bool = False
+    many_images: bool = False
+    shots: bool = True
+    draws: bool = False
+
+
+METHODS: dict[str, Method] = {
+    "zero": Method(zero, shots=False),
+    "text": Method(text_only),
+    "full": Method(full, many_images=True),
+    "aim": Method(aim, needs_aim=True),
+    "aim-shuffled": Method(aim_shuffled, needs_aim=True, draws=True),
+    "aim-random": Method(aim_random, needs_aim=True, draws=True),
+}
+
+
+def check_methods(names: Sequence[str], has_aim: bool) -> None:
+    """Raise `ValueError` unless all are methods that a model can be evaluated with."""
+    unknown = [name for name in names if name not in METHODS]
+    if unknown or not names:
+        raise ValueError(f"There is no method {', '.join(unknown) or 'given'}; choose of {', '.join(METHODS)}.")
+    if len(set(names)) < len(names):
+        raise ValueError(f"A method is given twice: {', '.join(names)}.")
+    needing = [name for name in names if METHODS[name].needs_aim]
+    if needing and not has_aim:
+        can = ", ".join(name for name, method in METHODS.items() if not method.needs_aim)
+        raise ValueError(
+            f"{', '.join(needing)} need an AIM repository (--repo), but a backbone alone was given. It can be "
+            f"evaluated with {can}."
+        )

@@ -1,0 +1,226 @@
+"""Predictions as they are kept while a run goes on, and the figures that come of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..shards_aim import write_whole
+from .metrics import vl_icl_summary
+from .task import Example, Prediction, Task
+
+PREDICTIONS = "predictions.jsonl"
+RESULTS = "results.json"
+RESAMPLES = 2000  # of examples, where a metric is a mean over them
+COSTLY_RESAMPLES = 500  # where it is computed anew over each sample
+Key = tuple[str, str, int, int, str]  # task, method, shots, seed, example
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One setting of a run: a task, a method, a number of demonstrations and a seed."""
+
+    task: str
+    method: str
+    shots: int
+    seed: int
+
+
+def row_key(row: Row) -> Key:
+    """Identity of a prediction in a run."""
+    return row["task"], row["method"], row["shots"], row["seed"], row["example"]
+
+
+class Kept:
+    """Predictions of a run that goes on: every process appends to a file of its own; all files are read.
+
+    Args:
+        folder: of these files.
+        rank: of this process.
+    """
+
+    def __init__(self, folder: Path, rank: int = 0) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.path = folder, folder / f"process-{rank}.jsonl"
+
+    def repair(self) -> None:
+        """Cut off lines that a kill left unfinished, in all files. No other process may be writing."""
+        for path in self.folder.glob("*.jsonl"):
+            data = path.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]
+            if len(whole) < len(data):
+                write_whole(path, whole)
+
+    def rows(self) -> dict[Key, Row]:
+        """All that was kept."""
+        found: dict[Key, Row] = {}
+        for path in sorted(self.folder.glob("*.jsonl")):
+            with path.open(encoding="utf-8") as file:
+                for row in map(json.loads, file):
+                    found.setdefault(row_key(row), row)
+        return found
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Append predictions; they are safe when this returns."""
+        payload = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        with self.path.open("ab") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def remove(self) -> None:
+        """Forget all, after it was written elsewhere."""
+        for path in self.folder.glob("*.jsonl"):
+            path.unlink()
+        self.folder.rmdir()
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write predictions to one file."""
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Predictions of a finished run."""
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def prediction_of(row: Row) -> Prediction:
+    """What the model answered, as the task takes it."""
+    return Prediction(row["prediction"], tuple(row["log_probabilities"]))
+
+
+# --- figures
+
+
+def cell_figures(
+    task: Task, examples: Mapping[int, Sequence[Example]], rows: Mapping[int, Sequence[Row]]
+) -> dict[str, Any]:
+    """The figures of one task, method and number of demonstrations over its seeds.
+
+    Args:
+        task: scores.
+        examples: those answered, by seed.
+        rows: their predictions, by seed, in the same order.
+
+    Returns:
+        The mean of every metric over seeds; of the main one also its spread over seeds (sample standard deviation,
+        `None` of one seed) and a 95 % bootstrap interval over examples (percentiles; answers to one example under
+        several seeds are drawn together, since they are not independent); and what prompts cost, as means.
+    """
+    by_seed = {
+        seed: task.summary(examples[seed], [prediction_of(row) for row in answered]) for seed, answered in rows.items()
+    }
+    names = list(next(iter(by_seed.values())))
+    values = [found[task.metric] for found in by_seed.values()]
+    is_mean = _is_mean(by_seed, task.metric, rows)
+    everything = [row for answered in rows.values() for row in answered]
+    return {
+        "metric": task.metric,
+        "mean": _known(np.mean(values)),
+        "is_mean": is_mean,
+        "spread": _known(np.std(values, ddof=1)) if len(values) > 1 else None,
+        "interval": interval(task, examples, rows),
+        "by_seed": {str(seed): _known(found[task.metric]) for seed, found in by_seed.items()},
+        "metrics": {name: _known(np.mean([found[name] for found in by_seed.values()])) for name in names},
+        "examples": len({row["example"] for row in everything}),
+        "answers": len(everything),
+        "seeds": len(rows),
+        **{
+            name: round(float(np.mean([row[name] for row in everything])), 2)
+            for name in ("prompt_tokens", "fused_tokens", "milliseconds", "reading_milliseconds")
+        },
+    }
+
+
+def _known(value: Any) -> float | None:
+    """A number; `None` for what is none, such as ROC-AUC over one class alone, which JSON cannot hold."""
+    return None if np.isnan(value) else float(value)
+
+
+def curves(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """VL-ICL's summary of every method over numbers of demonstrations: zero-shot, peak, ICL efficiency.
+
+    Only of metrics that are means of scores in 0..1, and where the zero-shot answers are there.
+    """
+    found = []
+    for task, method in dict.fromkeys((cell["task"], cell["method"]) for cell in cells if cell["shots"]):
+        start = [cell for cell in cells if (cell["task"], cell["shots"]) == (task, 0)]
+        own = [cell for cell in cells if (cell["task"], cell["method"]) == (task, method)]
+        if start and all(cell["is_mean"] and 0 <= cell["mean"] <= 1 for cell in start + own):
+            by_shots = {cell["shots"]: cell["mean"] for cell in start + own}
+            found.append({"task": task, "method": method, **vl_icl_summary(by_shots)})
+    return found
+
+
+def interval(
+    task: Task, examples: Mapping[int, Sequence[Example]], rows: Mapping[int, Sequence[Row]]
+) -> list[float] | None:
+    """95 % bootstrap interval of the main metric's mean over seeds; `None` where the metric is not defined.
+
+    Args:
+        task, examples, rows: as for `cell_figures`. Where the metric is the mean of `task.terms`, these are drawn
+            (CIDEr's with the word weights of all references); else it is computed anew over each sample.
+    """
+    names = sorted({row["example"] for answered in rows.values() for row in answered})
+    number = {name: place for place, name in enumerate(names)}
+    predictions = {seed: [prediction_of(row) for row in answered] for seed, answered in rows.items()}
+    terms = {seed: task.terms(examples[seed], found) for seed, found in predictions.items()}
+    sums, counts = np.zeros(len(names)), np.zeros(len(names))
+    for seed, found in terms.items():
+        if found is None:
+            break
+        places = [number[row["example"]] for row in rows[seed]]
+        np.add.at(sums, places, found)
+        np.add.at(counts, places, 1)
+    else:
+        draws = resamples(len(names), RESAMPLES)
+        return _percentiles(np.array([sums[draw].sum() / counts[draw].sum() for draw in draws]))
+    asked = {
+        seed: [(number[row["example"]], example, prediction)
+               for row, example, prediction in zip(answered, examples[seed], predictions[seed], strict=True)]
+        for seed, answered in rows.items()
+    }  # fmt: skip
+    return _percentiles(np.array(list(_drawn_means(task, asked, len(names)))))
+
+
+def _drawn_means(task: Task, asked: Mapping[int, Sequence[tuple[int, Example, Prediction]]], count: int) -> Any:
+    """The main metric's mean over seeds for each sample of examples."""
+    by_seed = {seed: {place: (e, p) for place, e, p in found} for seed, found in asked.items()}
+    for draw in resamples(count, COSTLY_RESAMPLES):
+        means = []
+        for found in by_seed.values():
+            taken = [found[place] for place in draw.tolist() if place in found]
+            if taken:
+                means.append(task.summary([e for e, _ in taken], [p for _, p in taken])[task.metric])
+        yield float(np.mean(means)) if means else float("nan")
+
+
+def resamples(count: int, times: int) -> Iterable[np.ndarray]:
+    """Samples with replacement of `count` places, the same at each call."""
+    generator = np.random.default_rng(0)
+    return (generator.integers(0, count, count) for _ in range(times))
+
+
+def _percentiles(values: np.ndarray) -> list[float] | None:
+    if np.isnan(values).all():
+        return None
+    low, high = np.nanpercentile(values, [2.5, 97.5])
+    return [float(low), float(high)]
+
+
+def _is_mean(by_seed: Mapping[int, Mapping[str, float]], metric: str, rows: Mapping[int, Sequence[Row]]) -> bool:
+    """Whether the main metric is the mean of its scores of single answers."""
+    for seed, answered in rows.items():
+        scores = [row["score"] for row in answered]
+        if None in scores or abs(by_seed[seed][metric] - float(np.mean(scores))) > 1e-9:
+            return False
+    return True

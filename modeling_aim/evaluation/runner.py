@@ -1,0 +1,502 @@
+"""One evaluation, from tasks to tables: `aim eval`, and `evaluate(EvalSettings(...))` in Python.
+
+Every answer is on disk as soon as its batch is done. Batches follow from the settings alone, so a run that was
+interrupted, or is shared by several processes, ends in the results of one that was not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..modeling_aim import AimForConditionalGeneration
+from ..prefix_aim import Recent
+from ..shards_aim import write_whole
+from .choosing import Choice, Chosen, check_pool, choose_all, own_shots, read_chosen
+from .folder import begin, claim, comparable, read_run, write_run
+from .methods import METHODS, PROMPTS, Prompt, Shown, check_methods
+from .report import write_report
+from .results import PREDICTIONS, RESULTS, Cell, Kept, Key, Row, cell_figures, curves, write_rows
+from .seeds import open_seeded
+from .subject import PRECISIONS, Answer, Reads, Subject, load_subject
+from .task import Example, Task
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """What `aim eval` takes.
+
+    Args:
+        tasks: specs, `KIND[:PATH][,name=value...]`; see `open_seeded`.
+        output: folder for predictions and results.
+        repo: AIM repository: a folder or a Hub id.
+        backbone: instead of it, a model to evaluate without AIM.
+        shots: numbers of demonstrations. At 0 all methods are the same: that is answered once, as `zero`.
+        methods: of `METHODS`; all that the model can do when empty.
+        seeds: how many: 0, 1, ... decide demonstrations, and examples where a task draws them.
+        select, balanced, drop_duplicates: see `Choice`.
+        prompts, separator: see `Wording`.
+        limit: examples of a task that are answered, drawn once for all seeds; all when `None`.
+        revision: of the repository or backbone.
+        dtype, load_in_4bit, device_map: of the backbone.
+        batch_size: prompts answered together.
+        images_at_once: images in one batch, at most, unless one prompt alone has more.
+        memory: GiB of demonstrations' hidden states that are kept.
+        overwrite: replace another run in `output`.
+
+    Raises:
+        ValueError: a setting is wrong; the message has what was given and what is expected.
+    """
+
+    tasks: tuple[str, ...]
+    output: str
+    repo: str | None = None
+    backbone: str | None = None
+    shots: tuple[int, ...] = (0, 2, 4, 8, 16)
+    methods: tuple[str, ...] = ()
+    seeds: int = 3
+    select: str = "random"
+    balanced: bool = False
+    drop_duplicates: bool = False
+    prompts: str = "plain"
+    separator: str = "\n"
+    limit: int | None = None
+    revision: str | None = None
+    dtype: str | None = None
+    load_in_4bit: bool = False
+    device_map: str | None = None
+    batch_size: int = 8
+    images_at_once: int = 64
+    memory: float = 2.0
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.repo is None) == (self.backbone is None):
+            raise ValueError(
+                "Give an AIM repository (repo) or a model to evaluate without AIM (backbone), one of them."
+            )
+        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(f"tasks={self.tasks}: expected one or more, each once.")
+        if not self.shots or min(self.shots) < 0 or len(set(self.shots)) < len(self.shots):
+            raise ValueError(f"shots={self.shots}: expected numbers from 0 up, each once.")
+        for name, least in (("seeds", 1), ("batch_size", 1), ("images_at_once", 1), ("limit", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value}: expected at least {least}.")
+        for name, known in (("dtype", (None, *PRECISIONS)), ("prompts", PROMPTS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {known}.")
+        _ = self.choice
+        if self.select == "fused" and self.repo is None:
+            raise ValueError("select='fused' compares fused tokens, so it needs an AIM repository (repo).")
+        if not self.methods:
+            can = [name for name, method in METHODS.items() if self.repo is not None or not method.needs_aim]
+            object.__setattr__(self, "methods", tuple(can))
+        check_methods(self.methods, self.repo is not None)
+        if not any(self.shots) and any(METHODS[name].shots for name in self.methods):
+            object.__setattr__(self, "methods", ("zero",))
+
+    @property
+    def choice(self) -> Choice:
+        """How demonstrations are chosen."""
+        return Choice(self.select, self.balanced, self.drop_duplicates)
+
+    @property
+    def counts(self) -> list[int]:
+        """Numbers of demonstrations that are shown, the smallest first."""
+        shown = any(METHODS[name].shots for name in self.methods)
+        return sorted(count for count in self.shots if count) if shown else []
+
+
+@dataclass
+class Asked:
+    """A task as one run asks it.
+
+    Args:
+        spec: what the task was opened from.
+        task: the task.
+        examples: those of each seed, in their order.
+        chosen: demonstrations of every example.
+    """
+
+    spec: str
+    task: Task
+    examples: dict[int, list[Example]]
+    chosen: Chosen
+
+    def repeats(self, seed: int, count: int = 0) -> bool:
+        """Whether a seed has the examples and demonstrations of the first one."""
+        if seed == 0 or self.examples[seed] != self.examples[0]:
+            return False
+        names = [example.id for example in self.examples[0]] if count else []
+        return all(self.chosen[seed, count, name] == self.chosen[0, count, name] for name in names)
+
+    @property
+    def digest(self) -> str:
+        """Identity of the examples."""
+        said = [[seed, e.id, e.question, list(e.answers)] for seed, asked in self.examples.items() for e in asked]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+
+def evaluate(settings: EvalSettings) -> dict[str, Any]:
+    """Evaluate a model; goes on where a run with the same settings was interrupted.
+
+    Args:
+        settings: all of the run.
+
+    Returns:
+        What `results.json` in `settings.output` holds; predictions, table and pictures are beside it.
+
+    Raises:
+        ValueError: settings, tasks or a model that cannot work, or an output folder that holds another run.
+    """
+    # without cpu=True processes on CPUs would not know of each other; one of them may choose demonstrations for long
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+    asked = [_asked(spec, settings) for spec in settings.tasks]
+    names = [one.task.name for one in asked]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Two tasks have the same name ({', '.join(names)}); give one another: name=... in its spec.")
+    claim(settings)
+    subject = load_subject(
+        settings.repo, settings.backbone, revision=settings.revision, dtype=settings.dtype,
+        load_in_4bit=settings.load_in_4bit, device_map=settings.device_map, prompts=settings.prompts,
+        separator=settings.separator,
+    )  # fmt: skip
+    state.wait_for_everyone()
+    if state.is_main_process:
+        begin(settings, subject.identity, {one.task.name: one.digest for one in asked})
+    state.wait_for_everyone()
+    run = Run(settings, subject, asked, state)
+    run.choose()
+    run.answer()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        run.finish()
+    state.wait_for_everyone()
+    return json.loads((Path(settings.output) / RESULTS).read_text(encoding="utf-8"))
+
+
+def _asked(spec: str, settings: EvalSettings) -> Asked:
+    """Open a task and see whether it can be asked, before a model is loaded."""
+    task = open_seeded(spec, settings.seeds)
+    examples = {seed: _limited(task.examples(seed), settings.limit) for seed in range(settings.seeds)}
+    for seed, found in examples.items():
+        if not found:
+            raise ValueError(f"{task.name} has no examples for seed {seed}.")
+        if len({example.id for example in found}) < len(found):
+            raise ValueError(f"{task.name} gives several examples the same id.")
+    one = Asked(spec, task, examples, {})
+    if task.fixed:
+        one.chosen = own_shots(task, examples, settings.counts)
+    else:
+        check_pool(task, settings.counts, settings.choice)
+    return one
+
+
+def _limited(examples: Sequence[Example], limit: int | None) -> list[Example]:
+    """All, or as many of them, drawn with one seed, in their order."""
+    if limit is None or len(examples) <= limit:
+        return list(examples)
+    return [examples[place] for place in sorted(random.Random("limit").sample(range(len(examples)), limit))]
+
+
+class Run:
+    """The loop over all cells of a run.
+
+    Args:
+        settings: of the run.
+        subject: the model.
+        asked: the tasks.
+        state: this process among others.
+    """
+
+    def __init__(self, settings: EvalSettings, subject: Subject, asked: Sequence[Asked], state: PartialState) -> None:
+        self.settings, self.subject, self.state = settings, subject, state
+        self.asked = {one.task.name: one for one in asked}
+        self.output = Path(settings.output)
+        self.kept = Kept(self.output / "unfinished", state.process_index)
+        self.states = Recent(int(settings.memory * GIB))
+        self.notes: list[str] = []
+
+    # --- demonstrations
+
+    def choose(self) -> None:
+        """Have demonstrations chosen by one process, and read what it wrote."""
+        counts = self.settings.counts
+        open_ = [one for one in self.asked.values() if not one.task.fixed and counts]
+        files = {one.task.name: self.output / "demonstrations" / f"{_slug(one.task.name)}.jsonl" for one in open_}
+        if self.state.is_main_process and open_:
+            total = sum(len(found) for one in open_ for found in one.examples.values())
+            with _bar(total, self.state) as told:
+                for one in open_:
+                    path = files[one.task.name]
+                    bank = partial(self._bank, path.with_suffix(".bank"))
+                    tell = partial(told, f"{one.task.name}: choose demonstrations")
+                    choose_all(one.task, one.examples, counts, self.settings.choice, path, bank, tell)
+        self.state.wait_for_everyone()
+        for one in open_:
+            one.chosen = read_chosen(one.task, files[one.task.name])
+
+    def _bank(self, folder: Path, demos: Iterator[Any]) -> Any:
+        """A bank of a task's pool, kept in the output folder; a bare backbone compares without fused tokens."""
+        plugin = self.subject.plugin
+        if plugin is None:
+            plugin = AimForConditionalGeneration.from_backbone(self.subject.backbone, self.subject.processor)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        bank = plugin.build_bank(demos, folder, batch_size=self.settings.batch_size, thumbnails=0)
+        bank.model = plugin
+        return bank
+
+    # --- answers
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """All settings of the run; a seed that changes nothing for a method is left out for it."""
+        methods, found = self.settings.methods, []
+        for name, one in self.asked.items():
+            bare = [m for m in methods if not METHODS[m].shots] or ["zero"] * (0 in self.settings.shots)
+            for method in bare:
+                found += [Cell(name, method, 0, seed) for seed in one.examples if not one.repeats(seed)]
+            shown = [m for m in methods if METHODS[m].shots and m not in self._cannot]
+            for seed in one.examples:
+                for count in self.settings.counts:
+                    again = one.repeats(seed, count)
+                    found += [Cell(name, m, count, seed) for m in shown if METHODS[m].draws or not again]
+        return found
+
+    @cached_property
+    def _cannot(self) -> set[str]:
+        """Methods that this backbone cannot be shown demonstrations with."""
+        many = {m for m in self.settings.methods if METHODS[m].many_images and self.settings.counts}
+        why = self.subject.refuses_two_images() if many else ""
+        if why:
+            self.notes.append(f"{', '.join(many)}: left out, this backbone takes one image a prompt ({why}).")
+        return many if why else set()
+
+    def batches(self, cell: Cell) -> list[list[int]]:
+        """Places of a cell's examples that are answered together: prompts of about one length."""
+        examples = self.asked[cell.task].examples[cell.seed]
+        prompts = [self.prompt(cell, example) for example in examples]
+        sizes = [
+            (len(p.images), len(p.text) + sum(len(self.subject.processor.word(one.words)[0]) for one in p.fused))
+            for p in prompts
+        ]
+        found: list[list[int]] = []
+        for place in sorted(range(len(examples)), key=lambda i: (*sizes[i], i)):
+            images = sizes[place][0]
+            room = max(1, min(self.settings.batch_size, self.settings.images_at_once // max(images, 1)))
+            alike = found and bool(sizes[found[-1][0]][0]) == bool(images)
+            choosing = found and bool(examples[found[-1][0]].options) == bool(examples[place].options)
+            if alike and choosing and len(found[-1]) < room:
+                found[-1].append(place)
+            else:
+                found.append([place])
+        return found
+
+    def prompt(self, cell: Cell, example: Example) -> Prompt:
+        """What is shown of an example in a cell."""
+        shots = self.asked[cell.task].chosen[cell.seed, cell.shots, example.id] if cell.shots else ()
+        shown = [Shown(shot, shot) for shot in shots]
+        return METHODS[cell.method].show(self.subject.wording, example, shown, cell.seed)
+
+    def answer(self) -> None:
+        """Answer this process's share of all batches, but for those that are done."""
+        done = set(self.kept.rows())
+        total = sum(len(self.asked[cell.task].examples[cell.seed]) for cell in self.cells) - len(done)
+        reads: tuple[str, Reads | None] = ("", None)
+        with _bar(total // self.state.num_processes, self.state) as told:
+            for cell, places, missing, batch in self._ahead(self._work(done)):
+                one = self.asked[cell.task]
+                if reads[0] != cell.task:
+                    reads = cell.task, self._reads(cell.task)
+                examples = [one.examples[cell.seed][place] for place in places]
+                options = [example.options for example in examples]
+                answers = self.subject.answer(batch, options, one.task.max_new_tokens, cell.seed, reads[1])
+                pairs = zip(examples, answers, strict=True)
+                self.kept.add(self._row(cell, e, a) for e, a in pairs if e.id in missing)
+                told(f"{cell.task}, {cell.method}, {cell.shots} shots, seed {cell.seed}", len(missing))
+
+    def _work(self, done: set[Key]) -> Iterator[tuple[Cell, list[int], set[str]]]:
+        """Cell, places and examples not yet answered of each batch of this process."""
+        number = 0
+        for cell in self.cells:
+            examples = self.asked[cell.task].examples[cell.seed]
+            for batch in self.batches(cell):
+                number += 1
+                names = {examples[place].id for place in batch}
+                missing = {e for e in names if (cell.task, cell.method, cell.shots, cell.seed, e) not in done}
+                if missing and number % self.state.num_processes == self.state.process_index:
+                    yield cell, batch, missing
+
+    def _ahead(self, work: Iterator[tuple[Cell, list[int], set[str]]]) -> Iterator[tuple[Any, ...]]:
+        """The same batches encoded, each while the one before it is answered."""
+
+        def encoded() -> tuple[Any, ...] | None:
+            one = next(work, None)
+            return None if one is None else (*one, self._encode(one[0], one[1]))
+
+        with ThreadPoolExecutor(1) as thread:
+            coming = thread.submit(encoded)
+            while (now := coming.result()) is not None:
+                coming = thread.submit(encoded)
+                yield now
+
+    def _encode(self, cell: Cell, places: Sequence[int]) -> Any:
+        examples = [self.asked[cell.task].examples[cell.seed][place] for place in places]
+        prompts = [self.prompt(cell, example) for example in examples]
+        return self.subject.encode(prompts, [f"Example {e.id!r} of {cell.task}" for e in examples])
+
+    def _reads(self, name: str) -> Reads | None:
+        """Hidden states of a task's demonstrations, in the order in which all cells need them."""
+        if self.subject.plugin is None:
+            return None
+        cells = [cell for cell in self.cells if cell.task == name]
+        plan = [
+            one for cell in cells for example in self.asked[name].examples[cell.seed]
+            for one in self.prompt(cell, example).fused
+        ]  # fmt: skip
+        _check_names(plan, name)
+        return Reads(self.subject.plugin, plan, self.settings.batch_size, self.states, name)
+
+    def _row(self, cell: Cell, example: Example, answer: Answer) -> Row:
+        task = self.asked[cell.task].task
+        scores = task.score(example, answer.prediction)
+        shots = self.asked[cell.task].chosen[cell.seed, cell.shots, example.id] if cell.shots else []
+        return {
+            **asdict(cell),
+            "example": example.id,
+            "demonstrations": [shot.id for shot in shots],
+            "prediction": answer.prediction.text,
+            "log_probabilities": list(answer.prediction.log_probabilities),
+            "references": list(example.answers),
+            "score": scores.get(task.metric),
+            "scores": scores,
+            "prompt_tokens": answer.prompt_tokens,
+            "fused_tokens": answer.fused_tokens,
+            "milliseconds": round(answer.milliseconds, 3),
+            "reading_milliseconds": round(answer.reading_milliseconds, 3),
+        }
+
+    # --- results
+
+    def finish(self) -> None:
+        """Put predictions in order, and write results, table and pictures."""
+        rows = self.kept.rows()
+        ordered: list[Row] = []
+        by_cell: dict[Cell, list[Row]] = {}
+        for cell in self.cells:
+            examples = self.asked[cell.task].examples[cell.seed]
+            by_cell[cell] = [rows[cell.task, cell.method, cell.shots, cell.seed, e.id] for e in examples]
+            ordered += by_cell[cell]
+        write_rows(self.output / PREDICTIONS, ordered)
+        cells = self._figures(by_cell)
+        results = {
+            **_about(self.settings, self.subject),
+            "tasks": [self._task(one) for one in self.asked.values()],
+            "cells": cells,
+            "curves": curves(cells),
+            "notes": self.notes + self._too_long(ordered),
+        }
+        write_whole(self.output / RESULTS, json.dumps(results, indent=1, ensure_ascii=False).encode())
+        write_report(results, self.output)
+        write_run(self.output, {**read_run(self.output), "finished": True})
+        self.kept.remove()
+
+    def _figures(self, by_cell: dict[Cell, list[Row]]) -> list[dict[str, Any]]:
+        found = []
+        for task, method, shots in dict.fromkeys((c.task, c.method, c.shots) for c in by_cell):
+            rows = {c.seed: r for c, r in by_cell.items() if (c.task, c.method, c.shots) == (task, method, shots)}
+            asked = self.asked[task]
+            figures = cell_figures(asked.task, asked.examples, rows)
+            found.append({"task": task, "method": method, "shots": shots, **figures})
+        return found
+
+    def _task(self, one: Asked) -> dict[str, Any]:
+        shots = {str(count): one.task.shots_note(count) for count in self.settings.counts}
+        return {
+            "task": one.task.name,
+            "spec": one.spec,
+            "metric": one.task.metric,
+            "examples": len(one.examples[0]),
+            "demonstrations": "its own" if one.task.fixed else f"by {self.settings.select}, of {len(one.task.pool())}",
+            "shots_notes": {count: note for count, note in shots.items() if note},
+            "notes": [*one.task.notes(), *self._same_seeds(one)],
+            "digest": one.digest,
+        }
+
+    def _same_seeds(self, one: Asked) -> list[str]:
+        """A word on seeds that change nothing, where there are some."""
+        counts = self.settings.counts or [0]
+        same = len(one.examples) > 1 and all(
+            one.repeats(seed, count) for seed in one.examples for count in counts if seed
+        )
+        return ["All seeds have the same examples and demonstrations: answered once, but by methods that draw."] * same
+
+    def _too_long(self, rows: Sequence[Row]) -> list[str]:
+        """Which methods went beyond the positions that the backbone was made for."""
+        longest, found = self.subject.longest, []
+        for method in self.settings.methods:
+            lengths = [row["prompt_tokens"] for row in rows if row["method"] == method]
+            over = sum(longest is not None and length > longest for length in lengths)
+            if over:
+                found.append(
+                    f"{method}: {over} of {len(lengths)} prompts have more than the backbone's {longest} positions."
+                )
+        return found
+
+
+def _check_names(plan: Sequence[Shown], task: str) -> None:
+    """Raise `ValueError` where two different demonstrations have one id: what was read of one would serve for both."""
+    known: dict[str, Any] = {}
+    for one in plan:
+        for shot in (one.said, one.seen):
+            first = known.setdefault(shot.id, shot)
+            if first is not shot and dict(first.pair) != dict(shot.pair):
+                raise ValueError(f"{task} gives two different demonstrations the id {shot.id!r}.")
+
+
+def _about(settings: EvalSettings, subject: Subject) -> dict[str, Any]:
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {"settings": comparable(settings), "model": subject.identity, "versions": versions}
+
+
+def _slug(name: str) -> str:
+    plain = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in name)
+    return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+
+
+@contextlib.contextmanager
+def _bar(total: int, state: PartialState) -> Iterator[Callable[[str, int], None]]:
+    """A progress bar on the main process; what it gives is called with what is done, and how many of it.
+
+    It appears with the first call: what comes before may have a bar of its own.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not state.is_main_process)
+    shown = bar.add_task("", total=total)
+
+    def told(what: str, done: int) -> None:
+        bar.start()
+        bar.update(shown, advance=done, description=what)
+
+    try:
+        yield told
+    finally:
+        bar.stop()

@@ -1,0 +1,374 @@
+"""The model under evaluation: loaded as a plug-in or as a bare backbone, it answers batches of prompts.
+
+What reading leaves of a demonstration is kept by its name, so each is read once while memory lasts, for all methods,
+seeds and numbers of demonstrations.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from PIL import Image
+from transformers import BatchFeature, PreTrainedConfig
+
+from ..backbone_aim import laptop_quantization_config, load_backbone, longest_prompt, module_device
+from ..configuration_aim import AimConfig
+from ..demonstrations_aim import Demonstration, FusedDemonstrations
+from ..modeling_aim import AimForConditionalGeneration
+from ..prefix_aim import Recent
+from ..processing_aim import _TOKENIZING, AimProcessor
+from ..projector_aim import AimProjector
+from ..training.episodes import opened
+from .methods import Prompt, Shown, Wording
+from .task import Prediction
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of one prompt.
+
+    Args:
+        prediction: for the task.
+        prompt_tokens: positions of the prompt in the decoder, images and fused tokens among them.
+        fused_tokens: those of them that are fused.
+        milliseconds: its share of the time that its batch took to answer, reading demonstrations not counted.
+        reading_milliseconds: its share of the time to read demonstrations that were not kept.
+    """
+
+    prediction: Prediction
+    prompt_tokens: int
+    fused_tokens: int
+    milliseconds: float
+    reading_milliseconds: float
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts with their images opened, encoded.
+
+    Args:
+        prompts: one a row.
+        images: of each row.
+        inputs: the backbone's, padded on the left.
+    """
+
+    prompts: tuple[Prompt, ...]
+    images: tuple[list[Any], ...]
+    inputs: BatchFeature
+
+
+def open_images(images: Sequence[Any], what: str) -> list[Any]:
+    """Images opened as the backbone takes them.
+
+    Raises:
+        ValueError: one cannot be read; the message begins with `what`.
+    """
+    return list(open_pair({"images": list(images), "text": "its images"}, what).images) if images else []
+
+
+def open_pair(pair: Any, what: str) -> Demonstration:
+    """A raw demonstration opened.
+
+    Raises:
+        ValueError: it cannot be used; the message begins with `what`.
+    """
+    skipped: Counter[str] = Counter()
+    found = list(opened([pair], skipped))
+    if not found:
+        raise ValueError(f"{what} cannot be used: {', '.join(skipped)} in {str(dict(pair))[:200]}.")
+    return found[0]
+
+
+class Reads:
+    """Hidden states of demonstrations by their names, read in batches that follow from the run's plan alone.
+
+    A batch is read whole when one of its demonstrations is needed, so what is read together, and so the last bits of
+    the states, does not depend on where a run was interrupted, nor on how many processes share it.
+
+    Args:
+        model: the plug-in.
+        plan: all demonstrations of a task in the order in which they are needed.
+        batch_size: demonstrations in one forward pass.
+        kept: where states are kept, bounded in bytes; tasks share it.
+        task: name of the task, for messages and as a part of the key.
+    """
+
+    def __init__(self, model: Any, plan: Sequence[Shown], batch_size: int, kept: Recent, task: str) -> None:
+        self.model, self.kept, self.task = model, kept, task
+        unique = list({one.key: one for one in plan}.values())
+        self.batches = [unique[start : start + batch_size] for start in range(0, len(unique), batch_size)]
+        self.place = {one.key: number for number, batch in enumerate(self.batches) for one in batch}
+
+    def states(self, shown: Sequence[Shown]) -> list[torch.Tensor]:
+        """Hidden states at the kept text positions of each, `(positions, joined layers x hidden size)`."""
+        found: dict[tuple[str, str], torch.Tensor] = {}
+        for one in shown:
+            if one.key not in found:
+                states = self.kept.get((self.task, *one.key))
+                found |= self._read(self.place[one.key]) if states is None else {one.key: states}
+        return [found[one.key] for one in shown]
+
+    def _read(self, number: int) -> dict[tuple[str, str], torch.Tensor]:
+        batch = self.batches[number]
+        demos = [
+            open_pair(
+                {**{k: v for k, v in one.said.pair.items() if "image" not in k}, "images": list(one.images)},
+                f"Demonstration {one.said.id!r} of {self.task}",
+            )
+            for one in batch
+        ]
+        read = [states.cpu() for states in self.model.read_states(demos, max(len(batch), 1))]
+        for one, states in zip(batch, read, strict=True):
+            self.kept.put((self.task, *one.key), states, states.numel() * states.element_size())
+        return {one.key: states for one, states in zip(batch, read, strict=True)}
+
+
+class Subject:
+    """The model under evaluation.
+
+    Args:
+        model: the plug-in, or a backbone that generates.
+        processor: of the backbone.
+        wording: how prompts are put.
+    """
+
+    def __init__(self, model: Any, processor: AimProcessor, wording: Wording) -> None:
+        self.model, self.processor, self.wording = model, processor, wording
+        self.plugin = model if getattr(model.config, "model_type", None) == AimConfig.model_type else None
+        self.backbone = model if self.plugin is None else model.backbone
+        self.device = module_device(self.backbone)
+        self.longest = longest_prompt(self.backbone.config)
+        self._random: dict[int, AimProjector] = {}
+        self._keeps_logits = "logits_to_keep" in inspect.signature(self.backbone.forward).parameters
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What answers: backbone, and plug-in where there is one."""
+        if self.plugin is not None:
+            return {**self.plugin.source, "dtype": str(self.model.dtype).removeprefix("torch.")}
+        name = type(self.backbone).__name__
+        return {"backbone": name, "dtype": str(self.model.dtype).removeprefix("torch.")}
+
+    # --- prompts in, answers out
+
+    def encode(self, prompts: Sequence[Prompt], what: Sequence[str]) -> Batch:
+        """Open the images of some prompts and make one padded batch; no model is needed."""
+        images = tuple(open_images(prompt.images, name) for prompt, name in zip(prompts, what, strict=True))
+        return Batch(tuple(prompts), images, self._encoded(images, [prompt.text for prompt in prompts]))
+
+    def _encoded(self, images: Sequence[Sequence[Any]], texts: Sequence[str]) -> BatchFeature:
+        pictures = [list(row) for row in images] if any(images) else None
+        return self.processor(images=pictures, text=list(texts), padding=True, return_tensors="pt")
+
+    @torch.no_grad()
+    def answer(self, batch: Batch, options: Sequence[Sequence[str]], new: int, seed: int, reads: Any) -> list[Answer]:
+        """Answer a batch: greedily, or by the likelihood of options where the rows have some.
+
+        Args:
+            batch: from `encode`.
+            options: of each row; empty where the answer is written.
+            new: most tokens of a written answer.
+            seed: of an untrained projector.
+            reads: has the demonstrations' hidden states; `None` where no prompt has fused tokens.
+        """
+        started = self._now()
+        fused = self._fused(batch.prompts, seed, reads)
+        read = self._now()
+        inputs = batch.inputs.to(self.device, self.model.dtype)
+        predictions = self._choose(batch, inputs, fused, options) if any(options) else self._write(inputs, fused, new)
+        done = self._now()
+        rows = len(batch.prompts)
+        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+        counts = [0 if one is None else one.num_tokens for one in fused]
+        return [
+            Answer(prediction, tokens + count, count, 1000 * (done - read) / rows, 1000 * (read - started) / rows)
+            for prediction, tokens, count in zip(predictions, mask.sum(dim=1).tolist(), counts, strict=True)
+        ]
+
+    def _fused(self, prompts: Sequence[Prompt], seed: int, reads: Any) -> list[FusedDemonstrations | None]:
+        """Fused tokens of each row."""
+        rows: list[FusedDemonstrations | None] = []
+        for prompt in prompts:
+            if not prompt.fused:
+                rows.append(None)
+                continue
+            assert self.plugin is not None
+            states = reads.states(prompt.fused)
+            joined = torch.cat([one.to(self.device) for one in states])
+            vectors = self._untrained(seed)(joined) if prompt.random_projector else self.plugin.project(joined)
+            lengths = tuple(len(one) for one in states)
+            rows.append(FusedDemonstrations(vectors, lengths, source=self.plugin.source))
+        return rows
+
+    def _untrained(self, seed: int) -> AimProjector:
+        """A projector of the plug-in's form with the first weights of a seed."""
+        assert self.plugin is not None
+        if seed not in self._random:
+            weight = next(self.plugin.projector.parameters())
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                self._random[seed] = AimProjector(self.plugin.config).to(weight.device).eval()
+        return self._random[seed]
+
+    def _with(self, fused: Sequence[FusedDemonstrations | None]) -> dict[str, Any]:
+        return {"demos": list(fused)} if any(one is not None for one in fused) else {}
+
+    def _write(self, inputs: Any, fused: Sequence[Any], new: int) -> list[Prediction]:
+        ids = self.model.generate(**inputs, **self._with(fused), max_new_tokens=new, do_sample=False, num_beams=1)
+        answers = ids[:, inputs["input_ids"].shape[1] :]
+        decoded = self.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return [Prediction(text.strip()) for text in decoded]
+
+    # --- options
+
+    def _choose(
+        self, batch: Batch, inputs: Any, fused: Sequence[Any], options: Sequence[Sequence[str]]
+    ) -> list[Prediction]:
+        """The option with the highest mean log-probability of its tokens after the prompt.
+
+        Where every option is one token, one pass over the prompt tells all. Otherwise each stands behind the prompt.
+        """
+        texts = [prompt.text for prompt in batch.prompts]
+        behind = [[self.wording.option(t, one) for one in row] for t, row in zip(texts, options, strict=True)]
+        single = [self._single_tokens(text, row) for text, row in zip(texts, behind, strict=True)]
+        if all(row is not None for row in single):
+            told = self.model.generate(
+                **inputs, **self._with(fused), max_new_tokens=1, do_sample=False, num_beams=1,
+                output_logits=True, return_dict_in_generate=True,
+            ).logits[0].float().log_softmax(dim=-1)  # fmt: skip
+            scores = [told[place, row].tolist() for place, row in enumerate(single)]
+        else:
+            scores = self._behind(batch, fused, behind)
+        return [
+            Prediction(row[max(range(len(row)), key=found.__getitem__)], tuple(round(one, 6) for one in found))
+            for row, found in zip(options, scores, strict=True)
+        ]
+
+    def _single_tokens(self, prompt: str, behind: Sequence[str]) -> list[int] | None:
+        """The token of each option behind a prompt; `None` where one has several, or changes the prompt's own."""
+        tokenizer = self.processor.tokenizer
+        with _TOKENIZING:  # the next batch is encoded meanwhile
+            own = tokenizer(prompt)["input_ids"]
+            ends = [tokenizer(prompt + one)["input_ids"] for one in behind]
+        alone = all(len(ids) == len(own) + 1 and ids[:-1] == own for ids in ends)
+        return [ids[-1] for ids in ends] if alone else None
+
+    def _behind(self, batch: Batch, fused: Sequence[Any], behind: Sequence[Sequence[str]]) -> list[list[float]]:
+        """Mean log-probability of the tokens of every option, each in a row of its own behind its prompt."""
+        rows = [(place, one) for place, options in enumerate(behind) for one in options]
+        found: list[list[float]] = [[] for _ in behind]
+        for start in range(0, len(rows), len(behind)):
+            part = rows[start : start + len(behind)]
+            texts = [batch.prompts[place].text for place, _ in part]
+            spans = [(len(text), len(text) + len(one)) for text, (_, one) in zip(texts, part, strict=True)]
+            whole = [text + one for text, (_, one) in zip(texts, part, strict=True)]
+            inputs, mask = self.processor.encode_spans([batch.images[place] for place, _ in part], whole, spans)
+            if not bool(mask.any(dim=1).all()):
+                raise ValueError(f"The tokenizer finds no token in one of the options {[one for _, one in part][:4]}.")
+            for (place, _), score in zip(part, self._mean_log(inputs, mask, [fused[p] for p, _ in part]), strict=True):
+                found[place].append(score)
+        return found
+
+    def _mean_log(self, inputs: BatchFeature, mask: torch.Tensor, fused: Sequence[Any]) -> list[float]:
+        """Mean log-probability of the tokens at `mask` `(batch, length)`, all of them near the right end."""
+        width = mask.shape[1]
+        kept = width - int(mask.int().argmax(dim=1).min()) + 1
+        given = {"logits_to_keep": kept} if self._keeps_logits else {}
+        moved = inputs.to(self.device, self.model.dtype)
+        logits = self.model(**moved, **self._with(fused), **given).logits[:, -kept:]
+        told = logits[:, :-1].float().log_softmax(dim=-1)
+        ids, here = moved["input_ids"][:, 1 - kept :], mask[:, 1 - kept :].to(told.device)
+        said = told.gather(-1, ids[..., None].to(told.device))[..., 0]
+        return ((said * here).sum(dim=1) / here.sum(dim=1)).tolist()
+
+    # --- what it can do
+
+    @torch.no_grad()
+    def refuses_two_images(self) -> str:
+        """Why this backbone cannot take two images in one prompt; empty where it can.
+
+        Some take only one without a word: what comes next must depend on either image.
+        """
+        grey, black, white = (Image.new("RGB", (64, 64), (light,) * 3) for light in (127, 0, 255))
+
+        def next_token(*images: Image.Image) -> torch.Tensor:
+            text = self.processor.image_text * len(images) + "What is this?"
+            inputs = self._encoded([list(images)], [text]).to(self.device, self.model.dtype)
+            options = {"max_new_tokens": 1, "do_sample": False, "num_beams": 1, "output_logits": True}
+            return self.model.generate(**inputs, **options, return_dict_in_generate=True).logits[0]
+
+        next_token(grey)
+        try:
+            told = next_token(grey, black)
+            blind = [name for name, other in (("first", (white, black)), ("second", (grey, white)))
+                     if torch.equal(told, next_token(*other))]  # fmt: skip
+        except (ValueError, RuntimeError, IndexError, TypeError) as error:
+            return f"{type(error).__name__}: {error}"[:300]
+        return f"it does not look at the {' and the '.join(blind)} of two" if blind else ""
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+# --- loading
+
+
+def has_aim(repo: str, revision: str | None) -> bool:
+    """Whether a repository holds a plug-in."""
+    stored, _ = PreTrainedConfig.get_config_dict(repo, **({"revision": revision} if revision else {}))
+    return stored.get("model_type") == AimConfig.model_type
+
+
+def load_subject(
+    repo: str | None,
+    backbone: str | None,
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    load_in_4bit: bool = False,
+    device_map: str | None = None,
+    prompts: str = "plain",
+    separator: str = "\n",
+) -> Subject:
+    """Load a plug-in, or a bare backbone.
+
+    Args:
+        repo: AIM repository, or `None`.
+        backbone: a backbone to evaluate without AIM, or `None`.
+        revision: of the one of both that is given.
+        dtype: of the backbone; what its repository says when `None`.
+        load_in_4bit, device_map: of the backbone.
+        prompts, separator: see `Wording`.
+
+    Raises:
+        ValueError: the repository holds no plug-in, or the backbone cannot be used.
+    """
+    name = repo or backbone
+    assert name is not None
+    options: dict[str, Any] = {"device_map": device_map}
+    if device_map is None and torch.cuda.is_available():
+        options["device_map"] = {"": PartialState().local_process_index}
+    options |= {"revision": revision} if revision else {}
+    options |= {"dtype": PRECISIONS[dtype]} if dtype else {}
+    options |= {"quantization_config": laptop_quantization_config()} if load_in_4bit else {}
+    place = {"revision": revision} if revision else {}
+    if repo is not None:
+        if not has_aim(repo, revision):
+            raise ValueError(f"{repo} is no AIM repository. Evaluate a model without AIM with --backbone {repo}.")
+        model: Any = AimForConditionalGeneration.from_pretrained(repo, **options)
+        processor = model.processor
+    else:
+        model = load_backbone(name, **options).eval()
+        processor = AimProcessor.from_pretrained(name, **place)
+    return Subject(model, processor, Wording(processor, prompts, separator))
