@@ -1,12 +1,16 @@
-"""The evaluation of aim-tiny runs its own forward pass for speed: its verdicts are those of the public API."""
+"""aim-tiny's tasks keep their splits apart and hide their rules; its evaluation says what the public API says."""
 
 from __future__ import annotations
 
 import sys
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from modeling_aim.training import Mixture, ShotLaw, open_source
 
 ROOT = Path(__file__).resolve().parents[1]
 CELL, EPISODES = "5-way 5", range(4)
@@ -62,3 +66,101 @@ def names(world, episode: int) -> list[str]:
     """The name in each demonstration of an episode."""
     p = world.plan_of(f"0.{episode}", 5, 1, "test")
     return [p.bindings[way] for way, _ in p.demos]
+
+
+@pytest.mark.parametrize("task", ["operator", "attribute", "captions"])
+def test_evaluation_of_the_tasks_says_what_generate_says(tiny, evaluation, task):
+    model, processor = tiny
+    evaluate, world, bench = evaluation
+    said = []
+    for e in EPISODES:
+        episode = evaluate.rules.episode(task, f"0.{e}", "test", 4)
+        query = episode.queries[0]
+        demos = [shot.pair(shot.image) for shot in episode.demos]
+        inputs = processor(images=query.image, text=world.join("<image>", query.question), return_tensors="pt")
+        gold = processor.tokenizer(query.answer, add_special_tokens=False).input_ids
+        new = model.generate(**inputs, demos=demos, max_new_tokens=len(gold), do_sample=False)
+        said.append(new[0, inputs["input_ids"].shape[1] :].tolist()[: len(gold)] == gold)
+    assert said == bench.right("aim", evaluate.tasks_of(f"{task} 4", "test", "", 0, len(EPISODES)))
+
+
+# --- the tasks
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    sys.path.insert(0, str(ROOT / "examples" / "aim_tiny"))
+    import tasks
+
+    yield tasks
+    sys.path.remove(str(ROOT / "examples" / "aim_tiny"))
+
+
+NAMES = ("link_context", "operator", "counting", "attribute", "captions")
+
+
+@pytest.mark.parametrize("task", NAMES)
+def test_splits_share_neither_concept_nor_made_up_word(tasks: Any, task: str) -> None:
+    concepts, words = {}, {}
+    for split in ("train", "validation", "test"):
+        made = [tasks.episode(task, seed, split, 8) for seed in range(20)]
+        shots = [shot for one in made for shot in (*one.demos, *one.queries)]
+        concepts[split] = {(shot.scene.colour, shot.scene.shape) for shot in shots}
+        known = set(tasks.world.names(split))
+        words[split] = {word for shot in shots for word in shot.answer.split() if word in known}
+        assert bool(words[split]) == (task in tasks.NAMED)
+    for kind in (concepts, words):
+        assert not kind["train"] & kind["test"] and not kind["train"] & kind["validation"]
+        assert not kind["validation"] & kind["test"]
+
+
+@pytest.mark.parametrize("task", NAMES)
+def test_an_episode_follows_from_its_seed_and_repeats_no_image(tasks: Any, task: str) -> None:
+    one, same, other = (tasks.episode(task, seed, "test", 16, queries=2) for seed in (1, 1, 2))
+    assert one == same != other
+    shown = [(shot.concept, shot.index) for shot in (*one.demos, *one.queries)]
+    assert len(set(shown)) == len(shown) == 18
+
+
+@pytest.mark.parametrize("task", ["link_context", "operator"])
+def test_words_alone_tell_nothing_where_the_rule_is_in_the_images(tasks: Any, task: str) -> None:
+    """Each made-up word is said equally often, in the same sentence, and none of the words is a colour or a shape."""
+    for seed in range(20):
+        episode = tasks.episode(task, seed, "test", 8)
+        said = [f"{shot.question} {shot.answer}" for shot in episode.demos]
+        assert len(set(said)) == 2 and all(said.count(words) == 4 for words in set(said))
+        assert f"{episode.queries[0].question} {episode.queries[0].answer}" in said
+        describing = {word for shot in episode.demos for word in (shot.scene.colour, shot.scene.shape)}
+        assert not describing & {word for words in said for word in words.split()}
+
+
+def test_an_operator_depends_on_one_property_of_the_image(tasks: Any) -> None:
+    for seed in range(20):
+        episode = tasks.episode("operator", seed, "test", 16)
+        shots = [*episode.demos, *episode.queries]
+        value = {shot.answer: getattr(shot.scene, episode.rule) for shot in shots}
+        assert all(getattr(shot.scene, episode.rule) == value[shot.answer] for shot in shots)
+        assert len(set(value.values())) == len(value) == 2
+
+
+def test_a_question_does_not_say_which_attribute_is_asked(tasks: Any) -> None:
+    rules = set()
+    for seed in range(30):
+        episode = tasks.episode("attribute", seed, "test", 6)
+        rules.add(episode.rule)
+        assert len({shot.question for shot in (*episode.demos, *episode.queries)}) == 1
+        assert not set(tasks.ATTRIBUTES) & set(episode.demos[0].question.split())
+        assert all(shot.answer == f"{getattr(shot.scene, episode.rule)} ." for shot in episode.demos)
+    assert rules == set(tasks.ATTRIBUTES)
+
+
+@pytest.mark.parametrize("task", NAMES)
+def test_files_of_episodes_are_what_training_reads(tasks: Any, task: str, tmp_path: Path) -> None:
+    made = list(tasks.training_episodes(task, 3, tasks.few_or_many(8)))
+    path = tasks.write_episodes(tmp_path / "episodes.jsonl", made)
+    source, _ = open_source(f"episodes:{path}")
+    read = list(islice(Mixture([source], [1.0], ShotLaw(8)), 6))
+    wanted = {(tuple(s.answer for s in one.demos), q.question or None, q.answer) for one in made for q in one.queries}
+    assert {(tuple(p.text for p in e.pairs[:-1]), e.pairs[-1].question, e.pairs[-1].text) for e in read} == wanted
+    shown = {shot.image.tobytes() for one in made for shot in (*one.demos, *one.queries)}
+    assert {pair.images[0].tobytes() for one in read for pair in one.pairs} == shown

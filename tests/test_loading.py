@@ -299,6 +299,14 @@ def test_the_configuration_says_which_attention_the_backbone_has(self_contained:
         assert attention(model) == wanted
 
 
+def test_a_configuration_made_of_a_live_models_leaves_the_model_alone() -> None:
+    """The parent class writes into the parts of a configuration: a shared one would lose its kind of attention."""
+    model = plugin("llava").backbone
+    before = model.config._attn_implementation
+    assert AimConfig(backbone_config=model.config).backbone_config == model.config
+    assert before is not None and model.config._attn_implementation == before
+
+
 def test_the_backbone_is_saved_only_if_asked_for(aim: Plugin, tmp_path: Path) -> None:
     backbone = copy_backbone(aim, tmp_path / "backbone")
     model = AimForConditionalGeneration.from_backbone(backbone)

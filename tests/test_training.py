@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from typer.testing import CliRunner
 
 from modeling_aim import AimForConditionalGeneration, Demonstration, laptop_quantization_config
 from modeling_aim.cli import app
+from modeling_aim.configuration_aim import PROJECTOR_FORMS
 from modeling_aim.pretrained_aim import PROJECTOR_WEIGHTS
 from modeling_aim.training import (
     AimTrainer,
@@ -41,7 +43,7 @@ from modeling_aim.training import (
     TrainSettings,
     train,
 )
-from modeling_aim.training.run import last_checkpoint
+from modeling_aim.training.run import RUN_FILE, last_checkpoint
 from modeling_aim.training.trainer import LengthGrouped
 
 WORDS = ["cat", "dog", "bird", "fish", "horse", "mouse", "tiger", "wolf"]
@@ -202,6 +204,29 @@ def test_only_the_projector_learns_and_the_loss_falls(family: str, tmp_path: Pat
     assert sum(losses(run)[-4:]) < sum(losses(run)[:4])
 
 
+@pytest.mark.parametrize("form", PROJECTOR_FORMS)
+def test_every_form_learns(form: str, tmp_path: Path) -> None:
+    model = backbones.plugin("llava", projector_form=form, read_layers=[1, -1]).model
+    run = trainer(model, tmp_path, max_steps=16)
+    run.train()
+    assert sum(losses(run)[-4:]) < sum(losses(run)[:4])
+
+
+def test_muon_takes_the_matrices_and_leaves_the_rest_to_adamw(tmp_path: Path) -> None:
+    model = backbones.plugin("llava", projector_form="mlp").model
+    run = trainer(model, tmp_path, {"optimizer": "muon"}, max_steps=16, weight_decay=0.1, warmup_steps=4)
+    run.train()
+    assert sum(losses(run)[-4:]) < sum(losses(run)[:4])
+    optimizer: Any = run.optimizer
+    muon, adamw = optimizer.optimizer.parts
+    assert {weight.ndim for group in muon.param_groups for weight in group["params"]} == {2}
+    taken = [weight for part in (muon, adamw) for group in part.param_groups for weight in group["params"]]
+    assert {id(weight) for weight in taken} == {id(weight) for weight in model.projector.parameters()}
+    rates = [group["lr"] for group in optimizer.param_groups]
+    assert rates == pytest.approx([run.lr_scheduler.get_last_lr()[0] / part for part in (1, 3)])
+    assert rates[0] < 1e-2  # the schedule reaches both
+
+
 @pytest.mark.parametrize("family", SHAPES)
 def test_sixteen_samples_are_learned_by_heart(family: str, tmp_path: Path) -> None:
     """All ask the same of the same image: only the fused tokens of each demonstration can tell the answers apart."""
@@ -273,6 +298,18 @@ def test_a_killed_run_goes_on_to_the_same_weights(settings: TrainSettings, tmp_p
     whole, resumed = (load_file(folder / PROJECTOR_WEIGHTS) for folder in (Path(settings.output), tmp_path / "killed"))
     for name, value in whole.items():
         torch.testing.assert_close(resumed[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_muon_goes_on_where_it_was(settings: TrainSettings, tmp_path: Path) -> None:
+    settings = replace(settings, steps=8, optimizer="muon", projector_form="mlp")
+    train(settings)
+    whole, again = Path(settings.output), tmp_path / "again"
+    shutil.copytree(whole / "checkpoint-6", again / "checkpoint-6")
+    (again / RUN_FILE).write_text((whole / RUN_FILE).read_text().replace('"finished": true', '"finished": false'))
+    train(replace(settings, output=str(again)))
+    wanted, found = (load_file(folder / PROJECTOR_WEIGHTS) for folder in (whole, again))
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=5e-5)  # Muon's iteration is in bfloat16
 
 
 def test_an_unfinished_checkpoint_is_passed_by(tmp_path: Path) -> None:
@@ -374,7 +411,7 @@ def test_a_run_leaves_a_repository_that_answers(settings: TrainSettings, tmp_pat
 
 
 def test_a_run_pushes_what_it_leaves(settings: TrainSettings, hub: HubServer, monkeypatch: Any) -> None:
-    """Backbone from the Hub, projector to the Hub: what is there loads by its id and answers, and the card is there."""
+    """Backbone from the Hub, projector to the Hub: what is there loads by its id and answers, with its card."""
     monkeypatch.setenv("HF_TOKEN", hub.token)
     hub.add_repo("user/backbone", settings.backbone)
     train(replace(settings, backbone="user/backbone", push_to_hub="user/trained"))
@@ -464,6 +501,7 @@ def test_settings_that_cannot_work_are_named(settings: TrainSettings) -> None:
         ({"arguments": {"lerning_rate": 1}}, r"has no \['lerning_rate'\]"),
         ({"teacher": "loud"}, r"teacher='loud' is unknown"),
         ({"prompts": "loud"}, r"prompts='loud' is unknown"),
+        ({"optimizer": "sgd"}, r"optimizer='sgd' is unknown"),
         ({"distillation": 2.0}, r"distillation=2\.0"),
         ({"push_to_hub": "me/mine"}, r"local folder"),
     ):

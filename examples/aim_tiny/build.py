@@ -25,14 +25,14 @@ STAGES = {  # name: (script and argument, result, what it does)
     "vision": (["vision.py"], "vision.pt", "vision tower: CLIP ViT, five attributes"),
     "llm": (["backbone.py", "llm"], "llm.pt", "language model: text only, copying first"),
     "llava": (["backbone.py", "llava"], "llava.pt", "LLaVA stages 1 and 2, single images; then frozen"),
-    "aim": (["projector.py", "aim"], "aim.pt", "AIM projector, the shipped one"),
-    "aim_paper": (["projector.py", "aim_paper"], "aim_paper.pt", "control: the paper's form"),
-    "aim_generic": (["projector.py", "aim_generic"], "aim_generic.pt", "control: captioned documents only"),
+    "aim": (["projector.py", "aim"], "aim/README.md", "AIM projector, the shipped one, by `aim train`'s function"),
+    "aim_paper": (["projector.py", "aim_paper"], "aim_paper/README.md", "control: the paper's form"),
+    "aim_generic": (["projector.py", "aim_generic"], "aim_generic/README.md", "control: captioned documents only"),
     "interleaved": (["backbone.py", "interleaved"], "interleaved.pt", "control: backbone tuned on many images"),
     "ship": (["ship.py"], "shipped.txt", "write hub_configs/aim-tiny and the controls"),
 }
 SIDE_BY_SIDE = [["vision"], ["llm"], ["llava"], ["aim"], ["interleaved", "aim_paper"], ["aim_generic"], ["ship"]]
-TOGETHER = {"llm", "llava", "aim"}  # two processes, one core each
+TOGETHER = {"llm", "llava"}  # two processes, one core each
 
 
 def main() -> None:

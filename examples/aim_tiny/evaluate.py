@@ -2,6 +2,7 @@
 
     python examples/aim_tiny/evaluate.py --episodes 100                 # a table
     python examples/aim_tiny/evaluate.py --episodes 400 --json          # {"2-way 8": {"aim": ..., "full": ...}, ...}
+    python examples/aim_tiny/evaluate.py --cells "operator 8,attribute 16" --repo build/trained    # tasks of tasks.py
 
 An answer is right when greedy decoding gives exactly the gold name. That is so when every token of it is the most
 likely one after the gold tokens before it, so one forward pass tells, without generating. The episodes of a seed are
@@ -16,17 +17,18 @@ import random
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import tasks as rules
 import torch
 import world
 from corpus import IMAGE_IDS
-from projector import Demo, Query, insert, pad
 from quick import run
 from safetensors.torch import load_file
 from support import CONTROLS, OUT, ROOT, progress, write
 from transformers import LlavaForConditionalGeneration
 from vision import pixels
-from words import BOS, ids, token_id
+from words import BOS, IMAGE, PAD, ids, token_id
 from world import WORDINGS
 
 sys.path.insert(0, str(ROOT))
@@ -49,6 +51,40 @@ TOKENS = 12_000  # tokens a forward pass
 
 
 @dataclass(frozen=True)
+class Demo:
+    """A demonstration: an image of a pool, and the words before and after it.
+
+    `kept`: tokens at its end that become fused tokens; all of its words when `None`.
+    """
+
+    image: tuple[int, int]
+    head: str
+    text: str
+    kept: int | None = None
+
+    @property
+    def ids(self) -> list[int]:
+        return [token_id(BOS), *ids(self.head), *IMAGE_IDS, *ids(self.text)]
+
+    @property
+    def fused(self) -> int:
+        """Fused tokens it becomes."""
+        return len(self.ids) - len(IMAGE_IDS) - 1 if self.kept is None else self.kept
+
+
+@dataclass(frozen=True)
+class Query:
+    image: tuple[int, int]
+    head: str
+    text: str
+    answer: str
+
+    @property
+    def prompt(self) -> list[int]:
+        return [*ids(self.head), *IMAGE_IDS, *ids(self.text)]
+
+
+@dataclass(frozen=True)
 class Task:
     """One episode in one wording: what is shown, what is asked."""
 
@@ -58,13 +94,39 @@ class Task:
     name: str
 
 
-def task(seed: str, ways: int, shots: int, split: str, wording: str) -> Task:
+def task(seed: str, ways: int, shots: int, split: str, wording: str, span: str = "text") -> Task:
     p, w = world.plan_of(seed, ways, shots, split), WORDINGS[wording]
-    demos = [Demo((p.concept_ids[way], i), w.head, w.demonstration(p.bindings[way])) for way, i in p.demos]
+    demos = []
+    for way, index in p.demos:
+        answer = w.answer.format(p.bindings[way])
+        demos.append(Demo((p.concept_ids[way], index), w.head, world.join(w.question, answer), kept(answer, span)))
     captions = [world.caption(world.pool_scene(split, *demo.image)) + " ." for demo in demos]
     way, index = p.query
     query = Query((p.concept_ids[way], index), w.head, w.question, w.answer.split("{}")[0] + p.bindings[way])
     return Task(demos, captions, query, p.bindings[way])
+
+
+def task_of(episode: rules.Episode, span: str = "text") -> Task:
+    """An episode of tasks.py, with its first query; right is the whole answer."""
+    demos = [
+        Demo((s.concept, s.index), "", world.join(s.question, s.answer), kept(s.answer, span)) for s in episode.demos
+    ]
+    captions = [world.caption(s.scene) + " ." for s in episode.demos]
+    q = episode.queries[0]
+    return Task(demos, captions, Query((q.concept, q.index), "", q.question, q.answer), q.answer)
+
+
+def kept(answer: str, span: str) -> int | None:
+    """What `Demo.kept` is where AIM reads this span of a demonstration."""
+    return len(ids(answer)) if span == "answer" else None
+
+
+def tasks_of(cell: str, split: str, wording: str, seed: int, episodes: int, span: str = "text") -> list[Task]:
+    """The episodes of a cell: one of `CELLS`, or a task of tasks.py and a number of demonstrations."""
+    name, _, shots = cell.partition(" ")
+    if name in rules.TASKS:
+        return [task_of(rules.episode(name, f"{seed}.{e}", split, int(shots)), span) for e in range(episodes)]
+    return [task(f"{seed}.{e}", *CELLS[cell], split, wording, span) for e in range(episodes)]
 
 
 def as_read(t: Task) -> Task:
@@ -77,6 +139,19 @@ def shuffled(t: Task) -> Task:
     images = [demo.image for demo in t.demos]
     random.Random(f"{images}").shuffle(images)
     return replace(t, demos=[replace(demo, image=image) for demo, image in zip(t.demos, images, strict=True)])
+
+
+def insert(
+    vectors: torch.Tensor, tokens: torch.Tensor, model, images: list[tuple[int, int]], features
+) -> torch.Tensor:
+    """Put the projected features of images in the places of `<image>`, as LLaVA does."""
+    shown = model.model.multi_modal_projector(features[tuple(torch.tensor(images).T)].float())
+    return vectors.masked_scatter((tokens == token_id(IMAGE)).unsqueeze(-1), shown.to(vectors.dtype))
+
+
+def pad(rows: list[list[int]]) -> torch.Tensor:
+    length = max(map(len, rows))
+    return torch.tensor([row + [token_id(PAD)] * (length - len(row)) for row in rows])
 
 
 def prompt(method: str, t: Task) -> tuple[list[int], list[tuple[int, int]], int]:
@@ -102,11 +177,13 @@ def prompt(method: str, t: Task) -> tuple[list[int], list[tuple[int, int]], int]
 class Bench:
     """The frozen backbone, the projectors, and what the vision tower says of every pool image."""
 
-    def __init__(self, split: str, load_in_4bit: bool = False, methods: tuple[str, ...] = METHODS) -> None:
+    def __init__(
+        self, split: str, load_in_4bit: bool = False, methods: tuple[str, ...] = METHODS, repo: Path = OUT
+    ) -> None:
         self.split = split
         self.backbone = load_backbone(load_in_4bit)
         self.features = features(self.backbone, split)
-        self.projectors = {m: load_projector(m, self.backbone) for m in methods if m.startswith("aim")}
+        self.projectors = {m: load_projector(m, self.backbone, repo) for m in methods if m.startswith("aim")}
         self.interleaved = load_interleaved(load_in_4bit) if "full_interleaved" in methods else None
         self.kept: tuple = (None, None)
         self.prefixes: list = []
@@ -156,7 +233,8 @@ class Bench:
         seen = [(k[where], v[where]) for k, v in past]
         vectors = model.get_input_embeddings()(tokens)
         states = run(model.model.language_model, vectors, positions, layers=last, kept=tuple(layers), past=seen)
-        return [torch.cat([row[: len(text)] for row, text in zip(rows, texts, strict=True)]) for rows in states]
+        spans = [slice(len(text) - demo.fused, len(text)) for text, demo in zip(texts, demos, strict=True)]
+        return [torch.cat([row[span] for row, span in zip(rows, spans, strict=True)]) for rows in states]
 
     def prefix(self, layers: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of `<s>` and image, for every pool image, layer by layer."""
@@ -204,15 +282,17 @@ def load_interleaved(load_in_4bit: bool = False) -> LlavaForConditionalGeneratio
         return LlavaForConditionalGeneration.from_pretrained(folder, quantization_config=four_bit()).eval()
 
 
-def load_projector(method: str, backbone: LlavaForConditionalGeneration) -> tuple[AimProjector, list[int]]:
-    """A projector and its read layers; shuffled images use the shipped one, the random one is its form untrained."""
-    folder, stem = (CONTROLS, method) if method in ("aim_paper", "aim_generic") else (OUT, "aim_projector")
-    settings = json.loads((folder / ("config.json" if folder == OUT else f"{stem}.json")).read_text())
+def load_projector(
+    method: str, backbone: LlavaForConditionalGeneration, repo: Path = OUT
+) -> tuple[AimProjector, list[int]]:
+    """A projector and its read layers; shuffled images use that of `repo`, the random one is its form untrained."""
+    control = method in ("aim_paper", "aim_generic")
+    settings = json.loads((CONTROLS / f"{method}.json" if control else repo / "config.json").read_text())
     form = {k: settings[k] for k in ("read_layers", "projector_form", "projector_intermediate_size", "projector_norm")}
     torch.manual_seed(1)
     projector = AimProjector(AimConfig(backbone_config=backbone.config, **form))
     if method != "aim_random_projector":
-        weights = load_file(folder / f"{stem}.safetensors")
+        weights = load_file(CONTROLS / f"{method}.safetensors" if control else repo / "aim_projector.safetensors")
         projector.load_state_dict({k.removeprefix("projector."): v.float() for k, v in weights.items()})
     return projector.eval(), form["read_layers"]
 
@@ -259,7 +339,7 @@ def evaluate(
     scores: dict = defaultdict(lambda: defaultdict(list))
     lengths: dict = defaultdict(lambda: defaultdict(list))
     for cell, wording, seed in progress(work, "evaluate"):
-        tasks = [task(f"{seed}.{e}", *CELLS[cell], bench.split, wording) for e in range(episodes)]
+        tasks = tasks_of(cell, bench.split, wording, seed, episodes)
         for method, right in verdicts(bench, methods, tasks).items():
             scores[cell, method][wording, seed] = [sum(right) / len(right)]
             lengths[cell][method] += [len(prompt(method, t)[0]) for t in tasks[:20]]
@@ -310,7 +390,8 @@ def main() -> None:
         "--wordings", default="this", help=f"comma-separated, of {', '.join(WORDINGS)}; or 'all': {world.EVALUATED}"
     )
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--cells", default=",".join(CELLS))
+    parser.add_argument("--cells", default=",".join(CELLS), help=f"or a task of {rules.TASKS} and its demonstrations")
+    parser.add_argument("--repo", type=Path, default=OUT, help="repository whose projector is `aim`")
     parser.add_argument("--load-in-4bit", action="store_true", help="bitsandbytes NF4 for the language model")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--out", help="write the JSON here too")
@@ -318,12 +399,15 @@ def main() -> None:
     methods, cells = available(args.methods.split(",")), args.cells.split(",")
     wordings = list(world.EVALUATED) if args.wordings == "all" else args.wordings.split(",")
     report = evaluate(
-        Bench(args.split, args.load_in_4bit, tuple(methods)), methods, cells, wordings, args.episodes, args.seeds
+        Bench(args.split, args.load_in_4bit, tuple(methods), args.repo),
+        methods,
+        cells,
+        wordings,
+        args.episodes,
+        args.seeds,
     )
     print(json.dumps(report, indent=1) if args.json else table(report, methods))
     if args.out:
-        from pathlib import Path
-
         write(Path(args.out), lambda p: p.write_text(json.dumps(report, indent=1)))
 
 

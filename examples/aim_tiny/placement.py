@@ -14,16 +14,30 @@ import itertools
 from dataclasses import replace
 
 import torch
-from evaluate import CELLS, Bench, Task, task
-from projector import insert, pad, read
+from evaluate import CELLS, Bench, Demo, Task, insert, pad, task
 from quick import run
 from rich.console import Console
 from rich.table import Table
-from words import BOS, ids, token_id
+from transformers import LlavaForConditionalGeneration
+from words import BOS, IMAGE, PAD, ids, token_id
 from world import WORDINGS
 
 PLACES = ("after <s>", "in the turn")
 READINGS = {"plain": WORDINGS["this"], "chat template": WORDINGS["chat"]}
+
+
+@torch.no_grad()
+def read(
+    model: LlavaForConditionalGeneration, demos: list[Demo], features: torch.Tensor, layers: list[int]
+) -> torch.Tensor:
+    """States of the text positions of all demonstrations, one after the other, `(fused tokens, layers x width)`."""
+    tokens = pad([demo.ids for demo in demos])
+    vectors = insert(model.get_input_embeddings()(tokens), tokens, model, [demo.image for demo in demos], features)
+    positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
+    last = None if -1 in layers else max(layers)
+    states = run(model.model.language_model, vectors, positions, layers=last, kept=tuple(layers))
+    text = (tokens != token_id(IMAGE)) & (tokens != token_id(PAD)) & (tokens != token_id(BOS))
+    return torch.cat([s[text] for s in states], -1).float()
 
 
 @torch.no_grad()

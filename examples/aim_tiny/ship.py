@@ -2,48 +2,60 @@
 
     python examples/aim_tiny/ship.py
 
-The repository's code and model card are added by the package (`save_pretrained`); here are the weights. Controls that
-were not trained yet are left as they are.
+The repository's code is added by the package (`save_pretrained`); here are weights and model card. Controls that were
+not trained yet are left as they are.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 from backbone import load
-from projector import FORMS, new_projector
+from projector import MIX
 from safetensors.torch import load_file, save_file
 from support import BUILD, CONTROLS, OUT, ROOT, write
 from words import processor
 
 sys.path.insert(0, str(ROOT))
+from modeling_aim import AimForConditionalGeneration, AimProcessor
+from modeling_aim.files_aim import model_card
+
+FORM = ("read_layers", "projector_form", "projector_intermediate_size", "projector_norm")
+CARD = """
+## Training
+
+Backbone and projector were trained by the project that this repository comes from, on drawn shapes, with
+`make aim-tiny`. The backbone is a LLaVA that was trained on one image a sequence and then frozen. The projector was
+trained by `aim train`'s own function ({steps} steps of {batch_size} episodes, {optimizer}, up to {shots}
+demonstrations an episode) on five synthetic tasks: {tasks}.
+`examples/aim_tiny/projector.py` has the command, `examples/aim_tiny/tasks.py` the tasks. Concepts, made-up words and
+images of their test splits were never trained on. The project's README says how well it does.
+"""
 
 
-def trained(kind: str):
-    """A trained projector and its settings."""
-    model = load("llava")
-    projector = new_projector(model, FORMS[kind])
-    norm = projector.norm_at_start
-    projector.load_state_dict(torch.load(BUILD / f"{kind}.pt", weights_only=True))
-    return projector, {**FORMS[kind], "projector_norm": norm}
+def ship_aim(run: Path) -> None:
+    """The package itself writes the repository: config, projector, processor, code, and the backbone.
 
-
-def ship_aim() -> None:
-    """The package itself writes the repository: config, projector, processor, code, and the backbone."""
-    from modeling_aim import AimForConditionalGeneration, AimProcessor
-
+    Args:
+        run: output of the projector's run.
+    """
     backbone = load("llava")
     backbone.generation_config.update(max_new_tokens=16, do_sample=False)
-    projector, settings = trained("aim")
-    settings.pop("projector_norm")
-    model = AimForConditionalGeneration.from_backbone(backbone, processor=AimProcessor(processor()), **settings)
-    model.projector.load_state_dict(projector.state_dict())
+    form = json.loads((run / "config.json").read_text())
+    options = {name: form[name] for name in FORM[:-1]}
+    model = AimForConditionalGeneration.from_backbone(backbone, processor=AimProcessor(processor()), **options)
+    weights = load_file(run / "aim_projector.safetensors")
+    model.projector.load_state_dict({name.removeprefix("projector."): weight for name, weight in weights.items()})
     model.save_pretrained(OUT, include_backbone=True)
     path = OUT / "backbone" / "model.safetensors"
     weights = {name_of_every_version(name): weight for name, weight in load_file(path).items()}
     write(path, lambda p: save_file(weights, p, metadata={"format": "pt"}))
+    made = json.loads((run / "aim_training.json").read_text())["settings"]
+    card = model_card(model.config, model.projector) + CARD.format(**made, tasks=", ".join(MIX).replace("_", " "))
+    write(OUT / "README.md", lambda p: p.write_text(card))
 
 
 def name_of_every_version(name: str) -> str:
@@ -53,12 +65,12 @@ def name_of_every_version(name: str) -> str:
     return name if not tower or after.startswith("vision_model.") else f"{before}{tower}vision_model.{after}"
 
 
-def ship_control(kind: str) -> None:
-    projector, settings = trained(kind)
-    weights = {f"projector.{k}": v.contiguous() for k, v in projector.state_dict().items()}
-    write(CONTROLS / f"{kind}.safetensors", lambda p: save_file(weights, p))
-    settings.setdefault("projector_intermediate_size", None)
-    write(CONTROLS / f"{kind}.json", lambda p: p.write_text(json.dumps(settings, indent=2) + "\n"))
+def ship_control(kind: str, run: Path) -> None:
+    """A control is its projector and the form of it."""
+    form = json.loads((run / "config.json").read_text())
+    write(CONTROLS / f"{kind}.safetensors", lambda p: save_file(load_file(run / "aim_projector.safetensors"), p))
+    shown = json.dumps({name: form[name] for name in FORM}, indent=2) + "\n"
+    write(CONTROLS / f"{kind}.json", lambda p: p.write_text(shown))
 
 
 def ship_interleaved() -> None:
@@ -69,10 +81,10 @@ def ship_interleaved() -> None:
 
 
 if __name__ == "__main__":
-    ship_aim()
+    ship_aim(BUILD / "aim")
     for control in ("aim_paper", "aim_generic"):
-        if (BUILD / f"{control}.pt").exists():
-            ship_control(control)
+        if (BUILD / control / "README.md").exists():
+            ship_control(control, BUILD / control)
     if (BUILD / "interleaved.pt").exists():
         ship_interleaved()
     write(BUILD / "shipped.txt", lambda p: p.write_text("hub_configs/aim-tiny\n"))

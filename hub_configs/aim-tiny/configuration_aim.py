@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar
 
 import torch
@@ -9,7 +10,7 @@ import transformers
 from packaging.version import Version
 
 MINIMUM_VERSIONS = {"transformers": "5.5", "torch": "2.10"}
-PROJECTOR_FORMS = ("linear", "linear_norm", "mlp")
+PROJECTOR_FORMS = ("linear", "linear_norm", "mlp", "residual")
 OWN_SETTINGS = (
     "read_layers",
     "read_span",
@@ -75,7 +76,7 @@ class AimConfig(PreTrainedConfig):
             (the paper's), `k >= 1` the output of decoder layer `k`. Several are joined along the feature axis.
         read_span: `"text"` keeps all text positions of a demonstration, `"answer"` those of its answer only.
         max_fused_tokens: most fused tokens a demonstration; longer ones are averaged down. `None`: one a text token.
-        projector_form: `"linear"`, `"linear_norm"` (the paper's) or `"mlp"`.
+        projector_form: `"linear"`, `"linear_norm"` (the paper's), `"mlp"` or `"residual"`; see `AimProjector`.
         projector_intermediate_size: inner width of the `"mlp"` form; twice the backbone's width when `None`.
         projector_norm: norm of a fused token at the start of training: the mean norm of the backbone's input
             embeddings, measured when a backbone is attached.
@@ -106,7 +107,7 @@ class AimConfig(PreTrainedConfig):
     ) -> None:
         if isinstance(backbone_config, dict):
             backbone_config = AutoConfig.for_model(**backbone_config)
-        self.backbone_config = backbone_config
+        self.backbone_config = copy.deepcopy(backbone_config)  # the parent class writes into the parts of a config
         self.backbone_name_or_path = backbone_name_or_path
         self.backbone_revision = backbone_revision
         self.backbone_subfolder = backbone_subfolder

@@ -18,7 +18,10 @@ class AimProjector(nn.Module):
 
     * `linear`: `Linear(n, h)`; states of inner layers, whose size no norm has set, are scaled to unit variance first;
     * `linear_norm`: `Linear(n, h)`, then `LayerNorm(h)`: the paper's;
-    * `mlp`: `LayerNorm(n)`, `Linear(n, m)`, GELU, `Linear(m, h)`.
+    * `mlp`: `LayerNorm(n)`, `Linear(n, m)`, GELU, `Linear(m, h)`;
+    * `residual`: the state itself, plus a map that starts at zero. With `u_k = x_k / rms(x_k)` for the state `x_k` of
+      each of the joined layers, and `v` their mean: `norm / sqrt(h) * v / rms(v) + Linear(n, h)(u_1, u_2, ...)`, where
+      `norm` is `config.projector_norm`. It presumes that hidden states and input embeddings share directions.
 
     Whatever the form, an untrained projector gives vectors whose norm is about `config.projector_norm`: a LayerNorm
     of gain 1 would give `sqrt(h)`, tens of times the norm of an input embedding.
@@ -30,6 +33,7 @@ class AimProjector(nn.Module):
         read_width = width * len(config.read_layers)
         inner = config.projector_intermediate_size or 2 * width
         self.norm_at_start = config.projector_norm
+        self.residual = config.projector_form == "residual"
         self.scale_states = config.projector_form == "linear" and list(config.read_layers) != [-1]
         self.layers = nn.Sequential()
         if config.projector_form == "mlp":
@@ -54,12 +58,22 @@ class AimProjector(nn.Module):
             nn.init.zeros_(linear.bias)
         last = self.layers[-1]
         assert isinstance(last.weight, torch.Tensor)
-        last.weight.mul_(scale * (gelu_scale if len(linears) > 1 else 1.0))
+        last.weight.mul_(0.0 if self.residual else scale * (gelu_scale if len(linears) > 1 else 1.0))
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Map `states` `(..., n)` to fused tokens `(..., h)`, in the projector's own dtype."""
         states = states.to(next(self.parameters()).dtype)
+        if self.residual:
+            return self._state(states)
         return self.layers(nn.functional.rms_norm(states, states.shape[-1:]) if self.scale_states else states)
+
+    def _state(self, states: torch.Tensor) -> torch.Tensor:
+        """The `residual` form."""
+        width = self.layers[-1].out_features
+        assert isinstance(width, int)
+        joined = nn.functional.rms_norm(states.unflatten(-1, (-1, width)), (width,))
+        state = nn.functional.rms_norm(joined.mean(dim=-2), (width,))
+        return self.norm_at_start * width**-0.5 * state + self.layers(joined.flatten(-2))
 
 
 def projector_digest(weights: Mapping[str, torch.Tensor]) -> str:

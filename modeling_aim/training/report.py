@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from .trainer import AimTrainer
 
 SHOWN = (
-    "data", "steps", "batch_size", "accumulation", "learning_rate", "warmup", "shots", "shot_law", "dtype",
-    "load_in_4bit", "prompts", "teacher", "distillation", "seed",
+    "data", "steps", "batch_size", "accumulation", "optimizer", "learning_rate", "warmup", "shots", "shot_law",
+    "dtype", "load_in_4bit", "prompts", "teacher", "distillation", "seed",
 )  # fmt: skip
 
 

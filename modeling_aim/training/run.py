@@ -23,6 +23,7 @@ from ..files_aim import model_card
 from ..shards_aim import write_whole
 from .episodes import Episode, Mixture, ShotLaw
 from .kept_states import KeptStates
+from .optimizer import OPTIMIZERS
 from .report import curves, training_section
 from .sources import open_source
 from .targets import PROMPTS, TEACHERS
@@ -49,6 +50,8 @@ class TrainSettings:
         batch_size: episodes of one process in one forward pass.
         accumulation: forward passes of one step.
         learning_rate, warmup: peak, reached after this share of the steps; it falls as a cosine.
+        optimizer: `"adamw"`, or `"muon"` for the projector's matrices (AdamW, at a third of the rate, for the rest).
+            With adamw, `arguments={"optim": ...}` reaches all that Trainer has.
         shots, shot_law: demonstrations of an episode, 1 to `shots`; see `ShotLaw`.
         projector_form, projector_size, read_layers, read_span, max_fused_tokens: see `AimConfig`; of a new projector.
         revision: of the backbone.
@@ -72,6 +75,7 @@ class TrainSettings:
     accumulation: int = 1
     learning_rate: float = 1e-3
     warmup: float = 0.03
+    optimizer: str = "adamw"
     shots: int = 8
     shot_law: str = "uniform"
     projector_form: str = "linear_norm"
@@ -100,7 +104,10 @@ class TrainSettings:
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, known in (("dtype", tuple(PRECISIONS)), ("prompts", PROMPTS), ("teacher", (None, *TEACHERS))):
+        choices: dict[str, tuple[Any, ...]] = {
+            "dtype": tuple(PRECISIONS), "prompts": PROMPTS, "teacher": (None, *TEACHERS), "optimizer": OPTIMIZERS,
+        }  # fmt: skip
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {known}.")
         if not 0 <= self.distillation <= 1:
@@ -159,6 +166,7 @@ def train(settings: TrainSettings) -> AimTrainer:
         prompts=settings.prompts,
         teacher=settings.teacher,
         distillation=settings.distillation,
+        optimizer=settings.optimizer,
         kept_states=kept,
         train_dataset=mixture,
         eval_dataset=None if held is None else Held(list(itertools.islice(held, settings.eval_episodes))),

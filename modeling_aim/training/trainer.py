@@ -26,6 +26,7 @@ from ..files_aim import read_safetensors
 from ..pretrained_aim import PROJECTOR_WEIGHTS
 from .episodes import Episode
 from .kept_states import KeptStates
+from .optimizer import OPTIMIZERS, MuonAndAdamW
 from .targets import EpisodeCollator
 
 
@@ -75,6 +76,7 @@ class AimTrainer(Trainer):
         teacher: distillation from the same backbone that reads the demonstrations `"full"` or as `"text"`.
         distillation: weight of the KL divergence to the teacher; the cross-entropy has the rest.
         temperature: of teacher and student in the divergence.
+        optimizer: `"muon"`, see `MuonAndAdamW`, or `"adamw"`: what `args.optim` names.
         group_by_length: sort a window of the stream by length, see `LengthGrouped`.
         kept_states: where hidden states of demonstrations are kept; 1 GiB of memory when `None`.
         **kwargs: as for `Trainer` (`train_dataset`, `eval_dataset`, `callbacks`, ...).
@@ -92,6 +94,7 @@ class AimTrainer(Trainer):
         teacher: str | None = None,
         distillation: float = 0.5,
         temperature: float = 1.0,
+        optimizer: str = "adamw",
         group_by_length: bool = True,
         kept_states: KeptStates | None = None,
         **kwargs: Any,
@@ -112,6 +115,11 @@ class AimTrainer(Trainer):
         if group_by_length and isinstance(train, IterableDataset):
             block = args.per_device_train_batch_size * args.world_size
             kwargs["train_dataset"] = LengthGrouped(train, block, seed=args.seed)
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer={optimizer!r} is unknown; choose one of {OPTIMIZERS}.")
+        if optimizer == "muon":
+            options = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+            kwargs.setdefault("optimizer_cls_and_kwargs", (_muon, options))
         super().__init__(model, args, **kwargs)
         self.teacher, self.distillation, self.temperature = teacher, distillation, temperature
         self.skipped: Counter[str] = Counter()
@@ -211,6 +219,11 @@ def load_projector(model: Any, checkpoint: str) -> None:
     config = AimConfig.from_pretrained(checkpoint)
     check_backbone(model.backbone, config.backbone_config, config.backbone_fingerprint)
     model._load_projector(read_safetensors(str(Path(checkpoint) / PROJECTOR_WEIGHTS)), checkpoint)
+
+
+def _muon() -> Any:
+    """A factory as Trainer takes it for optimizers that choose the weights themselves."""
+    return lambda model, **options: MuonAndAdamW((p for p in model.parameters() if p.requires_grad), **options)
 
 
 def _at_targets(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,67 @@
+"""Muon for a projector's matrices and AdamW for its other weights, as one optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+OPTIMIZERS = ("adamw", "muon")
+OTHERS = 1 / 3  # rate of AdamW for the weights that are no matrices, relative to Muon's
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """torch's Muon (Jordan et al., 2024; scaled as in arXiv 2502.16982) beside AdamW, behind one interface.
+
+    Both get their rate from the same schedule: groups of both are in `param_groups`.
+
+    Args:
+        weights: what is trained; matrices go to Muon, all else to AdamW at a third of the rate.
+        lr: peak rate of Muon.
+        weight_decay: of the matrices.
+        betas: of AdamW.
+
+    Raises:
+        ValueError: there is no matrix.
+    """
+
+    def __init__(
+        self,
+        weights: Iterable[torch.nn.Parameter],
+        lr: float = 6e-3,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.98),
+    ) -> None:
+        weights = list(weights)
+        matrices = [weight for weight in weights if weight.ndim == 2]
+        others = [weight for weight in weights if weight.ndim != 2]
+        if not matrices:
+            raise ValueError("Muon is for matrices, and none is trained; use adamw.")
+        muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        self.parts: list[torch.optim.Optimizer] = [muon]
+        if others:
+            self.parts.append(torch.optim.AdamW(others, lr=OTHERS * lr, betas=betas, weight_decay=0.0))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._share_groups()
+
+    def _share_groups(self) -> None:
+        """A schedule sets the rates of `param_groups`: these are the very groups of the parts."""
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """One step of both."""
+        loss = None if closure is None else closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of both, for a checkpoint."""
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """What `state_dict` gave."""
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self._share_groups()
