@@ -11,24 +11,28 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = {  # script: (arguments, what it prints)
-    "bank_ask_many.py": (["--bank", "{folder}/bank"], "right"),
-    "bank_retrieval.py": (["--concepts", "4", "--queries", "1"], "random"),
-    "bank_on_the_hub.py": ([], "read by another model: projector"),
-    "export_to_vllm.py": (["--output", "{folder}/prompt.safetensors"], "same logits"),
+    "bank_ask_many.py": ("--bank {folder}/bank", "right"),
+    "bank_retrieval.py": ("--concepts 4 --queries 1", "random"),
+    "bank_on_the_hub.py": ("", "read by another model: projector"),
+    "export_to_vllm.py": ("--output {folder}/prompt.safetensors", "same logits"),
     "evaluate.py": (
-        ["--output", "{folder}/eval", "--tasks", "link_context,captions", "--shots", "0,2", "--seeds", "1"]
-        + ["--episodes", "3"],
+        "--output {folder}/eval --tasks link_context,captions --shots 0,2 --seeds 1 --episodes 3",
         "results.md",
     ),
-    "train_projector.py": (["--steps", "2", "--batch-size", "2", "--output", "{folder}/out"], "right on held-out"),
+    "train_projector.py": ("--steps 2 --batch-size 2 --output {folder}/out", "right on held-out"),
 }
 SHARED = {"demo.py", "lesson.py"}  # run by make demo; imported by the others
 
 
 @pytest.mark.parametrize("script", EXAMPLES)
 def test_an_example_runs(script: str, tmp_path: Path) -> None:
-    words, printed = EXAMPLES[script]
-    command = [sys.executable, str(ROOT / "examples" / script), *(word.format(folder=tmp_path) for word in words)]
+    arguments, printed = EXAMPLES[script]
+    words = arguments.format(folder=tmp_path).split()
+    command = [
+        sys.executable,
+        str(ROOT / "examples" / script),
+        *(word.format(folder=tmp_path) for word in words.split()),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
