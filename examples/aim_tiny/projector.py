@@ -2,7 +2,7 @@
 
     python examples/aim_tiny/projector.py aim            # also: aim_paper, aim_generic; goes on where it stopped
 
-`aim` is the shipped one, trained on the five tasks of tasks.py; `aim_paper` has the paper's form (last
+`aim` is the shipped one, trained on the five tasks of tasks.py in four runs; `aim_paper` has the paper's form (last
 layer, linear and LayerNorm) and the same data; `aim_generic` sees captioned documents only, no names and no rules.
 """
 
@@ -19,20 +19,36 @@ from tqdm import tqdm
 sys.path.insert(0, str(ROOT))
 from modeling_aim.training import TrainSettings, train
 
-EPISODES = {  # how many are written at a time, with at most how many demonstrations
+EPISODES = {  # how many are written for a run, with at most how many demonstrations
     "link_context": (2500, 32),
     "operator": (1200, 16),
     "counting": (600, 16),
     "attribute": (1500, 16),
     "captions": (1000, 16),
 }
-DRAWS = 4  # so many times, each with a seed of its own
 QUERIES = 3
-MIX = {"link_context": 4.0, "operator": 0.8, "counting": 0.4, "attribute": 1.0, "captions": 0.7}
+MIX = {"link_context": 2.0, "operator": 0.8, "counting": 0.4, "attribute": 1.0, "captions": 0.7}
+INNER = {"projector_form": "mlp", "projector_size": 512, "read_layers": (3,)}
+NAMES = {**MIX, "link_context": 5.0}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "aim": {"projector_form": "residual", "read_layers": (3,), "steps": 1300, "warmup": 0.06},
+    # four runs, each further than the one before; the last two on new episodes, with more names
+    "aim_1": {
+        **INNER,
+        "steps": 1000,
+        "warmup": 0.06,
+        "arguments": {"lr_scheduler_kwargs": {"num_cycles": 0.2423}},  # the first half of a cosine over 2 000 steps
+    },
+    "aim_2": {"backbone": "aim_1", "steps": 400, "learning_rate": 2.5e-3, "seed": 1, "drawn": 0},
+    "aim_3": {"backbone": "aim_2", "steps": 800, "learning_rate": 4e-3, "seed": 2, "mix": NAMES},
+    "aim": {
+        "backbone": "aim_3",
+        "steps": 600,
+        "learning_rate": 3e-3,
+        "seed": 3,
+        "mix": {**NAMES, "link_context": 6.0},
+    },
     "aim_paper": {"steps": 2000, "optimizer": "adamw", "learning_rate": 8e-3},
-    "aim_generic": {"projector_form": "residual", "read_layers": (3,), "steps": 600, "mix": {"captions": 1.0}},
+    "aim_generic": {**INNER, "steps": 600, "mix": {"captions": 1.0}},
 }
 
 
@@ -67,11 +83,10 @@ def settings(kind: str, backbone: str, folder: Path, **other: Any) -> TrainSetti
         "log_every": 25,
         **SETTINGS[kind],
     }
-    mix = values.pop("mix", MIX)
-    values["data"] = tuple(
-        data(folder / "episodes", task, weight, seed) for task, weight in mix.items() for seed in range(DRAWS)
-    )
-    values["backbone"] = backbone
+    mix, drawn = values.pop("mix", MIX), values.pop("drawn", values.get("seed", 0))
+    values["data"] = tuple(data(folder / "episodes", task, weight, drawn) for task, weight in mix.items())
+    earlier = values.get("backbone")
+    values["backbone"] = backbone if earlier is None else str(folder / earlier)
     shown = {"weight_decay": 0.05, "disable_tqdm": not sys.stderr.isatty()}
     values["arguments"] = {**shown, **values.get("arguments", {})}
     return TrainSettings(**{**values, **other})
@@ -89,10 +104,17 @@ def backbone(folder: Path) -> str:
     return str(path)
 
 
+def runs(kind: str) -> list[str]:
+    """The run of a projector and, before it, those that it goes on from."""
+    earlier = SETTINGS[kind].get("backbone")
+    return [*(runs(earlier) if earlier else []), kind]
+
+
 def make(kind: str) -> None:
-    """Train a projector, unless it is there."""
-    if not (BUILD / kind / "README.md").exists():  # it is written last
-        train(settings(kind, backbone(BUILD), BUILD))
+    """Train a projector, as far as that is not done."""
+    for one in runs(kind):
+        if not (BUILD / one / "README.md").exists():  # it is written last
+            train(settings(one, backbone(BUILD), BUILD))
 
 
 if __name__ == "__main__":

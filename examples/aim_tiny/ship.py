@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from backbone import load
-from projector import MIX
+from projector import MIX, runs
 from safetensors.torch import load_file, save_file
 from support import BUILD, CONTROLS, OUT, ROOT, write
 from words import processor
@@ -29,8 +29,8 @@ CARD = """
 
 Backbone and projector were trained by the project that this repository comes from, on drawn shapes, with
 `make aim-tiny`. The backbone is a LLaVA that was trained on one image a sequence and then frozen. The projector was
-trained by `aim train`'s own function ({steps} steps of {batch_size} episodes, {optimizer}, up to {shots}
-demonstrations an episode) on five synthetic tasks: {tasks}.
+trained by `aim train`'s own function in {runs} runs ({steps} steps of {batch_size} episodes, {optimizer}, up
+to {shots} demonstrations an episode) on five synthetic tasks: {tasks}.
 `examples/aim_tiny/projector.py` has the command, `examples/aim_tiny/tasks.py` the tasks. Concepts, made-up words and
 images of their test splits were never trained on. The project's README says how well it does.
 """
@@ -40,7 +40,7 @@ def ship_aim(run: Path) -> None:
     """The package itself writes the repository: config, projector, processor, code, and the backbone.
 
     Args:
-        run: output of the projector's run.
+        run: output of the projector's last run; those before it lie beside it.
     """
     backbone = load("llava")
     backbone.generation_config.update(max_new_tokens=16, do_sample=False)
@@ -53,8 +53,9 @@ def ship_aim(run: Path) -> None:
     path = OUT / "backbone" / "model.safetensors"
     weights = {name_of_every_version(name): weight for name, weight in load_file(path).items()}
     write(path, lambda p: save_file(weights, p, metadata={"format": "pt"}))
-    made = json.loads((run / "aim_training.json").read_text())["settings"]
-    card = model_card(model.config, model.projector) + CARD.format(**made, tasks=", ".join(MIX).replace("_", " "))
+    made = [json.loads((run.parent / one / "aim_training.json").read_text())["settings"] for one in runs("aim")]
+    said = {**made[-1], "runs": len(made), "steps": " + ".join(str(one["steps"]) for one in made)}
+    card = model_card(model.config, model.projector) + CARD.format(**said, tasks=", ".join(MIX).replace("_", " "))
     write(OUT / "README.md", lambda p: p.write_text(card))
 
 
