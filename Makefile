@@ -25,9 +25,11 @@ style: $(VENV)/.installed-dev  ## what CI checks beside the tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed-demo  ## a bank of 100 000 demonstrations (2 GB of disk for a minute), and steps a second of training
+bench: $(VENV)/.installed-demo  ## a bank of 100 000 demonstrations (2 GB of disk for a minute), training, and answers: ten minutes
 	$(BIN)/python benchmarks/bank.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/aim bench --shape cpu-576 --shots 4,8,16 --repeats 3 \
+		--methods zero,overhead,full,prefix-kv,cold,cold-half,bank,bank-kv
 
 aim-tiny: $(VENV)/.installed-dev  ## train hub_configs/aim-tiny again, from nothing; resumes where it was stopped
 	$(BIN)/python examples/aim_tiny/build.py
