@@ -329,7 +329,7 @@ def _arguments(task: Path, output: Path) -> list[str]:
 
 def test_a_killed_run_goes_on_to_the_same_results(tmp_path: Path) -> None:
     """Killed and stopped at random moments, then the same command again; lines cut in two among what is left."""
-    task = episode_file(tmp_path)
+    task = episode_file(tmp_path, 40)  # answering takes far longer than the moments drawn below
     whole = settings(tmp_path, tasks=(f"episodes:{task}",), shots=(0, 2), batch_size=3)
     evaluate(whole)
     command = [sys.executable, *COMMAND, *_arguments(task, tmp_path / "killed")]
@@ -339,7 +339,7 @@ def test_a_killed_run_goes_on_to_the_same_results(tmp_path: Path) -> None:
         running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         while running.poll() is None and (not partial.exists() or len(partial.read_bytes().splitlines()) <= answered):
             time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.3))
+        time.sleep(rng.uniform(0, 0.1))
         os.kill(running.pid, how)
         said = running.communicate()[1]
         assert how == signal.SIGKILL or (running.returncode == 130 and "The same command goes on" in said)

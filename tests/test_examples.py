@@ -27,12 +27,7 @@ SHARED = {"demo.py", "lesson.py"}  # run by make demo; imported by the others
 @pytest.mark.parametrize("script", EXAMPLES)
 def test_an_example_runs(script: str, tmp_path: Path) -> None:
     arguments, printed = EXAMPLES[script]
-    words = arguments.format(folder=tmp_path).split()
-    command = [
-        sys.executable,
-        str(ROOT / "examples" / script),
-        *(word.format(folder=tmp_path) for word in words.split()),
-    ]
+    command = [sys.executable, str(ROOT / "examples" / script), *arguments.format(folder=tmp_path).split()]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
