@@ -327,6 +327,11 @@ def _arguments(task: Path, output: Path) -> list[str]:
     return [*given, "--batch-size", "3", "--output", str(output)]
 
 
+def _hears_interrupts() -> None:
+    """What a shell starts in the background ignores SIGINT, and so do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_a_killed_run_goes_on_to_the_same_results(tmp_path: Path) -> None:
     """Killed and stopped at random moments, then the same command again; lines cut in two among what is left."""
     task = episode_file(tmp_path, 40)  # answering takes far longer than the moments drawn below
@@ -336,7 +341,9 @@ def test_a_killed_run_goes_on_to_the_same_results(tmp_path: Path) -> None:
     partial = tmp_path / "killed/unfinished/process-0.jsonl"
     rng, answered = random.Random(), 0
     for how in (signal.SIGKILL, signal.SIGINT):
-        running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        running = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=_hears_interrupts
+        )
         while running.poll() is None and (not partial.exists() or len(partial.read_bytes().splitlines()) <= answered):
             time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.1))
