@@ -91,6 +91,7 @@ def _run(
 
     from . import laptop_quantization_config
     from .backbone_aim import load_backbone
+    from .runs import PRECISIONS
     from .speed.counting import Twin, count
     from .speed.measure import Measuring
     from .speed.methods import Bench
@@ -115,9 +116,9 @@ def _run(
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: torch finds no CUDA device here.")
     dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-    if dtype not in ("float32", "bfloat16", "float16"):
+    if dtype not in PRECISIONS:
         raise ValueError(f"--dtype {dtype!r}: expected float32, bfloat16 or float16.")
-    kind = getattr(torch, dtype)
+    kind = PRECISIONS[dtype]
     if shape is not None:
         model = random_backbone(config, kind, device, load_in_4bit)
     else:

@@ -6,7 +6,8 @@ aim eval compare build/eval build/other
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -154,18 +155,14 @@ def card(
         Console().print(f"{put_on_card(run, repository)}: has the evaluation now.", soft_wrap=True)
 
 
-class _interruptible:
+@contextmanager
+def _interruptible(output: Path | None) -> Iterator[None]:
     """Ctrl-C ends with a word on how to go on instead of a traceback."""
-
-    def __init__(self, output: Path | None) -> None:
-        self.output = output
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is KeyboardInterrupt:
-            errors.print(f"Stopped. The same command goes on; what was answered is in {self.output}.", soft_wrap=True)
-            raise typer.Exit(130)
+    try:
+        yield
+    except KeyboardInterrupt:
+        errors.print(f"Stopped. The same command goes on; what was answered is in {output}.", soft_wrap=True)
+        raise typer.Exit(130) from None
 
 
 def _specs(given: Sequence[str]) -> list[str]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ IMAGE_SETTINGS = (
 )  # fmt: skip
 UNKNOWN_IMAGE = 1024  # positions of an image whose number of tokens is not known before it is encoded
 _SENTINEL = "aimtextgoeshere"
-_TOKENIZING = Lock()  # a fast tokenizer keeps its padding as state and refuses two threads at once
+_TOKENIZING = RLock()  # a fast tokenizer keeps its padding as state and refuses two threads at once
 
 
 class AimProcessor(ProcessorMixin):
@@ -202,10 +202,16 @@ class AimProcessor(ProcessorMixin):
         if self.chat_template is None:
             return self.image_text * images + question
         content: list[dict[str, Any]] = [{"type": "image"}] * images + [{"type": "text", "text": question}]
-        chat = [{"role": "user", "content": content}]
+        return self.rendered([{"role": "user", "content": content}])
+
+    def rendered(self, chat: Sequence[Mapping[str, Any]]) -> str:
+        """The prompt of a chat up to where the answer begins, without the BOS that the tokenizer puts there itself."""
         prompt = self.processor.apply_chat_template(chat, add_generation_prompt=True)
         bos = self.tokenizer.bos_token  # some templates begin with it; the tokenizer may put it there too, and twice
-        twice = bos and prompt.startswith(bos) and self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]
+        with _TOKENIZING:
+            twice = (
+                bos and prompt.startswith(bos) and self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]
+            )
         return prompt.removeprefix(bos) if twice else prompt
 
     # --- chats

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from transformers.utils import logging
 
 from ..select_aim import WAYS, Groups, drawn, pick
 from ..shards_aim import write_whole
+from .methods import Shown
 from .subject import open_images, open_pair
 from .task import Example, Shot, Task
 
@@ -68,14 +70,8 @@ def check_pool(task: Task, counts: Sequence[int], choice: Choice) -> None:
     """Raise `ValueError` unless a task's pool has as many demonstrations as are asked for, each under its own id."""
     pool = task.pool()
     if counts and len(pool) < max(counts):
-        raise ValueError(
-            " ".join(
-                [
-                    f"{max(counts)} demonstrations are asked for, but {task.name} has {len(pool)} to choose from.",
-                    *task.notes(),
-                ]
-            )
-        )
+        short = f"{max(counts)} demonstrations are asked for, but {task.name} has {len(pool)} to choose from."
+        raise ValueError(" ".join([short, *task.notes()]))
     if len({shot.id for shot in pool}) < len(pool):
         raise ValueError(f"{task.name} gives several demonstrations the same id.")
     if choice.by.startswith(FIXED) and counts:
@@ -148,7 +144,7 @@ class _Finder:
         elif choice.balanced:
             numbers: dict[str | None, int] = {}
             codes = [numbers.setdefault(shot.label, len(numbers)) for shot in self.pool]
-            self.groups = Groups(np_codes(codes)) if len(numbers) > 1 else None
+            self.groups = Groups(torch.tensor(codes, dtype=torch.int32)) if len(numbers) > 1 else None
 
     def _compared(self, bank_of: Callable[[Iterator[Any]], Any]) -> tuple[Any, list[int]]:
         """A bank of the pool, and the place in the pool of each of its demonstrations (equal ones are one there)."""
@@ -201,8 +197,7 @@ class _Finder:
         repeats = []
         for place in reversed(found):
             shot = self.pool[place]
-            images = shot.pair.get("images") or [shot.pair[k] for k in ("image",) if shot.pair.get(k) is not None]
-            own = self._hashed(f"shot {shot.id}", images)
+            own = self._hashed(f"shot {shot.id}", Shown(shot, shot).images)
             if any((a ^ b).bit_count() <= ALIKE_BITS for a in own for b in seen):
                 repeats.append(place)
             else:
@@ -222,13 +217,6 @@ def difference_hash(image: Image.Image) -> int:
     small = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BILINEAR), dtype=np.int16)
     bits = (small[:, 1:] > small[:, :-1]).flatten()
     return int("".join("1" if bit else "0" for bit in bits), 2)
-
-
-def np_codes(codes: Sequence[int]) -> Any:
-    """Numbers of labels as `Groups` takes them."""
-    import torch
-
-    return torch.tensor(codes, dtype=torch.int32)
 
 
 def _listed(task: Task, count: int, choice: Choice) -> list[int]:

@@ -9,7 +9,6 @@ lmms-eval finds it by the entry point `lmms_eval.models`. Multiple-choice tasks,
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -145,7 +144,6 @@ class Aim(lmms):
         if self.bank is not None and shots is not None:
             self.bank.check_count(shots)
         self.batch_size = int(batch_size)
-        self._keeps_logits = "logits_to_keep" in inspect.signature(self.subject.backbone.forward).parameters
 
     @property
     def device(self) -> torch.device:
@@ -190,22 +188,12 @@ class Aim(lmms):
             for text, a, b, c in zip(texts, prompts, fused, written, strict=True)
         ]
 
-    @torch.no_grad()
     def _score(self, batch: Sequence[Query], settings: Mapping[str, Any]) -> list[GenerationResult]:
         demos = self._chosen(batch)
         whole = [q.text + q.behind for q in batch]
         spans = [(len(q.text), len(text)) for q, text in zip(batch, whole, strict=True)]
-        inputs, mask = self.processor.encode_spans([list(q.images) for q in batch], whole, spans)
-        if not bool(mask.any(dim=1).all()):
-            raise ValueError(f"The tokenizer finds no token in one of {[q.behind for q in batch][:4]}.")
-        inputs = inputs.to(self.device, self.subject.model.dtype)
-        kept = mask.shape[1] - int(mask.int().argmax(dim=1).min()) + 1
-        more = {"logits_to_keep": kept} if self._keeps_logits else {}
-        told = self.subject.model(**inputs, **demos, **more).logits[:, -kept:-1].float().log_softmax(dim=-1)
-        ids, here = inputs["input_ids"][:, 1 - kept :].to(told.device), mask[:, 1 - kept :].to(told.device)
-        loss = -(told.gather(-1, ids[..., None])[..., 0] * here).sum(dim=1) / here.sum(dim=1)
-        greedy = ((told.argmax(dim=-1) == ids) | ~here).all(dim=1)
-        results: list[Any] = list(zip(loss.tolist(), greedy.tolist(), strict=True))
+        scores, greedy = self.subject.scored([q.images for q in batch], whole, spans, demos)
+        results: list[Any] = [(-score, one) for score, one in zip(scores, greedy, strict=True)]
         return [GenerationResult(one) for one in results]
 
     def _in_batches(
@@ -318,10 +306,7 @@ class AimChat(Aim):
             shown = (self.processor.image_text if part["type"] == "image" else part["text"] for part in parts)
             return Query("".join(shown), images)
         turns = [{**turn, "content": [bare(part) for part in turn["content"]]} for turn in chat]
-        text = self.processor.apply_chat_template(turns, add_generation_prompt=True)
-        tokenizer = self.processor.tokenizer  # BOS is left to it where it puts that there itself, as in `prompt`
-        twice = tokenizer.bos_token and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-        return Query(text.removeprefix(tokenizer.bos_token) if twice else text, images)
+        return Query(self.processor.rendered(turns), images)
 
 
 def bare(part: Mapping[str, Any]) -> dict[str, Any]:

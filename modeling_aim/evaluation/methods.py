@@ -88,8 +88,6 @@ class Wording:
                 "This backbone has no chat template, so it cannot be asked in chats. Use prompts='plain'."
             )
         self.processor, self.prompts, self.separator = processor, prompts, separator
-        tokenizer = processor.tokenizer  # asked now: prompts are worded in another thread than the one that reads
-        self._bos = tokenizer.bos_token if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else None
 
     def prompt(self, example: Example, shown: Sequence[Shown] = (), images: bool = True) -> str:
         """The words of a query behind those of its demonstrations.
@@ -104,8 +102,7 @@ class Wording:
             return "".join(parts) + self.processor.image_text * len(example.images) + example.question
         turns = [turn for one in shown for turn in self._turns(one, images)]
         query = _turn("user", example.question, len(example.images))
-        rendered = self.processor.apply_chat_template([*turns, query], add_generation_prompt=True)
-        return rendered.removeprefix(self._bos or "")  # the tokenizer puts it there, as for AimProcessor.prompt
+        return self.processor.rendered([*turns, query])
 
     def option(self, prompt: str, option: str) -> str:
         """An option as it stands behind a prompt: after a space, unless something else divides them."""

@@ -26,14 +26,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..modeling_aim import AimForConditionalGeneration
 from ..prefix_aim import Recent
+from ..runs import PRECISIONS
 from ..shards_aim import write_whole
 from .choosing import Choice, Chosen, check_pool, choose_all, own_shots, read_chosen
-from .folder import begin, claim, comparable, read_run, write_run
+from .folder import RECORD, begin, claim
 from .methods import METHODS, PROMPTS, Prompt, Shown, check_methods
 from .report import write_report
 from .results import PREDICTIONS, RESULTS, Cell, Kept, Key, Row, cell_figures, curves, write_rows
 from .seeds import open_seeded
-from .subject import PRECISIONS, Answer, Reads, Subject, load_subject
+from .subject import Answer, Reads, Subject, load_subject
 from .task import Example, Task
 
 GIB = 2**30
@@ -416,7 +417,7 @@ class Run:
         }
         write_whole(self.output / RESULTS, json.dumps(results, indent=1, ensure_ascii=False).encode())
         write_report(results, self.output)
-        write_run(self.output, {**read_run(self.output), "finished": True})
+        RECORD.write(self.output, {**RECORD.read(self.output), "finished": True})
         self.kept.remove()
 
     def _figures(self, by_cell: dict[Cell, list[Row]]) -> list[dict[str, Any]]:
@@ -474,7 +475,7 @@ def _check_names(plan: Sequence[Shown], task: str) -> None:
 
 def _about(settings: EvalSettings, subject: Subject) -> dict[str, Any]:
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return {"settings": comparable(settings), "model": subject.identity, "versions": versions}
+    return {"settings": RECORD.comparable(settings), "model": subject.identity, "versions": versions}
 
 
 def _slug(name: str) -> str:

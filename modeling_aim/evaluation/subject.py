@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +25,10 @@ from ..modeling_aim import AimForConditionalGeneration
 from ..prefix_aim import Recent
 from ..processing_aim import _TOKENIZING, AimProcessor
 from ..projector_aim import AimProjector
+from ..runs import PRECISIONS
 from ..training.episodes import opened
 from .methods import Prompt, Shown, Wording
 from .task import Prediction
-
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -271,24 +270,43 @@ class Subject:
             texts = [batch.prompts[place].text for place, _ in part]
             spans = [(len(text), len(text) + len(one)) for text, (_, one) in zip(texts, part, strict=True)]
             whole = [text + one for text, (_, one) in zip(texts, part, strict=True)]
-            inputs, mask = self.processor.encode_spans([batch.images[place] for place, _ in part], whole, spans)
-            if not bool(mask.any(dim=1).all()):
-                raise ValueError(f"The tokenizer finds no token in one of the options {[one for _, one in part][:4]}.")
-            for (place, _), score in zip(part, self._mean_log(inputs, mask, [fused[p] for p, _ in part]), strict=True):
+            images = [batch.images[place] for place, _ in part]
+            scores, _ = self.scored(images, whole, spans, self._with([fused[place] for place, _ in part]))
+            for (place, _), score in zip(part, scores, strict=True):
                 found[place].append(score)
         return found
 
-    def _mean_log(self, inputs: BatchFeature, mask: torch.Tensor, fused: Sequence[Any]) -> list[float]:
-        """Mean log-probability of the tokens at `mask` `(batch, length)`, all of them near the right end."""
-        width = mask.shape[1]
-        kept = width - int(mask.int().argmax(dim=1).min()) + 1
+    @torch.no_grad()
+    def scored(
+        self,
+        images: Sequence[Sequence[Any]],
+        texts: Sequence[str],
+        spans: Sequence[tuple[int, int]],
+        demos: Mapping[str, Any],
+    ) -> tuple[list[float], list[bool]]:
+        """Mean log-probability of the tokens of a span at the end of each text, and whether they are the likeliest.
+
+        Args:
+            images: of each row, opened.
+            texts: prompts with what stands behind them.
+            spans: of what is scored, in characters.
+            demos: `demos` of the rows, where they have some.
+
+        Raises:
+            ValueError: the tokenizer finds no token in a span.
+        """
+        inputs, mask = self.processor.encode_spans([list(row) for row in images], texts, spans)
+        if not bool(mask.any(dim=1).all()):
+            told = [text[start:end] for text, (start, end) in zip(texts, spans, strict=True)]
+            raise ValueError(f"The tokenizer finds no token in one of the options {told[:4]}.")
+        inputs = inputs.to(self.device, self.model.dtype)
+        kept = mask.shape[1] - int(mask.int().argmax(dim=1).min()) + 1
         given = {"logits_to_keep": kept} if self._keeps_logits else {}
-        moved = inputs.to(self.device, self.model.dtype)
-        logits = self.model(**moved, **self._with(fused), **given).logits[:, -kept:]
-        told = logits[:, :-1].float().log_softmax(dim=-1)
-        ids, here = moved["input_ids"][:, 1 - kept :], mask[:, 1 - kept :].to(told.device)
-        said = told.gather(-1, ids[..., None].to(told.device))[..., 0]
-        return ((said * here).sum(dim=1) / here.sum(dim=1)).tolist()
+        logits = self.model(**inputs, **demos, **given).logits[:, -kept:-1].float().log_softmax(dim=-1)
+        ids, here = (one[:, 1 - kept :].to(logits.device) for one in (inputs["input_ids"], mask))
+        said = logits.gather(-1, ids[..., None])[..., 0]
+        likeliest = ((logits.argmax(dim=-1) == ids) | ~here).all(dim=1)
+        return ((said * here).sum(dim=1) / here.sum(dim=1)).tolist(), likeliest.tolist()
 
     # --- what it can do
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, TrainingArguments
 from .. import AimConfig, AimForConditionalGeneration
 from ..backbone_aim import laptop_quantization_config
 from ..files_aim import model_card
-from ..shards_aim import write_whole
+from ..runs import PRECISIONS, RunRecord
 from .episodes import Episode, Mixture, ShotLaw
 from .kept_states import KeptStates
 from .optimizer import OPTIMIZERS
@@ -30,12 +30,11 @@ from .targets import PROMPTS, TEACHERS
 from .trainer import AimTrainer
 
 RUN_FILE = "aim_training.json"
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GIB = 2**30
-# what may change between an interrupted run and the one that goes on
 CHANGEABLE = {
     "output", "overwrite", "push_to_hub", "save_every", "log_every", "memory", "keep_states", "disk", "device_map",
 }  # fmt: skip
+RECORD = RunRecord("aim train", RUN_FILE, frozenset(CHANGEABLE))
 
 
 @dataclass(frozen=True)
@@ -206,27 +205,11 @@ def claim(settings: TrainSettings) -> str | None:
         ValueError: the folder holds another run, a finished one, or something else.
     """
     output = Path(settings.output)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"The output {output} is a file; give a folder.")
-    held = list(output.iterdir()) if output.exists() else []
-    record = output / RUN_FILE
-    if held and not settings.overwrite:
-        if not record.exists():
-            raise ValueError(
-                f"The output folder {output} holds {held[0].name} and more, but no run of `aim train`. Choose an "
-                "empty folder, or overwrite=True (--overwrite)."
-            )
-        earlier = json.loads(record.read_text(encoding="utf-8"))
+    earlier = RECORD.earlier(settings)
+    if earlier is not None:
         if not earlier["finished"] and last_checkpoint(output) is None:
             return None  # nothing is lost by beginning anew
-        now = _comparable(settings)
-        before = {**now, **earlier["settings"]}
-        other = [f"{name} was {before[name]!r}, is {now[name]!r}" for name in now if before[name] != now[name]]
-        if other:
-            raise ValueError(
-                f"The output folder {output} holds another run: {'; '.join(other)}. Choose another folder, give the "
-                "same settings to go on, or overwrite=True (--overwrite)."
-            )
+        RECORD.check_same(settings, earlier)
         if earlier["finished"]:
             raise ValueError(
                 f"The run in {output} is finished. To train it further, give it as the backbone of a new run, or "
@@ -257,13 +240,8 @@ def last_checkpoint(output: Path) -> str | None:
     return None
 
 
-def _comparable(settings: TrainSettings) -> dict[str, Any]:
-    return json.loads(json.dumps({k: v for k, v in asdict(settings).items() if k not in CHANGEABLE}))
-
-
 def _write_run(output: Path, settings: TrainSettings, finished: bool) -> None:
-    text = json.dumps({"settings": _comparable(settings), "finished": finished}, indent=1)
-    write_whole(output / RUN_FILE, text.encode())
+    RECORD.write(output, {"settings": RECORD.comparable(settings), "finished": finished})
 
 
 def _mixture(specs: Sequence[str], settings: TrainSettings, seed: int = 0) -> Mixture:
