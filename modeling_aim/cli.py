@@ -68,7 +68,9 @@ def init(
     output: Annotated[Path, typer.Option(help="Folder of the new repository.")],
     revision: Annotated[str | None, typer.Option(help="Revision of the backbone.")] = None,
     read_layers: Annotated[str, typer.Option(help="Layers that are read, e.g. -1 or 12,24.")] = "-1",
-    projector_form: Annotated[str, typer.Option(help="linear, linear_norm, residual or mlp.")] = "linear_norm",
+    projector_form: Annotated[
+        str, typer.Option(help="linear, linear_norm, mlp, residual or residual_mlp.")
+    ] = "linear_norm",
     max_fused_tokens: Annotated[int | None, typer.Option(help="Most fused tokens a demonstration.")] = None,
     include_backbone: Annotated[
         bool, typer.Option("--include-backbone", help="Copy the backbone too: a repository that needs no other.")

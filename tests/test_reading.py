@@ -209,6 +209,8 @@ def test_a_budget_averages_neighbouring_states(llava: Plugin) -> None:
         ("linear_norm", [1, 3]),
         ("residual", [-1]),
         ("residual", [1, 3]),
+        ("residual_mlp", [-1]),
+        ("residual_mlp", [1, 3]),
         ("mlp", [-1]),
         ("mlp", [1, 3]),
     ],

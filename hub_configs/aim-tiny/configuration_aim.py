@@ -10,7 +10,7 @@ import transformers
 from packaging.version import Version
 
 MINIMUM_VERSIONS = {"transformers": "5.5", "torch": "2.10"}
-PROJECTOR_FORMS = ("linear", "linear_norm", "mlp", "residual")
+PROJECTOR_FORMS = ("linear", "linear_norm", "mlp", "residual", "residual_mlp")
 OWN_SETTINGS = (
     "read_layers",
     "read_span",
@@ -76,8 +76,9 @@ class AimConfig(PreTrainedConfig):
             (the paper's), `k >= 1` the output of decoder layer `k`. Several are joined along the feature axis.
         read_span: `"text"` keeps all text positions of a demonstration, `"answer"` those of its answer only.
         max_fused_tokens: most fused tokens a demonstration; longer ones are averaged down. `None`: one a text token.
-        projector_form: `"linear"`, `"linear_norm"` (the paper's), `"mlp"` or `"residual"`; see `AimProjector`.
-        projector_intermediate_size: inner width of the `"mlp"` form; twice the backbone's width when `None`.
+        projector_form: `"linear"`, `"linear_norm"` (the paper's), `"mlp"`, `"residual"` or `"residual_mlp"`; see
+            `AimProjector`.
+        projector_intermediate_size: inner width of the `mlp` forms; twice the backbone's width when `None`.
         projector_norm: norm of a fused token at the start of training: the mean norm of the backbone's input
             embeddings, measured when a backbone is attached.
         placeholder_token_id: the ordinary token id that holds the places of fused tokens in a prompt.

@@ -20,8 +20,12 @@ class AimProjector(nn.Module):
     * `linear_norm`: `Linear(n, h)`, then `LayerNorm(h)`: the paper's;
     * `mlp`: `LayerNorm(n)`, `Linear(n, m)`, GELU, `Linear(m, h)`;
     * `residual`: the state itself, plus a map that starts at zero. With `u_k = x_k / rms(x_k)` for the state `x_k` of
-      each of the joined layers, and `v` their mean: `norm / sqrt(h) * v / rms(v) + Linear(n, h)(u_1, u_2, ...)`, where
-      `norm` is `config.projector_norm`. It presumes that hidden states and input embeddings share directions.
+      each of the joined layers, and `v` their mean: `norm / sqrt(h) * (v / rms(v) + Linear(n, h)(u_1, u_2, ...))`.
+      It presumes that hidden states and input embeddings share directions. What is learned is measured in embeddings
+      (`norm` is `config.projector_norm`), so a learning rate means the same where these are smaller;
+    * `residual_mlp`: the same with `Linear(n, m)`, GELU, `Linear(m, h)` for the map.
+
+    The inner width `m` is `config.projector_intermediate_size`, or `2 * h`.
 
     Whatever the form, an untrained projector gives vectors whose norm is about `config.projector_norm`: a LayerNorm
     of gain 1 would give `sqrt(h)`, tens of times the norm of an input embedding.
@@ -33,18 +37,17 @@ class AimProjector(nn.Module):
         read_width = width * len(config.read_layers)
         inner = config.projector_intermediate_size or 2 * width
         self.norm_at_start = config.projector_norm
-        self.residual = config.projector_form == "residual"
+        self.residual = config.projector_form.startswith("residual")
         self.scale_states = config.projector_form == "linear" and list(config.read_layers) != [-1]
         self.layers = nn.Sequential()
         if config.projector_form == "mlp":
             self.layers.append(nn.LayerNorm(read_width))
-            self.layers.append(nn.Linear(read_width, inner))
-            self.layers.append(nn.GELU())
-            self.layers.append(nn.Linear(inner, width))
+        if config.projector_form.endswith("mlp"):
+            self.layers.extend([nn.Linear(read_width, inner), nn.GELU(), nn.Linear(inner, width)])
         else:
             self.layers.append(nn.Linear(read_width, width))
-            if config.projector_form == "linear_norm":
-                self.layers.append(nn.LayerNorm(width))
+        if config.projector_form == "linear_norm":
+            self.layers.append(nn.LayerNorm(width))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -68,12 +71,12 @@ class AimProjector(nn.Module):
         return self.layers(nn.functional.rms_norm(states, states.shape[-1:]) if self.scale_states else states)
 
     def _state(self, states: torch.Tensor) -> torch.Tensor:
-        """The `residual` form."""
+        """The `residual` forms."""
         width = self.layers[-1].out_features
         assert isinstance(width, int)
         joined = nn.functional.rms_norm(states.unflatten(-1, (-1, width)), (width,))
         state = nn.functional.rms_norm(joined.mean(dim=-2), (width,))
-        return self.norm_at_start * width**-0.5 * state + self.layers(joined.flatten(-2))
+        return self.norm_at_start * width**-0.5 * (state + self.layers(joined.flatten(-2)))
 
 
 def projector_digest(weights: Mapping[str, torch.Tensor]) -> str:
