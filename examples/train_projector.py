@@ -51,11 +51,6 @@ def main() -> None:
             batch_size=args.batch_size,
             shots=32,
             prompts="mixed",
-            optimizer="muon",
-            learning_rate=6e-3,
-            projector_form="mlp",
-            projector_size=512,
-            read_layers=(3,),
             log_every=max(1, args.steps // 20),
         )
     )

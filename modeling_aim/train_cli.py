@@ -19,13 +19,19 @@ def train(
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 2000,
     batch_size: Annotated[int, typer.Option(min=1, help="Episodes of one process in one forward pass.")] = 8,
     accumulation: Annotated[int, typer.Option(min=1, help="Forward passes of one step.")] = 1,
-    learning_rate: Annotated[float, typer.Option(help="Peak; reached after the warm-up, falls as a cosine.")] = 1e-3,
-    optimizer: Annotated[str, typer.Option(help="adamw, or muon for the projector's matrices.")] = "adamw",
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak; falls as a cosine. By default 1e-3 for adamw; muon's goes by width.")
+    ] = None,
+    optimizer: Annotated[str, typer.Option(help="muon for the projector's matrices, or adamw.")] = "muon",
     shots: Annotated[int, typer.Option(min=1, help="Most demonstrations of an episode.")] = 8,
-    shot_law: Annotated[str, typer.Option(help="uniform, exponential or fixed.")] = "uniform",
-    form: Annotated[str, typer.Option(help="Projector: linear_norm, linear, residual or mlp.")] = "linear_norm",
-    projector_size: Annotated[int | None, typer.Option(help="Hidden width of the mlp form.")] = None,
-    read_layers: Annotated[str, typer.Option(help="Layers whose states are read, as in -1 or 12,24.")] = "-1",
+    shot_law: Annotated[str, typer.Option(help="exponential, which favours many, uniform or fixed.")] = "exponential",
+    form: Annotated[
+        str, typer.Option(help="Projector: residual_mlp, residual, mlp, linear, or linear_norm, the paper's.")
+    ] = "residual_mlp",
+    projector_size: Annotated[int | None, typer.Option(help="Inner width of the mlp forms.")] = None,
+    read_layers: Annotated[
+        str | None, typer.Option(help="Layers whose states are read, as in -1 or 12,24; by default the middle one.")
+    ] = None,
     read_span: Annotated[str, typer.Option(help="Positions that are kept: text or answer.")] = "text",
     max_fused_tokens: Annotated[int | None, typer.Option(help="Most fused tokens of a demonstration.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of the backbone.")] = None,
@@ -64,7 +70,7 @@ def train(
         from .training import train as run
 
         try:
-            layers = tuple(int(layer) for layer in read_layers.split(","))
+            layers = None if read_layers is None else tuple(int(layer) for layer in read_layers.split(","))
         except ValueError:
             raise ValueError(f"--read-layers {read_layers!r}: expected whole numbers, as in -1 or 12,24.") from None
         settings = TrainSettings(

@@ -212,6 +212,12 @@ def test_every_form_learns(form: str, tmp_path: Path) -> None:
     assert sum(losses(run)[-4:]) < sum(losses(run)[:4])
 
 
+def test_a_new_projector_is_by_default_what_learned_best(settings: TrainSettings) -> None:
+    """Reading stops at the middle layer: 2 of 3."""
+    config = train(settings).model.config  # type: ignore[union-attr]
+    assert (config.projector_form, config.read_layers) == ("residual_mlp", [2])
+
+
 def test_muon_takes_the_matrices_and_leaves_the_rest_to_adamw(tmp_path: Path) -> None:
     model = backbones.plugin("llava", projector_form="mlp").model
     run = trainer(model, tmp_path, {"optimizer": "muon"}, max_steps=16, weight_decay=0.1, warmup_steps=4)
@@ -230,14 +236,19 @@ def test_muon_takes_the_matrices_and_leaves_the_rest_to_adamw(tmp_path: Path) ->
 @pytest.mark.parametrize("family", SHAPES)
 def test_sixteen_samples_are_learned_by_heart(family: str, tmp_path: Path) -> None:
     """All ask the same of the same image: only the fused tokens of each demonstration can tell the answers apart."""
-    model = backbones.plugin(family, projector_form="mlp").model
+    model = backbones.plugin(family, projector_form="residual_mlp").model
     draw = random.Random(0)
     names = ["".join(draw.choices("abcdefghij", k=4)) for _ in range(16)]
     demos = [Demonstration.of((picture(i), f"this is {name} here")) for i, name in enumerate(names)]
     asked = [Demonstration.of((picture(99), "What?", name)) for name in names]
     samples = [Episode(pair, (1,)) for pair in zip(demos, asked, strict=True)]
-    options: dict[str, Any] = {"max_steps": 300, "per_device_train_batch_size": 16, "lr_scheduler_type": "cosine"}
-    run = AimTrainer(model, arguments(tmp_path, **options), train_dataset=samples)
+    options: dict[str, Any] = {
+        "max_steps": 200,
+        "learning_rate": 2e-2,
+        "per_device_train_batch_size": 16,
+        "lr_scheduler_type": "cosine",
+    }
+    run = AimTrainer(model, arguments(tmp_path, **options), train_dataset=samples, optimizer="muon")
     run.train()
     assert losses(run)[0] > 2 and losses(run)[-1] < 0.1
 
@@ -271,7 +282,7 @@ def test_a_4_bit_backbone_trains(saved_backbone: str, tmp_path: Path) -> None:
 
 def test_a_killed_run_goes_on_to_the_same_weights(settings: TrainSettings, tmp_path: Path) -> None:
     """SIGKILL between checkpoints, then the same command again."""
-    settings = replace(settings, steps=10)
+    settings = replace(settings, steps=10, optimizer="adamw")
     train(settings)
     command = [
         sys.executable,
@@ -284,7 +295,18 @@ def test_a_killed_run_goes_on_to_the_same_weights(settings: TrainSettings, tmp_p
         settings.data[0],
     ]
     command += ["--output", str(tmp_path / "killed"), "--steps", "10", "--batch-size", "2", "--shots", "2"]
-    command += ["--learning-rate", "1e-2", "--dtype", "float32", "--save-every", "2", "--log-every", "1"]
+    command += [
+        "--optimizer",
+        "adamw",
+        "--learning-rate",
+        "1e-2",
+        "--dtype",
+        "float32",
+        "--save-every",
+        "2",
+        "--log-every",
+        "1",
+    ]
     command += ["--set", "use_cpu=true", "--set", "disable_tqdm=true"]
     running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while running.poll() is None and not (tmp_path / "killed/checkpoint-4/trainer_state.json").exists():
@@ -300,8 +322,9 @@ def test_a_killed_run_goes_on_to_the_same_weights(settings: TrainSettings, tmp_p
         torch.testing.assert_close(resumed[name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_muon_goes_on_where_it_was(settings: TrainSettings, tmp_path: Path) -> None:
-    settings = replace(settings, steps=8, optimizer="muon", projector_form="mlp")
+@pytest.mark.parametrize("kept", [True, False], ids=["reads kept on disk", "read again"])
+def test_muon_goes_on_where_it_was(settings: TrainSettings, tmp_path: Path, kept: bool) -> None:
+    settings = replace(settings, steps=8, keep_states=str(tmp_path / "states") if kept else None)
     train(settings)
     whole, again = Path(settings.output), tmp_path / "again"
     shutil.copytree(whole / "checkpoint-6", again / "checkpoint-6")
@@ -309,7 +332,8 @@ def test_muon_goes_on_where_it_was(settings: TrainSettings, tmp_path: Path) -> N
     train(replace(settings, output=str(again)))
     wanted, found = (load_file(folder / PROJECTOR_WEIGHTS) for folder in (whole, again))
     for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=5e-5)  # Muon's iteration is in bfloat16
+        # what is read again has other neighbours in its pass, and Muon's iteration is in bfloat16
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0 if kept else 5e-4)
 
 
 def test_an_unfinished_checkpoint_is_passed_by(tmp_path: Path) -> None:
@@ -471,10 +495,9 @@ def test_another_run_in_the_folder_is_left_alone(settings: TrainSettings, listin
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_checkpoint(settings: TrainSettings) -> None:
+    settings = replace(settings, learning_rate=1e30, optimizer="adamw", projector_form="linear_norm", save_every=1)
     with pytest.raises(NotFinite, match=r"The loss of step \d+ is (nan|inf).*small"):
-        train(
-            replace(settings, learning_rate=1e30, arguments={**settings.arguments, "max_grad_norm": 0}, save_every=1)
-        )
+        train(replace(settings, arguments={**settings.arguments, "max_grad_norm": 0}))
     last = last_checkpoint(Path(settings.output))
     assert last is not None
     assert all(torch.isfinite(value).all() for value in load_file(f"{last}/{PROJECTOR_WEIGHTS}").values())

@@ -11,6 +11,17 @@ OPTIMIZERS = ("adamw", "muon")
 OTHERS = 1 / 3  # rate of AdamW for the weights that are no matrices, relative to Muon's
 
 
+def usual_rate(optimizer: str, weights: Iterable[torch.nn.Parameter]) -> float:
+    """A peak rate to begin with: LLaVA's 1e-3 for AdamW; for Muon what did well on aim-tiny (docs/LOG.md), by width.
+
+    A step of Muon changes a matrix by 0.2 sqrt(its longer side) times the rate, in spectral norm. The rate falls as
+    that grows, so that a step moves fused tokens equally far on every backbone: .019 where the side is 1024.
+    """
+    if optimizer == "adamw":
+        return 1e-3
+    return 0.6 * max(max(weight.shape) for weight in weights if weight.ndim == 2) ** -0.5
+
+
 class MuonAndAdamW(torch.optim.Optimizer):
     """torch's Muon (Jordan et al., 2024; scaled as in arXiv 2502.16982) beside AdamW, behind one interface.
 
@@ -37,7 +48,9 @@ class MuonAndAdamW(torch.optim.Optimizer):
         matrices = [weight for weight in weights if weight.ndim == 2]
         others = [weight for weight in weights if weight.ndim != 2]
         if not matrices:
-            raise ValueError("Muon is for matrices, and none is trained; use adamw.")
+            raise ValueError(
+                "Muon is for matrices, and none is trained (FSDP 1 flattens them; FSDP 2 does not): use adamw."
+            )
         muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         self.parts: list[torch.optim.Optimizer] = [muon]
         if others:

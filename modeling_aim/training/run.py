@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from huggingface_hub import HfApi
 from torch.utils.data import Dataset
-from transformers import PreTrainedConfig, TrainingArguments
+from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
 
 from .. import AimConfig, AimForConditionalGeneration
 from ..backbone_aim import laptop_quantization_config
@@ -23,7 +23,7 @@ from ..files_aim import model_card
 from ..runs import PRECISIONS, RunRecord
 from .episodes import Episode, Mixture, ShotLaw
 from .kept_states import KeptStates
-from .optimizer import OPTIMIZERS
+from .optimizer import OPTIMIZERS, usual_rate
 from .report import curves, training_section
 from .sources import open_source
 from .targets import PROMPTS, TEACHERS
@@ -48,11 +48,12 @@ class TrainSettings:
         steps: optimizer steps.
         batch_size: episodes of one process in one forward pass.
         accumulation: forward passes of one step.
-        learning_rate, warmup: peak, reached after this share of the steps; it falls as a cosine.
+        learning_rate, warmup: peak, reached after this share of the steps; it falls as a cosine. `None`: `usual_rate`.
         optimizer: `"adamw"`, or `"muon"` for the projector's matrices (AdamW, at a third of the rate, for the rest).
             With adamw, `arguments={"optim": ...}` reaches all that Trainer has.
         shots, shot_law: demonstrations of an episode, 1 to `shots`; see `ShotLaw`.
         projector_form, projector_size, read_layers, read_span, max_fused_tokens: see `AimConfig`; of a new projector.
+            `read_layers=None` is the middle layer of the decoder, where reading stops.
         revision: of the backbone.
         dtype, load_in_4bit, device_map: of the backbone.
         gradient_checkpointing: recompute the backbone's layers in the backward pass, for memory.
@@ -72,14 +73,14 @@ class TrainSettings:
     steps: int = 2000
     batch_size: int = 8
     accumulation: int = 1
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     warmup: float = 0.03
-    optimizer: str = "adamw"
+    optimizer: str = "muon"
     shots: int = 8
-    shot_law: str = "uniform"
-    projector_form: str = "linear_norm"
+    shot_law: str = "exponential"
+    projector_form: str = "residual_mlp"
     projector_size: int | None = None
-    read_layers: tuple[int, ...] = (-1,)
+    read_layers: tuple[int, ...] | None = None
     read_span: str = "text"
     max_fused_tokens: int | None = None
     revision: str | None = None
@@ -155,6 +156,8 @@ def train(settings: TrainSettings) -> AimTrainer:
     _check_data(mixture)
     last = claim(settings)
     model = _model(settings)
+    if settings.learning_rate is None and "learning_rate" not in settings.arguments:
+        arguments.learning_rate = usual_rate(settings.optimizer, model.projector.parameters())
     if last is None:
         _begin(settings)
     reader = _reader(model, settings)
@@ -182,7 +185,8 @@ def finish(trainer: AimTrainer, settings: TrainSettings) -> None:
     if not trainer.args.should_save:
         return
     picture = curves(trainer.state.log_history, output / "training.png")
-    section = training_section(asdict(settings), trainer, picture)
+    settled = {**asdict(settings), "learning_rate": f"{trainer.args.learning_rate:.2g}"}
+    section = training_section(settled, trainer, picture)
     (output / "README.md").write_text(model_card(model.config, model.projector) + section, encoding="utf-8")
     _write_run(output, settings, finished=True)
     if settings.push_to_hub is not None:
@@ -281,13 +285,18 @@ def _model(settings: TrainSettings) -> Any:
         return AimForConditionalGeneration.from_pretrained(settings.backbone, **options)
     return AimForConditionalGeneration.from_backbone(
         settings.backbone,
-        read_layers=settings.read_layers,
+        read_layers=_middle(settings) if settings.read_layers is None else settings.read_layers,
         read_span=settings.read_span,
         max_fused_tokens=settings.max_fused_tokens,
         projector_form=settings.projector_form,
         projector_intermediate_size=settings.projector_size,
         **options,
     )
+
+
+def _middle(settings: TrainSettings) -> tuple[int]:
+    config = AutoConfig.from_pretrained(settings.backbone, revision=settings.revision)
+    return ((config.get_text_config(decoder=True).num_hidden_layers + 1) // 2,)
 
 
 def _reader(model: Any, settings: TrainSettings) -> dict[str, Any]:
@@ -306,7 +315,7 @@ def _arguments(settings: TrainSettings, evaluates: bool) -> TrainingArguments:
         "per_device_eval_batch_size": settings.batch_size,
         "gradient_accumulation_steps": settings.accumulation,
         checkpointing: settings.gradient_checkpointing,
-        "learning_rate": settings.learning_rate,
+        "learning_rate": settings.learning_rate or 0.0,
         "lr_scheduler_type": "cosine",
         "warmup_steps": int(settings.warmup * settings.steps),
         "weight_decay": 0.0,

@@ -121,6 +121,10 @@ class AimTrainer(Trainer):
             options = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
             kwargs.setdefault("optimizer_cls_and_kwargs", (_muon, options))
         super().__init__(model, args, **kwargs)
+        if optimizer == "muon" and self.is_deepspeed_enabled:
+            raise ValueError(
+                "DeepSpeed cuts weights into flat pieces, and Muon needs matrices: use optimizer='adamw'."
+            )
         self.teacher, self.distillation, self.temperature = teacher, distillation, temperature
         self.skipped: Counter[str] = Counter()
         taken = inspect.signature(model.backbone.forward).parameters
