@@ -13,14 +13,16 @@ import sys
 from pathlib import Path
 
 import torch
-from backbone import load
-from projector import MIX, runs
+from backbone import new_model
+from projector import MIX
+from projector import backbone as frozen
 from safetensors.torch import load_file, save_file
 from support import BUILD, CONTROLS, OUT, ROOT, write
+from transformers import LlavaForConditionalGeneration
 from words import processor
 
 sys.path.insert(0, str(ROOT))
-from modeling_aim import AimForConditionalGeneration, AimProcessor
+from modeling_aim import AimConfig, AimForConditionalGeneration, AimProcessor
 from modeling_aim.files_aim import model_card
 
 FORM = ("read_layers", "projector_form", "projector_intermediate_size", "projector_norm")
@@ -29,8 +31,8 @@ CARD = """
 
 Backbone and projector were trained by the project that this repository comes from, on drawn shapes, with
 `make aim-tiny`. The backbone is a LLaVA that was trained on one image a sequence and then frozen. The projector was
-trained by `aim train`'s own function in {runs} runs ({steps} steps of {batch_size} episodes, {optimizer}, up
-to {shots} demonstrations an episode) on five synthetic tasks: {tasks}.
+trained by `aim train` ({steps} steps of {batch_size} episodes, {optimizer}, up to {shots} demonstrations an
+episode) on five synthetic tasks: {tasks}.
 `examples/aim_tiny/projector.py` has the command, `examples/aim_tiny/tasks.py` the tasks. Concepts, made-up words and
 images of their test splits were never trained on. The project's README says how well it does.
 """
@@ -40,9 +42,10 @@ def ship_aim(run: Path) -> None:
     """The package itself writes the repository: config, projector, processor, code, and the backbone.
 
     Args:
-        run: output of the projector's last run; those before it lie beside it.
+        run: output of the projector's run.
     """
-    backbone = load("llava")
+    backbone = new_model()
+    backbone.load_state_dict(LlavaForConditionalGeneration.from_pretrained(frozen(BUILD)).state_dict())
     backbone.generation_config.update(max_new_tokens=16, do_sample=False)
     form = json.loads((run / "config.json").read_text())
     options = {name: form[name] for name in FORM[:-1]}
@@ -53,10 +56,10 @@ def ship_aim(run: Path) -> None:
     path = OUT / "backbone" / "model.safetensors"
     weights = {name_of_every_version(name): weight for name, weight in load_file(path).items()}
     write(path, lambda p: save_file(weights, p, metadata={"format": "pt"}))
-    made = [json.loads((run.parent / one / "aim_training.json").read_text())["settings"] for one in runs("aim")]
-    said = {**made[-1], "runs": len(made), "steps": " + ".join(str(one["steps"]) for one in made)}
-    card = model_card(model.config, model.projector) + CARD.format(**said, tasks=", ".join(MIX).replace("_", " "))
-    write(OUT / "README.md", lambda p: p.write_text(card))
+    said = json.loads((run / "aim_training.json").read_text())["settings"]
+    card = model_card(AimConfig.from_pretrained(OUT), model.projector)
+    told = CARD.format(**said, tasks=", ".join(MIX).replace("_", " "))
+    write(OUT / "README.md", lambda p: p.write_text(card + told))
 
 
 def name_of_every_version(name: str) -> str:

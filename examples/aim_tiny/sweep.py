@@ -20,47 +20,53 @@ from pathlib import Path
 from typing import Any
 
 from evaluate import Bench, load_projector, tasks_of, verdicts
+from projector import MIX
 from support import BUILD, OUT, ROOT, write
 from tasks import Episode, few_or_many, training_episodes, write_episodes
 
 sys.path.insert(0, str(ROOT))
 from modeling_aim.training import ShotLaw, TrainSettings, train
 
-CELLS = ("2-way 8", "5-way 10", "operator 8", "counting 8", "attribute 8", "captions 8")
-MIX = {"link_context": 2.0, "operator": 0.8, "counting": 0.4, "attribute": 1.0, "captions": 0.7}
+CELLS = ("2-way 8", "5-way 10", "8-way 16", "operator 8", "counting 8", "attribute 8", "captions 8")
 BASE: dict[str, Any] = {
-    "tasks": {"link_context": 1.0},
+    "tasks": MIX,
     "law": "few or many",
     "ending": " .",
     "steps": 150,
     "batch_size": 16,
     "shots": 16,
     "prompts": "mixed",
-    "projector_form": "residual",
+    "projector_form": "residual_mlp",
+    "projector_size": 1024,
     "read_layers": (3,),
     "optimizer": "muon",
-    "learning_rate": 6e-3,
+    "learning_rate": 1e-2,
 }
+ADAMW = {"optimizer": "adamw", "learning_rate": 3e-3}
 VARIATIONS: dict[str, dict[str, Any]] = {
     "base": {},
-    "form-mlp": {"projector_form": "mlp", "projector_size": 512},
-    "form-linear": {"projector_form": "linear"},
-    "form-linear-norm": {"projector_form": "linear_norm"},
-    "read-last": {"read_layers": (-1,)},
-    "read-last-mlp": {"read_layers": (-1,), "projector_form": "mlp", "projector_size": 512},
-    "read-last-linear-norm": {"read_layers": (-1,), "projector_form": "linear_norm"},  # the paper's
+    "size-256": {"projector_size": 256},
+    "size-2048": {"projector_size": 2048},
+    "form-residual": {"projector_form": "residual", "projector_size": None},
+    "form-mlp": {"projector_form": "mlp"},
+    "form-linear": {"projector_form": "linear", "projector_size": None},
+    "form-linear-norm": {"projector_form": "linear_norm", "projector_size": None},
     "read-1": {"read_layers": (1,)},
+    "read-2": {"read_layers": (2,)},
+    "read-4": {"read_layers": (4,)},
+    "read-last": {"read_layers": (-1,)},
     "read-1-and-3": {"read_layers": (1, 3)},
     "read-3-and-last": {"read_layers": (3, -1)},
+    "paper": {"read_layers": (-1,), "projector_form": "linear_norm", "projector_size": None, **ADAMW},
     "span-answer": {"read_span": "answer"},
-    "rate-2e-3": {"learning_rate": 2e-3},
+    "rate-3e-3": {"learning_rate": 3e-3},
     "rate-2e-2": {"learning_rate": 2e-2},
-    "adamw-3e-3": {"optimizer": "adamw", "learning_rate": 3e-3},
-    "adamw-1e-2": {"optimizer": "adamw", "learning_rate": 1e-2},
+    "rate-3e-2": {"learning_rate": 3e-2},
+    "adamw-3e-3": ADAMW,
+    "adamw-1e-2": {**ADAMW, "learning_rate": 1e-2},
+    "data-names": {"tasks": {"link_context": 1.0}},
     "data-captions": {"tasks": {"captions": 1.0}},
-    "data-naming-captions": {"tasks": {"link_context": 1.0, "captions": 1.0}},
-    "data-five-tasks": {"tasks": MIX},
-    "data-five-tasks-mlp": {"tasks": MIX, "projector_form": "mlp", "projector_size": 512},
+    "data-names-captions": {"tasks": {"link_context": 1.0, "captions": 1.0}},
     "law-uniform": {"law": "uniform"},
     "law-exponential": {"law": "exponential"},
     "law-fixed": {"law": "fixed"},
@@ -69,16 +75,17 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "distilled-full": {"teacher": "full"},
     "distilled-text": {"teacher": "text"},
 }
-EPISODES, HELD_OUT = 2400, 100
+EPISODES = {"link_context": 2400, "operator": 500, "counting": 300, "attribute": 600, "captions": 2400}
+HELD_OUT = 200
 
 
 def data(folder: Path, task: str, law: str, ending: str, most: int) -> Path:
-    """Training episodes of one kind as a file, written where they are not there yet."""
-    name = f"{law} {ending.strip() or 'nothing'}".replace(" ", "-").replace(".", "stop").replace(",", "comma")
-    path = folder / "episodes" / f"{task}-{name}" / "episodes.jsonl"
+    """Training episodes of one kind as a file, written where they are not there yet; all files share their images."""
+    name = f"{task} {law} {ending.strip() or 'nothing'}".replace(" ", "-").replace(".", "stop").replace(",", "comma")
+    path = folder / "episodes" / f"{name}.jsonl"
     if not path.exists():
         shots = few_or_many(most) if law == "few or many" else ShotLaw(most, law).draw
-        made = (ending_with(one, ending) for one in training_episodes(task, EPISODES, shots, queries=1))
+        made = (ending_with(one, ending) for one in training_episodes(task, EPISODES[task], shots))
         write_episodes(path.with_suffix(".part"), made).rename(path)
     return path
 

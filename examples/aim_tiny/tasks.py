@@ -38,7 +38,6 @@ ATTRIBUTES = tuple(world.QUESTIONS)
 NEUTRAL = ("what is it ?", "question what is it ? answer", "the answer is", "tell me the answer :", "it is")
 STYLES = tuple((detail, order) for detail in range(5) for order in ((0, 1) if detail == 4 else (0,)))
 NAMING = tuple(wording for wording in world.WORDINGS.values() if wording.question)
-IMAGES = 200  # of each concept are used at most
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ def episode(task: str, seed: int | str, split: str, shots: int, queries: int = 1
 
 def _picks(rng: random.Random, split: str, count: int) -> list[tuple[int, int]]:
     """Different images of a pool."""
-    concepts, images = len(world.concepts(split)), _images(split)
+    concepts, images = len(world.concepts(split)), world.IMAGES_PER_CONCEPT[split]
     return [divmod(place, images) for place in rng.sample(range(concepts * images), count)]
 
 
@@ -161,7 +160,7 @@ def _naming(task: str, rng: random.Random, split: str, shots: int, queries: int,
     used: set[tuple[int, int]] = set()
 
     def shot(way: int, wording: world.Wording) -> Shot:
-        while (pick := (rng.choice(things[way]), rng.randrange(_images(split)))) in used:
+        while (pick := (rng.choice(things[way]), rng.randrange(world.IMAGES_PER_CONCEPT[split]))) in used:
             pass
         used.add(pick)
         return Shot(split, *pick, wording.question, wording.answer.format(names[way]))
@@ -169,10 +168,6 @@ def _naming(task: str, rng: random.Random, split: str, shots: int, queries: int,
     asked = [rng.randrange(len(things)) for _ in range(queries)]
     made = [shot(way, wording) for way, wording in zip([*rounds, *asked], told, strict=True)]
     return Episode(task, rule, tuple(made[:shots]), tuple(made[shots:]))
-
-
-def _images(split: str) -> int:
-    return min(IMAGES, world.IMAGES_PER_CONCEPT[split])
 
 
 def episodes(task: str, split: str, count: int, shots: int = 16, seed: int = 0, ways: int = 2) -> Iterator[Episode]:
@@ -215,10 +210,12 @@ def write_episodes(path: Path, made: Iterable[Episode]) -> Path:
     """
     folder = path.parent / "images"
     folder.mkdir(parents=True, exist_ok=True)
+    there = {image.name for image in folder.iterdir()}
 
     def pair(shot: Shot) -> dict[str, Any]:
-        if not (folder / shot.image_name).exists():
+        if shot.image_name not in there:
             shot.image.save(folder / shot.image_name)
+            there.add(shot.image_name)
         return shot.pair(f"images/{shot.image_name}")
 
     with path.open("w", encoding="utf-8") as file:
