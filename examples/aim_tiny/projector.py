@@ -3,7 +3,8 @@
     python examples/aim_tiny/projector.py aim            # also: aim_paper, aim_generic; goes on where it stopped
 
 `aim` is the shipped one, trained on the five tasks of tasks.py; `aim_paper` has the paper's form (last layer, linear
-and LayerNorm) and the same data; `aim_generic` sees captioned documents only, no names and no rules.
+and LayerNorm), which on so narrow a decoder has room for names alone; `aim_generic` sees captioned documents only, no
+names and no rules.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "aim_generic": {**INNER, "steps": 1000},
 }
-SOURCES = {"aim": MIX, "aim_paper": MIX, "aim_generic": {"captions": 1.0}}
+SOURCES = {"aim": MIX, "aim_paper": {"link_context": 1.0}, "aim_generic": {"captions": 1.0}}
 
 
 def data(folder: Path, task: str, weight: float) -> str:
