@@ -66,7 +66,7 @@ def table() -> str:
         "",
         "Counted on the meta device at real size by `python hub_configs/make.py`; the published sizes are beside it.",
         "A demonstration costs one fused token a text token: about 30 for a short caption or question and answer.",
-        "The projector is the paper's, one matrix; `aim train BACKBONE` makes a larger one ([TRAINING.md](TRAINING.md)).",
+        "The projector is the paper's, one matrix; `aim train` makes a larger one ([TRAINING.md](TRAINING.md)).",
         "",
         "| folder | backbone | parameters (published) | visual tokens an image | projector parameters | in bf16 |",
         "|---|---|---|---|---|---|",
