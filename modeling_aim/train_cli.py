@@ -17,12 +17,15 @@ def train(
     data: Annotated[list[str], typer.Option(help="KIND:PATH[,name=value...]; may be given several times.")],
     output: Annotated[Path, typer.Option(help="Folder of the Hub repository that comes out.")],
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 2000,
-    batch_size: Annotated[int, typer.Option(min=1, help="Episodes of one process in one forward pass.")] = 8,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Episodes of one process in one pass, of up to --shots targets each.")
+    ] = 8,
     accumulation: Annotated[int, typer.Option(min=1, help="Forward passes of one step.")] = 1,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Peak; falls as a cosine. By default 1e-3 for adamw; muon's goes by width.")
+        float | None,
+        typer.Option(help="Peak; falls as a cosine. Default: 1e-3 (adamw), .6 / sqrt(longest side) (muon)."),
     ] = None,
-    optimizer: Annotated[str, typer.Option(help="muon for the projector's matrices, or adamw.")] = "muon",
+    optimizer: Annotated[str, typer.Option(help="muon, for the projector's matrices, or adamw.")] = "muon",
     shots: Annotated[int, typer.Option(min=1, help="Most demonstrations of an episode.")] = 8,
     shot_law: Annotated[str, typer.Option(help="exponential, which favours many, uniform or fixed.")] = "exponential",
     form: Annotated[

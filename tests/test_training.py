@@ -213,9 +213,17 @@ def test_every_form_learns(form: str, tmp_path: Path) -> None:
 
 
 def test_a_new_projector_is_by_default_what_learned_best(settings: TrainSettings) -> None:
-    """Reading stops at the middle layer: 2 of 3."""
-    config = train(settings).model.config  # type: ignore[union-attr]
+    """Reading stops at the middle layer, 2 of 3; Muon's rate goes by the projector's longest side, 2 x 64."""
+    run = train(replace(settings, learning_rate=None))
+    config: Any = run.model.config  # type: ignore[union-attr]
     assert (config.projector_form, config.read_layers) == ("residual_mlp", [2])
+    assert run.optimizer.optimizer.parts[0].param_groups[0]["initial_lr"] == pytest.approx(0.6 / 128**0.5)  # type: ignore[union-attr]
+    assert (run.train_dataset.episodes.law.law, run.train_dataset.episodes.law.most) == ("exponential", 2)  # type: ignore
+    settled = json.loads((Path(settings.output) / RUN_FILE).read_text())["settled"]
+    assert settled == {"learning_rate": 0.05303, "read_layers": [2]}
+    assert "| learning rate | 0.05303 |" in (Path(settings.output) / "README.md").read_text()
+    with pytest.raises(ValueError, match="optimizer='adamw'"):
+        replace(settings, arguments={"optim": "adafactor"})
 
 
 def test_muon_takes_the_matrices_and_leaves_the_rest_to_adamw(tmp_path: Path) -> None:

@@ -80,8 +80,7 @@ def command(kind: str, backbone: str, folder: Path) -> list[str]:
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     for task, weight in SOURCES[kind].items():
         words += ["--data", data(folder / "episodes", task, weight)]
-    shown = "false" if sys.stderr.isatty() else "true"
-    return ["train", *words, "--set", "weight_decay=0.05", "--set", f"disable_tqdm={shown}"]
+    return ["train", *words, "--set", "weight_decay=0.05", "--set", "disable_tqdm=true"]
 
 
 def backbone(folder: Path) -> str:

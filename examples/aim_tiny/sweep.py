@@ -41,6 +41,7 @@ BASE: dict[str, Any] = {
     "read_layers": (3,),
     "optimizer": "muon",
     "learning_rate": 1e-2,
+    "arguments": {"weight_decay": 0.05, "disable_tqdm": True},
 }
 ADAMW = {"optimizer": "adamw", "learning_rate": 3e-3}
 VARIATIONS: dict[str, dict[str, Any]] = {
@@ -122,7 +123,6 @@ def trained(name: str, values: dict[str, Any], folder: Path, backbone: str) -> d
         data=tuple(f"episodes:{path},weight={weights[task]}" for task, path in files.items()),
         output=str(folder / "runs" / name / "repository"),
         keep_states=str(folder / "states"),
-        arguments={"weight_decay": 0.05, "disable_tqdm": True},
         **values,
     )
     start = time.time()

@@ -39,7 +39,7 @@ RECORD = RunRecord("aim train", RUN_FILE, frozenset(CHANGEABLE))
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What `aim train` takes; defaults are what won on aim-tiny (docs/LOG.md), for sizes it cannot tell, LLaVA's.
+    """What `aim train` takes; defaults were chosen on aim-tiny (docs/LOG.md), for sizes it cannot tell, LLaVA's.
 
     Args:
         backbone: Hub id or folder of the backbone, or of an AIM repository whose projector is trained further.
@@ -112,6 +112,10 @@ class TrainSettings:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {known}.")
         if not 0 <= self.distillation <= 1:
             raise ValueError(f"distillation={self.distillation} must lie in 0..1, the weight of the divergence.")
+        if self.optimizer == "muon" and "optim" in self.arguments:
+            raise ValueError(
+                f"optim={self.arguments['optim']!r} is for optimizer='adamw' (--optimizer adamw): muon is set."
+            )
         unknown = set(self.arguments) - set(TrainingArguments.__dataclass_fields__)
         if unknown:
             raise ValueError(f"TrainingArguments of transformers has no {sorted(unknown)}; see its documentation.")
@@ -185,10 +189,9 @@ def finish(trainer: AimTrainer, settings: TrainSettings) -> None:
     if not trainer.args.should_save:
         return
     picture = curves(trainer.state.log_history, output / "training.png")
-    settled = {**asdict(settings), "learning_rate": f"{trainer.args.learning_rate:.2g}"}
-    section = training_section(settled, trainer, picture)
+    section = training_section({**asdict(settings), **_settled(trainer)}, trainer, picture)
     (output / "README.md").write_text(model_card(model.config, model.projector) + section, encoding="utf-8")
-    _write_run(output, settings, finished=True)
+    _write_run(output, settings, finished=True, settled=_settled(trainer))
     if settings.push_to_hub is not None:
         model.push_to_hub(settings.push_to_hub)
         HfApi().upload_folder(
@@ -244,8 +247,14 @@ def last_checkpoint(output: Path) -> str | None:
     return None
 
 
-def _write_run(output: Path, settings: TrainSettings, finished: bool) -> None:
-    RECORD.write(output, {"settings": RECORD.comparable(settings), "finished": finished})
+def _write_run(output: Path, settings: TrainSettings, finished: bool, **more: Any) -> None:
+    RECORD.write(output, {"settings": RECORD.comparable(settings), **more, "finished": finished})
+
+
+def _settled(trainer: AimTrainer) -> dict[str, Any]:
+    """What was left open in the settings."""
+    config: Any = trainer.model.config  # type: ignore[union-attr]
+    return {"learning_rate": float(f"{trainer.args.learning_rate:.4g}"), "read_layers": config.read_layers}
 
 
 def _mixture(specs: Sequence[str], settings: TrainSettings, seed: int = 0) -> Mixture:
