@@ -3,9 +3,10 @@
     python benchmarks/training.py                     # aim-tiny on this machine's cores
     python benchmarks/training.py --backbone llava-hf/llava-1.5-7b-hf --device cuda
 
-The floor is the final pass alone: fused tokens are given, the backbone answers, and gradient comes back to them.
-The rest of a step is what training adds: opening and encoding the targets, reading demonstrations or finding what was
-read, the projector, the optimizer. All three take the same episodes in turn, in one run.
+The projector is the one that `aim train` makes by default. The floor is the final pass alone: fused tokens are given,
+the backbone answers, and gradient comes back to them. The rest of a step is what training adds: opening and encoding
+the targets, reading demonstrations or finding what was read, the projector, the optimizer. All three take the same
+episodes in turn, in one run.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from PIL import Image
 from transformers import TrainingArguments
 
 from modeling_aim import AimForConditionalGeneration, Demonstration, FusedDemonstrations
-from modeling_aim.training import AimTrainer, Episode, KeptStates
+from modeling_aim.training import AimTrainer, Episode, KeptStates, TrainSettings
+from modeling_aim.training.run import middle_layer
 
 AIM_TINY = str(Path(__file__).resolve().parents[1] / "hub_configs" / "aim-tiny" / "backbone")
 BOUND = 32 * 2**30
@@ -96,10 +98,19 @@ def main() -> None:
     args = parser.parse_args()
 
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
-    model = AimForConditionalGeneration.from_backbone(args.backbone, dtype=dtype, device_map=args.device)
+    model = AimForConditionalGeneration.from_backbone(
+        args.backbone,
+        dtype=dtype,
+        device_map=args.device,
+        read_layers=[middle_layer(args.backbone)],
+        projector_form=TrainSettings.projector_form,
+    )
     with tempfile.TemporaryDirectory() as folder:
         options = TrainingArguments(folder, max_steps=1, report_to="none", use_cpu=args.device == "cpu")
-        trainer = AimTrainer(model, options, train_dataset=episodes(1, 1, args.pixels), group_by_length=False)
+        data = episodes(1, 1, args.pixels)
+        trainer = AimTrainer(
+            model, options, optimizer=TrainSettings.optimizer, train_dataset=data, group_by_length=False
+        )
         trainer.create_optimizer()
         trainer.current_gradient_accumulation_steps = 1  # what `train` sets
         model.train()

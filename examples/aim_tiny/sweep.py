@@ -50,6 +50,7 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "size-2048": {"projector_size": 2048},
     "form-residual": {"projector_form": "residual", "projector_size": None},
     "form-mlp": {"projector_form": "mlp"},
+    "form-mlp-3e-2": {"projector_form": "mlp", "learning_rate": 3e-2},
     "form-linear": {"projector_form": "linear", "projector_size": None},
     "form-linear-norm": {"projector_form": "linear_norm", "projector_size": None},
     "read-1": {"read_layers": (1,)},

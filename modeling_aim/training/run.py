@@ -294,7 +294,7 @@ def _model(settings: TrainSettings) -> Any:
         return AimForConditionalGeneration.from_pretrained(settings.backbone, **options)
     return AimForConditionalGeneration.from_backbone(
         settings.backbone,
-        read_layers=_middle(settings) if settings.read_layers is None else settings.read_layers,
+        read_layers=settings.read_layers or [middle_layer(settings.backbone, settings.revision)],
         read_span=settings.read_span,
         max_fused_tokens=settings.max_fused_tokens,
         projector_form=settings.projector_form,
@@ -303,9 +303,10 @@ def _model(settings: TrainSettings) -> Any:
     )
 
 
-def _middle(settings: TrainSettings) -> tuple[int]:
-    config = AutoConfig.from_pretrained(settings.backbone, revision=settings.revision)
-    return ((config.get_text_config(decoder=True).num_hidden_layers + 1) // 2,)
+def middle_layer(backbone: str, revision: str | None = None) -> int:
+    """The middle layer of a backbone's decoder, as `read_layers` counts: the third of five."""
+    config = AutoConfig.from_pretrained(backbone, revision=revision)
+    return (config.get_text_config(decoder=True).num_hidden_layers + 1) // 2
 
 
 def _reader(model: Any, settings: TrainSettings) -> dict[str, Any]:
