@@ -106,7 +106,10 @@ def main() -> None:
         projector_form=TrainSettings.projector_form,
     )
     with tempfile.TemporaryDirectory() as folder:
-        options = TrainingArguments(folder, max_steps=1, report_to="none", use_cpu=args.device == "cpu")
+        # a rate of nothing: the fused tokens of the final pass alone stay those of this projector
+        options = TrainingArguments(
+            folder, max_steps=1, learning_rate=0.0, report_to="none", use_cpu=args.device == "cpu"
+        )
         data = episodes(1, 1, args.pixels)
         trainer = AimTrainer(
             model, options, optimizer=TrainSettings.optimizer, train_dataset=data, group_by_length=False
