@@ -511,6 +511,20 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_checkpoint(settin
     assert all(torch.isfinite(value).all() for value in load_file(f"{last}/{PROJECTOR_WEIGHTS}").values())
 
 
+def test_a_projector_is_trained_further_in_its_own_form(settings: TrainSettings, tmp_path: Path) -> None:
+    """Two layers are read, as the repository says; nothing of the new run's defaults replaces that."""
+    train(replace(settings, read_layers=(1, 3), projector_form="linear"))
+    before = load_file(Path(settings.output) / PROJECTOR_WEIGHTS)
+    further = replace(settings, backbone=settings.output, output=str(tmp_path / "further"))
+    with pytest.raises(ValueError, match=r"AIM repository.*projector_form='mlp' \(it has 'linear'\)"):
+        train(replace(further, projector_form="mlp"))
+    assert not any((tmp_path / "further").glob("*"))
+    config: Any = train(further).model.config  # type: ignore[union-attr]
+    assert (config.projector_form, config.read_layers) == ("linear", [1, 3])
+    after = load_file(tmp_path / "further" / PROJECTOR_WEIGHTS)
+    assert before.keys() == after.keys() and not all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_a_checkpoint_of_another_backbone_is_refused(settings: TrainSettings, tmp_path: Path) -> None:
     other = backbones.build("llava", seed=5)
     other.model.save_pretrained(tmp_path / "other")

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +291,7 @@ def _model(settings: TrainSettings) -> Any:
     torch.manual_seed(settings.seed)
     stored, _ = PreTrainedConfig.get_config_dict(settings.backbone, revision=settings.revision)
     if stored.get("model_type") == AimConfig.model_type:
+        _check_form(settings, AimConfig.from_dict(stored))
         return AimForConditionalGeneration.from_pretrained(settings.backbone, **options)
     return AimForConditionalGeneration.from_backbone(
         settings.backbone,
@@ -301,6 +302,27 @@ def _model(settings: TrainSettings) -> Any:
         projector_intermediate_size=settings.projector_size,
         **options,
     )
+
+
+def _check_form(settings: TrainSettings, config: AimConfig) -> None:
+    """Raise `ValueError` where another form is asked for than that of the projector that is trained further."""
+    has = {
+        "projector_form": config.projector_form,
+        "projector_size": config.projector_intermediate_size,
+        "read_layers": tuple(config.read_layers),
+        "read_span": config.read_span,
+        "max_fused_tokens": config.max_fused_tokens,
+    }
+    usual = {field.name: field.default for field in fields(TrainSettings)}
+    asked = {name: getattr(settings, name) for name in has}
+    other = [
+        f"{name}={asked[name]!r} (it has {has[name]!r})" for name in has if asked[name] not in (usual[name], has[name])
+    ]
+    if other:
+        raise ValueError(
+            f"{settings.backbone} is an AIM repository: its projector is trained further as it is. Leave out "
+            f"{', '.join(other)}, or give the backbone itself for a new projector."
+        )
 
 
 def middle_layer(backbone: str, revision: str | None = None) -> int:
