@@ -332,7 +332,11 @@ def test_a_killed_run_goes_on_to_the_same_weights(settings: TrainSettings, tmp_p
 
 @pytest.mark.parametrize("kept", [True, False], ids=["reads kept on disk", "read again"])
 def test_muon_goes_on_where_it_was(settings: TrainSettings, tmp_path: Path, kept: bool) -> None:
-    settings = replace(settings, steps=8, keep_states=str(tmp_path / "states") if kept else None)
+    settings = replace(settings, steps=8, optimizer="muon")
+    if kept:
+        settings = replace(settings, keep_states=str(tmp_path / "states"))
+    else:
+        settings = replace(settings, projector_form="mlp")
     train(settings)
     whole, again = Path(settings.output), tmp_path / "again"
     shutil.copytree(whole / "checkpoint-6", again / "checkpoint-6")
@@ -341,7 +345,7 @@ def test_muon_goes_on_where_it_was(settings: TrainSettings, tmp_path: Path, kept
     wanted, found = (load_file(folder / PROJECTOR_WEIGHTS) for folder in (whole, again))
     for name, value in wanted.items():
         # what is read again has other neighbours in its pass, and Muon's iteration is in bfloat16
-        torch.testing.assert_close(found[name], value, rtol=0, atol=0 if kept else 5e-4)
+        torch.testing.assert_close(found[name], value, rtol=0 if kept else 1e-3, atol=0 if kept else 5e-5)
 
 
 def test_an_unfinished_checkpoint_is_passed_by(tmp_path: Path) -> None:

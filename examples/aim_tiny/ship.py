@@ -70,9 +70,10 @@ def name_of_every_version(name: str) -> str:
 
 
 def ship_control(kind: str, run: Path) -> None:
-    """A control is its projector and the form of it."""
+    """A control is its projector, in bfloat16, and the form of it."""
     form = json.loads((run / "config.json").read_text())
-    write(CONTROLS / f"{kind}.safetensors", lambda p: save_file(load_file(run / "aim_projector.safetensors"), p))
+    weights = {name: weight.bfloat16() for name, weight in load_file(run / "aim_projector.safetensors").items()}
+    write(CONTROLS / f"{kind}.safetensors", lambda p: save_file(weights, p))
     shown = json.dumps({name: form[name] for name in FORM}, indent=2) + "\n"
     write(CONTROLS / f"{kind}.json", lambda p: p.write_text(shown))
 

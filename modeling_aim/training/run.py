@@ -189,9 +189,10 @@ def finish(trainer: AimTrainer, settings: TrainSettings) -> None:
     if not trainer.args.should_save:
         return
     picture = curves(trainer.state.log_history, output / "training.png")
-    section = training_section({**asdict(settings), **_settled(trainer)}, trainer, picture)
+    settled = _settled(trainer)
+    section = training_section({**asdict(settings), **settled}, trainer, picture)
     (output / "README.md").write_text(model_card(model.config, model.projector) + section, encoding="utf-8")
-    _write_run(output, settings, finished=True, settled=_settled(trainer))
+    _write_run(output, settings, finished=True, settled=settled)
     if settings.push_to_hub is not None:
         model.push_to_hub(settings.push_to_hub)
         HfApi().upload_folder(
