@@ -33,6 +33,7 @@ from world import WORDINGS
 
 sys.path.insert(0, str(ROOT))
 from modeling_aim.configuration_aim import AimConfig
+from modeling_aim.evaluation.subject import random_projector
 from modeling_aim.projector_aim import AimProjector
 
 CELLS = {"2-way 2": (2, 1), "2-way 8": (2, 4), "2-way 16": (2, 8), "2-way 32": (2, 16), "5-way 5": (5, 1),
@@ -285,13 +286,14 @@ def load_interleaved(load_in_4bit: bool = False) -> LlavaForConditionalGeneratio
 def load_projector(
     method: str, backbone: LlavaForConditionalGeneration, repo: Path = OUT
 ) -> tuple[AimProjector, list[int]]:
-    """A projector and its read layers; shuffled images use that of `repo`, the random one is its form untrained."""
+    """A projector and its read layers; shuffled images use that of `repo`, the random one is of its size."""
     control = method in ("aim_paper", "aim_generic")
     settings = json.loads((CONTROLS / f"{method}.json" if control else repo / "config.json").read_text())
     form = {k: settings[k] for k in ("read_layers", "projector_form", "projector_intermediate_size", "projector_norm")}
-    torch.manual_seed(1)
-    projector = AimProjector(AimConfig(backbone_config=backbone.config, **form))
+    config = AimConfig(backbone_config=backbone.config, **form)
+    projector = random_projector(config, seed=1)
     if method != "aim_random_projector":
+        projector = AimProjector(config)
         weights = load_file(CONTROLS / f"{method}.safetensors" if control else repo / "aim_projector.safetensors")
         projector.load_state_dict({k.removeprefix("projector."): v.float() for k, v in weights.items()})
     return projector.eval(), form["read_layers"]

@@ -6,6 +6,7 @@ seeds and numbers of demonstrations.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import time
 from collections import Counter
@@ -29,6 +30,19 @@ from ..runs import PRECISIONS
 from ..training.episodes import opened
 from .methods import Prompt, Shown, Wording
 from .task import Prediction
+
+
+def random_projector(config: AimConfig, seed: int) -> AimProjector:
+    """An untrained projector with the weights of a seed: a control whose fused tokens say nothing.
+
+    Untrained residual forms pass the state on, which says much: `linear` and `mlp` of the same size stand for them.
+    """
+    form = {"residual": "linear", "residual_mlp": "mlp"}.get(config.projector_form, config.projector_form)
+    plain = copy.deepcopy(config)
+    plain.projector_form = form
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AimProjector(plain).eval()
 
 
 @dataclass(frozen=True)
@@ -209,13 +223,10 @@ class Subject:
         return rows
 
     def _untrained(self, seed: int) -> AimProjector:
-        """A projector of the plug-in's form with the first weights of a seed."""
         assert self.plugin is not None
         if seed not in self._random:
             weight = next(self.plugin.projector.parameters())
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                self._random[seed] = AimProjector(self.plugin.config).to(weight.device).eval()
+            self._random[seed] = random_projector(self.plugin.config, seed).to(weight.device)
         return self._random[seed]
 
     def _with(self, fused: Sequence[FusedDemonstrations | None]) -> dict[str, Any]:
