@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 from modeling_aim import AimProcessor
-from modeling_aim.attention_cli import attention
+from modeling_aim.cli.attention import attention
 from modeling_aim.evaluation.attention import (
     DEMO_IMAGES,
     DEMO_TEXT,

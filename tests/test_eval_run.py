@@ -23,12 +23,12 @@ from more_families import blip_2
 from typer.testing import CliRunner
 
 from modeling_aim import AimForConditionalGeneration, Demonstration
-from modeling_aim.eval_cli import eval_app
+from modeling_aim.cli.eval import eval_app
 from modeling_aim.evaluation import METHODS, Example, Shot, evaluate
 from modeling_aim.evaluation.choosing import difference_hash
 from modeling_aim.evaluation.methods import Prompt, Shown, Wording
-from modeling_aim.evaluation.registry import TASKS
 from modeling_aim.evaluation.subject import load_subject
+from modeling_aim.evaluation.tasks.registry import TASKS
 
 SHAPES = ("llava", "qwen2_5_vl", "idefics", "idefics3")
 COMMAND = ["-m", "modeling_aim", "eval"]

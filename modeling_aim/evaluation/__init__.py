@@ -5,7 +5,8 @@ results = evaluate(EvalSettings(repo="hub_configs/aim-tiny", tasks=("episodes:te
 
 from .methods import METHODS, Method, Prompt, Shown, Wording
 from .report import eval_results
-from .runner import EvalSettings, evaluate
+from .runner import evaluate
+from .settings import EvalSettings
 from .task import Example, Prediction, Shot, Task
 
 __all__ = [

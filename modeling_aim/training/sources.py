@@ -19,10 +19,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from ..specs import spec_named, split_spec
-from .episodes import Episode, Pair, ShotLaw, Source, opened
-from .link_context import IMAGE_SUFFIXES, LclRows, LinkContext
-from .rows import (
+from ..data.pairs import IMAGE_SUFFIXES, Pair, located, opened
+from ..data.rows import (
     LINES,
     NO_IMAGE,
     NO_TEXT,
@@ -37,12 +35,14 @@ from .rows import (
     is_hub_id,
     is_saved,
     json_rows,
-    located,
     open_dataset,
     pair_of,
     tar_rows,
     words_in,
 )
+from ..data.specs import spec_named, split_spec
+from .episodes import Episode, ShotLaw, Source
+from .link_context import LclRows, LinkContext
 
 T = TypeVar("T")
 
