@@ -31,7 +31,7 @@ from .choosing import Chosen, check_pool, choose_all, own_shots, read_chosen
 from .folder import RECORD, begin, claim
 from .methods import METHODS, Prompt, Shown
 from .report import write_report
-from .results import PREDICTIONS, RESULTS, Cell, Kept, Key, Row, cell_figures, curves, write_rows
+from .results import PREDICTIONS, RESULTS, Cell, Kept, Key, PredictionRow, cell_figures, curves, write_rows
 from .seeds import open_seeded
 from .settings import EvalSettings
 from .subject import Answer, Reads, Subject, load_subject
@@ -229,7 +229,7 @@ class Run:
         """What is shown of an example in a cell."""
         shots = self.asked[cell.task].chosen[cell.seed, cell.shots, example.id] if cell.shots else ()
         shown = [Shown(shot, shot) for shot in shots]
-        return METHODS[cell.method].show(self.subject.wording, example, shown, cell.seed)
+        return METHODS[cell.method].show(self.subject.prompt_builder, example, shown, cell.seed)
 
     def answer(self) -> None:
         """Answer this process's share of all batches, but for those that are done."""
@@ -290,7 +290,7 @@ class Run:
         _check_names(plan, name)
         return Reads(self.subject.plugin, plan, self.settings.batch_size, self.states, name)
 
-    def _row(self, cell: Cell, example: Example, answer: Answer) -> Row:
+    def _row(self, cell: Cell, example: Example, answer: Answer) -> PredictionRow:
         task = self.asked[cell.task].task
         scores = task.score(example, answer.prediction)
         shots = self.asked[cell.task].chosen[cell.seed, cell.shots, example.id] if cell.shots else []
@@ -314,8 +314,8 @@ class Run:
     def finish(self) -> None:
         """Put predictions in order, and write results, table and pictures."""
         rows = self.kept.rows()
-        ordered: list[Row] = []
-        by_cell: dict[Cell, list[Row]] = {}
+        ordered: list[PredictionRow] = []
+        by_cell: dict[Cell, list[PredictionRow]] = {}
         for cell in self.cells:
             examples = self.asked[cell.task].examples[cell.seed]
             by_cell[cell] = [rows[cell.task, cell.method, cell.shots, cell.seed, e.id] for e in examples]
@@ -334,7 +334,7 @@ class Run:
         RECORD.write(self.output, {**RECORD.read(self.output), "finished": True})
         self.kept.remove()
 
-    def _figures(self, by_cell: dict[Cell, list[Row]]) -> list[dict[str, Any]]:
+    def _figures(self, by_cell: dict[Cell, list[PredictionRow]]) -> list[dict[str, Any]]:
         found = []
         for task, method, shots in dict.fromkeys((c.task, c.method, c.shots) for c in by_cell):
             rows = {c.seed: r for c, r in by_cell.items() if (c.task, c.method, c.shots) == (task, method, shots)}
@@ -364,7 +364,7 @@ class Run:
         )
         return ["All seeds have the same examples and demonstrations: answered once, but by methods that draw."] * same
 
-    def _too_long(self, rows: Sequence[Row]) -> list[str]:
+    def _too_long(self, rows: Sequence[PredictionRow]) -> list[str]:
         """Which methods went beyond the positions that the backbone was made for."""
         longest, found = self.subject.longest, []
         for method in self.settings.methods:

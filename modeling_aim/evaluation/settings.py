@@ -22,7 +22,7 @@ class EvalSettings:
         methods: of `METHODS`; all that the model can do when empty.
         seeds: how many: 0, 1, ... decide demonstrations, and examples where a task draws them.
         select, balanced, drop_duplicates: see `Choice`.
-        prompts, separator: see `Wording`.
+        prompts, separator: see `PromptBuilder`.
         limit: examples of a task that are answered, drawn once for all seeds; all when `None`.
         revision: of the repository or backbone.
         dtype, load_in_4bit, device_map: of the backbone.
