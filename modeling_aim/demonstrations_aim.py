@@ -172,6 +172,7 @@ def parse_demos(demos: Any) -> Any:
     if all(raw):
         return tuple(Demonstration.of(entry) for entry in demos) or None
     if any(raw):
+        _parse_row(demos[raw.index(False)])  # raises where that is nothing at all
         raise ValueError(
             "demos mixes demonstrations with other things; give one list of demonstrations, or one a row."
         )

@@ -215,12 +215,15 @@ class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
             if keep:
                 self.read_cache.put((key, reader), read, read.numel() * read.element_size())
         words = dict(zip(unique, self.word_ids(list(unique.values())), strict=True))
-        return self._fused([states[key] for key in keys], [words[key] for key in keys], keys)
+        return self.fuse([states[key] for key in keys], [words[key] for key in keys], keys)
 
-    def _fused(
+    def fuse(
         self, states: Sequence[torch.Tensor], words: Sequence[torch.Tensor], keys: tuple[str, ...] = ()
     ) -> FusedDemonstrations:
-        """Fused demonstrations from the hidden states and words of each."""
+        """Fused demonstrations from what `read_states` and `word_ids` gave of each; gradient reaches the projector.
+
+        They name no source: only `read` binds what it returns to this model.
+        """
         width = self.config.hidden_size * len(self.config.read_layers)
         joined = torch.cat(list(states)) if states else torch.empty(0, width, device=self.device, dtype=self.dtype)
         ids = torch.cat(list(words)) if words else torch.empty(0, dtype=torch.long)
@@ -405,8 +408,8 @@ class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
                 "of which the query needs some. Prefill fewer demonstrations: model.prefill(fused[:k])."
             )
         if len(prefix):
-            ids = self.processor.tokenizer(self.processor.prompt("a", images=0))["input_ids"]
-            prefix_kv(self, prefix, self._bos_of(ids[0]))
+            likely = self.processor(text=[self.processor.prompt("a", images=0)], return_tensors="pt")["input_ids"]
+            prefix_kv(self, prefix, self._bos_of(int(likely[0, 0])))
         return prefix
 
     # --- rows of a batch
@@ -433,7 +436,7 @@ class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
         return [tuple(part for part in pair if part is not None) for pair in zip(rows, chats, strict=True)]
 
     def _fused_rows(self, rows: Sequence[tuple[Any, ...]], length: int) -> list[FusedDemonstrations | None]:
-        """The fused tokens of each row, for prompts of `length` tokens; what is raw is read together, each part once."""
+        """The fused tokens of each row, for prompts of `length` tokens; raw parts are read together, each once."""
         parts = {id(part): part for row in rows for part in row}
         raw = {number: part for number, part in parts.items() if kind_of(part) is None}
         for part in raw.values():  # counted before anything is read

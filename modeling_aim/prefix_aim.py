@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
 from .backbone_aim import goes_on_behind_kv, preserved_state
-from .demonstrations_aim import FusedDemonstrations, as_bytes, kind_of
+from .demonstrations_aim import FusedDemonstrations, as_bytes, check_source, kind_of
 from .injection_aim import injected
 
 logger = logging.get_logger(__name__)
@@ -183,6 +183,7 @@ def _prefilled(
     if not goes_on_behind_kv(model.backbone):
         return "this release of transformers loses the places of prompts behind KV on this backbone (5.23 keeps them)"
     prefix = prefixes[0]
+    check_source(prefix.fused.source, model.source)
     mask = options.get("attention_mask")
     begins = [0] * batch if mask is None else mask.long().argmax(dim=1).tolist()
     firsts = {tuple(model._bos_of(int(ids[row, begin]))) for row, begin in enumerate(begins)}

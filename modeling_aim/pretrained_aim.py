@@ -372,8 +372,8 @@ class AimPreTrainedModel(PreTrainedModel):
             raise ValueError(
                 f"The {PROJECTOR_WEIGHTS} of {name} holds {shapes}, but its config.json "
                 f"(projector_form={self.config.projector_form!r}, hidden size {self.config.hidden_size}, "
-                f"read_layers={self.config.read_layers}, entry_layers={self.config.entry_layers}) asks for {own}. Files "
-                "of two repositories may be mixed."
+                f"read_layers={self.config.read_layers}, entry_layers={self.config.entry_layers}) asks for {own}. "
+                "Files of two repositories may be mixed."
             )
         self.projector.load_state_dict(weights)
         self._projector_id = (self._projector_state(), projector_digest(weights))

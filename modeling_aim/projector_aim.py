@@ -1,4 +1,4 @@
-"""The only new weights: one small map from hidden states of the frozen backbone to the fused tokens that it is given."""
+"""The only new weights: one small map from hidden states of the frozen backbone to fused tokens."""
 
 from __future__ import annotations
 

@@ -24,19 +24,20 @@ from safetensors.torch import save
 from .demonstrations_aim import FusedDemonstrations, as_bytes
 from .select_aim import sketched
 
-FORMAT, VERSION = "aim_bank", 3
+FORMAT, VERSION = "aim_bank", 4
 SEAL = "about_sha256"
 KEY_BYTES, DIGEST_BYTES = 32, 16
 HEADER_LIMIT = 100_000_000  # bytes: what safetensors itself refuses
 RAGGED = {
     "vectors": "lengths",
+    "ids": "lengths",
     "scales": "lengths",
     "states": "lengths",
     "texts": "text_lengths",
     "labels": "label_lengths",
     "thumbnails": "thumbnail_lengths",
 }
-NEEDED = ("keys", "lengths", "vectors", "texts", "text_lengths", "labels", "label_lengths")
+NEEDED = ("keys", "lengths", "vectors", "ids", "texts", "text_lengths", "labels", "label_lengths")
 FEATURE = "feature."
 HAS_QUESTION = "has_question"  # 1 where a demonstration answers a question; there with features of texts
 STORAGES = ("auto", "float32", "bfloat16", "float16", "int8")
@@ -138,6 +139,7 @@ class Shard:
             expected[lengths] = ((count,), torch.int32)
             total = int(found[lengths].sum())
             kinds = {"texts": torch.uint8, "labels": torch.uint8, "thumbnails": torch.uint8, "scales": torch.float32}
+            kinds["ids"] = torch.int32
             expected[name] = ((total, *tail), kinds.get(name))
             expected[name + ".digest"] = ((count, DIGEST_BYTES), torch.uint8)
         for name in found:
@@ -226,6 +228,7 @@ def fused_columns(fused: FusedDemonstrations) -> tuple[dict[str, torch.Tensor], 
     columns: dict[str, torch.Tensor] = {
         "vectors": vectors,
         "lengths": torch.tensor(fused.lengths, dtype=torch.int32),
+        "ids": fused.ids.to("cpu", torch.int32),
         "keys": key_column(keys),
     }
     columns["texts"], columns["text_lengths"] = blob([t.encode() for t in fused.texts or [""] * len(fused)])
