@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from modeling_aim import DemonstrationBank, FusedDemonstrations
+from modeling_aim.bank.shards import VERSION, BankDamaged, as_bytes, blob, fused_columns, make_shard
 from modeling_aim.demonstrations_aim import FusedDemonstrations as Fused
-from modeling_aim.shards_aim import VERSION, BankDamaged, as_bytes, blob, fused_columns, make_shard
 
 NAMES = ("aim_bank.json", "0", "1")  # the manifest and the two shards
 
@@ -47,7 +47,7 @@ def demonstration_bank() -> DemonstrationBank:
         columns["feature.text"] = torch.randn(3, 4, generator=generator).half()
         columns["has_question"] = torch.tensor([1, 0, 1], dtype=torch.uint8)
         shards.append(make_shard(columns, about))
-    return DemonstrationBank._of(shards, shards[0].about["source"])
+    return DemonstrationBank.of_shards(shards, shards[0].about["source"])
 
 
 @pytest.fixture(scope="module", params=["auto", "int8"])

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from .demonstrations_aim import FusedDemonstrations
-from .select_aim import sketched
+from ..demonstrations_aim import FusedDemonstrations
+from ..files_aim import as_bytes, write_whole
+from .select import sketched
 
 FORMAT, VERSION = "aim_bank", 3
 SEAL = "about_sha256"
@@ -51,11 +51,6 @@ class BankDamaged(ValueError):
     """A file of a bank is damaged, foreign, or not the one its manifest names."""
 
 
-def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The memory of a tensor of any type, as bytes; a view where the tensor is contiguous."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
 def blob(parts: Sequence[bytes]) -> tuple[torch.Tensor, torch.Tensor]:
     """Byte strings one after another `(bytes,)`, and the length of each."""
     joined = b"".join(parts)
@@ -64,7 +59,7 @@ def blob(parts: Sequence[bytes]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def quantized(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`vectors` `(tokens, width)` in 8 bits, and the scale of each token: its largest absolute value is 127."""
+    """`vectors` `(tokens, width)` as int8, and the scale of each token: its largest absolute value is 127."""
     scales = vectors.float().abs().amax(dim=1) / 127
     steps = vectors.float() / torch.where(scales > 0, scales, 1.0)[:, None]
     return steps.round().to(torch.int8), scales
@@ -274,7 +269,7 @@ def with_vectors(shard: Shard, vectors: torch.Tensor, source: Mapping[str, str])
 
 
 def stored_as(shard: Shard, storage: str) -> Shard:
-    """A shard with its fused tokens kept in another precision; 8 bits are used as the precision from before."""
+    """A shard with its fused tokens kept in another precision; int8 is used in the precision from before."""
     if storage not in STORAGES:
         raise ValueError(f"storage={storage!r}: expected one of {', '.join(STORAGES)}.")
     now = "int8" if "scales" in shard.columns else shard.about["dtype"]
@@ -315,20 +310,6 @@ def write_shard(shard: Shard, path: Path) -> dict[str, Any]:
         "demonstrations": len(shard),
         "tokens": shard.tokens,
     }
-
-
-def write_whole(path: Path, payload: bytes) -> None:
-    """Write a file under another name, then rename it: after a kill there is the old one or the new one, whole."""
-    handle, scratch = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise
 
 
 def open_shard(path: str | os.PathLike[str], listed: Mapping[str, Any] | None = None) -> Shard:

@@ -10,7 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .shards_aim import FORMAT, VERSION, BankDamaged, Shard, check_version, write_shard, write_whole
+from ..files_aim import write_whole
+from .shards import FORMAT, VERSION, BankDamaged, Shard, check_version, write_shard
 
 BANK_MANIFEST = "aim_bank.json"
 BANK_SHARDS = "aim_bank-*.safetensors"

@@ -1,4 +1,4 @@
-"""Choosing demonstrations: by likeness or at random, spread over labels, without near-duplicates, most alike last."""
+"""Selection strategies: by similarity or at random, spread over labels, without near-duplicates, most alike last."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-WAYS = ("random", "image", "text", "fused", "mmices")
+STRATEGIES = ("random", "image", "text", "fused", "mmices")
 KINDS = {"image": ("image",), "text": ("text",), "fused": ("fused",), "mmices": ("image", "text")}
-SEARCHED = ("image", "text", "fused")  # ways that rank the whole bank by one kind of features
+SEARCHED = ("image", "text", "fused")  # strategies that rank the whole bank by one kind of features
 SEARCHES = ("auto", "torch", "faiss")
 FAISS_FROM = 250_000  # demonstrations; of 100 000 a product in blocks is as fast, and copies no features
 INNER_PRODUCT = 0  # faiss.METRIC_INNER_PRODUCT
@@ -25,10 +25,10 @@ ALL_ALIKE = 1e-3  # a feature that differs from the mean of the bank by less dif
 BLOCK = 2**17  # numbers that are compared at a time: in float32 they stay in the processor's cache
 
 
-def check_way(by: Any, search: str = "auto") -> None:
-    """Raise `ValueError` unless `by` is a way to choose that `search` can search for."""
-    if by not in WAYS if isinstance(by, str) else not hasattr(by, "__len__"):
-        raise ValueError(f"by={by!r:.80}: expected one of {', '.join(WAYS)}, or a list of numbers or keys.")
+def check_strategy(by: Any, search: str = "auto") -> None:
+    """Raise `ValueError` unless `by` is a selection strategy that `search` can search for."""
+    if by not in STRATEGIES if isinstance(by, str) else not hasattr(by, "__len__"):
+        raise ValueError(f"by={by!r:.80}: expected one of {', '.join(STRATEGIES)}, or a list of numbers or keys.")
     if search not in SEARCHES:
         raise ValueError(f"search={search!r:.80}: expected one of {', '.join(SEARCHES)}.")
     if search == "faiss" and not (isinstance(by, str) and by in SEARCHED):
@@ -54,7 +54,7 @@ def sketched(features: torch.Tensor, width: int) -> torch.Tensor:
     return features / features.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
 
-class Likeness:
+class SimilarityIndex:
     """The features of a bank, ready to be compared: cosine of unit vectors, each less the mean of the bank.
 
     Taking the mean away keeps what tells demonstrations apart; what all have in common is most of a feature. The
@@ -139,17 +139,17 @@ class FaissUnavailable(ValueError):
     """FAISS cannot search these features."""
 
 
-def _faiss_index(like: Likeness) -> Any:
-    """A `datasets` data set with an exact FAISS index over all features."""
+def _faiss_index(similarity: SimilarityIndex) -> Any:
+    """A `datasets` dataset with an exact FAISS index over all features."""
     try:
         import_module("faiss")
         datasets = import_module("datasets")
     except ImportError as error:
         raise FaissUnavailable(f'{error}; to install both: pip install "modeling-aim[bank]"') from error
-    features = torch.empty(like.starts[-1], like.parts[0].shape[1])
-    for here, rows in like._blocks():
-        features[here] = like._centred(rows)
-    data = datasets.Dataset.from_dict({"number": list(range(like.starts[-1]))})
+    features = torch.empty(similarity.starts[-1], similarity.parts[0].shape[1])
+    for here, rows in similarity._blocks():
+        features[here] = similarity._centred(rows)
+    data = datasets.Dataset.from_dict({"number": list(range(similarity.starts[-1]))})
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
@@ -235,7 +235,7 @@ def drawn(count: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(order.astype(np.float32))
 
 
-def near_duplicates(kinds: Sequence[Likeness], limit: float | None) -> Callable[[int, Sequence[int]], bool]:
+def near_duplicates(kinds: Sequence[SimilarityIndex], limit: float | None) -> Callable[[int, Sequence[int]], bool]:
     """Whether a demonstration is at least as alike as `limit` to a chosen one in all `kinds`; never for `None`."""
 
     def repeats(number: int, chosen: Sequence[int]) -> bool:
@@ -248,7 +248,11 @@ def near_duplicates(kinds: Sequence[Likeness], limit: float | None) -> Callable[
 
 
 def mmices(
-    images: Likeness, questions: Likeness, query: Mapping[str, torch.Tensor], k: int, groups: Groups | None
+    images: SimilarityIndex,
+    questions: SimilarityIndex,
+    query: Mapping[str, torch.Tensor],
+    k: int,
+    groups: Groups | None,
 ) -> torch.Tensor:
     """Scores of MMICES (arXiv 2311.18021): the most alike images are shortlisted, then ranked by their texts.
 

@@ -1,25 +1,27 @@
 """The demonstration bank: what was read once, kept on disk or the Hub, and chosen from for each query (section 3.3).
 
-A bank is a folder of shards (`shards_aim.py`) and a manifest, `aim_bank.json`, that names them. The manifest is
+A bank is a folder of shards (`shards.py`) and a manifest, `aim_bank.json`, that names them. The manifest is
 written last, and shards are named by their content, so a folder holds the old bank or the new one, whole.
 """
 
 from __future__ import annotations
 
-import bisect
 import os
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.utils import logging
 
-from .demonstrations_aim import FusedDemonstrations, check_source
-from .files_aim import locate_file, upload
-from .manifest_aim import (
+from ..demonstrations_aim import FusedDemonstrations, check_source
+from ..files_aim import locate_file, upload
+from .build import build_bank
+from .card import bank_card
+from .contents import BankContents
+from .manifest import (
     BANK_MANIFEST,
     BANK_SHARDS,
     new_manifest,
@@ -27,12 +29,13 @@ from .manifest_aim import (
     write_bank,
     write_numbered,
 )
-from .select_aim import (
+from .select import (
     FAISS_FROM,
+    KINDS,
     FaissUnavailable,
     Groups,
-    Likeness,
-    check_way,
+    SimilarityIndex,
+    check_strategy,
     drawn,
     mmices,
     near_duplicates,
@@ -40,16 +43,12 @@ from .select_aim import (
     shortlist,
     sketched,
 )
-from .shards_aim import (
-    DTYPES,
+from .shards import (
     HAS_QUESTION,
     BankDamaged,
     Shard,
-    as_bytes,
     file_sha256,
-    fused_columns,
     joined,
-    make_shard,
     open_shard,
     slice_of,
     stored_as,
@@ -59,178 +58,54 @@ from .shards_aim import (
 logger = logging.get_logger(__name__)
 
 SHARD_BYTES = 256 * 2**20
+SELECT_OPTIONS = {"balanced", "near_duplicate", "search", "seed"}
 
 
-class DemonstrationBank:
+class DemonstrationBank(BankContents):
     """Demonstrations that were read once and are used many times.
 
     A bank goes wherever `demos=` is taken: whole, as a slice, or with `shots` and `select` to choose for each row:
-    `model.generate(**inputs, demos=bank, shots=8, select="image")`. Make one with `model.build_bank(...)`, open one
-    with `model.load_bank(...)`; a bank from `from_pretrained` knows no model until it is used with one.
+    `model.generate(**inputs, demos=bank, shots=8, select="image")`. Make one with `DemonstrationBank.build(model,
+    demos, folder)`, open one with `DemonstrationBank.from_pretrained(folder, model)`.
 
     Args:
         fused: what `model.read(demos)` returned, to keep it. Such a bank has no features of images and texts; one
-            from `model.build_bank` has.
+            from `build` has.
     """
 
-    def __init__(self, fused: FusedDemonstrations) -> None:
-        columns, about = fused_columns(fused)
-        self._setup([make_shard(columns, about)], dict(fused.source))
-        self._fused: FusedDemonstrations | None = fused
+    is_demonstration_bank = True  # by this a model recognises a bank, also a model loaded as remote code
+
+    @classmethod
+    def build(
+        cls, model: Any, demos: Iterable[Any], save_directory: str | os.PathLike[str], **options: Any
+    ) -> DemonstrationBank:
+        """Read a stream of demonstrations into a bank on disk, each content once.
+
+        What was read is on disk after each batch. Rerun after a crash to resume: the files end the same, byte for
+        byte. With more demonstrations, the new ones are added.
+
+        Args:
+            model: an AIM model, installed or loaded as remote code.
+            demos: any iterable of demonstrations, or a `datasets` dataset (streamed ones too).
+            save_directory: folder of the bank.
+            **options: see `modeling_aim.bank.build.build_bank`.
+
+        Returns:
+            The bank, opened.
+
+        Raises:
+            ValueError: a row is no demonstration, or the folder holds a bank of another model or other settings.
+            OSError: the disk is full; what was read is safe.
+        """
+        build_bank(model, demos, save_directory, **options)
+        return cls.from_pretrained(save_directory, model)
 
     def _setup(self, shards: Sequence[Shard], source: Mapping[str, str], folder: Path | None = None) -> None:
-        self._shards, self.source, self.folder = list(shards), dict(source), folder
-        self._starts = [0]
-        for shard in shards:
-            self._starts.append(self._starts[-1] + len(shard))
-        self._fused = None
-        self._likeness: dict[str, Likeness] = {}
+        super()._setup(shards, source, folder)
+        self._similarity: dict[str, SimilarityIndex] = {}
         self._groups: Groups | None = None
         self._lock = threading.RLock()
         self.model: Any = None
-        self.duplicates = 0
-
-    @classmethod
-    def _of(cls, shards: Sequence[Shard], source: Mapping[str, str], folder: Path | None = None) -> DemonstrationBank:
-        bank = cls.__new__(cls)
-        bank._setup(shards, source, folder)
-        return bank
-
-    # --- what is in it
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def __getitem__(self, index: int | slice | Sequence[int]) -> FusedDemonstrations:
-        """The demonstrations at `index` (a number, a slice, or a list of numbers), in that order; only they are read.
-
-        Raises:
-            IndexError: there is no such demonstration.
-            ValueError: what is stored of one of them is damaged; the message names file and demonstration.
-        """
-        if self._fused is not None:
-            return self._fused[index]
-        chosen = range(len(self))[index] if isinstance(index, (int, slice)) else [range(len(self))[i] for i in index]
-        numbers = [chosen] if isinstance(chosen, int) else list(chosen)
-        vectors = self._gather(numbers, lambda shard, rows: shard.vectors(rows))
-        dtype = DTYPES[self._shards[0].about["dtype"]] if self._shards else torch.float32
-        return FusedDemonstrations(
-            vectors=torch.cat(vectors) if vectors else torch.empty(0, self.width, dtype=dtype),
-            lengths=tuple(len(part) for part in vectors),
-            keys=tuple(self.keys(numbers)),
-            texts=tuple(self.texts(numbers)),
-            source=self.source,
-        )
-
-    def __iter__(self) -> Iterator[FusedDemonstrations]:
-        return (self[i] for i in range(len(self)))
-
-    def _gather(self, numbers: Sequence[int], look_up: Any) -> list[Any]:
-        """What `look_up(shard, rows)` gives for each of `numbers`, asked of each shard once."""
-        by_shard: dict[int, list[int]] = {}
-        for place, number in enumerate(numbers):
-            by_shard.setdefault(bisect.bisect_right(self._starts, number) - 1, []).append(place)
-        found: list[Any] = [None] * len(numbers)
-        for at, places in by_shard.items():
-            values = look_up(self._shards[at], [numbers[place] - self._starts[at] for place in places])
-            for place, value in zip(places, values, strict=True):
-                found[place] = value
-        return found
-
-    @property
-    def fused(self) -> FusedDemonstrations:
-        """All demonstrations as what `read` returns: this loads the whole bank."""
-        return self[:] if self._fused is None else self._fused
-
-    @property
-    def num_tokens(self) -> int:
-        """Fused tokens of all demonstrations together."""
-        return sum(shard.tokens for shard in self._shards)
-
-    @property
-    def width(self) -> int:
-        """Hidden size of the backbone."""
-        return self._shards[0].width if self._shards else 0
-
-    def keys(self, index: Sequence[int] | None = None) -> list[str]:
-        """Content identity of the demonstrations at `index`, or of all (`Demonstration.key`)."""
-        return self._gather(
-            self._numbers(index),
-            lambda shard, rows: [bytes(row).hex() for row in shard.columns["keys"][rows].tolist()],
-        )
-
-    def texts(self, index: Sequence[int] | None = None) -> list[str]:
-        """What the demonstrations at `index`, or all, say."""
-        return self._gather(self._numbers(index), lambda shard, rows: shard.words("texts", rows))
-
-    def labels(self, index: Sequence[int] | None = None) -> list[str | None]:
-        """Labels of the demonstrations at `index`, or of all; `None` where one has none."""
-        words = self._gather(self._numbers(index), lambda shard, rows: shard.words("labels", rows))
-        return [word or None for word in words]
-
-    def thumbnails(self, index: Sequence[int] | None = None) -> list[bytes]:
-        """Small JPEGs of the first image of the demonstrations at `index`, or of all; empty where there is none."""
-        return self._gather(
-            self._numbers(index),
-            lambda shard, rows: (
-                [bytes(as_bytes(part)) for part in shard.rows("thumbnails", rows)]
-                if "thumbnails" in shard.columns
-                else [b""] * len(rows)
-            ),
-        )
-
-    def states(self, index: Sequence[int] | None = None) -> list[torch.Tensor]:
-        """Hidden states `(positions, read width)` of the demonstrations at `index`, or of all.
-
-        Raises:
-            ValueError: the bank was built without `keep_states=True`.
-        """
-        if not self.has_states:
-            raise ValueError(
-                "This bank keeps no hidden states, so no other projector can be put on it. Build it again with "
-                "keep_states=True."
-            )
-        return self._gather(self._numbers(index), lambda shard, rows: shard.rows("states", rows))
-
-    def _numbers(self, index: Sequence[int] | None) -> Sequence[int]:
-        return range(len(self)) if index is None else [range(len(self))[number] for number in index]
-
-    @property
-    def has_states(self) -> bool:
-        """Whether hidden states are kept, so that another projector can be put on them."""
-        return bool(self._shards) and all("states" in shard.columns for shard in self._shards)
-
-    @property
-    def features(self) -> dict[str, int]:
-        """Kinds of features by which demonstrations can be chosen, and how wide they are."""
-        shared = [shard.features for shard in self._shards]
-        return {k: v for k, v in shared[0].items() if all(k in other for other in shared)} if shared else {}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of everything stored, without headers and manifest."""
-        return sum(shard.nbytes for shard in self._shards)
-
-    def info(self) -> dict[str, Any]:
-        """What is in the bank, for people and programs."""
-        counts: dict[str, int] = {}
-        for label in self.labels():
-            if label is not None:
-                counts[label] = counts.get(label, 0) + 1
-        stored = sorted({str(s.columns["vectors"].dtype).removeprefix("torch.") for s in self._shards})
-        return {
-            "demonstrations": len(self),
-            "fused_tokens": self.num_tokens,
-            "hidden_size": self.width,
-            "bytes": self.nbytes,
-            "stored_as": ", ".join(stored),
-            "shards": len(self._shards),
-            "merged_duplicates": self.duplicates,
-            "features": self.features,
-            "hidden_states": self.has_states,
-            "labels": dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
-            "source": dict(self.source),
-        }
 
     # --- choose
 
@@ -272,7 +147,7 @@ class DemonstrationBank:
                 this to a chosen one in everything that is stored of it: image and text. `None` keeps all.
             search: `"torch"`; `"faiss"` (an exact index through `datasets`, for `by` image, text or fused where no
                 labels are taken in turn); or `"auto"`: FAISS from 250 000 demonstrations on where it can be used.
-            model: the model that compares, for a bank that was not opened through `model.load_bank`.
+            model: the model that compares, where the bank was opened without one.
 
         Returns:
             Number and score of each, most alike last.
@@ -281,7 +156,7 @@ class DemonstrationBank:
             ValueError: `k` is larger than the bank, the query lacks what is compared, or FAISS was asked for and
                 cannot be used.
         """
-        check_way(by, search)
+        check_strategy(by, search)
         self.check_count(k)
         if not isinstance(by, str):
             return [(number, 1.0) for number in self._listed(by, k)]
@@ -290,12 +165,12 @@ class DemonstrationBank:
         if by == "random":
             scores = drawn(len(self), seed)
         elif by == "mmices":
-            scores = mmices(self._like("image"), self._like("question"), features, k, groups)
+            scores = mmices(self.similarity("image"), self.similarity("question"), features, k, groups)
         else:
             scores = self._scores(features[by], k, by, groups, search)
         limit = near_duplicate if k > 1 else None  # one alone repeats nothing: no features need be loaded
         kinds: list[str] = [kind for kind in ("image", "text") if kind in self.features] or ["fused"]
-        repeats = near_duplicates([] if limit is None else [self._like(kind) for kind in kinds], limit)
+        repeats = near_duplicates([] if limit is None else [self.similarity(kind) for kind in kinds], limit)
         return [(number, float(scores[number])) for number in pick(scores, k, groups, repeats)]
 
     def check_count(self, k: int) -> None:
@@ -316,11 +191,11 @@ class DemonstrationBank:
             )
         if search == "faiss" or (search == "auto" and groups is None and len(self) >= FAISS_FROM):
             try:
-                return self._like(by).nearest(query, shortlist(len(self), k))
+                return self.similarity(by).nearest(query, shortlist(len(self), k))
             except FaissUnavailable as error:
                 if search == "faiss":
                     raise ValueError(f"search='faiss' cannot be used ({error}). Choose without search.") from error
-        return self._like(by).scores(query)
+        return self.similarity(by).scores(query)
 
     def _listed(self, by: Sequence[int] | Sequence[str], k: int) -> list[int]:
         """Numbers of a fixed list of numbers or keys."""
@@ -341,14 +216,71 @@ class DemonstrationBank:
         """Features of one query, of the kinds that `by` compares."""
         if isinstance(query, Mapping) and query and all(isinstance(v, torch.Tensor) for v in query.values()):
             return dict(query)
+        model = self._comparing(by, model)
+        return {kind: rows[0] for kind, rows in self.query_features(model.query_inputs(query), by, model).items()}
+
+    def _comparing(self, by: str, model: Any) -> Any:
+        """The model that compares."""
         model = self.model if model is None else model
         if model is None:
             raise ValueError(
                 f"by={by!r} compares the query as the backbone sees it, but this bank knows no model. Open it with "
-                "model.load_bank(...), or pass model=."
+                "DemonstrationBank.from_pretrained(folder, model), or pass model=."
             )
-        found = model.query_features(model.query_inputs(query), by, bank=self)
-        return {kind: features[0] for kind, features in found.items()}
+        return model
+
+    def query_features(self, inputs: Mapping[str, Any], by: str, model: Any = None) -> dict[str, torch.Tensor]:
+        """Features of each query of a batch, as this bank compares them; a row of each goes to `choose` as a query.
+
+        Args:
+            inputs: the backbone's inputs of the queries.
+            by: a selection strategy that compares, see `choose`.
+            model: the model that compares, where the bank was opened without one.
+
+        Returns:
+            For each kind that is compared `(batch, width)`.
+
+        Raises:
+            ValueError: another model read this bank, it has no such features, or a query has no image, or no words,
+                where these are compared.
+        """
+        model = self._comparing(by, model)
+        check_source(self.source, model.source)
+        widths = {kind: self.feature_width(kind) for kind in KINDS[by]}
+        features = model.query_features(inputs, tuple(widths))
+        return {kind: sketched(features[kind], width) for kind, width in widths.items()}
+
+    def select_rows(
+        self, model: Any, inputs: Mapping[str, Any], shots: int | None = None, select: Any = None
+    ) -> list[FusedDemonstrations]:
+        """Choose demonstrations for each row of a batch: what `generate(demos=bank, shots=, select=)` asks.
+
+        Args:
+            model: the model that is to answer.
+            inputs: the backbone's inputs of the queries.
+            shots: how many for each row; 8 where `None`.
+            select: a selection strategy, a list of numbers or keys, or a dict with `by` and options of `choose`.
+
+        Returns:
+            What was chosen for each row, in order.
+        """
+        options = dict(select) if isinstance(select, Mapping) else {"by": "random" if select is None else select}
+        by, k = options.pop("by", "random"), 8 if shots is None else shots
+        unknown = set(options) - SELECT_OPTIONS
+        if unknown:
+            raise ValueError(
+                f"select has the keys {sorted(unknown)}; known are by, {', '.join(sorted(SELECT_OPTIONS))}. How many "
+                "are chosen is said by shots=."
+            )
+        check_strategy(by, options.get("search", "auto"))
+        self.check_count(k)  # before anything is computed
+        rows = range(len(inputs["input_ids"]))
+        if not isinstance(by, str) or by == "random":
+            chosen = self.select(None, k, by, **options)
+            return [chosen for _ in rows]
+        features = self.query_features(inputs, by, model)
+        queries = [{kind: one[row] for kind, one in features.items()} for row in rows]
+        return [self.select(query, k, by, **options) for query in queries]
 
     def feature_width(self, kind: str) -> int:
         """How wide the features of a kind are.
@@ -361,26 +293,26 @@ class DemonstrationBank:
         if kind not in self.features:
             raise ValueError(
                 f"This bank has no {kind} features to choose by (it has {sorted(self.features) or 'none'}). Build it "
-                'with model.build_bank(demos, folder), or choose by="fused" or "random".'
+                'with DemonstrationBank.build(model, demos, folder), or choose by="fused" or "random".'
             )
         return self.features[kind]
 
-    def _like(self, kind: str) -> Likeness:
+    def similarity(self, kind: str) -> SimilarityIndex:
         """Features of a kind, checked when they are first used; `question` are texts of those that have one."""
         with self._lock:
-            if kind == "question" and kind not in self._likeness:
-                texts = self._like("text")
+            if kind == "question" and kind not in self._similarity:
+                texts = self.similarity("text")
                 asked = torch.cat([shard.columns[HAS_QUESTION] for shard in self._shards]).bool()
-                self._likeness[kind] = Likeness(texts.parts, only=asked)
-            elif kind not in self._likeness:
+                self._similarity[kind] = SimilarityIndex(texts.parts, only=asked)
+            elif kind not in self._similarity:
                 width = self.feature_width(kind)
                 if kind in self.features:
                     features = [shard.feature(kind) for shard in self._shards]
                 else:
                     parts = (v.float().mean(dim=0) for s in self._shards for v in s.vectors(range(len(s))))
                     features = [sketched(torch.stack([p.nan_to_num() for p in parts]), width)]
-                self._likeness[kind] = Likeness(features)
-            return self._likeness[kind]
+                self._similarity[kind] = SimilarityIndex(features)
+            return self._similarity[kind]
 
     def _by_label(self) -> Groups | None:
         """The demonstrations by label, `None` where there are no labels."""
@@ -421,7 +353,7 @@ class DemonstrationBank:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | os.PathLike[str], *, damaged: str = "raise", **hub_kwargs: Any
+        cls, name_or_path: str | os.PathLike[str], model: Any = None, *, damaged: str = "raise", **hub_kwargs: Any
     ) -> DemonstrationBank:
         """Open a bank from a folder or a Hub repository. Files are mapped: memory is taken for what is used.
 
@@ -430,16 +362,28 @@ class DemonstrationBank:
 
         Args:
             name_or_path: folder or repository id.
+            model: the model that is to use it: the bank must have been read by it, and it is remembered for queries.
             damaged: `"raise"`, or `"skip"` to open the files that are whole and warn about the others; in a folder
                 also without its manifest.
             **hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, ..., as for `from_pretrained`.
 
         Raises:
             FileNotFoundError: there is no bank.
-            ValueError: a file is damaged or is no bank; the message names the file.
+            ValueError: a file is damaged or is no bank (the message names the file), or another model read it (the
+                message names what differs).
         """
         if damaged not in ("raise", "skip"):
             raise ValueError(f"damaged={damaged!r}: expected 'raise' or 'skip'.")
+        bank = cls._opened(name_or_path, damaged, hub_kwargs)
+        if model is not None:
+            check_source(bank.source, model.source)
+            bank.model = model
+        return bank
+
+    @classmethod
+    def _opened(
+        cls, name_or_path: str | os.PathLike[str], damaged: str, hub_kwargs: Mapping[str, Any]
+    ) -> DemonstrationBank:
         folder = Path(name_or_path) if os.path.isdir(name_or_path) else None
         try:
             path = locate_file(name_or_path, BANK_MANIFEST, **hub_kwargs)
@@ -464,7 +408,7 @@ class DemonstrationBank:
                 f"{name_or_path} is a bank whose building was interrupted: {sum(map(len, shards))} demonstrations can "
                 "be used. Build it again with the same demonstrations to finish it; nothing is read twice."
             )
-        bank = cls._of(shards, manifest["source"], folder or Path(path).parent)
+        bank = cls.of_shards(shards, manifest["source"], folder or Path(path).parent)
         bank.duplicates = manifest["duplicates"]
         return bank
 
@@ -482,7 +426,7 @@ class DemonstrationBank:
                 logger.warning(f"Left out: {error}")
         if not shards:
             raise BankDamaged(f"No shard in {folder} can be opened. Copy or build the bank again.")
-        return cls._of(shards, shards[0].about["source"], folder)
+        return cls.of_shards(shards, shards[0].about["source"], folder)
 
     def verify(self) -> None:
         """Read every file whole and compare it with the manifest.
@@ -540,40 +484,12 @@ class DemonstrationBank:
                 parts.append(with_vectors(part, fused, dict(model.source)))
             listed.append(write_numbered(joined(parts), folder, len(listed) + 1))
         manifest = new_manifest(model.source, shards=listed, complete=True, duplicates=self.duplicates)
-        write_bank(folder, manifest, self._card_for(model.source))
-        return model.load_bank(folder)
+        write_bank(folder, manifest, bank_card(self, model.source))
+        return type(self).from_pretrained(folder, model)
 
     def card(self) -> str:
         """What a repository that holds this bank says about itself."""
-        return self._card_for(self.source)
-
-    def _card_for(self, source: Mapping[str, str]) -> str:
-        rows = "".join(f"| {name} | {value} |\n" for name, value in sorted(source.items()))
-        labels = [label for label in dict.fromkeys(self.labels()) if label is not None]
-        says = f"\n\nLabels: {', '.join(labels[:30])}{' and more' if len(labels) > 30 else ''}." if labels else ""
-        return f"""---
-library_name: transformers
-tags: [aim, demonstration-bank, few-shot]
----
-
-# Demonstration bank
-
-{len(self)} demonstrations, read once by an [AIM](https://arxiv.org/abs/2406.07588) plug-in and kept as
-{self.num_tokens} fused virtual tokens of width {self.width}. Their words, and small pictures of their images where the
-bank was built with them, are in the files too.{says}
-
-Only the plug-in that read them can use them:
-
-| | |
-|---|---|
-{rows}
-```python
-bank = model.load_bank("this/repository")
-model.generate(**inputs, demos=bank, shots=8, select="image")
-```
-
-Files are safetensors and JSON; nothing is unpickled.
-"""
+        return bank_card(self, self.source)
 
 
 def _located(name: Any, file: str, folder: Path | None, hub_kwargs: Mapping[str, Any]) -> str | Path:

@@ -18,9 +18,10 @@ import torch
 from PIL import Image
 from transformers.utils import logging
 
-from .bank_aim import DemonstrationBank
-from .demonstrations_aim import DEMONSTRATION_KEYS, Demonstration
-from .manifest_aim import (
+from ..demonstrations_aim import DEMONSTRATION_KEYS, Demonstration
+from .card import bank_card
+from .contents import BankContents
+from .manifest import (
     BANK_MANIFEST,
     BANK_SHARDS,
     new_manifest,
@@ -30,8 +31,8 @@ from .manifest_aim import (
     write_manifest,
     write_numbered,
 )
-from .select_aim import sketched
-from .shards_aim import (
+from .select import sketched
+from .shards import (
     FEATURE,
     HAS_QUESTION,
     STORAGES,
@@ -70,8 +71,32 @@ def build_bank(
     thumbnails: int = 96,
     shard_bytes: int = 256 * 2**20,
     total: int | None = None,
-) -> DemonstrationBank:
-    """Read demonstrations into a bank; see `AimForConditionalGeneration.build_bank`."""
+) -> None:
+    """Read a stream of demonstrations into a bank on disk; see `DemonstrationBank.build`.
+
+    Args:
+        model: an AIM model, installed or loaded as remote code.
+        demos: any iterable of demonstrations, or a `datasets` dataset (streamed ones too).
+        save_directory: folder of the bank.
+        columns: which column of a row is which part of a demonstration, `{"image": "img", "label": "fine_label"}`;
+            of a `datasets` dataset the columns named `image`, `text`, `label`, ... are taken when `None`. Numbers
+            of classes become the classes' names.
+        batch_size: demonstrations that are read and put on disk together. Large ones take several passes of the
+            backbone.
+        storage: how fused tokens are kept: `"auto"` (the backbone's precision), `"float32"`, `"bfloat16"`,
+            `"float16"`, or `"int8"` with one scale a token.
+        keep_states: keep the backbone's hidden states too, so that `bank.reproject(model)` puts a newly trained
+            projector on them without reading anything again.
+        features: keep features of images, texts and fused tokens, by which demonstrations can be chosen.
+        feature_size: wider features are brought down to this width by a fixed random map.
+        thumbnails: largest side in pixels of a small picture that is kept of each first image; 0 keeps none.
+        shard_bytes: about how large a file may be.
+        total: how many demonstrations come, for the progress bar, where `demos` does not say.
+
+    Raises:
+        ValueError: a row is no demonstration, or the folder holds a bank of another model or other settings.
+        OSError: the disk is full; what was read is safe.
+    """
     folder = Path(save_directory)
     if folder.is_file():
         raise ValueError(f"{folder} is a file; give a folder to build the bank in.")
@@ -92,7 +117,6 @@ def build_bank(
         for batch in _batches(_progress(open_rows(demos, columns), demos, total), builder, batch_size):
             builder.add(batch)
         builder.finish()
-    return model.load_bank(folder)
 
 
 @contextmanager
@@ -117,11 +141,11 @@ def _alone(folder: Path) -> Iterator[None]:
 def open_rows(demos: Iterable[Any], columns: Mapping[str, str] | None) -> Iterator[Demonstration]:
     """Demonstrations of a stream, opened one at a time.
 
-    Of a row of a `datasets` data set (or any row, where `columns` are given) the named columns are taken, numbers of
+    Of a row of a `datasets` dataset (or any row, where `columns` are given) the named columns are taken, numbers of
     classes as the classes' names.
 
     Raises:
-        ValueError: a row is no demonstration, or a data set has no column that is part of one; the message says
+        ValueError: a row is no demonstration, or a dataset has no column that is part of one; the message says
             which.
     """
     if isinstance(demos, (str, bytes, Mapping)):
@@ -132,7 +156,7 @@ def open_rows(demos: Iterable[Any], columns: Mapping[str, str] | None) -> Iterat
         columns = {name: name for name in kinds if name in DEMONSTRATION_KEYS}
         if not columns:
             raise ValueError(
-                f"The data set has the columns {sorted(kinds)}, none of {sorted(DEMONSTRATION_KEYS)}. Say which is "
+                f"The dataset has the columns {sorted(kinds)}, none of {sorted(DEMONSTRATION_KEYS)}. Say which is "
                 'which, e.g. columns={"image": "img", "label": "fine_label"}.'
             )
     for number, row in enumerate(demos):
@@ -283,7 +307,7 @@ class _Builder:
         if self.parts:
             self._make_shard()
         shards = [open_shard(self.folder / listed["file"], listed) for listed in self.manifest["shards"]]
-        card = DemonstrationBank._of(shards, self.manifest["source"]).card()
+        card = bank_card(BankContents.of_shards(shards, self.manifest["source"]), self.manifest["source"])
         write_bank(self.folder, {**self.manifest, "complete": True, "duplicates": self.duplicates}, card)
         if not any(self.parts_folder.iterdir()):
             self.parts_folder.rmdir()
