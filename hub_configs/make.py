@@ -22,7 +22,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from modeling_aim import AimConfig, AimProjector
-from modeling_aim.files_aim import copy_shipped_files, model_card
+from modeling_aim.files_aim import copy_shipped_files, model_card, shipped_files
 from modeling_aim.speed.published import BACKBONES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,15 +85,25 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def stale() -> list[Path]:
+    """Code in aim-tiny that is no longer shipped."""
+    shipped = {path.name for path in shipped_files()}
+    return [path for path in (HERE / "aim-tiny").glob("*_aim.py") if path.name not in shipped]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     if not parser.parse_args().check:
         for folder in BACKBONES:
             write(folder, HERE / folder)
+        for path in stale():
+            path.unlink()
         copy_shipped_files(HERE / "aim-tiny")
         TABLE.write_text(table())
         return
+    if stale():
+        sys.exit(f"{stale()[0]} is not shipped any more: run python hub_configs/make.py")
     with tempfile.TemporaryDirectory() as scratch:
         for folder in [*BACKBONES, "aim-tiny"]:
             made = Path(scratch) / folder

@@ -9,13 +9,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from transformers.image_utils import load_image
 
+from .files_aim import as_bytes, locate_file, write_whole
+
+FUSED_FILE = "aim_fused.safetensors"
+FUSED_FORMAT = "aim_fused 1"
 DEMONSTRATION_KEYS = {"image", "images", "text", "label", "question", "answer"}
 
 
@@ -136,6 +143,10 @@ def is_demonstration(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) in (2, 3) and isinstance(value[-1], str)
 
 
+def _is_read(value: Any) -> bool:
+    return is_fused(value) or is_bank(value) or is_prefix(value)
+
+
 def check_demos(demos: Any) -> None:
     """Raise `ValueError` unless `demos` is something that `generate` takes: what it holds may still be wrong."""
     if is_demonstration(demos):
@@ -144,9 +155,9 @@ def check_demos(demos: Any) -> None:
     if isinstance(demos, (list, tuple)):
         for demo in demos:
             row = isinstance(demo, (list, tuple)) and all(is_demonstration(one) for one in demo)
-            if not (demo is None or row or is_demonstration(demo) or is_fused(demo) or is_bank(demo)):
+            if not (demo is None or row or is_demonstration(demo) or _is_read(demo)):
                 wrong.append(f"{demo!r:.80} in its list")
-    elif not (demos is None or is_fused(demos) or is_bank(demos)):
+    elif not (demos is None or _is_read(demos)):
         wrong.append(f"{demos!r:.80}")
     if wrong:
         raise ValueError(
@@ -156,7 +167,7 @@ def check_demos(demos: Any) -> None:
         )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class FusedDemonstrations:
     """What reading gives: the fused virtual tokens of some demonstrations, in order. A frozen value.
 
@@ -186,6 +197,11 @@ class FusedDemonstrations:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def __repr__(self) -> str:
+        return (
+            f"FusedDemonstrations({len(self)} demonstrations, {self.num_tokens} tokens, width {self.vectors.shape[1]})"
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -223,6 +239,61 @@ class FusedDemonstrations:
             source=self.source,
         )
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write what was read to one file, `aim_fused.safetensors`. A kill leaves the old file or the new one.
+
+        Args:
+            save_directory: the folder, made when it does not exist.
+
+        Raises:
+            ValueError: `save_directory` is a file.
+        """
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ValueError(f"{folder} is a file; give a folder to save to.")
+        folder.mkdir(parents=True, exist_ok=True)
+        vectors = self.vectors.detach().cpu().contiguous()
+        about = {name: list(getattr(self, name)) for name in ("lengths", "keys", "texts")}
+        said = json.dumps({**about, "source": dict(self.source)}, sort_keys=True)
+        metadata = {"format": FUSED_FORMAT, "about": said, "sha256": _digest(said, vectors)}
+        write_whole(folder / FUSED_FILE, save({"vectors": vectors}, metadata=metadata))
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike[str], **hub_kwargs: Any) -> FusedDemonstrations:
+        """Open what `save_pretrained` wrote. The model that is to use it checks that it read it.
+
+        Args:
+            name_or_path: folder or Hub repository.
+            **hub_kwargs: `revision`, `token`, `cache_dir`, ..., as for a model.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, or is something else.
+        """
+        path = locate_file(name_or_path, FUSED_FILE, **hub_kwargs)
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata["format"] != FUSED_FORMAT:
+                    raise ValueError(f"its format is {metadata['format']!r:.40}, expected {FUSED_FORMAT!r}")
+                vectors = file.get_tensor("vectors")
+            if metadata["sha256"] != _digest(metadata["about"], vectors):
+                raise ValueError("its sha256 is another one")
+            about = json.loads(metadata["about"])
+            counts = {name: tuple(about[name]) for name in ("lengths", "keys", "texts")}
+            return cls(vectors, counts["lengths"], counts["keys"], counts["texts"], dict(about["source"]))
+        except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(
+                f"{path} holds no fused demonstrations, or is damaged ({error!r:.200}). Copy it again, or read the "
+                "demonstrations again: model.read(demos)."
+            ) from error
+
+
+def _digest(about: str, vectors: torch.Tensor) -> str:
+    digest = hashlib.sha256(f"{about} {vectors.dtype} {tuple(vectors.shape)} ".encode())
+    digest.update(as_bytes(vectors))
+    return digest.hexdigest()
+
 
 def is_fused(value: Any) -> bool:
     """Whether `value` is what reading gave. By its parts, since remote code has a class of its own."""
@@ -230,8 +301,13 @@ def is_fused(value: Any) -> bool:
 
 
 def is_bank(value: Any) -> bool:
-    """Whether `value` gives what was read as `value.fused`, as a bank does. By its class: a bank's loads all of it."""
-    return hasattr(type(value), "fused")
+    """Whether `value` is a demonstration bank. By a mark of its class, since banks are not part of the remote code."""
+    return getattr(type(value), "is_demonstration_bank", False) is True
+
+
+def is_prefix(value: Any) -> bool:
+    """Whether `value` is what `prefill` gave. By its parts, since remote code has a class of its own."""
+    return hasattr(value, "prefix_key")
 
 
 def check_source(given: Mapping[str, str], expected: Mapping[str, str]) -> None:

@@ -61,6 +61,25 @@ def _listing(names: Any) -> str:
     return ", ".join(names[:6]) + (f", ... ({len(names)} tensors)" if len(names) > 6 else "") if names else "nothing"
 
 
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a tensor of any type, as bytes; a view where the tensor is contiguous."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def write_whole(path: Path, payload: bytes) -> None:
+    """Write a file under another name, then rename it: after a kill there is the old one or the new one, whole."""
+    handle, scratch = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except BaseException:
+        Path(scratch).unlink(missing_ok=True)
+        raise
+
+
 @contextmanager
 def staged_folder(save_directory: str | os.PathLike[str]) -> Iterator[Path]:
     """A scratch folder beside `save_directory`; its files move there together when the block ends without error."""

@@ -1,12 +1,10 @@
-"""What is kept between calls, bounded in bytes: hidden states of raw demonstrations, and the KV of fused prefixes."""
+"""The KV of a prefix of fused tokens: computed once, kept in an LRU cache, and used by any number of answers."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import threading
-from collections import OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,73 +12,12 @@ import transformers
 from packaging.version import Version
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .demonstrations_aim import FusedDemonstrations
-from .shards_aim import as_bytes
+from .backbone_aim import goes_on_behind_kv, preserved_state
+from .demonstrations_aim import FusedDemonstrations, check_source, is_prefix
+from .files_aim import as_bytes
+from .injection_aim import FusedPrompt, injected
 
 PREFIX_STATES = Version(Version(transformers.__version__).base_version) >= Version("5.23")
-
-
-class Recent:
-    """Values by key, bounded in bytes; the least recently used leaves. Safe under threads.
-
-    Args:
-        max_bytes: the bound, which can be changed; 0 keeps nothing.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self._values: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
-        self._lock = threading.RLock()
-        self._max_bytes = max_bytes
-        self._nbytes = 0
-
-    @property
-    def max_bytes(self) -> int:
-        """The bound; what is over a new one leaves at once."""
-        return self._max_bytes
-
-    @max_bytes.setter
-    def max_bytes(self, value: int) -> None:
-        with self._lock:
-            self._max_bytes = value
-            self._trim()
-
-    def __reduce__(self) -> Any:  # a copy of a model starts with an empty one
-        return type(self), (self.max_bytes,)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are kept now."""
-        return self._nbytes
-
-    def get(self, key: Hashable) -> Any:
-        """The value, now the most recently used; `None` where there is none."""
-        with self._lock:
-            if key not in self._values:
-                return None
-            self._values.move_to_end(key)
-            return self._values[key][0]
-
-    def put(self, key: Hashable, value: Any, size: int) -> None:
-        """Keep a value of `size` bytes, unless it is larger than the bound by itself."""
-        with self._lock:
-            self._nbytes -= self._values.pop(key, (None, 0))[1]
-            if size <= self.max_bytes:
-                self._values[key] = (value, size)
-                self._nbytes += size
-            self._trim()
-
-    def _trim(self) -> None:
-        while self._nbytes > self.max_bytes:
-            self._nbytes -= self._values.popitem(last=False)[1][1]
-
-    def clear(self) -> None:
-        """Forget everything."""
-        with self._lock:
-            self._values.clear()
-            self._nbytes = 0
 
 
 class FusedPrefix:
@@ -111,11 +48,6 @@ class FusedPrefix:
     def num_tokens(self) -> int:
         """Fused tokens of all demonstrations together."""
         return self._fused.num_tokens
-
-
-def is_prefix(value: Any) -> bool:
-    """Whether `value` is what `prefill` gave. By its parts, since remote code has a class of its own."""
-    return hasattr(value, "prefix_key")
 
 
 def same_prefix(demos: Any) -> Any:
@@ -211,3 +143,79 @@ def cache_bytes(cache: Any) -> int:
 
     count(getattr(cache, "layers", cache))
     return sum(found.values())
+
+
+class PrefixMixin:
+    """What `AimForConditionalGeneration` does with prefixes; `self` is the model."""
+
+    @torch.no_grad()
+    def prefill(self: Any, demos: Any) -> FusedPrefix:
+        """Read demonstrations and compute the KV of their fused tokens, once for any number of calls of `generate`.
+
+        The KV is kept in `model.prefix_cache`, at most `prefix_cache.max_bytes`; the least recently used leaves, and
+        is computed again when it is needed. It serves greedy and sampled decoding and beams of prompts that all rows
+        of a batch share; everything else (other demonstrations a row, a cache of the caller's own, `use_cache=False`,
+        assisted decoding, cross-attention, a padded batch on a backbone with sliding windows or a recurrent state)
+        takes the fused tokens as they are.
+        The answers are the same within float tolerance.
+
+        Args:
+            demos: as for `read`; their order counts.
+
+        Returns:
+            A value that `generate` takes as `demos`.
+        """
+        prefix = demos if is_prefix(demos) else FusedPrefix(self.read(demos))
+        check_source(prefix.fused.source, self.source)
+        if len(prefix):
+            self._prefix_kv(prefix)
+        return prefix
+
+    def _prefix_kv(self: Any, prefix: FusedPrefix) -> tuple[Any, list[int]]:
+        """KV of BOS and the fused tokens of a prefix, for one row, and the ids before these tokens (BOS or none)."""
+        key = (prefix.prefix_key, str(self.device), self._backbone_state())
+        kept = self.prefix_cache.get(key)
+        if kept is None:
+            inputs = dict(self.processor(text=["a"], return_tensors="pt").to(self.device, self.dtype))
+            prompt = self._widened(inputs, [prefix.fused], first=True)
+            bos = inputs["input_ids"][0, : int(prompt.columns[0])].tolist()
+            full, prompt.width = prompt.width, len(bos) + prefix.num_tokens
+            for name, value in prompt.inputs.items():
+                if isinstance(value, torch.Tensor) and value.shape[:2] == (1, full) and name != "pixel_values":
+                    prompt.inputs[name] = value[:, : prompt.width]
+            with preserved_state(self.backbone), injected(prompt):
+                cache = self.backbone.base_model(**prompt.inputs, use_cache=True, return_dict=True).past_key_values
+            kept = cache, bos
+            self.prefix_cache.put(key, kept, cache_bytes(cache))
+        return kept
+
+    def _prefilled(self: Any, demos: Any, options: Mapping[str, Any]) -> tuple[FusedPrompt, Any] | None:
+        """A prompt that begins with a prefix, and the KV of that for each row; `None` where KV cannot be used."""
+        prefix = same_prefix(demos)
+        ids, config = options["input_ids"], options.get("generation_config")
+
+        def setting(name: str) -> Any:
+            given = [options.get(name), getattr(config, name, None), getattr(self.generation_config, name, None)]
+            return next((value for value in given if value is not None), None)
+
+        unusual = [
+            "past_key_values", "cache_implementation", "prefill_chunk_size", "assistant_model", "custom_generate",
+            "prompt_lookup_num_tokens", "use_mtp", "penalty_alpha", "dola_layers",
+        ]  # fmt: skip
+        if prefix is None or not len(prefix) or ids is None or setting("use_cache") is False:
+            return None
+        if not goes_on_behind_kv(self.backbone):
+            return None
+        mask = options.get("attention_mask")
+        padded = mask is not None and not bool(mask.all())
+        if any(setting(name) for name in unusual):
+            return None
+        cache, bos = self._prefix_kv(prefix)
+        if not serves(cache, padded):
+            return None
+        prompt = self._fused_prompt(dict(options), [prefix] * len(ids), first=True)
+        if not bool((prompt.columns.view(len(ids), -1)[:, 0] == len(bos)).all()):  # prompts that begin otherwise
+            return None
+        prompt.seen = len(bos) + prefix.num_tokens
+        rows = len(ids) * max(int(setting("num_beams") or 1), int(setting("num_return_sequences") or 1))
+        return prompt, grown_from(cache, rows)

@@ -25,11 +25,11 @@ from .backbone_aim import (
     load_backbone,
     module_device,
 )
+from .cache_aim import LRUCache
 from .configuration_aim import IMPLEMENTATIONS, OWN_SETTINGS, AimConfig, by_part, implementation
 from .families_aim import FAMILIES
 from .files_aim import HUB_KWARGS, copy_shipped_files, locate_file, model_card, read_safetensors, staged_folder, upload
 from .injection_aim import watch_embeddings
-from .prefix_aim import Recent
 from .processing_aim import AimProcessor
 from .projector_aim import AimProjector, projector_digest
 
@@ -57,8 +57,8 @@ class AimPreTrainedModel(PreTrainedModel):
     _processor: AimProcessor | None
     _loaded_from: tuple[str, dict[str, Any]] | None
     _projector_id: tuple[Any, str] | None
-    read_cache: Recent
-    prefix_cache: Recent
+    read_cache: LRUCache
+    prefix_cache: LRUCache
 
     # --- the backbone shows through
 
