@@ -18,6 +18,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
 from .backbone_aim import check_usable, decoder_layers, goes_on_behind_kv, laptop_quantization_config
+from .bank import DemonstrationBank
 from .configuration_aim import AimConfig
 from .demonstrations_aim import Demonstration
 from .modeling_aim import AimForConditionalGeneration
@@ -381,13 +382,13 @@ def chosen_for_each_row(case: Case) -> None:
     ]  # two are the queries' images
     inputs = case.query(QUESTION, "Which of the names that you were told goes with this?")
     with tempfile.TemporaryDirectory() as folder:
-        bank = case.model.build_bank(demos, folder)
-        chosen = case.model._selected([bank, bank], inputs, 2, "image")
+        bank = DemonstrationBank.build(case.model, demos, folder)
+        chosen = bank.select_rows(case.model, inputs, 2, "image")
         assert [row.texts[-1] for row in chosen] == [bank.texts()[0], bank.texts()[1]], "not the most alike image"
         for by in ("image", "text", "fused", "mmices", "random"):
             rows = [[number for number, _ in bank.choose(None, 2)]] * 2
             if by != "random":
-                features = case.model.query_features(inputs, by, bank)
+                features = bank.query_features(inputs, by)
                 queries = [{kind: found[row] for kind, found in features.items()} for row in range(2)]
                 rows = [[number for number, _ in bank.choose(query, 2, by)] for query in queries]
             expected = case.answer(inputs, [bank[row] for row in rows])

@@ -30,8 +30,8 @@ from .backbone_aim import (
     watch_layers,
     weights_state,
 )
-from .banking_aim import AimBankingModel
 from .batching_aim import CPU_POSITIONS, PASS_POSITIONS, reading_batches
+from .cache_aim import LRUCache
 from .configuration_aim import AimConfig
 from .demonstrations_aim import (
     Demonstration,
@@ -42,23 +42,19 @@ from .demonstrations_aim import (
     kind_of,
     parse_demos,
 )
+from .features_aim import FeaturesMixin
 from .injection_aim import FusedPrompt, injected, own_tokens_only, watch_entries
-from .prefix_aim import FusedPrefix, Recent, check_continued, note_fused, prefilled, prefix_kv
+from .prefix_aim import FusedPrefix, check_continued, note_fused, prefilled, prefix_kv
+from .pretrained_aim import AimPreTrainedModel
 from .processing_aim import AimProcessor
 from .projector_aim import AimProjector
 
 if TYPE_CHECKING:  # the rest of what a repository carries: transformers 5.5 copies only files that this one names
-    from .bank_aim import DemonstrationBank  # noqa: F401
-    from .build_aim import build_bank  # noqa: F401
     from .families_aim import FAMILIES  # noqa: F401
     from .files_aim import locate_file  # noqa: F401
-    from .manifest_aim import BANK_MANIFEST  # noqa: F401
-    from .pretrained_aim import AimPreTrainedModel  # noqa: F401
-    from .select_aim import check_way  # noqa: F401
-    from .shards_aim import Shard  # noqa: F401
 
 
-class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
+class AimForConditionalGeneration(FeaturesMixin, AimPreTrainedModel, GenerationMixin):
     """A frozen vision-language backbone with a projector that fuses demonstrations into virtual tokens.
 
     Everywhere, `demos` is one of:
@@ -104,8 +100,8 @@ class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
         self._processor = processor
         self._loaded_from: tuple[str, dict[str, Any]] | None = None
         self._projector_id: tuple[Any, str] | None = None
-        self.read_cache = Recent(256 * 2**20)  # hidden states of raw demonstrations; max_bytes = 0 turns it off
-        self.prefix_cache = Recent(2**30)  # KV of prefixes, see `prefill`
+        self.read_cache = LRUCache(256 * 2**20)  # hidden states of raw demonstrations; max_bytes = 0 turns it off
+        self.prefix_cache = LRUCache(2**30)  # KV of prefixes, see `prefill`
         for name in ("hf_device_map", "hf_quantizer", "is_loaded_in_4bit", "is_loaded_in_8bit"):
             if hasattr(backbone, name):
                 setattr(self, name, getattr(backbone, name))

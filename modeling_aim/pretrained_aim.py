@@ -26,6 +26,7 @@ from .backbone_aim import (
     load_backbone,
     module_device,
 )
+from .cache_aim import LRUCache
 from .configuration_aim import IMPLEMENTATIONS, OWN_SETTINGS, AimConfig, by_part, implementation, preset_settings
 from .families_aim import FAMILIES
 from .files_aim import (
@@ -39,7 +40,6 @@ from .files_aim import (
     upload,
 )
 from .injection_aim import recomputed, watch_embeddings
-from .prefix_aim import Recent
 from .processing_aim import AimProcessor
 from .projector_aim import AimProjector, projector_digest
 
@@ -68,8 +68,8 @@ class AimPreTrainedModel(PreTrainedModel):
     _processor: AimProcessor | None
     _loaded_from: tuple[str, dict[str, Any]] | None
     _projector_id: tuple[Any, str] | None
-    read_cache: Recent
-    prefix_cache: Recent
+    read_cache: LRUCache
+    prefix_cache: LRUCache
 
     # --- the backbone shows through
 

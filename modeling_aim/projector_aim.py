@@ -11,6 +11,9 @@ from torch import nn
 from .configuration_aim import AimConfig
 
 
+MOST_WEIGHTS = 2**24
+
+
 class AimProjector(nn.Module):
     """Turn each kept hidden state of a demonstration into one fused virtual token (AIM, section 3.2).
 
@@ -32,7 +35,7 @@ class AimProjector(nn.Module):
     * `residual`, `residual_mlp`: `s (v / rms(v) + map(u_1, u_2, ...))`, where `v` is the mean of the `u_k`, with the
       maps from above. They presume that hidden states and input embeddings share directions.
 
-    The inner width `m` is `config.projector_intermediate_size`, or `2 * h`. The constant `s` is `config.projector_norm
+    The inner width `m` is `config.projector_intermediate_size`, or `2 * h`, or less where that is over 2**24 weights. The constant `s` is `config.projector_norm
     / sqrt(h)`, the size of a number in an input embedding: what is learned is measured in embeddings (at depth, in the
     size of the state itself), so a learning rate means the same where these are small.
 
@@ -44,7 +47,7 @@ class AimProjector(nn.Module):
         super().__init__()
         self.width = width = config.hidden_size
         read_width, entry_width = (width * len(layers) for layers in (config.read_layers, config.entry_layers))
-        inner = config.projector_intermediate_size or 2 * width
+        inner = config.projector_intermediate_size or inner_width(width, read_width + entry_width)
         self.scale = config.projector_norm * width**-0.5
         self.at_depth = config.enters_at_depth
         self.residual = config.projector_form.startswith("residual")
@@ -96,6 +99,16 @@ class AimProjector(nn.Module):
             return self.scale * (state + change)
         mapped = self.layers(nn.functional.rms_norm(states, states.shape[-1:]) if self.scale_states else states)
         return mapped if isinstance(self.layers[-1], nn.LayerNorm) else self.scale * mapped
+
+
+def inner_width(width: int, outer: int) -> int:
+    """The inner width of an MLP: twice the backbone's, with at most as many weights as the paper's projector at 4096.
+
+    Args:
+        width: hidden size.
+        outer: what goes in and comes out, together.
+    """
+    return min(2 * width, max(MOST_WEIGHTS // outer // 64 * 64, 64))
 
 
 def projector_digest(weights: Mapping[str, torch.Tensor]) -> str:

@@ -21,11 +21,11 @@ from torch import nn
 from transformers import BatchFeature, PreTrainedConfig
 
 from ..backbone_aim import laptop_quantization_config, load_backbone, longest_prompt, module_device
+from ..cache_aim import LRUCache
 from ..configuration_aim import AimConfig
 from ..data.pairs import opened
 from ..demonstrations_aim import Demonstration, FusedDemonstrations
 from ..modeling_aim import AimForConditionalGeneration
-from ..prefix_aim import Recent
 from ..processing_aim import _TOKENIZING, AimProcessor
 from ..projector_aim import AimProjector
 from ..runs import PRECISIONS
@@ -134,7 +134,7 @@ class Reads:
         task: name of the task, for messages and as a part of the key.
     """
 
-    def __init__(self, model: Any, plan: Sequence[Shown], batch_size: int, kept: Recent, task: str) -> None:
+    def __init__(self, model: Any, plan: Sequence[Shown], batch_size: int, kept: LRUCache, task: str) -> None:
         self.model, self.kept, self.task = model, kept, task
         unique = list({one.key: one for one in plan}.values())
         self.batches = [unique[start : start + batch_size] for start in range(0, len(unique), batch_size)]
