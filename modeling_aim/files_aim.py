@@ -142,6 +142,7 @@ def model_card(config: Any, projector: torch.nn.Module) -> str:
     enters = f"input of decoder layer {config.entry_layers}, where they were read"
     if not config.enters_at_depth:
         enters = "input embeddings, through the projector"
+    budget = "" if config.max_fused_tokens is None else f", at most {config.max_fused_tokens} tokens"
     parameters = sum(p.numel() for p in projector.parameters())
     hub_id = config.backbone_name_or_path and not os.path.isdir(config.backbone_name_or_path)
     base_model = f"base_model: {config.backbone_name_or_path}\n" if hub_id else ""
@@ -158,7 +159,7 @@ tags: [aim, multimodal-in-context-learning, few-shot, custom_code]
 | | |
 |---|---|
 | backbone | {backbone} (`{config.backbone_config.model_type}`, hidden size {config.hidden_size}) |
-| read | states after {config.read_layers} layers, span `{config.read_span}`, at most {config.max_fused_tokens} tokens |
+| read | states after {config.read_layers} layers, span `{config.read_span}`{budget} |
 | enter | {enters} |
 
 ```python
@@ -188,6 +189,6 @@ def _what_it_is(config: Any, parameters: int) -> str:
         "This repository lets a stock vision-language backbone answer from (image, text) demonstrations at a few\n"
         "*fused virtual tokens* each. It has no weights and needs no training: the backbone reads each demonstration\n"
         f"alone, and its hidden states are put back at the depth where they were read. After\n{paper}.\n\n"
-        "It was not evaluated on this backbone. `aim tune --repo THIS --demos YOUR.jsonl` tells in a minute, from your\n"
-        "own demonstrations, whether it helps and which depth is best."
+        "It was not evaluated on this backbone. `aim tune --repo THIS --demos YOUR.jsonl` tells in a minute, from\n"
+        "your own demonstrations, whether it helps and which depth is best."
     )

@@ -10,7 +10,6 @@ from torch import nn
 
 from .configuration_aim import AimConfig
 
-
 MOST_WEIGHTS = 2**24
 
 
@@ -35,8 +34,8 @@ class AimProjector(nn.Module):
     * `residual`, `residual_mlp`: `s (v / rms(v) + map(u_1, u_2, ...))`, where `v` is the mean of the `u_k`, with the
       maps from above. They presume that hidden states and input embeddings share directions.
 
-    The inner width `m` is `config.projector_intermediate_size`, or `2 * h`, or less where that is over 2**24 weights. The constant `s` is `config.projector_norm
-    / sqrt(h)`, the size of a number in an input embedding: what is learned is measured in embeddings (at depth, in the
+    The inner width `m` is `config.projector_intermediate_size`, or `2 * h`, or less where that is over 2**24 weights.
+    The constant `s` is `config.projector_norm / sqrt(h)`, the size of a number in an input embedding: what is learned is measured in embeddings (at depth, in the
     size of the state itself), so a learning rate means the same where these are small.
 
     At the input, an untrained projector gives vectors whose norm is about `config.projector_norm`: a LayerNorm of gain
