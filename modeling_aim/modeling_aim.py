@@ -42,6 +42,7 @@ from .demonstrations_aim import (
     kind_of,
     parse_demos,
 )
+from .depth_aim import DepthMixin
 from .features_aim import FeaturesMixin
 from .injection_aim import FusedPrompt, injected, own_tokens_only, watch_entries
 from .prefix_aim import FusedPrefix, check_continued, note_fused, prefilled, prefix_kv
@@ -54,7 +55,7 @@ if TYPE_CHECKING:  # the rest of what a repository carries: transformers 5.5 cop
     from .files_aim import locate_file  # noqa: F401
 
 
-class AimForConditionalGeneration(FeaturesMixin, AimPreTrainedModel, GenerationMixin):
+class AimForConditionalGeneration(DepthMixin, FeaturesMixin, AimPreTrainedModel, GenerationMixin):
     """A frozen vision-language backbone with a projector that fuses demonstrations into virtual tokens.
 
     Everywhere, `demos` is one of:
@@ -150,9 +151,14 @@ class AimForConditionalGeneration(FeaturesMixin, AimPreTrainedModel, GenerationM
         return [states[i] for i in range(len(demos))]
 
     def _read_batches(
-        self, demos: Sequence[Demonstration], batch_size: int | None = None, images: bool = False
+        self,
+        demos: Sequence[Demonstration],
+        batch_size: int | None = None,
+        images: bool = False,
+        layers: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
         """Number, hidden states and, where asked for, image features of each demonstration, as they are read."""
+        layers = self.config.read_layers if layers is None else layers
         lengths = self.processor.reading_lengths(demos)
         positions = CPU_POSITIONS if self.device.type == "cpu" else PASS_POSITIONS
         for rows, alike in reading_batches(demos, lengths, batch_size, positions):
@@ -162,9 +168,9 @@ class AimForConditionalGeneration(FeaturesMixin, AimPreTrainedModel, GenerationM
             seen: Any = [None] * len(rows)
             with injected(None):
                 if images:
-                    hidden, seen = read_with_images(self.backbone, inputs, self.config.read_layers, alike)
+                    hidden, seen = read_with_images(self.backbone, inputs, layers, alike)
                 else:
-                    hidden = read_hidden_states(self.backbone, inputs, self.config.read_layers, alike)
+                    hidden = read_hidden_states(self.backbone, inputs, layers, alike)
             for i, row, mask, image in zip(rows, hidden, kept.to(hidden.device), seen, strict=True):
                 yield i, self._within_budget(row[mask]), image
 
