@@ -15,6 +15,7 @@ from .demonstrations_aim import Demonstration, kind_of, parse_demos
 
 CHANCE = 0.05  # how likely a difference this large may be where there is none
 FEW = 20  # with fewer answers, a difference that chance explains may still be one
+NEGLIGIBLE = 0.02  # nats a token: a fiftieth of an answer's probability is no reason to leave the default
 FLIPS = 4096  # draws of signs; all of them where there are no more
 
 
@@ -181,13 +182,13 @@ def _is_naming(demos: Sequence[Demonstration], processor: Any) -> bool:
 
 def _shared_words(demos: Sequence[Demonstration]) -> int:
     """Characters of the words with which all texts begin, where they answer no question; at least one word is left."""
-    if any(demo.question is not None for demo in demos):
+    if not demos or any(demo.question is not None for demo in demos):
         return 0
     words = [demo.text.split(" ") for demo in demos]
     shared = 0
     while all(len(row) > shared + 1 and row[: shared + 1] == words[0][: shared + 1] for row in words):
         shared += 1
-    return len(" ".join(words[0][:shared]))
+    return len(" ".join([*words[0][:shared], ""]))
 
 
 def _says(demo: Demonstration) -> tuple[str | None, str]:
@@ -279,11 +280,14 @@ def chosen_depth(
 
 
 def _level_with_best(rows: Sequence[DepthScore], scores: Mapping[int | None, torch.Tensor]) -> list[DepthScore]:
-    """Best first, the depths that are no further behind the best than the standard error of the difference."""
+    """Best first, the depths that are no further behind the best than the standard error of the difference.
+
+    A difference of less than `NEGLIGIBLE` is none.
+    """
     level: list[DepthScore] = []
     for row in sorted(rows, key=lambda row: -row.log_likelihood):
         behind, error = _mean_and_error(scores[(level or [row])[0].depth] - scores[row.depth])
-        if behind <= error:
+        if behind <= max(error, NEGLIGIBLE):
             level.append(row)
     return level
 

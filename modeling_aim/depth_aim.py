@@ -63,7 +63,8 @@ class DepthMixin:
                 layers; there are fewer than two demonstrations, or no label comes twice; a demonstration is too long
                 for the backbone; or a setting is out of its range.
         """
-        _check_weightless(self)
+        decoder_layers(self.backbone)  # raises where there is no stack of them
+        check_weightless(self.config)
         candidates = _candidates(self.config, depths)
         if prompts not in ASKED or most < 2:
             raise ValueError(f"prompts={prompts!r}, most={most}: expected one of {', '.join(ASKED)}, and at least 2.")
@@ -115,7 +116,8 @@ class DepthMixin:
         Raises:
             ValueError: the model has weights, which are bound to their depth; or there is no such depth.
         """
-        _check_weightless(self)
+        decoder_layers(self.backbone)  # raises where there is no stack of them
+        check_weightless(self.config)
         if isinstance(depth, bool) or not isinstance(depth, int) or not 0 <= depth < self.config.num_layers:
             raise ValueError(f"depth={depth!r}: expected a whole number from 0 to {self.config.num_layers - 1}.")
         self.config.read_layers, self.config.entry_layers = [depth], [depth]
@@ -123,10 +125,8 @@ class DepthMixin:
         self.prefix_cache.clear()
 
 
-def _check_weightless(model: Any) -> None:
-    """Raise `ValueError` where a model's depth is not free to choose."""
-    decoder_layers(model.backbone)  # raises where there is no stack of them
-    config = model.config
+def check_weightless(config: AimConfig) -> None:
+    """Raise `ValueError` where a model has weights, so that its depth is not free to choose."""
     if config.projector_form == "identity":
         return
     name = config.backbone_name_or_path or "BACKBONE"

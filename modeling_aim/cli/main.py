@@ -20,6 +20,7 @@ from .bench import bench
 from .eval import eval_app
 from .terminal import errors, reported, whole_numbers
 from .train import train
+from .tune import tune
 
 app = typer.Typer(
     help="Few-shot demonstrations for any vision-language model, at a few tokens each.",
@@ -32,6 +33,7 @@ eval_app.command()(attention)
 app.command()(export_prompt_embeds)
 app.command()(train)
 app.command()(bench)
+app.command()(tune)
 
 
 @app.callback()
