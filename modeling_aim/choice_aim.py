@@ -262,7 +262,7 @@ def chosen_depth(
     if pick is not None:
         verdict = f"Depth {pick.depth} beats words only by {over[1:]} ({count} answers)."
         if pick is not level[0]:
-            verdict += f" Depth {level[0].depth} is level with it within the error, but further from the default."
+            verdict += f" Depth {level[0].depth} is level with it, but further from the default."
     elif (count < FEW and best.over_words > 0) or 2.0**-count > CHANCE:
         verdict = (
             f"Too few demonstrations to tell ({count} answers): the best depth, {best.depth}, is at {over} to words "

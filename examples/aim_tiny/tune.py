@@ -3,6 +3,9 @@
     python examples/aim_tiny/tune.py                                     # three cells, minutes on two cores
     python examples/aim_tiny/tune.py --cells "5-way 10" --episodes 5 --queries 20 --json
 
+    python examples/aim_tiny/tune.py --write build/tune                  # demonstrations of one episode, for aim tune
+    aim tune --backbone hub_configs/aim-tiny/backbone --demos build/tune/demos.jsonl --picture build/tune/depth.png
+
 A depth is chosen from the demonstrations alone: from those of one episode, and from those of all episodes of a cell,
 each a task of its own. What is right is measured on the queries of other episodes: greedy decoding must give the name.
 """
@@ -15,6 +18,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,6 +64,17 @@ def right_by_depth(backbone: Any, asked: Sequence[world.Episode]) -> dict[int, l
     return right
 
 
+def write_demonstrations(folder: Path, cell: str, split: str) -> None:
+    """The demonstrations of one episode as `aim tune` reads them: images, and a label each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, demo in enumerate(episodes(cell, 0, 1, split, "this")[0].demos):
+        demo["image"].save(folder / f"{number}.png")
+        lines.append(json.dumps({"image": f"{number}.png", "label": demo["text"].split()[2]}) + "\n")
+    (folder / "demos.jsonl").write_text("".join(lines))
+    print(f"{folder / 'demos.jsonl'}: {len(lines)} demonstrations")
+
+
 def mean(values: Sequence[float]) -> float:
     return round(sum(values) / len(values), 4)
 
@@ -92,7 +107,13 @@ def main() -> None:
     parser.add_argument("--split", choices=world.SPLITS, default="test")
     parser.add_argument("--wording", choices=world.WORDINGS, default="this")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--write", type=Path, help="only write the demonstrations of the last cell's first episode here"
+    )
     args = parser.parse_args()
+    if args.write is not None:
+        write_demonstrations(args.write, args.cells.split(",")[-1], args.split)
+        return
     torch.manual_seed(0)
     model = AimForConditionalGeneration.from_backbone(OUT / "backbone")
     report = {
