@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,10 +19,11 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from ..choice_aim import DepthChoice
 from ..data.jsonl import read_demonstrations, read_json
-from ..files_aim import write_whole
 from .terminal import errors, reported, whole_numbers
+
+if TYPE_CHECKING:
+    from ..choice_aim import DepthChoice
 
 BAR = 16  # characters of the longest bar
 
@@ -176,6 +177,8 @@ def write_depth(path: Path, depth: int) -> None:
         path: of the file, which is replaced as a whole.
         depth: the new one.
     """
+    from ..files_aim import write_whole
+
     config = read_json(path)
     config |= {"read_layers": [depth], "entry_layers": [depth]}
     write_whole(path, (json.dumps(config, indent=2) + "\n").encode())
