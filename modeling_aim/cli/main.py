@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
+from .. import __version__
 from ..data.jsonl import read_demonstrations
 from .attention import attention
 from .bank import bank_app, export_prompt_embeds
@@ -34,8 +36,26 @@ app.command()(train)
 app.command()(bench)
 
 
+def _print_versions(wanted: bool) -> None:
+    """Print what a report of a problem needs, and stop."""
+    if not wanted:
+        return
+    typer.echo(f"modeling-aim {__version__}")
+    for name in ("transformers", "torch", "bitsandbytes"):
+        try:
+            typer.echo(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            typer.echo(f"{name} is not installed")
+    raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    versions: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_versions, is_eager=True, help="Print versions and exit."),
+    ] = False,
+) -> None:
     """Few-shot demonstrations for any vision-language model, at a few tokens each."""
 
 

@@ -24,7 +24,7 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..modeling_aim import AimForConditionalGeneration
+from .. import AimForConditionalGeneration
 from ..prefix_aim import Recent
 from ..shards_aim import write_whole
 from .choosing import Chosen, check_pool, choose_all, own_shots, read_chosen

@@ -19,11 +19,11 @@ from accelerate import PartialState
 from PIL import Image
 from transformers import BatchFeature, PreTrainedConfig
 
+from .. import AimForConditionalGeneration
 from ..backbone_aim import laptop_quantization_config, load_backbone, longest_prompt, module_device
 from ..configuration_aim import AimConfig
 from ..data.pairs import opened
 from ..demonstrations_aim import Demonstration, FusedDemonstrations
-from ..modeling_aim import AimForConditionalGeneration
 from ..prefix_aim import Recent
 from ..processing_aim import _TOKENIZING, AimProcessor
 from ..projector_aim import AimProjector
