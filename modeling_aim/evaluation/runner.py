@@ -24,10 +24,9 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..bank import DemonstrationBank
+from .. import AimForConditionalGeneration, DemonstrationBank
 from ..cache_aim import LRUCache
 from ..files_aim import write_whole
-from ..modeling_aim import AimForConditionalGeneration
 from .choosing import Chosen, check_pool, choose_all, own_shots, read_chosen
 from .folder import RECORD, begin, claim
 from .methods import METHODS, Prompt, Shown
