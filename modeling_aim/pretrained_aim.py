@@ -24,6 +24,7 @@ from .backbone_aim import (
     has_fingerprint,
     load_backbone,
     module_device,
+    set_recomputing,
 )
 from .configuration_aim import IMPLEMENTATIONS, OWN_SETTINGS, AimConfig, by_part, implementation
 from .families_aim import FAMILIES
@@ -124,12 +125,13 @@ class AimPreTrainedModel(PreTrainedModel):
         """Nothing to do: backbone and projector draw or load their weights where they are made."""
 
     def train(self, mode: bool = True) -> Self:
-        """Set the projector's mode; the frozen backbone stays as in inference, without dropout."""
-        super().train(mode)
-        self.backbone.eval()
-        for module in self.backbone.modules():
-            if mode and getattr(module, "gradient_checkpointing", False):
-                module.training = True  # layers recompute only in training mode; their own parts keep evaluating
+        """Set the projector's mode; the frozen backbone stays as in inference, also while another thread answers."""
+        self.training = mode
+        for part in self.children():
+            if part is self.backbone:
+                set_recomputing(self.backbone, mode)
+            else:
+                part.train(mode)
         return self
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
