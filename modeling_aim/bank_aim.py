@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from .demonstrations_aim import FusedDemonstrations, check_source
+from .demonstrations_aim import FusedDemonstrations, as_bytes, check_source
 from .files_aim import locate_file, upload
 from .manifest_aim import (
     BANK_MANIFEST,
@@ -45,7 +45,6 @@ from .shards_aim import (
     HAS_QUESTION,
     BankDamaged,
     Shard,
-    as_bytes,
     file_sha256,
     fused_columns,
     joined,
@@ -72,6 +71,8 @@ class DemonstrationBank:
         fused: what `model.read(demos)` returned, to keep it. Such a bank has no features of images and texts; one
             from `model.build_bank` has.
     """
+
+    aim_kind = "bank"
 
     def __init__(self, fused: FusedDemonstrations) -> None:
         columns, about = fused_columns(fused)

@@ -10,17 +10,15 @@ import torch
 from torch import nn
 
 from .backbone_aim import (
-    goes_on_behind_kv,
     image_features,
     image_positions,
-    preserved_state,
     read_hidden_states,
 )
 from .bank_aim import DemonstrationBank
 from .build_aim import build_bank
-from .demonstrations_aim import Demonstration, check_source
-from .injection_aim import FusedPrompt, injected
-from .prefix_aim import FusedPrefix, Recent, cache_bytes, grown_from, is_prefix, same_prefix, serves
+from .demonstrations_aim import Demonstration, check_source, kind_of
+from .injection_aim import injected
+from .prefix_aim import Recent
 from .pretrained_aim import AimPreTrainedModel
 from .select_aim import KINDS, check_way, sketched
 
@@ -35,9 +33,6 @@ class AimBankingModel(AimPreTrainedModel):
     read_states: Any
     project: Any
     _read_batches: Any
-    _backbone_state: Any
-    _fused_prompt: Any
-    _widened: Any
 
     # --- banks
 
@@ -199,10 +194,10 @@ class AimBankingModel(AimPreTrainedModel):
             found[kind] = sketched(seen, width)
         return found
 
-    def _chosen(self, demos: Any, inputs: Mapping[str, Any], shots: int | None, select: Any) -> Any:
+    def _selected(self, rows: list[Any], inputs: Mapping[str, Any], shots: int | None, select: Any) -> list[Any]:
         """For each row of the batch what `select` chooses of the bank that the row is given."""
         if shots is None and select is None:
-            return demos
+            return rows
         options = dict(select) if isinstance(select, Mapping) else {"by": "random" if select is None else select}
         by, k = options.pop("by", "random"), 8 if shots is None else shots
         unknown = set(options) - SELECT_OPTIONS
@@ -212,11 +207,10 @@ class AimBankingModel(AimPreTrainedModel):
                 "are chosen is said by shots=."
             )
         check_way(by, options.get("search", "auto"))
-        rows = list(demos) if isinstance(demos, (list, tuple)) else [demos] * len(inputs["input_ids"])
         banks = {id(one): one for one in rows if one is not None}
-        if not banks or not all(hasattr(bank, "choose") for bank in banks.values()):
+        if not banks or not all(kind_of(bank) == "bank" for bank in banks.values()):
             raise ValueError(
-                f"shots={shots} and select={select!r} choose from a DemonstrationBank, but demos is {demos!r:.80}. "
+                f"shots={shots} and select={select!r} choose from a DemonstrationBank, but demos is {rows[0]!r:.80}. "
                 "Build one with model.build_bank(demos, folder)."
             )
         if not isinstance(by, str) or by == "random":
@@ -231,77 +225,3 @@ class AimBankingModel(AimPreTrainedModel):
             else bank.select({kind: one[row] for kind, one in found[id(bank)].items()}, k, by, **options)
             for row, bank in enumerate(rows)
         ]
-
-    # --- the KV of a prefix
-
-    @torch.no_grad()
-    def prefill(self, demos: Any) -> FusedPrefix:
-        """Read demonstrations and compute the KV of their fused tokens, once for any number of calls of `generate`.
-
-        The KV is kept in `model.prefix_cache`, at most `prefix_cache.max_bytes`; the least recently used leaves, and
-        is computed again when it is needed. It serves greedy and sampled decoding and beams of prompts that all rows
-        of a batch share; everything else (other demonstrations a row, a cache of the caller's own, `use_cache=False`,
-        assisted decoding, cross-attention, a padded batch on a backbone with sliding windows or a recurrent state)
-        takes the fused tokens as they are.
-        The answers are the same within float tolerance.
-
-        Args:
-            demos: as for `read`; their order counts.
-
-        Returns:
-            A value that `generate` takes as `demos`.
-        """
-        prefix = demos if is_prefix(demos) else FusedPrefix(self.read(demos))
-        check_source(prefix.fused.source, self.source)
-        if len(prefix):
-            self._prefix_kv(prefix)
-        return prefix
-
-    def _prefix_kv(self, prefix: FusedPrefix) -> tuple[Any, list[int]]:
-        """KV of BOS and the fused tokens of a prefix, for one row, and the ids before these tokens (BOS or none)."""
-        key = (prefix.prefix_key, str(self.device), self._backbone_state())
-        kept = self.prefix_cache.get(key)
-        if kept is None:
-            inputs = dict(self.processor(text=["a"], return_tensors="pt").to(self.device, self.dtype))
-            prompt = self._widened(inputs, [prefix.fused], first=True)
-            bos = inputs["input_ids"][0, : int(prompt.columns[0])].tolist()
-            full, prompt.width = prompt.width, len(bos) + prefix.num_tokens
-            for name, value in prompt.inputs.items():
-                if isinstance(value, torch.Tensor) and value.shape[:2] == (1, full) and name != "pixel_values":
-                    prompt.inputs[name] = value[:, : prompt.width]
-            with preserved_state(self.backbone), injected(prompt):
-                cache = self.backbone.base_model(**prompt.inputs, use_cache=True, return_dict=True).past_key_values
-            kept = cache, bos
-            self.prefix_cache.put(key, kept, cache_bytes(cache))
-        return kept
-
-    def _prefilled(self, demos: Any, options: Mapping[str, Any]) -> tuple[FusedPrompt, Any] | None:
-        """A prompt that begins with a prefix, and the KV of that for each row; `None` where KV cannot be used."""
-        prefix = same_prefix(demos)
-        ids, config = options["input_ids"], options.get("generation_config")
-
-        def setting(name: str) -> Any:
-            given = [options.get(name), getattr(config, name, None), getattr(self.generation_config, name, None)]
-            return next((value for value in given if value is not None), None)
-
-        unusual = [
-            "past_key_values", "cache_implementation", "prefill_chunk_size", "assistant_model", "custom_generate",
-            "prompt_lookup_num_tokens", "use_mtp", "penalty_alpha", "dola_layers",
-        ]  # fmt: skip
-        if prefix is None or not len(prefix) or ids is None or setting("use_cache") is False:
-            return None
-        if not goes_on_behind_kv(self.backbone):
-            return None
-        mask = options.get("attention_mask")
-        padded = mask is not None and not bool(mask.all())
-        if any(setting(name) for name in unusual):
-            return None
-        cache, bos = self._prefix_kv(prefix)
-        if not serves(cache, padded):
-            return None
-        prompt = self._fused_prompt(dict(options), [prefix] * len(ids), first=True)
-        if not bool((prompt.columns.view(len(ids), -1)[:, 0] == len(bos)).all()):  # prompts that begin otherwise
-            return None
-        prompt.seen = len(bos) + prefix.num_tokens
-        rows = len(ids) * max(int(setting("num_beams") or 1), int(setting("num_return_sequences") or 1))
-        return prompt, grown_from(cache, rows)

@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
+from . import AimForConditionalGeneration
 from .backbone_aim import check_usable, decoder_layers, goes_on_behind_kv, laptop_quantization_config
 from .configuration_aim import AimConfig
 from .demonstrations_aim import Demonstration
-from .modeling_aim import AimForConditionalGeneration
 from .prefix_aim import serves
 from .processing_aim import AimProcessor
 

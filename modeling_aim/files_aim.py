@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers.utils import cached_file
 
@@ -54,6 +54,12 @@ def read_safetensors(path: str, names: Sequence[str] | None = None) -> dict[str,
             f"{path} holds {_listing(tensors)}, expected {_listing(names)}: it belongs to something else."
         )
     return tensors
+
+
+def safetensors_metadata(path: str) -> dict[str, str]:
+    """What a safetensors file says of itself, beside its tensors."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
 
 
 def _listing(names: Any) -> str:

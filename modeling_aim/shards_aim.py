@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from .demonstrations_aim import FusedDemonstrations
+from .demonstrations_aim import FusedDemonstrations, as_bytes
 from .select_aim import sketched
 
 FORMAT, VERSION = "aim_bank", 3
@@ -49,11 +49,6 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, 
 
 class BankDamaged(ValueError):
     """A file of a bank is damaged, foreign, or not the one its manifest names."""
-
-
-def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The memory of a tensor of any type, as bytes; a view where the tensor is contiguous."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def blob(parts: Sequence[bytes]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,16 +19,16 @@ from accelerate import PartialState
 from PIL import Image
 from transformers import BatchFeature, PreTrainedConfig
 
+from .. import AimForConditionalGeneration
 from ..backbone_aim import laptop_quantization_config, load_backbone, longest_prompt, module_device
 from ..configuration_aim import AimConfig
+from ..data.pairs import opened
 from ..demonstrations_aim import Demonstration, FusedDemonstrations
-from ..modeling_aim import AimForConditionalGeneration
 from ..prefix_aim import Recent
 from ..processing_aim import _TOKENIZING, AimProcessor
 from ..projector_aim import AimProjector
 from ..runs import PRECISIONS
-from ..training.episodes import opened
-from .methods import Prompt, Shown, Wording
+from .methods import Prompt, PromptBuilder, Shown
 from .task import Prediction
 
 
@@ -151,11 +151,11 @@ class Subject:
     Args:
         model: the plug-in, or a backbone that generates.
         processor: of the backbone.
-        wording: how prompts are put.
+        prompt_builder: makes the text of prompts.
     """
 
-    def __init__(self, model: Any, processor: AimProcessor, wording: Wording) -> None:
-        self.model, self.processor, self.wording = model, processor, wording
+    def __init__(self, model: Any, processor: AimProcessor, prompt_builder: PromptBuilder) -> None:
+        self.model, self.processor, self.prompt_builder = model, processor, prompt_builder
         self.plugin = model if getattr(model.config, "model_type", None) == AimConfig.model_type else None
         self.backbone = model if self.plugin is None else model.backbone
         self.device = module_device(self.backbone)
@@ -248,7 +248,7 @@ class Subject:
         Where every option is one token, one pass over the prompt tells all. Otherwise each stands behind the prompt.
         """
         texts = [prompt.text for prompt in batch.prompts]
-        behind = [[self.wording.option(t, one) for one in row] for t, row in zip(texts, options, strict=True)]
+        behind = [[self.prompt_builder.option(t, one) for one in row] for t, row in zip(texts, options, strict=True)]
         single = [self._single_tokens(text, row) for text, row in zip(texts, behind, strict=True)]
         if all(row is not None for row in single):
             told = self.model.generate(
@@ -378,7 +378,7 @@ def load_subject(
         revision: of the one of both that is given.
         dtype: of the backbone; what its repository says when `None`.
         load_in_4bit, device_map: of the backbone.
-        prompts, separator: see `Wording`.
+        prompts, separator: see `PromptBuilder`.
 
     Raises:
         ValueError: the repository holds no plug-in, or the backbone cannot be used.
@@ -400,4 +400,4 @@ def load_subject(
     else:
         model = load_backbone(name, **options).eval()
         processor = AimProcessor.from_pretrained(name, **place)
-    return Subject(model, processor, Wording(processor, prompts, separator))
+    return Subject(model, processor, PromptBuilder(processor, prompts, separator))

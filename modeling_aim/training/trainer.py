@@ -22,7 +22,6 @@ from transformers import Trainer, TrainingArguments
 
 from ..backbone_aim import check_backbone, longest_prompt
 from ..configuration_aim import AimConfig
-from ..files_aim import read_safetensors
 from ..pretrained_aim import PROJECTOR_WEIGHTS
 from .episodes import Episode
 from .kept_states import KeptStates
@@ -222,7 +221,7 @@ def load_projector(model: Any, checkpoint: str) -> None:
     """
     config = AimConfig.from_pretrained(checkpoint)
     check_backbone(model.backbone, config.backbone_config, config.backbone_fingerprint)
-    model._load_projector(read_safetensors(str(Path(checkpoint) / PROJECTOR_WEIGHTS)), checkpoint)
+    model._load_projector(str(Path(checkpoint) / PROJECTOR_WEIGHTS), checkpoint)
 
 
 def _muon() -> Any:

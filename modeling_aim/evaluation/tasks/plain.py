@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from ..training.rows import existing
-from .data import DataTask, Row, Table, file_rows
-from .metrics import exact_match, vqa_accuracy
+from ...data.rows import existing
+from ...data.tables import Row, Table, file_rows
+from ..metrics import exact_match, vqa_accuracy
+from ..task import Example, Prediction, Shot
+from .data_task import DataTask
 from .splits import SplitTask, common, texts
-from .task import Example, Prediction, Shot
 
 MATCHES = ("exact", "digits", "vqa")
 DEMONSTRATION_WORDS = ("label", "text", "answer")

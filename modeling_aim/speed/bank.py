@@ -1,7 +1,7 @@
 """Open a bank of 100 000 demonstrations of LLaVA-1.5's shape, choose 16, and say what it costs; run by `make bench`.
 
-    python benchmarks/bank.py                    # about 2.1 GB of disk, removed afterwards
-    python benchmarks/bank.py --tokens 30 --demonstrations 10000
+    python -m modeling_aim.speed.bank                    # about 2.1 GB of disk, removed afterwards
+    python -m modeling_aim.speed.bank --tokens 30 --demonstrations 10000
 
 The content is random: fused tokens of width 4096 in 8 bits, features of width 512 as `model.build_bank` keeps them.
 Few tokens a demonstration keep the file small; opening and choosing do not look at them. Choosing starts from features
@@ -22,12 +22,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from modeling_aim import DemonstrationBank
-from modeling_aim.manifest_aim import new_manifest, write_manifest, write_numbered
-from modeling_aim.shards_aim import Shard, blob, make_shard
+from .. import DemonstrationBank
+from ..manifest_aim import new_manifest, write_manifest, write_numbered
+from ..shards_aim import Shard, blob, make_shard
 
 WIDTH, FEATURES, A_SHARD, SHOTS = 4096, 512, 10_000, 16
 
@@ -52,7 +53,7 @@ def random_shard(start: int, count: int, tokens: int) -> Shard:
 
 def write(folder: Path, demonstrations: int, tokens: int) -> None:
     """Write the bank, a shard at a time."""
-    listed = []
+    listed: list[dict[str, Any]] = []
     for start in range(0, demonstrations, A_SHARD):
         shard = random_shard(start, min(A_SHARD, demonstrations - start), tokens)
         listed.append(write_numbered(shard, folder, len(listed) + 1))
@@ -113,7 +114,15 @@ def main() -> None:
         write(folder, args.demonstrations, args.tokens)
         size = sum(path.stat().st_size for path in folder.iterdir()) / 1e9
         print(f"{args.demonstrations} demonstrations of {args.tokens} tokens, {size:.2f} GB, {args.threads} threads")
-        command = [sys.executable, __file__, "--measure", str(folder), "--threads", str(args.threads)]
+        command = [
+            sys.executable,
+            "-m",
+            "modeling_aim.speed.bank",
+            "--measure",
+            str(folder),
+            "--threads",
+            str(args.threads),
+        ]
         done = subprocess.run(command, check=True, capture_output=True, text=True)  # a process that has seen nothing
         for name, value in json.loads(done.stdout.splitlines()[-1]).items():
             print(f"{name:60} {value:10.1f}")

@@ -12,13 +12,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..terminal import numbered_json
-from ..training.link_context import Wording, class_folders, random_name, test_pairs
-from ..training.mining import ClassFeatures, similarity
-from ..training.rows import existing
-from .data import DataTask, Pictures, fetched, is_image, read_json
-from .metrics import lcl_published, named
-from .task import Example, Prediction, Shot
+from ...data.images import Pictures, is_image
+from ...data.jsonl import numbered_json, read_json
+from ...data.link_context import Wording, class_folders, random_name, test_pairs
+from ...data.mining import ClassFeatures, similarity
+from ...data.rows import existing
+from ...data.tables import fetched
+from ..metrics import lcl_published, named
+from ..task import Example, Prediction, Shot
+from .data_task import DataTask
 
 Named = tuple[str, Any]  # an image with its name in the data set
 KEYS = ("image_name", "positive_list", "negative_list", "positive_promt", "negative_promt", "label_name")

@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .terminal import read_demonstrations, reported
+from ..data.jsonl import read_demonstrations
+from .terminal import reported
 
 bank_app = typer.Typer(help="Demonstrations read once: build, inspect and choose.", no_args_is_help=True)
 
@@ -89,7 +90,7 @@ def inspect(
 ) -> None:
     """Show what is in a bank: counts, labels, tokens, bytes, and what read it."""
     with reported("aim bank inspect"):
-        from . import DemonstrationBank
+        from .. import DemonstrationBank
 
         place = {"revision": revision} if revision else {}
         opened = DemonstrationBank.from_pretrained(bank, damaged="skip" if skip_damaged else "raise", **place)
@@ -188,7 +189,7 @@ def export_prompt_embeds(
 
 
 def _load(repo: str, revision: str | None, load_in_4bit: bool, device_map: str | None) -> Any:
-    from . import AimForConditionalGeneration, laptop_quantization_config
+    from .. import AimForConditionalGeneration, laptop_quantization_config
 
     options: dict[str, Any] = {"revision": revision} if revision else {}
     if load_in_4bit:

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .data import MissingSplit, Row, Table, open_table, read_json
-from .metrics import roc_auc, vqa_accuracy
+from ...data.jsonl import read_json
+from ...data.tables import MissingSplit, Row, Table, open_table
+from ..metrics import roc_auc, vqa_accuracy
+from ..task import Example, Prediction
 from .splits import SplitTask, common, texts
-from .task import Example, Prediction
 
 PROMPT = "Question:{question} Short answer:"  # OpenFlamingo's, as the one below
 MEME_PROMPT = "is an image with: '{text}' written on it. Is it hateful? Answer:"

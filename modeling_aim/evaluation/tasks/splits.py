@@ -9,8 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .data import DataTask, MissingSplit, Row, Table, image_key, open_table
-from .task import Example, Shot
+from ...data.images import image_key
+from ...data.tables import MissingSplit, Row, Table, open_table
+from ..task import Example, Shot
+from .data_task import DataTask
 
 SAME = "demonstration that is a query, too"
 NAME_THEM = "Name those to draw from (support=, support_split=), or keep back some of the queries' images (share=0.2)."

@@ -10,12 +10,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
-from ..specs import spec_named, split_spec
+from ...data.specs import spec_named, split_spec
+from ..task import Task
 from .captions import CaptionsFile, Flickr30k
-from .link_context_tasks import ClassFolder, Isekai10, IsekaiPair, LclPairs
+from .link_context import ClassFolder, Isekai10, IsekaiPair, LclPairs
 from .plain import Episodes, QuestionsFile
 from .science_qa import ScienceQA
-from .task import Task
 from .vl_icl import Clevr, InterleavedOperatorInduction, MatchingMi, OpenMi, OperatorInduction, TextOcr
 from .vqa import HatefulMemes, OkVqa, VizWiz
 

@@ -1,7 +1,7 @@
 """Steps a second of training a projector: reads kept, reads not kept, and the final pass alone; run by `make bench`.
 
-    python benchmarks/training.py                     # aim-tiny on this machine's cores
-    python benchmarks/training.py --backbone llava-hf/llava-1.5-7b-hf --device cuda
+    python -m modeling_aim.speed.training                     # aim-tiny on this machine's cores
+    python -m modeling_aim.speed.training --backbone llava-hf/llava-1.5-7b-hf --device cuda
 
 The projector is the one that `aim train` makes by default. The floor is the final pass alone: fused tokens are given,
 the backbone answers, and gradient comes back to them. The rest of a step is what training adds: opening and encoding
@@ -24,11 +24,11 @@ import torch
 from PIL import Image
 from transformers import TrainingArguments
 
-from modeling_aim import AimForConditionalGeneration, Demonstration, FusedDemonstrations
-from modeling_aim.training import AimTrainer, Episode, KeptStates, TrainSettings
-from modeling_aim.training.run import middle_layer
+from .. import AimForConditionalGeneration, Demonstration, FusedDemonstrations
+from ..training import AimTrainer, Episode, KeptStates, TrainSettings
+from ..training.run import middle_layer
 
-AIM_TINY = str(Path(__file__).resolve().parents[1] / "hub_configs" / "aim-tiny" / "backbone")
+AIM_TINY = str(Path(__file__).resolve().parents[2] / "hub_configs" / "aim-tiny" / "backbone")
 BOUND = 32 * 2**30
 
 
@@ -48,7 +48,7 @@ def episodes(count: int, shots: int, pixels: int) -> list[Episode]:
     return found
 
 
-def final_pass(trainer: AimTrainer, batch: list[Episode]) -> Callable[[], None]:
+def final_pass(trainer: Any, batch: list[Episode]) -> Callable[[], None]:
     """Forward and backward of the backbone alone, all else made ready."""
     model: Any = trainer.model
     made = trainer._prepare_inputs(trainer.data_collator(batch))
@@ -64,7 +64,7 @@ def final_pass(trainer: AimTrainer, batch: list[Episode]) -> Callable[[], None]:
     return run
 
 
-def step(trainer: AimTrainer, batch: list[Episode]) -> Callable[[], None]:
+def step(trainer: Any, batch: list[Episode]) -> Callable[[], None]:
     """A whole step of training, from opened images to changed weights."""
 
     def run() -> None:
@@ -133,7 +133,7 @@ def main() -> None:
                     for name, value in zip(times, (alone, kept, unkept), strict=True):
                         times[name].append(value)
     floor_time = statistics.median(times["final pass alone"])
-    found = {
+    found: dict[str, dict[str, Any]] = {
         name: {
             "steps a second": 1 / statistics.median(values),
             "milliseconds": 1000 * statistics.median(values),

@@ -19,8 +19,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from .episodes import Pair
-from .link_context import IMAGE_SUFFIXES
+from .pairs import IMAGE_SUFFIXES, Pair, located
 
 logger = logging.get_logger(__name__)
 
@@ -281,14 +280,3 @@ def _words(value: Any, name_of: Callable[[int], str] | None = None) -> str | Non
     if isinstance(value, int):
         return str(value) if name_of is None else name_of(value) if value >= 0 else None
     return value if isinstance(value, str) else None
-
-
-def located(folder: Path, image: Any) -> Any:
-    """An image (or several) where the data says it is: paths relative to a folder, URLs and bytes as they are."""
-    if isinstance(image, (list, tuple)):
-        return [located(folder, one) for one in image]
-    if isinstance(image, Mapping):
-        return image.get("bytes") or located(folder, image.get("path"))
-    if isinstance(image, str) and image and not image.startswith(("http://", "https://", "data:")):
-        return os.path.join(folder, image)
-    return image or None

@@ -12,10 +12,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .data import DataTask, Pictures, fetched, read_json
-from .metrics import exact_match, yes_or_no, yes_or_no_said
+from ...data.images import Pictures
+from ...data.jsonl import read_json
+from ...data.tables import fetched
+from ..metrics import exact_match, yes_or_no, yes_or_no_said
+from ..task import Example, Prediction, Shot
+from .data_task import DataTask
 from .splits import SAME
-from .task import Example, Prediction, Shot
 
 HUB = "ys-zong/VL-ICL"
 PROMPT = "{question}\nAnswer:"

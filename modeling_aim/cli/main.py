@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,12 +14,14 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from .attention_cli import attention
-from .bank_cli import bank_app, export_prompt_embeds
-from .bench_cli import bench
-from .eval_cli import eval_app
-from .terminal import errors, read_demonstrations, reported
-from .train_cli import train
+from .. import __version__
+from ..data.jsonl import read_demonstrations
+from .attention import attention
+from .bank import bank_app, export_prompt_embeds
+from .bench import bench
+from .eval import eval_app
+from .terminal import errors, reported
+from .train import train
 
 app = typer.Typer(
     help="Few-shot demonstrations for any vision-language model, at a few tokens each.",
@@ -33,8 +36,26 @@ app.command()(train)
 app.command()(bench)
 
 
+def _print_versions(wanted: bool) -> None:
+    """Print what a report of a problem needs, and stop."""
+    if not wanted:
+        return
+    typer.echo(f"modeling-aim {__version__}")
+    for name in ("transformers", "torch", "bitsandbytes"):
+        try:
+            typer.echo(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            typer.echo(f"{name} is not installed")
+    raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    versions: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_versions, is_eager=True, help="Print versions and exit."),
+    ] = False,
+) -> None:
     """Few-shot demonstrations for any vision-language model, at a few tokens each."""
 
 
@@ -80,7 +101,7 @@ def init(
     with reported("aim init"):
         if output.exists() and any(output.iterdir()):
             raise ValueError(f"{output} is not empty; give a new folder with --output.")
-        from . import AimForConditionalGeneration
+        from .. import AimForConditionalGeneration
 
         model = AimForConditionalGeneration.from_backbone(
             backbone,
@@ -105,7 +126,7 @@ def check(
     device_map: Annotated[str | None, typer.Option(help='Where the backbone goes, e.g. "auto" or "cuda".')] = None,
 ) -> None:
     """Try what AIM promises on a backbone, before any training, and print what holds."""
-    from .checks import check_model, run_checks
+    from ..checks import check_model, run_checks
 
     failed = 0
     with reported("aim check"):
@@ -133,7 +154,7 @@ def _answer(
     """Load, read the demonstrations, answer; with what it cost."""
     from transformers.image_utils import load_image
 
-    from . import AimForConditionalGeneration, AimProcessor, laptop_quantization_config
+    from .. import AimForConditionalGeneration, AimProcessor, laptop_quantization_config
 
     place = {"revision": revision} if revision else {}
     options: dict[str, Any] = {**place, "quantization_config": laptop_quantization_config() if load_in_4bit else None}
@@ -157,7 +178,3 @@ def _answer(
         "read_ms": round(1000 * (read - start), 1),
         "answer_ms": round(1000 * (done - read), 1),
     }
-
-
-if __name__ == "__main__":
-    app()

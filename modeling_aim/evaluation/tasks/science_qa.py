@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .data import Row, Table
-from .metrics import LETTERS, scienceqa_choice
+from ...data.tables import Row, Table
+from ..metrics import LETTERS, scienceqa_choice
+from ..task import Example, Prediction
 from .splits import SplitTask
-from .task import Example, Prediction
 
 
 class ScienceQA(SplitTask):

@@ -18,11 +18,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from .terminal import errors, read_demonstrations, reported
+from ..data.jsonl import read_demonstrations
+from .terminal import errors, reported
 
 if TYPE_CHECKING:
-    from .evaluation.methods import Shown
-    from .evaluation.task import Example
+    from ..evaluation.methods import Shown
+    from ..evaluation.task import Example
 
     Asked = tuple[Example, list[Shown]]
 
@@ -52,8 +53,8 @@ def attention(
     """
     with reported("aim eval attention"):
         _check(repo, backbone, task, demos, question)
-        from .evaluation.attention import picture, study
-        from .evaluation.subject import load_subject
+        from ..evaluation.attention import picture, study
+        from ..evaluation.subject import load_subject
 
         asked = _of_task(task, shots, limit, seed) if task else [_of_file(demos, image, question or "")]
         subject = load_subject(
@@ -90,10 +91,10 @@ def _check(repo: Any, backbone: Any, task: Any, demos: Any, question: Any) -> No
 
 def _of_task(spec: str, count: int, limit: int, seed: int) -> list[Asked]:
     """Examples of a task with the demonstrations that `aim eval` chooses for them at random."""
-    from .evaluation.choosing import Choice, check_pool, choose_all, own_shots, read_chosen
-    from .evaluation.methods import Shown
-    from .evaluation.registry import open_task
-    from .evaluation.seeds import MARK
+    from ..evaluation.choosing import Choice, check_pool, choose_all, own_shots, read_chosen
+    from ..evaluation.methods import Shown
+    from ..evaluation.seeds import MARK
+    from ..evaluation.tasks.registry import open_task
 
     def no_bank(demos: Iterator[Any]) -> Any:
         raise AssertionError("choosing at random compares nothing")
@@ -115,8 +116,8 @@ def _of_task(spec: str, count: int, limit: int, seed: int) -> list[Asked]:
 
 def _of_file(demos: Any, image: str | None, question: str) -> Asked:
     """The one prompt of demonstrations in a file and a query."""
-    from .evaluation.methods import Shown
-    from .evaluation.task import Example, Shot
+    from ..evaluation.methods import Shown
+    from ..evaluation.task import Example, Shot
 
     shots = [Shot(str(number), demo) for number, demo in enumerate(read_demonstrations(demos))]
     query = Example("query", () if image is None else (image,), question, ("",))
@@ -125,7 +126,7 @@ def _of_file(demos: Any, image: str | None, question: str) -> Asked:
 
 def _table(summary: dict[str, Any]) -> Table:
     """Share of each part by layer, with the attention of one of its tokens as a multiple of the average token's."""
-    from .evaluation.attention import PARTS
+    from ..evaluation.attention import PARTS
 
     table = Table(
         "layer",

@@ -1,29 +1,12 @@
-"""What the `aim` commands share: files of demonstrations, and errors as one message instead of a traceback."""
+"""Files of JSON: one object a line, demonstrations, and single values."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import typer
-from rich.console import Console
-from rich.markup import escape
-
-errors = Console(stderr=True)
-
-
-@contextmanager
-def reported(command: str) -> Iterator[None]:
-    """Show an expected error as one message instead of a traceback."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError) as error:
-        errors.print(f"[red]{command}:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
 
 
 def read_demonstrations(path: Path) -> Iterator[dict[str, Any]]:
@@ -38,9 +21,9 @@ def read_demonstrations(path: Path) -> Iterator[dict[str, Any]]:
             raise ValueError(f"{path}, line {number}: expected an object such as {{'image': ..., 'label': ...}}.")
         for key in ("image", "images"):
             if isinstance(demo.get(key), str):
-                demo[key] = _beside(path, demo[key])
+                demo[key] = beside(path, demo[key])
             elif isinstance(demo.get(key), list):
-                demo[key] = [_beside(path, name) for name in demo[key]]
+                demo[key] = [beside(path, name) for name in demo[key]]
         yield demo
 
 
@@ -61,6 +44,19 @@ def numbered_json(path: Path) -> Iterator[tuple[int, Any]]:
             yield number, value
 
 
-def _beside(path: Path, name: str) -> str:
+def beside(path: Path, name: str) -> str:
     """An image named in a file: a URL as it is, a path relative to the file's folder."""
     return name if name.startswith(("http://", "https://", "data:")) else os.fspath(path.parent / name)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); it is cut short or another kind of file.") from error

@@ -8,11 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..training.rows import existing
-from .data import MissingSplit, Row, Table, file_rows, open_table, read_json, split_names
-from .metrics import Captions
+from ...data.jsonl import read_json
+from ...data.rows import existing
+from ...data.tables import MissingSplit, Row, Table, file_rows, open_table, split_names
+from ..metrics import Captions
+from ..task import Example, Prediction
 from .splits import SplitTask, texts
-from .task import Example, Prediction
 
 PROMPT = "Output:"  # OpenFlamingo's
 SPLITS = {"val": "validation", "dev": "validation", "restval": "train"}  # other names of splits

@@ -72,8 +72,8 @@ def evaluate(
     with reported("aim eval"), _interruptible(output):
         if output is None or not tasks:
             raise ValueError("Give --tasks and --output; aim eval --help says what they take.")
-        from .evaluation import EvalSettings
-        from .evaluation import evaluate as run
+        from ..evaluation import EvalSettings
+        from ..evaluation import evaluate as run
 
         settings = EvalSettings(
             repo=repo,
@@ -119,7 +119,7 @@ def compare(
     import json
 
     with reported("aim eval compare"):
-        from .evaluation.compare import MCNEMAR, compare_runs
+        from ..evaluation.compare import MCNEMAR, compare_runs
 
         methods = tuple(one.strip() for one in between.split(",")) if between else ()
         found = compare_runs(first, first if second is None else second, methods)
@@ -150,7 +150,7 @@ def card(
 ) -> None:
     """Put a run's table, pictures and figures on the model card of the repository that it evaluated."""
     with reported("aim eval card"):
-        from .evaluation.card import put_on_card
+        from ..evaluation.card import put_on_card
 
         Console().print(f"{put_on_card(run, repository)}: has the evaluation now.", soft_wrap=True)
 
@@ -183,7 +183,7 @@ def _numbers(given: str) -> tuple[int, ...]:
 
 def _show(results: dict[str, Any]) -> None:
     """The table of a run, on a terminal: the means alone."""
-    from .evaluation.report import cells_by_row
+    from ..evaluation.report import cells_by_row
 
     methods, rows = cells_by_row(results)
     table = Table("task", "shots", *methods)

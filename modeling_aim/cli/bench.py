@@ -43,7 +43,7 @@ def bench(
             backbone, shape, numbers, names, (demo_tokens, query_tokens), dtype, load_in_4bit, device, repeats, tokens,
             count_only,
         )  # fmt: skip
-        from .speed.report import notes, rich_table, save
+        from ..speed.report import notes, rich_table, save
 
         title = f"{backbone or shape}, {about['visual_tokens']} visual tokens an image"
         title += ", counted" if count_only else f", {about['dtype']} on {about['device_name']}"
@@ -69,8 +69,8 @@ def _numbers(shots: str) -> list[int]:
 
 def _names(methods: str, count_only: bool) -> list[str]:
     """Known methods, each once."""
-    from .speed.counting import COUNTED
-    from .speed.methods import METHODS
+    from ..speed.counting import COUNTED
+    from ..speed.methods import METHODS
 
     known = COUNTED if count_only else tuple(METHODS)
     found = list(dict.fromkeys(methods.split(",")))
@@ -89,15 +89,15 @@ def _run(
     import transformers
     from transformers import AutoConfig
 
-    from . import laptop_quantization_config
-    from .backbone_aim import load_backbone
-    from .runs import PRECISIONS
-    from .speed.counting import Twin, count
-    from .speed.measure import Measuring
-    from .speed.methods import Bench
-    from .speed.prompts import RandomPrompts
-    from .speed.report import with_ratios
-    from .speed.shapes import picture_of, random_backbone, shape_config, shape_picture
+    from .. import laptop_quantization_config
+    from ..backbone_aim import load_backbone
+    from ..runs import PRECISIONS
+    from ..speed.counting import Twin, count
+    from ..speed.measure import Measuring
+    from ..speed.methods import Bench
+    from ..speed.prompts import RandomPrompts
+    from ..speed.report import with_ratios
+    from ..speed.shapes import picture_of, random_backbone, shape_config, shape_picture
 
     config = shape_config(shape) if shape is not None else AutoConfig.from_pretrained(str(backbone))
     config = getattr(config, "backbone_config", None) or config  # of an AIM repository, its backbone's

@@ -69,8 +69,8 @@ def train(
     configuration of DDP, FSDP or DeepSpeed.
     """
     with reported("aim train"):
-        from .training import TrainSettings
-        from .training import train as run
+        from ..training import TrainSettings
+        from ..training import train as run
 
         try:
             layers = None if read_layers is None else tuple(int(layer) for layer in read_layers.split(","))
