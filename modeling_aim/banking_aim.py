@@ -140,7 +140,7 @@ class AimBankingModel(AimPreTrainedModel):
             fields = dict(query) if isinstance(query, Mapping) else {"image": query}
         words = fields.get("question") or fields.get("text") or ""
         images = {k: v for k, v in fields.items() if k in ("image", "images")}
-        pictures = list(Demonstration.of({**images, "text": "query"}).images)
+        pictures = list(Demonstration.of({**images, "text": "query"}, self.image_rules).images)
         prompt = self.processor.prompt(words, images=len(pictures))
         inputs = self.processor(images=[pictures] if pictures else None, text=[prompt], return_tensors="pt")
         return dict(inputs.to(self.device, self.dtype))

@@ -52,6 +52,7 @@ if TYPE_CHECKING:  # the rest of what a repository carries: transformers 5.5 cop
     from .build_aim import build_bank  # noqa: F401
     from .families_aim import FAMILIES  # noqa: F401
     from .files_aim import locate_file  # noqa: F401
+    from .images_aim import open_image  # noqa: F401
     from .manifest_aim import BANK_MANIFEST  # noqa: F401
     from .pretrained_aim import AimPreTrainedModel  # noqa: F401
     from .select_aim import check_way  # noqa: F401
@@ -130,7 +131,7 @@ class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
             ValueError: a demonstration is malformed, is longer than the backbone can read, or was read by another
                 model.
         """
-        parsed = parse_demos(demos)
+        parsed = parse_demos(demos, self.image_rules)
         if isinstance(parsed, list):
             raise ValueError(f"read takes one list of demonstrations; got one for each of {len(parsed)} rows.")
         if kind_of(parsed) == "bank":
@@ -420,7 +421,7 @@ class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
         select: Any = None,
     ) -> list[tuple[Any, ...]]:
         """What each row of the batch is given, in order: parts as `parse_demos` gives them."""
-        demos, chat_demos = parse_demos(demos), parse_demos(chat_demos)
+        demos, chat_demos = (parse_demos(given, self.image_rules) for given in (demos, chat_demos))
         ids = inputs.get("input_ids")
         if ids is None:
             if demos is None and chat_demos is None:

@@ -7,7 +7,6 @@ aim bank select my-bank --repo hub_configs/aim-tiny --image query.png --output c
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -129,9 +128,9 @@ def select(
 ) -> None:
     """Choose demonstrations for a query, and show them."""
     with reported("aim bank select"):
-        from transformers.image_utils import load_image
+        from ..images_aim import open_image
 
-        picture = None if image is None else load_image(image).convert("RGB")
+        picture = None if image is None else open_image(image)
         opened = _load(repo, revision, load_in_4bit, device_map).load_bank(bank)
         query = {**({} if picture is None else {"image": picture}), **({"question": question} if question else {})}
         chosen = opened.choose(query, k, by, seed=seed, balanced=balanced)
@@ -173,12 +172,12 @@ def export_prompt_embeds(
     """
     with reported("aim export-prompt-embeds"):
         from safetensors.torch import save_file
-        from transformers.image_utils import load_image
+        from ..images_aim import open_image
 
         if demos is not None and bank is not None:
             raise ValueError("Give --demos FILE or --bank BANK, not both.")
         model = _load(repo, revision, load_in_4bit, device_map)
-        picture = None if image is None else load_image(image).convert("RGB")
+        picture = None if image is None else open_image(image)
         query = {**({} if picture is None else {"image": picture}), "question": question}
         given: Any = None if demos is None else list(read_demonstrations(demos))
         if bank is not None:
@@ -234,6 +233,8 @@ def contact_sheet(query: Any, question: str, thumbnails: Sequence[bytes], says: 
     """
     from PIL import Image, ImageDraw, ImageFont
 
+    from ..images_aim import open_image
+
     columns = min(6, max(len(thumbnails), 1))
     rows = -(-len(thumbnails) // columns)
     cell_width, cell_height, edge = side + 32, side + 46, 10
@@ -252,6 +253,6 @@ def contact_sheet(query: Any, question: str, thumbnails: Sequence[bytes], says: 
 
     place(query, f"query  {question}", 0, 0, "#c03020")
     for i, (small, text) in enumerate(zip(thumbnails, says, strict=True)):
-        picture = Image.open(io.BytesIO(small)) if small else None
+        picture = open_image(small) if small else None
         place(picture, text, i % columns, 1 + i // columns, "#b0b0b0")
     return sheet

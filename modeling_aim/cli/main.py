@@ -152,8 +152,6 @@ def _answer(
     max_new_tokens: int,
 ) -> dict[str, Any]:
     """Load, read the demonstrations, answer; with what it cost."""
-    from transformers.image_utils import load_image
-
     from .. import AimForConditionalGeneration, AimProcessor, laptop_quantization_config
 
     place = {"revision": revision} if revision else {}
@@ -161,7 +159,7 @@ def _answer(
     options["device_map"] = device_map
     processor = AimProcessor.from_pretrained(repo, **place)
     model = AimForConditionalGeneration.from_pretrained(repo, **options)
-    pictures = None if image is None else [load_image(image).convert("RGB")]
+    pictures = None if image is None else [image]
     prompt = processor.prompt(question, images=0 if image is None else 1)
     inputs = processor(images=pictures, text=prompt, return_tensors="pt").to(model.device, model.dtype)
     start = time.perf_counter()

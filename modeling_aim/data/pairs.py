@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-from transformers.image_utils import load_image
-
 from ..demonstrations_aim import Demonstration
 
 Pair = Mapping[str, Any]  # a raw demonstration as a dict; `image` may also be bytes, or {"bytes": ..., "path": ...}
-DOWNLOAD_SECONDS = 20.0
+NO_UNICODE = "text that is no Unicode"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 
 
@@ -27,7 +23,8 @@ def opened(pairs: Iterable[Pair], skipped: Counter[str]) -> Iterator[Demonstrati
         except (ValueError, OSError) as error:
             words = any(isinstance(pair.get(key), str) and pair[key].strip() for key in ("text", "label", "answer"))
             image = "read the image" in str(error).lower()
-            skipped["no text" if not words else "unreadable or missing image" if image else "other bad pair"] += 1
+            other = NO_UNICODE if "lone surrogate" in str(error) else "other bad pair"
+            skipped["no text" if not words else "unreadable or missing image" if image else other] += 1
 
 
 def _image(value: Any) -> Any:
@@ -38,13 +35,6 @@ def _image(value: Any) -> Any:
         value = value.get("bytes") or value.get("path")
     if value is None or value == []:
         raise ValueError("Cannot read the image: there is none.")
-    try:
-        if isinstance(value, (bytes, bytearray)):
-            return Image.open(io.BytesIO(value))
-        if isinstance(value, str) and value.startswith(("http://", "https://")):
-            return load_image(value, timeout=DOWNLOAD_SECONDS)  # without one, a dead server holds up the training
-    except Exception as error:
-        raise ValueError(f"Cannot read the image {value!r:.120} ({type(error).__name__}: {error}).") from error
     return value
 
 
