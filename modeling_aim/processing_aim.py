@@ -256,6 +256,11 @@ class AimProcessor(ProcessorMixin):
         if not (kwargs.get("tokenize") and kwargs.get("return_dict")):
             if demos is not None:
                 raise ValueError("apply_chat_template takes demos only with tokenize=True and return_dict=True.")
+            if kwargs.get("tokenize"):  # then the backbone's processor would open images
+                batched = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "content")
+                chats = [getattr(chat, "messages", chat) for chat in conversation] if batched else [conversation]
+                chats = [opened_chat(chat, self.image_rules) for chat in chats]
+                conversation = chats if batched else chats[0]
             return self.processor.apply_chat_template(conversation, *args, **kwargs)
         batched = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "content")
         chats = [getattr(chat, "messages", chat) for chat in conversation] if batched else [conversation]
@@ -317,6 +322,18 @@ class AimProcessor(ProcessorMixin):
         name = len(text.split()) <= 2 and text.isascii() and text[-1].isalnum()
         return name and not (worded and text.lower().startswith(worded))
 
+    def why_unreadable(self, demonstration: Demonstration) -> str | None:
+        """Why a backbone cannot read a demonstration, in a few words; `None` where nothing speaks against it."""
+        words = self.word(demonstration)[0]
+        for token in {self._image_token, self.image_text.strip(), getattr(self.processor, "video_token", None)}:
+            if isinstance(token, str) and token and token in words:
+                return f"text that holds the placeholder {token}"
+        try:
+            self.reading_lengths([demonstration])
+        except Exception as error:  # of the backbone's processor, for an image of an extreme shape
+            return f"image that the processor refuses ({type(error).__name__})"
+        return None
+
     def reading_lengths(self, demonstrations: Sequence[Demonstration]) -> list[int]:
         """About how many positions each demonstration takes when it is read, rather too many than too few.
 
@@ -357,6 +374,9 @@ class AimProcessor(ProcessorMixin):
         """The prompt of each demonstration when it is read, and the characters of it that are kept."""
         prompts, spans = [], []
         for demonstration in demonstrations:
+            reason = self.why_unreadable(demonstration)
+            if reason is not None:
+                raise ValueError(f"A demonstration cannot be read: {reason}. Its text is {demonstration.text!r:.80}.")
             front = self.image_text * len(demonstration.images)
             words, *answer = self.word(demonstration)
             prompts.append(front + words)
