@@ -117,7 +117,8 @@ def watch_layers(backbone: PreTrainedModel) -> None:
 
 def layer_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int | str, torch.Tensor]:
     """The hidden states `(batch, length, width)` that a decoder layer is called with, and the argument they are."""
-    for place, value in (*enumerate(args), *kwargs.items()):
+    given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    for place, value in given:
         if isinstance(value, torch.Tensor) and value.ndim == 3 and value.is_floating_point():
             return place, value
     raise ValueError(f"A decoder layer is called without hidden states (batch, length, width): {sorted(kwargs)}.")

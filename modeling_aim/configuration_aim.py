@@ -114,7 +114,8 @@ class AimConfig(PreTrainedConfig):
         projector_form: `"identity"` (no weights; only where states enter at the depth where they were read),
             `"residual"`, `"residual_mlp"`, and for the input alone `"linear"`, `"linear_norm"` (the paper's) and
             `"mlp"`; see `AimProjector`.
-        projector_intermediate_size: inner width of the `mlp` forms; twice the backbone's width when `None`.
+        projector_intermediate_size: inner width of the `mlp` forms; when `None`, twice the backbone's width, or less
+            where that is over 2**24 weights.
         projector_norm: norm of a fused token at the start of training: the mean norm of the backbone's input
             embeddings, measured when a backbone is attached.
 

@@ -9,13 +9,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
+from .files_aim import as_bytes, locate_file, write_whole
 from .images_aim import ImageRules, open_image
 
+FUSED_FILE = "aim_fused.safetensors"
+FUSED_FORMAT = "aim_fused 1"
 DEMONSTRATION_KEYS = {"image", "images", "text", "label", "question", "answer"}
 
 
@@ -163,6 +169,7 @@ def parse_demos(demos: Any, rules: ImageRules | None = None) -> Any:
     if all(raw):
         return tuple(Demonstration.of(entry, rules) for entry in demos) or None
     if any(raw):
+        _parse_row(demos[raw.index(False)], rules)  # raises where that is nothing at all
         raise ValueError(
             "demos mixes demonstrations with other things; give one list of demonstrations, or one a row."
         )
@@ -202,7 +209,7 @@ def demos_by_row(demos: Any, batch: int, rules: ImageRules | None = None) -> lis
     return parsed
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class FusedDemonstrations:
     """What reading gives: the fused virtual tokens of some demonstrations, in order. A frozen value.
 
@@ -243,6 +250,11 @@ class FusedDemonstrations:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def __repr__(self) -> str:
+        return (
+            f"FusedDemonstrations({len(self)} demonstrations, {self.num_tokens} tokens, width {self.vectors.shape[1]})"
+        )
+
     @property
     def num_tokens(self) -> int:
         """Fused tokens of all demonstrations together: what they cost in the prompt."""
@@ -273,6 +285,63 @@ class FusedDemonstrations:
         """These demonstrations, then the others; both must come from the same plug-in."""
         check_source(other.source, self.source)
         return concatenated([self, other])
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write what was read to one file, `aim_fused.safetensors`. A kill leaves the old file or the new one.
+
+        Args:
+            save_directory: the folder, made when it does not exist.
+
+        Raises:
+            ValueError: `save_directory` is a file.
+        """
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ValueError(f"{folder} is a file; give a folder to save to.")
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {"vectors": self.vectors.detach().cpu().contiguous(), "ids": self.ids.cpu().contiguous()}
+        about = {name: list(getattr(self, name)) for name in ("lengths", "keys", "texts")}
+        said = json.dumps({**about, "source": dict(self.source)}, sort_keys=True)
+        metadata = {"format": FUSED_FORMAT, "about": said, "sha256": _digest(said, tensors)}
+        write_whole(folder / FUSED_FILE, save(tensors, metadata=metadata))
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike[str], **hub_kwargs: Any) -> FusedDemonstrations:
+        """Open what `save_pretrained` wrote. The model that is to use it checks that it read it.
+
+        Args:
+            name_or_path: folder or Hub repository.
+            **hub_kwargs: `revision`, `token`, `cache_dir`, ..., as for a model.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, or is something else.
+        """
+        path = locate_file(name_or_path, FUSED_FILE, **hub_kwargs)
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata["format"] != FUSED_FORMAT:
+                    raise ValueError(f"its format is {metadata['format']!r:.40}, expected {FUSED_FORMAT!r}")
+                tensors = {name: file.get_tensor(name) for name in ("vectors", "ids")}
+            if metadata["sha256"] != _digest(metadata["about"], tensors):
+                raise ValueError("its sha256 is another one")
+            about = json.loads(metadata["about"])
+            lists: dict[str, Any] = {name: tuple(about[name]) for name in ("lengths", "keys", "texts")}
+            return cls(**tensors, **lists, source=dict(about["source"]))
+        except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(
+                f"{path} holds no fused demonstrations, or is damaged ({error!r:.200}). Copy it again, or read the "
+                "demonstrations again: model.read(demos)."
+            ) from error
+
+
+def _digest(about: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(about.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(as_bytes(tensor))
+    return digest.hexdigest()
 
 
 def concatenated(parts: Sequence[FusedDemonstrations]) -> FusedDemonstrations:
@@ -305,8 +374,3 @@ def check_source(given: Mapping[str, str], expected: Mapping[str, str]) -> None:
             + "; ".join(wrong)
             + ". Read the demonstrations again with this model: model.read(demos)."
         )
-
-
-def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The memory of a tensor of any type, as bytes; a view where the tensor is contiguous."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -273,7 +273,7 @@ def _public_socket(host: str, port: int, timeout: Any) -> socket.socket:
         address = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None) or address
         if not address.is_global or address.is_multicast:
             raise ValueError(f"{host} is {address}, which is no public address (image_sources='public')")
-    return socket.create_connection(found[0][4][:2], timeout)
+    return socket.create_connection((str(found[0][4][0]), port), timeout)
 
 
 class _PublicConnection(HTTPConnection):

@@ -181,15 +181,15 @@ class FusedPrompt:
         """Put the vectors of the depths up to `number` that have not entered before into the input of a layer."""
         if self._pass is None or self.layers is None or self.layers[number] is not layer:
             return states
-        for place, depth in enumerate(self.entry_layers):
-            if 0 < depth <= number and self._pass.entered_at.setdefault(depth, number) == number:
-                if tuple(states.shape[:2]) != self._pass.shape:
-                    raise RuntimeError(
-                        f"Decoder layer {number} gets hidden states of the shape {tuple(states.shape)} for a prompt of "
-                        f"the shape {self._pass.shape}, so the places of the fused tokens are lost. Please report this "
-                        "backbone."
-                    )
-                states = self._put(place, states)
+        entered_at = self._pass.entered_at
+        entering = [k for k in self.entry_layers if 0 < k <= number and entered_at.setdefault(k, number) == number]
+        if entering and tuple(states.shape[:2]) != self._pass.shape:
+            raise RuntimeError(
+                f"Decoder layer {number} gets hidden states of the shape {tuple(states.shape)} for a prompt of the "
+                f"shape {self._pass.shape}, so the places of the fused tokens are lost. Please report this backbone."
+            )
+        for depth in entering:
+            states = self._put(self.entry_layers.index(depth), states)
         return states
 
     def _put(self, place: int, states: torch.Tensor) -> torch.Tensor:

@@ -30,8 +30,8 @@ from .backbone_aim import (
     watch_layers,
     weights_state,
 )
-from .banking_aim import AimBankingModel
 from .batching_aim import CPU_POSITIONS, PASS_POSITIONS, reading_batches
+from .cache_aim import LRUCache
 from .configuration_aim import AimConfig
 from .demonstrations_aim import (
     Demonstration,
@@ -42,24 +42,20 @@ from .demonstrations_aim import (
     kind_of,
     parse_demos,
 )
+from .features_aim import FeaturesMixin
 from .injection_aim import FusedPrompt, injected, own_tokens_only, watch_entries
-from .prefix_aim import FusedPrefix, Recent, check_continued, note_fused, prefilled, prefix_kv
+from .prefix_aim import FusedPrefix, check_continued, note_fused, prefilled, prefix_kv
+from .pretrained_aim import AimPreTrainedModel
 from .processing_aim import AimProcessor
 from .projector_aim import AimProjector
 
 if TYPE_CHECKING:  # the rest of what a repository carries: transformers 5.5 copies only files that this one names
-    from .bank_aim import DemonstrationBank  # noqa: F401
-    from .build_aim import build_bank  # noqa: F401
     from .families_aim import FAMILIES  # noqa: F401
     from .files_aim import locate_file  # noqa: F401
     from .images_aim import open_image  # noqa: F401
-    from .manifest_aim import BANK_MANIFEST  # noqa: F401
-    from .pretrained_aim import AimPreTrainedModel  # noqa: F401
-    from .select_aim import check_way  # noqa: F401
-    from .shards_aim import Shard  # noqa: F401
 
 
-class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
+class AimForConditionalGeneration(FeaturesMixin, AimPreTrainedModel, GenerationMixin):
     """A frozen vision-language backbone with a projector that fuses demonstrations into virtual tokens.
 
     Everywhere, `demos` is one of:
@@ -105,8 +101,8 @@ class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
         self._processor = processor
         self._loaded_from: tuple[str, dict[str, Any]] | None = None
         self._projector_id: tuple[Any, str] | None = None
-        self.read_cache = Recent(256 * 2**20)  # hidden states of raw demonstrations; max_bytes = 0 turns it off
-        self.prefix_cache = Recent(2**30)  # KV of prefixes, see `prefill`
+        self.read_cache = LRUCache(256 * 2**20)  # hidden states of raw demonstrations; max_bytes = 0 turns it off
+        self.prefix_cache = LRUCache(2**30)  # KV of prefixes, see `prefill`
         for name in ("hf_device_map", "hf_quantizer", "is_loaded_in_4bit", "is_loaded_in_8bit"):
             if hasattr(backbone, name):
                 setattr(self, name, getattr(backbone, name))
@@ -216,12 +212,15 @@ class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
             if keep:
                 self.read_cache.put((key, reader), read, read.numel() * read.element_size())
         words = dict(zip(unique, self.word_ids(list(unique.values())), strict=True))
-        return self._fused([states[key] for key in keys], [words[key] for key in keys], keys)
+        return self.fuse([states[key] for key in keys], [words[key] for key in keys], keys)
 
-    def _fused(
+    def fuse(
         self, states: Sequence[torch.Tensor], words: Sequence[torch.Tensor], keys: tuple[str, ...] = ()
     ) -> FusedDemonstrations:
-        """Fused demonstrations from the hidden states and words of each."""
+        """Fused demonstrations from what `read_states` and `word_ids` gave of each; gradient reaches the projector.
+
+        They name no source: only `read` binds what it returns to this model.
+        """
         width = self.config.hidden_size * len(self.config.read_layers)
         joined = torch.cat(list(states)) if states else torch.empty(0, width, device=self.device, dtype=self.dtype)
         ids = torch.cat(list(words)) if words else torch.empty(0, dtype=torch.long)
@@ -406,8 +405,8 @@ class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
                 "of which the query needs some. Prefill fewer demonstrations: model.prefill(fused[:k])."
             )
         if len(prefix):
-            ids = self.processor.tokenizer(self.processor.prompt("a", images=0))["input_ids"]
-            prefix_kv(self, prefix, self._bos_of(ids[0]))
+            likely = self.processor(text=[self.processor.prompt("a", images=0)], return_tensors="pt")["input_ids"]
+            prefix_kv(self, prefix, self._bos_of(int(likely[0, 0])))
         return prefix
 
     # --- rows of a batch
@@ -434,7 +433,7 @@ class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
         return [tuple(part for part in pair if part is not None) for pair in zip(rows, chats, strict=True)]
 
     def _fused_rows(self, rows: Sequence[tuple[Any, ...]], length: int) -> list[FusedDemonstrations | None]:
-        """The fused tokens of each row, for prompts of `length` tokens; what is raw is read together, each part once."""
+        """The fused tokens of each row, for prompts of `length` tokens; raw parts are read together, each once."""
         parts = {id(part): part for row in rows for part in row}
         raw = {number: part for number, part in parts.items() if kind_of(part) is None}
         for part in raw.values():  # counted before anything is read

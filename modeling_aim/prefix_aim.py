@@ -1,12 +1,10 @@
-"""What is kept between calls, bounded in bytes: hidden states of raw demonstrations, and the KV of fused prefixes."""
+"""The KV of a prefix of fused tokens: computed once, kept in an LRU cache, and used by any number of answers."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import threading
-from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,75 +14,13 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
 from .backbone_aim import goes_on_behind_kv, preserved_state
-from .demonstrations_aim import FusedDemonstrations, as_bytes, kind_of
+from .demonstrations_aim import FusedDemonstrations, check_source, kind_of
+from .files_aim import as_bytes
 from .injection_aim import injected
 
 logger = logging.get_logger(__name__)
 
 PREFIX_STATES = Version(Version(transformers.__version__).base_version) >= Version("5.23")
-
-
-class Recent:
-    """Values by key, bounded in bytes; the least recently used leaves. Safe under threads.
-
-    Args:
-        max_bytes: the bound, which can be changed; 0 keeps nothing.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self._values: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
-        self._lock = threading.RLock()
-        self._max_bytes = max_bytes
-        self._nbytes = 0
-
-    @property
-    def max_bytes(self) -> int:
-        """The bound; what is over a new one leaves at once."""
-        return self._max_bytes
-
-    @max_bytes.setter
-    def max_bytes(self, value: int) -> None:
-        with self._lock:
-            self._max_bytes = value
-            self._trim()
-
-    def __reduce__(self) -> Any:  # a copy of a model starts with an empty one
-        return type(self), (self.max_bytes,)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are kept now."""
-        return self._nbytes
-
-    def get(self, key: Hashable) -> Any:
-        """The value, now the most recently used; `None` where there is none."""
-        with self._lock:
-            if key not in self._values:
-                return None
-            self._values.move_to_end(key)
-            return self._values[key][0]
-
-    def put(self, key: Hashable, value: Any, size: int) -> None:
-        """Keep a value of `size` bytes, unless it is larger than the bound by itself."""
-        with self._lock:
-            self._nbytes -= self._values.pop(key, (None, 0))[1]
-            if size <= self.max_bytes:
-                self._values[key] = (value, size)
-                self._nbytes += size
-            self._trim()
-
-    def _trim(self) -> None:
-        while self._nbytes > self.max_bytes:
-            self._nbytes -= self._values.popitem(last=False)[1][1]
-
-    def clear(self) -> None:
-        """Forget everything."""
-        with self._lock:
-            self._values.clear()
-            self._nbytes = 0
 
 
 class FusedPrefix:
@@ -183,6 +119,7 @@ def _prefilled(
     if not goes_on_behind_kv(model.backbone):
         return "this release of transformers loses the places of prompts behind KV on this backbone (5.23 keeps them)"
     prefix = prefixes[0]
+    check_source(prefix.fused.source, model.source)
     mask = options.get("attention_mask")
     begins = [0] * batch if mask is None else mask.long().argmax(dim=1).tolist()
     firsts = {tuple(model._bos_of(int(ids[row, begin]))) for row, begin in enumerate(begins)}

@@ -27,6 +27,7 @@ from .backbone_aim import (
     module_device,
     set_recomputing,
 )
+from .cache_aim import LRUCache
 from .configuration_aim import IMPLEMENTATIONS, OWN_SETTINGS, AimConfig, by_part, implementation, preset_settings
 from .families_aim import FAMILIES
 from .files_aim import (
@@ -44,7 +45,6 @@ from .files_aim import (
 )
 from .images_aim import ImageRules
 from .injection_aim import recomputed, watch_embeddings
-from .prefix_aim import Recent
 from .processing_aim import AimProcessor
 from .projector_aim import AimProjector, projector_digest
 
@@ -74,8 +74,8 @@ class AimPreTrainedModel(PreTrainedModel):
     _processor: AimProcessor | None
     _loaded_from: tuple[str, dict[str, Any]] | None
     _projector_id: tuple[Any, str] | None
-    read_cache: Recent
-    prefix_cache: Recent
+    read_cache: LRUCache
+    prefix_cache: LRUCache
 
     # --- the backbone shows through
 
@@ -144,10 +144,9 @@ class AimPreTrainedModel(PreTrainedModel):
         """Set the projector's mode; the frozen backbone stays as in inference, also while another thread answers."""
         self.training = mode
         for part in self.children():
-            if part is self.backbone:
-                set_recomputing(self.backbone, mode)
-            else:
+            if part is not self.backbone:
                 part.train(mode)
+        set_recomputing(self.backbone, mode)
         return self
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
@@ -395,20 +394,20 @@ class AimPreTrainedModel(PreTrainedModel):
             raise ValueError(
                 f"The {PROJECTOR_WEIGHTS} of {name} holds {shapes}, but its config.json "
                 f"(projector_form={self.config.projector_form!r}, hidden size {self.config.hidden_size}, "
-                f"read_layers={self.config.read_layers}, entry_layers={self.config.entry_layers}) asks for {own}. Files "
-                "of two repositories may be mixed."
+                f"read_layers={self.config.read_layers}, entry_layers={self.config.entry_layers}) asks for {own}. "
+                "Files of two repositories may be mixed."
             )
         if digest is not None and file_digest(file) != digest:
             raise ValueError(
-                f"The {PROJECTOR_WEIGHTS} and the config.json of {name} were not saved together: a save was cut short, "
-                f"or one of them was replaced. Save the model again; or, if the weights are those you want, remove "
+                f"The {PROJECTOR_WEIGHTS} and the config.json of {name} were not saved together: a save was cut short "
+                "or one of them was replaced. Save the model again; or, if the weights are those you want, remove "
                 f"{DIGEST_KEY} from config.json."
             )
         bad = sorted(key for key, value in weights.items() if not bool(torch.isfinite(value).all()))
         if bad:
             raise ValueError(
-                f"The {PROJECTOR_WEIGHTS} of {name} holds numbers that are not finite, in {bad}: every answer would be "
-                "empty or random. Take an earlier checkpoint, or train the projector again."
+                f"The {PROJECTOR_WEIGHTS} of {name} holds numbers that are not finite, in {bad}: every answer would "
+                "be empty or random. Take an earlier checkpoint, or train the projector again."
             )
         self.projector.load_state_dict(weights)
         self._projector_id = (self._projector_state(), projector_digest(weights))

@@ -1,4 +1,4 @@
-"""The only new weights: one small map from hidden states of the frozen backbone to the fused tokens that it is given."""
+"""The only new weights: one small map from hidden states of the frozen backbone to fused tokens."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from .configuration_aim import AimConfig
+
+MOST_WEIGHTS = 2**24
 
 
 class AimProjector(nn.Module):
@@ -32,9 +34,10 @@ class AimProjector(nn.Module):
     * `residual`, `residual_mlp`: `s (v / rms(v) + map(u_1, u_2, ...))`, where `v` is the mean of the `u_k`, with the
       maps from above. They presume that hidden states and input embeddings share directions.
 
-    The inner width `m` is `config.projector_intermediate_size`, or `2 * h`. The constant `s` is `config.projector_norm
-    / sqrt(h)`, the size of a number in an input embedding: what is learned is measured in embeddings (at depth, in the
-    size of the state itself), so a learning rate means the same where these are small.
+    The inner width `m` is `config.projector_intermediate_size`, or `2 * h`, or less where that is over 2**24 weights.
+    The constant `s` is `config.projector_norm / sqrt(h)`, the size of a number in an input embedding: what is learned
+    is measured in embeddings (at depth, in the size of the state itself), so a learning rate means the same where
+    these are small.
 
     At the input, an untrained projector gives vectors whose norm is about `config.projector_norm`: a LayerNorm of gain
     1 would give `sqrt(h)`, tens of times the norm of an input embedding, so its gain starts at `s`.
@@ -44,7 +47,7 @@ class AimProjector(nn.Module):
         super().__init__()
         self.width = width = config.hidden_size
         read_width, entry_width = (width * len(layers) for layers in (config.read_layers, config.entry_layers))
-        inner = config.projector_intermediate_size or 2 * width
+        inner = config.projector_intermediate_size or inner_width(width, read_width + entry_width)
         self.scale = config.projector_norm * width**-0.5
         self.at_depth = config.enters_at_depth
         self.residual = config.projector_form.startswith("residual")
@@ -96,6 +99,16 @@ class AimProjector(nn.Module):
             return self.scale * (state + change)
         mapped = self.layers(nn.functional.rms_norm(states, states.shape[-1:]) if self.scale_states else states)
         return mapped if isinstance(self.layers[-1], nn.LayerNorm) else self.scale * mapped
+
+
+def inner_width(width: int, outer: int) -> int:
+    """The inner width of an MLP: twice the backbone's, with at most as many weights as the paper's projector at 4096.
+
+    Args:
+        width: hidden size.
+        outer: what goes in and comes out, together.
+    """
+    return min(2 * width, max(MOST_WEIGHTS // outer // 64 * 64, 64))
 
 
 def projector_digest(weights: Mapping[str, torch.Tensor]) -> str:

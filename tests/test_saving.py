@@ -102,7 +102,7 @@ def test_what_is_saved_again_loads(trained: Plugin, tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(trained: Plugin, tmp_path: Path, bad: float) -> None:
     with torch.no_grad():
-        list(trained.model.projector.parameters())[0].view(-1)[7] = bad
+        next(iter(trained.model.projector.parameters())).view(-1)[7] = bad
     trained.model.save_pretrained(tmp_path)
     fails(lambda: load(tmp_path, trained), PROJECTOR_WEIGHTS, "not finite")
 

@@ -36,10 +36,10 @@ def build(
     demos: Annotated[
         Path | None, typer.Option(help="One demonstration a line: image, and text, label or question+answer.")
     ] = None,
-    dataset: Annotated[str | None, typer.Option(help="Instead of --demos: a data set of the Hub, streamed.")] = None,
-    split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
+    dataset: Annotated[str | None, typer.Option(help="Instead of --demos: a dataset of the Hub, streamed.")] = None,
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
     columns: Annotated[
-        str | None, typer.Option(help="Columns of the data set, e.g. image=img,label=fine_label.")
+        str | None, typer.Option(help="Columns of the dataset, e.g. image=img,label=fine_label.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Read no more than this many.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Demonstrations read and put on disk together.")] = 8,
@@ -54,6 +54,8 @@ def build(
 ) -> None:
     """Read demonstrations into a bank. Interrupted, the same command goes on where it stopped."""
     with reported("aim bank build"):
+        from .. import DemonstrationBank
+
         if (demos is None) == (dataset is None):
             raise ValueError("Give --demos FILE or --dataset NAME, one of them.")
         stream: Iterable[Any] = _rows(dataset, split, limit) if demos is None else read_demonstrations(demos)
@@ -62,7 +64,8 @@ def build(
         pairs = [pair.split("=", 1) for pair in columns.split(",")] if columns else []
         if any(len(pair) != 2 for pair in pairs):
             raise ValueError(f"--columns {columns}: expected pairs such as image=img,label=fine_label.")
-        bank = _load(repo, revision, load_in_4bit, device_map).build_bank(
+        bank = DemonstrationBank.build(
+            _load(repo, revision, load_in_4bit, device_map),
             stream,
             output,
             columns=dict(pairs) or None,
@@ -128,10 +131,11 @@ def select(
 ) -> None:
     """Choose demonstrations for a query, and show them."""
     with reported("aim bank select"):
+        from .. import DemonstrationBank
         from ..images_aim import open_image
 
         picture = None if image is None else open_image(image)
-        opened = _load(repo, revision, load_in_4bit, device_map).load_bank(bank)
+        opened = DemonstrationBank.from_pretrained(bank, _load(repo, revision, load_in_4bit, device_map))
         query = {**({} if picture is None else {"image": picture}), **({"question": question} if question else {})}
         chosen = opened.choose(query, k, by, seed=seed, balanced=balanced)
         numbers = [number for number, _ in chosen]
@@ -172,6 +176,7 @@ def export_prompt_embeds(
     """
     with reported("aim export-prompt-embeds"):
         from safetensors.torch import save_file
+        from .. import DemonstrationBank
         from ..images_aim import open_image
 
         if demos is not None and bank is not None:
@@ -181,7 +186,7 @@ def export_prompt_embeds(
         query = {**({} if picture is None else {"image": picture}), "question": question}
         given: Any = None if demos is None else list(read_demonstrations(demos))
         if bank is not None:
-            given = model.load_bank(bank).select(query, shots, by)
+            given = DemonstrationBank.from_pretrained(bank, model).select(query, shots, by)
         embeddings = model.prompt_embeds(model.query_inputs(query), demos=given)[0]
         save_file({"prompt_embeds": embeddings.cpu().contiguous()}, output)
     Console().print(f"{output}: {embeddings.shape[0]} positions of width {embeddings.shape[1]}", soft_wrap=True)
@@ -197,7 +202,7 @@ def _load(repo: str, revision: str | None, load_in_4bit: bool, device_map: str |
 
 
 def _rows(dataset: str | None, split: str, limit: int | None) -> Any:
-    """A streamed data set of the Hub."""
+    """A streamed dataset of the Hub."""
     try:
         from datasets import load_dataset
     except ImportError as error:

@@ -20,7 +20,7 @@ from .attention import attention
 from .bank import bank_app, export_prompt_embeds
 from .bench import bench
 from .eval import eval_app
-from .terminal import errors, reported
+from .terminal import errors, reported, whole_numbers
 from .train import train
 
 app = typer.Typer(
@@ -88,16 +88,24 @@ def init(
     backbone: Annotated[str, typer.Argument(help="Backbone: a Hub id or a folder.")],
     output: Annotated[Path, typer.Option(help="Folder of the new repository.")],
     revision: Annotated[str | None, typer.Option(help="Revision of the backbone.")] = None,
-    read_layers: Annotated[str, typer.Option(help="Layers that are read, e.g. -1 or 12,24.")] = "-1",
-    projector_form: Annotated[
-        str, typer.Option(help="linear, linear_norm, mlp, residual or residual_mlp.")
-    ] = "linear_norm",
+    preset: Annotated[
+        str, typer.Option(help="untrained (no weights), trained (a projector at depth) or paper.")
+    ] = "untrained",
+    read_layers: Annotated[
+        str | None, typer.Option(help="Depths that are read, e.g. 13 or 12,24; by default two fifths of the layers.")
+    ] = None,
+    entry_layers: Annotated[
+        str | None, typer.Option(help="Where states enter: 0 is the input; by default where they were read.")
+    ] = None,
+    form: Annotated[
+        str | None, typer.Option(help="identity, residual, residual_mlp; for the input also linear, linear_norm, mlp.")
+    ] = None,
     max_fused_tokens: Annotated[int | None, typer.Option(help="Most fused tokens a demonstration.")] = None,
     include_backbone: Annotated[
         bool, typer.Option("--include-backbone", help="Copy the backbone too: a repository that needs no other.")
     ] = False,
 ) -> None:
-    """Make an AIM repository for a backbone, with an untrained projector of the right size and scale."""
+    """Make an AIM repository for a backbone: without weights, or with a projector to train."""
     with reported("aim init"):
         if output.exists() and any(output.iterdir()):
             raise ValueError(f"{output} is not empty; give a new folder with --output.")
@@ -106,13 +114,16 @@ def init(
         model = AimForConditionalGeneration.from_backbone(
             backbone,
             revision=revision,
-            read_layers=[int(layer) for layer in read_layers.split(",")],
-            projector_form=projector_form,
+            preset=preset,
+            read_layers=whole_numbers("--read-layers", read_layers),
+            entry_layers=whole_numbers("--entry-layers", entry_layers),
+            projector_form=form,
             max_fused_tokens=max_fused_tokens,
         )
         model.save_pretrained(output, include_backbone=include_backbone)
         parameters = sum(p.numel() for p in model.projector.parameters())
-        Console().print(f"{output}: an untrained projector of {parameters:,} parameters for {backbone}.")
+        weights = f"an untrained projector of {parameters:,} parameters" if parameters else "no weights are needed"
+        Console().print(f"{output}: AIM for {backbone}, read at {model.config.read_layers}; {weights}.")
 
 
 @app.command()

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from .terminal import reported
+from .terminal import reported, whole_numbers
 
 
 def train(
@@ -28,12 +28,17 @@ def train(
     optimizer: Annotated[str, typer.Option(help="muon, for the projector's matrices, or adamw.")] = "muon",
     shots: Annotated[int, typer.Option(min=1, help="Most demonstrations of an episode.")] = 8,
     shot_law: Annotated[str, typer.Option(help="exponential, which favours many, uniform or fixed.")] = "exponential",
+    preset: Annotated[str, typer.Option(help="trained (at depth) or paper (for the input).")] = "trained",
     form: Annotated[
-        str, typer.Option(help="Projector: residual_mlp, residual, mlp, linear, or linear_norm, the paper's.")
-    ] = "residual_mlp",
+        str | None,
+        typer.Option(help="Projector: residual_mlp, residual; for the input mlp, linear, linear_norm."),
+    ] = None,
     projector_size: Annotated[int | None, typer.Option(help="Inner width of the mlp forms.")] = None,
     read_layers: Annotated[
-        str | None, typer.Option(help="Layers whose states are read, as in -1 or 12,24; by default the middle one.")
+        str | None, typer.Option(help="Depths that are read, as in 13 or 12,24; by default two fifths of the layers.")
+    ] = None,
+    entry_layers: Annotated[
+        str | None, typer.Option(help="Where states enter: 0 is the input; by default where they were read.")
     ] = None,
     read_span: Annotated[str, typer.Option(help="Positions that are kept: text or answer.")] = "text",
     max_fused_tokens: Annotated[int | None, typer.Option(help="Most fused tokens of a demonstration.")] = None,
@@ -72,10 +77,6 @@ def train(
         from ..training import TrainSettings
         from ..training import train as run
 
-        try:
-            layers = None if read_layers is None else tuple(int(layer) for layer in read_layers.split(","))
-        except ValueError:
-            raise ValueError(f"--read-layers {read_layers!r}: expected whole numbers, as in -1 or 12,24.") from None
         settings = TrainSettings(
             backbone=backbone,
             data=tuple(data),
@@ -87,9 +88,11 @@ def train(
             optimizer=optimizer,
             shots=shots,
             shot_law=shot_law,
+            preset=preset,
             projector_form=form,
             projector_size=projector_size,
-            read_layers=layers,
+            read_layers=whole_numbers("--read-layers", read_layers),
+            entry_layers=whole_numbers("--entry-layers", entry_layers),
             read_span=read_span,
             max_fused_tokens=max_fused_tokens,
             revision=revision,

@@ -25,8 +25,8 @@ from safetensors.torch import save
 from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.utils import logging
 
+from ..files_aim import write_whole
 from ..images_aim import open_image
-from ..shards_aim import write_whole
 
 logger = logging.get_logger(__name__)
 

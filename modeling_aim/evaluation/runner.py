@@ -26,10 +26,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers.utils import logging
 
-from .. import AimForConditionalGeneration
-from ..files_aim import only_one
-from ..prefix_aim import Recent
-from ..shards_aim import write_whole
+from ..bank import DemonstrationBank
+from ..cache_aim import LRUCache
+from ..files_aim import only_one, write_whole
+from ..modeling_aim import AimForConditionalGeneration
 from .choosing import Chosen, check_pool, choose_all, own_shots, read_chosen
 from .folder import RECORD, begin, claim
 from .methods import METHODS, Prompt, Shown
@@ -167,7 +167,7 @@ class Run:
         self.asked = {one.task.name: one for one in asked}
         self.output = Path(settings.output)
         self.kept = Kept(self.output / "unfinished", state.process_index)
-        self.states = Recent(int(settings.memory * GIB))
+        self.states = LRUCache(int(settings.memory * GIB))
         self.notes: list[str] = []
         self.left_out: defaultdict[str, set[str]] = defaultdict(set)  # by task, in this process
 
@@ -196,9 +196,7 @@ class Run:
         if plugin is None:
             plugin = AimForConditionalGeneration.from_backbone(self.subject.backbone, self.subject.processor)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        bank = plugin.build_bank(demos, folder, batch_size=self.settings.batch_size, thumbnails=0)
-        bank.model = plugin
-        return bank
+        return DemonstrationBank.build(plugin, demos, folder, batch_size=self.settings.batch_size, thumbnails=0)
 
     # --- answers
 
@@ -269,7 +267,8 @@ class Run:
 
     def _answered(self, cell: Cell, places: list[int], encoded: Encoded, reads: Any) -> list[tuple[Example, Any]]:
         """Each example of a batch with its answer, or with the words why it cannot be asked."""
-        one, left_out = self.asked[cell.task], {}
+        one = self.asked[cell.task]
+        left_out: dict[int, str] = {}
         while True:
             left_out |= encoded.left_out
             kept = [place for place in places if place not in left_out]

@@ -137,8 +137,8 @@ class Source:
         self.counted[True] += sum(count for reason, count in taken.items() if is_refused(reason))
         if self.counted[True] > max(100, MOST_REFUSED * self.counted.total()):
             raise ValueError(
-                f"{self.counted[True]} of the first {self.counted.total()} pairs of {self.name} cannot be read by this "
-                f"model, such as {next(filter(is_refused, taken), 'those named above')}. Mend the data, or take it out."
+                f"{self.counted[True]} of the first {self.counted.total()} pairs of {self.name} cannot be read by "
+                f"this model, such as {next(filter(is_refused, taken), 'those in the log')}. Mend the data."
             )
         return Episode(tuple(pairs), tuple(range(1, len(pairs)) if targets is None else targets), self.name, taken)
 

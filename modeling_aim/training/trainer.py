@@ -98,6 +98,11 @@ class AimTrainer(Trainer):
         kept_states: KeptStates | None = None,
         **kwargs: Any,
     ) -> None:
+        if not len(model.projector.layers):
+            raise ValueError(
+                "projector_form='identity' has no weights to train. Put a projector there: "
+                "AimForConditionalGeneration.from_backbone(backbone, preset='trained'), or aim train."
+            )
         if not 0 <= distillation <= 1 or temperature <= 0:
             raise ValueError(
                 f"distillation={distillation} must lie in 0..1 and temperature={temperature} above 0; the weight of "
