@@ -70,8 +70,8 @@ class AimProcessor(ProcessorMixin):
             raise ValueError(f"question_template={question_template!r} must have {{question}} before {{answer}}.")
         if not isinstance(image_prompt, str | None) or not isinstance(few_shot_chats, bool):
             raise ValueError(
-                f"image_prompt={image_prompt!r}, few_shot_chats={few_shot_chats!r}: expected text or None, and true or "
-                "false."
+                f"image_prompt={image_prompt!r}, few_shot_chats={few_shot_chats!r}: expected text or None, and true "
+                "or false."
             )
         ImageRules(max_image_pixels, image_sources)
         self.processor = processor

@@ -88,7 +88,7 @@ def served() -> Iterator[Served]:
 
 
 def ways(aim: Plugin, processor: AimProcessor, image: Any) -> dict[str, Callable[[], Any]]:
-    """Every way in which an image reaches a model: demonstrations and queries, in calls, pipelines' calls and chats."""
+    """Every way in which an image reaches a model: demonstrations and queries, in calls and chats."""
     model = AimForConditionalGeneration(aim.model.config, aim.backbone, processor)
     prompt = processor.prompt("What is this?")
     chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What?"}]}]
@@ -183,7 +183,8 @@ def test_files_urls_and_data_are_opened_as_a_local_tool_does(llava: Plugin, serv
     picture(0).save(tmp_path / "image.png")
     text = base64.b64encode(png(picture(0))).decode()
     for image in (
-        str(tmp_path / "image.png"), tmp_path / "image.png", f"{served.url}/image.png", f"data:image/png;base64,{text}",
+        str(tmp_path / "image.png"), tmp_path / "image.png", f"{served.url}/image.png",
+        f"data:image/png;base64,{text}",
         text, png(picture(0)), f"{served.url}/to/{served.url}/image.png",
     ):  # fmt: skip
         assert open_image(image).tobytes() == picture(0).tobytes(), image

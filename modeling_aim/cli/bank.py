@@ -176,6 +176,7 @@ def export_prompt_embeds(
     """
     with reported("aim export-prompt-embeds"):
         from safetensors.torch import save_file
+
         from .. import DemonstrationBank
         from ..images_aim import open_image
 
