@@ -131,8 +131,15 @@ class AimProcessor(ProcessorMixin):
     def _encode(self, images: Any, text: Any, **kwargs: Any) -> BatchFeature:
         """The backbone's inputs; images stand between the words for a processor that takes them there."""
         images, texts = _opened(images), [text] if isinstance(text, str) else text
-        between_words = family_of_processor(self.processor).images_between_words
-        if not between_words or not texts or not all(isinstance(t, str) for t in texts):
+        family = family_of_processor(self.processor)
+        if family.words_alone is not None and images is None and texts is not None:
+            bos = self.tokenizer.bos_token or ""
+            texts = [family.words_alone.format(bos=bos, words=words) for words in texts]
+            kwargs["return_token_type_ids"] = "token_type_ids" in self.processor.model_input_names
+            return BatchFeature(dict(self.tokenizer(texts, **kwargs)))
+        if family.flat_images and images is not None:
+            images = _flat(images)
+        if not family.images_between_words or not texts or not all(isinstance(t, str) for t in texts):
             return self.processor(images=images, text=text, **kwargs)
         remaining = iter(_flat(images))
         prompts = []
@@ -352,15 +359,20 @@ class AimProcessor(ProcessorMixin):
         with _TOKENIZING:
             inputs = self._encode(shown, list(prompts), padding=True, padding_side="left", return_tensors="pt")
             plain = self.tokenizer(list(prompts), return_offsets_mapping=True, return_special_tokens_mask=True)
-        length = inputs["input_ids"].shape[1]
+        ids = inputs["input_ids"]
+        length = ids.shape[1]
         mask = torch.zeros(len(prompts), length, dtype=torch.bool)
-        # Images are expanded in the processor, so places are counted from the end, where the text is as it was given.
+        # Images are expanded in the processor, so places are counted from the end, where the text is as it was given,
+        # but for what some processors put behind it.
         for row, (start, end) in enumerate(spans):
-            offsets = plain["offset_mapping"][row]
-            special = plain["special_tokens_mask"][row]
-            for back, ((a, b), is_special) in enumerate(zip(reversed(offsets), reversed(special), strict=True), 1):
-                if b > start and a < end and b > a and not is_special:
-                    mask[row, length - back] = True
+            tokens = zip(plain["offset_mapping"][row], plain["special_tokens_mask"][row], strict=True)
+            part = [i for i, ((a, b), special) in enumerate(tokens) if b > start and a < end and b > a and not special]
+            if not part:
+                continue
+            known = torch.tensor(plain["input_ids"][row])[part]
+            places = length - len(plain["input_ids"][row]) + torch.tensor(part)
+            shifts = (n for n in range(int(places[0]) + 1) if torch.equal(ids[row, places - n], known))
+            mask[row, places - next(shifts, 0)] = True
         return inputs, mask
 
     # --- files
