@@ -290,10 +290,10 @@ class AimBankingModel(AimPreTrainedModel):
         ]  # fmt: skip
         if prefix is None or not len(prefix) or ids is None or setting("use_cache") is False:
             return None
-        if not goes_on_behind_kv(self.backbone):
-            return None
         mask = options.get("attention_mask")
         padded = mask is not None and not bool(mask.all())
+        if not goes_on_behind_kv(self.backbone, padded):
+            return None
         if any(setting(name) for name in unusual):
             return None
         cache, bos = self._prefix_kv(prefix)
