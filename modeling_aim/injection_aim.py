@@ -129,6 +129,8 @@ class FusedPrompt:
         if not bool((ids[rows.to(ids.device), columns.to(ids.device)] == self.placeholder_id).all()):
             if self.seen >= self.width:  # many new tokens at once, as in assisted decoding
                 return embeddings
+            if not bool((ids == self.placeholder_id).any()):  # not the prompt, but images in words of the vocabulary
+                return embeddings
             raise RuntimeError(
                 "The backbone rearranged the prompt before its input embeddings, so the places of the fused tokens "
                 "are lost. Please report this backbone."
