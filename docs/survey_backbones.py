@@ -34,7 +34,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 import families  # noqa: E402
+import further_families  # noqa: E402
 import more_families  # noqa: E402
+import popular_families  # noqa: E402
 from backbones import plugin  # noqa: E402
 
 SMALL = {
@@ -50,6 +52,13 @@ SMALL = {
     "moe_k": 2,
     "n_group": 1,
     "topk_group": 1,
+}
+WHY = {  # what the backbone itself, without AIM, does otherwise; tried on it alone
+    "blip-2": "the model takes no prompt without an image",
+    "emu3": "images of a batch are padded to one size, and padding changes the tokens they become",
+    "fuyu": "its processor takes one image a prompt",
+    "minimax_m3_vl": "padding moves its blocks of keys: once there are more than it chooses, a row of a padded batch "
+    "differs from the row alone",
 }
 LENGTH, FUSED = 9, 4  # of the words of the prompt, and of the fused tokens before them
 
@@ -92,7 +101,8 @@ def run_properties(model_type: str) -> tuple[str, str]:
     remark = f"{len(results) - len(failed)} of {len(results)} properties"
     if len(failed) == len(results):
         return "cannot", failed[0]
-    return "works", remark + "".join(f"; not: {text}" for text in failed)
+    remark += "".join(f"; not: {text}" for text in failed)
+    return "works", remark + (f"; the backbone itself: {WHY[model_type]}" if model_type in WHY else "")
 
 
 class NotAnswered(Exception):
@@ -177,7 +187,9 @@ def main(chosen: list[str]) -> None:
     transformers.logging.set_verbosity_error()
     logging.getLogger("modeling_aim").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    families.FAMILIES.update({**families.MORE_FAMILIES, **more_families.BUILDERS})
+    for builders in (families.MORE_FAMILIES, more_families.BUILDERS, popular_families.BUILDERS):
+        families.FAMILIES.update(builders)
+    families.FAMILIES.update(further_families.BUILDERS)
     rows = []
     for model_type in chosen or NAMES:
         status, remark = survey(model_type)

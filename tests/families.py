@@ -67,9 +67,12 @@ TILES = [f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(
 
 
 def make_tokenizer(
-    special: list[str], bos: str | None, chat_template: str | None = None
+    special: list[str], bos: str | None, chat_template: str | None = None, adds_bos: bool = True
 ) -> hf.PreTrainedTokenizerFast:
-    """A byte-level tokenizer with `special` tokens; nothing is out of its vocabulary."""
+    """A byte-level tokenizer with `special` tokens; nothing is out of its vocabulary.
+
+    With `adds_bos=False`, it has a BOS token that only a chat template writes, if at all.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -83,7 +86,7 @@ def make_tokenizer(
         additional_special_tokens=special,
         chat_template=chat_template,
     )
-    if bos is not None:
+    if bos is not None and adds_bos:
         fast.backend_tokenizer.post_processor = TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, fast.convert_tokens_to_ids(bos))]
         )
