@@ -37,6 +37,7 @@ import families  # noqa: E402
 import further_families  # noqa: E402
 import more_families  # noqa: E402
 import popular_families  # noqa: E402
+import timm_families  # noqa: E402
 from backbones import plugin  # noqa: E402
 
 SMALL = {
@@ -57,8 +58,10 @@ WHY = {  # what the backbone itself, without AIM, does otherwise; tried on it al
     "blip-2": "the model takes no prompt without an image",
     "emu3": "images of a batch are padded to one size, and padding changes the tokens they become",
     "fuyu": "its processor takes one image a prompt",
+    "gemma3n": "its decoder layers hand on several streams of states, of which no inner layer is read",
     "minimax_m3_vl": "padding moves its blocks of keys: once there are more than it chooses, a row of a padded batch "
     "differs from the row alone",
+    "perception_lm": "its processor takes no images with different numbers of tiles at once",
 }
 LENGTH, FUSED = 9, 4  # of the words of the prompt, and of the fused tokens before them
 
@@ -66,7 +69,10 @@ LENGTH, FUSED = 9, 4  # of the words of the prompt, and of the fused tokens befo
 def survey(model_type: str) -> tuple[str, str]:
     """How far AIM goes with a model type, and a remark."""
     if model_type in families.FAMILIES:
-        return run_properties(model_type)
+        try:
+            return run_properties(model_type)
+        except ImportError as error:
+            return "not known", f"it needs the package {missing_package(error)}, which was not installed here"
     try:
         config = CONFIG_MAPPING[model_type]()
         with torch.device("meta"):
@@ -187,9 +193,9 @@ def main(chosen: list[str]) -> None:
     transformers.logging.set_verbosity_error()
     logging.getLogger("modeling_aim").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    for builders in (families.MORE_FAMILIES, more_families.BUILDERS, popular_families.BUILDERS):
-        families.FAMILIES.update(builders)
-    families.FAMILIES.update(further_families.BUILDERS)
+    for some in (more_families, popular_families, further_families, timm_families):
+        families.FAMILIES.update(some.BUILDERS)
+    families.FAMILIES.update(families.MORE_FAMILIES)
     rows = []
     for model_type in chosen or NAMES:
         status, remark = survey(model_type)

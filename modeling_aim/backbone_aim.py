@@ -31,7 +31,7 @@ from transformers import (
 from transformers.quantizers import AutoQuantizationConfig
 
 from .batching_aim import repeat_images, shared_images
-from .families_aim import prefix_kv
+from .families_aim import family_of
 from .files_aim import HUB_KWARGS
 
 INPUT, VISION, DECODER = 0, -2, -3  # what enters the first layer, leaves the vision tower, enters the decoder
@@ -332,7 +332,7 @@ def remembers(backbone: PreTrainedModel) -> bool:
 def goes_on_behind_kv(backbone: PreTrainedModel, padded: bool = False) -> bool:
     """Whether a prompt, `padded` or not, can go on behind KV that `generate` is given: not on every family, nor with
     positions in the image grid and transformers before 5.23, the oldest on which that was tried and holds."""
-    if prefix_kv(backbone.config.model_type) not in ("always", "always" if padded else "unpadded"):
+    if family_of(backbone.config.model_type).prefix_kv not in ("always", "always" if padded else "unpadded"):
         return False
     return not remembers(backbone) or Version(Version(transformers.__version__).base_version) >= Version("5.23")
 

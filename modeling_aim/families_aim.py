@@ -18,6 +18,8 @@ class Family:
         flat_images: the processor takes the images of all prompts as one list, not as one a prompt.
         words_alone: how prompts of words are put to the tokenizer (`"{bos}{words}"`), where the processor refuses them
             when none has an image.
+        read_alone: the processor takes no images with different numbers of tiles at once, so that demonstrations are
+            read one by one.
         prefix_kv: when a prompt can go on behind KV of its beginning: `"always"`; `"unpadded"` where padding between
             the two counts as positions; `"never"` where words look at those behind them, or positions are lost.
     """
@@ -27,6 +29,7 @@ class Family:
     images_between_words: bool = False
     flat_images: bool = False
     words_alone: str | None = None
+    read_alone: bool = False
     prefix_kv: str = "always"
 
 
@@ -41,8 +44,10 @@ FAMILIES = {
     "emu3": Family(),
     "ernie4_5_vl_moe": Family(),
     "exaone4_5": Family(),
+    "fast_vlm": Family(),
     "fuyu": Family(processor="FuyuProcessor", image_token=""),
     "gemma3": Family(),
+    "gemma3n": Family(),
     "gemma4": Family(),
     "glm46v": Family(),
     "glm4v": Family(),
@@ -75,6 +80,7 @@ FAMILIES = {
     "ovis2": Family(),
     "paddleocr_vl": Family(),
     "paligemma": Family(processor="PaliGemmaProcessor", words_alone="{bos}{words}\n", prefix_kv="never"),
+    "perception_lm": Family(read_alone=True),
     "qianfan_ocr": Family(),
     "qwen2_5_omni_thinker": Family(prefix_kv="never"),
     "qwen2_5_vl": Family(),
@@ -96,6 +102,6 @@ def family_of_processor(processor: Any) -> Family:
     return next((family for family in FAMILIES.values() if family.processor == name), Family())
 
 
-def prefix_kv(model_type: str) -> str:
-    """When a prompt of a model type can go on behind KV of its beginning."""
-    return FAMILIES.get(model_type, Family()).prefix_kv
+def family_of(model_type: str) -> Family:
+    """The family of a model type; an ordinary one where it is not known."""
+    return FAMILIES.get(model_type, Family())

@@ -41,6 +41,7 @@ from .demonstrations_aim import (
     is_demonstration,
     is_fused,
 )
+from .families_aim import family_of
 from .injection_aim import FusedPrompt, injected, own_tokens_only, watch_embeddings
 from .prefix_aim import (
     Recent,
@@ -53,7 +54,6 @@ from .projector_aim import AimProjector
 if TYPE_CHECKING:  # the rest of what a repository carries: transformers 5.5 copies only files that this one names
     from .bank_aim import DemonstrationBank  # noqa: F401
     from .build_aim import build_bank  # noqa: F401
-    from .families_aim import FAMILIES  # noqa: F401
     from .files_aim import locate_file  # noqa: F401
     from .manifest_aim import BANK_MANIFEST  # noqa: F401
     from .pretrained_aim import AimPreTrainedModel  # noqa: F401
@@ -156,6 +156,8 @@ class AimForConditionalGeneration(AimBankingModel, GenerationMixin):
         """Number, hidden states and, where asked for, image features of each demonstration, as they are read."""
         lengths = self.processor.reading_lengths(demos)
         positions = CPU_POSITIONS if self.device.type == "cpu" else PASS_POSITIONS
+        if family_of(self.backbone.config.model_type).read_alone:
+            batch_size = 1
         for rows, alike in reading_batches(demos, lengths, batch_size, positions):
             inputs, kept = self.processor.encode_demonstrations([demos[i] for i in rows], self.config.read_span)
             self._check_length(inputs["input_ids"].shape[1], [demos[i].text for i in rows])

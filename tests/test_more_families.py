@@ -7,17 +7,21 @@ import further_families
 import more_families
 import popular_families
 import pytest
+import timm_families
 import torch
 
 from modeling_aim import AimForConditionalGeneration, Demonstration
 from modeling_aim.checks import PROPERTIES, QUESTION, Case, close
-from modeling_aim.families_aim import FAMILIES
+from modeling_aim.families_aim import FAMILIES, family_of
 
 BUILDERS = {**more_families.BUILDERS, **popular_families.BUILDERS, **further_families.BUILDERS}
+BUILDERS |= timm_families.BUILDERS
 SHORT = "no_demonstrations", "demonstrations_reach", "images_matter"
 
 
 def made(family: str) -> Case:
+    if family in timm_families.BUILDERS:
+        pytest.importorskip("timm")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backbones, "MORE_FAMILIES", {**backbones.MORE_FAMILIES, **BUILDERS})
         backbone = backbones.build(family)
@@ -35,7 +39,10 @@ def test_it_is_known(case: Case) -> None:
 
 def test_what_is_kept_of_a_demonstration_is_its_words(case: Case) -> None:
     demos = [Demonstration.of(demo) for demo in case.demos]
-    for some in ([demos[0]], demos, [Demonstration.of({"text": "Words alone."})]):
+    together = (
+        [demos] if not family_of(case.model.backbone.config.model_type).read_alone else [[demo] for demo in demos]
+    )
+    for some in (*together, [demos[0]], [Demonstration.of({"text": "Words alone."})]):
         inputs, mask = case.processor.encode_demonstrations(some)
         for demo, ids, kept in zip(some, inputs["input_ids"], mask, strict=True):
             assert case.processor.tokenizer.decode(ids[kept]).strip() == case.processor.word(demo)[0]
