@@ -330,6 +330,41 @@ def qwen2_5_omni_thinker() -> Pair:
     return hf.Qwen2_5OmniThinkerForConditionalGeneration(config), processor
 
 
+def qwen3_omni_moe_thinker() -> Pair:
+    """Qwen3-VL with experts that can take sound."""
+    template = chat("<|vision_start|><|image_pad|><|vision_end|>", *CHATML)
+    names = {"image_token": "<|image_pad|>", "audio_token": "<|audio_pad|>", "video_token": "<|video_pad|>"}
+    names |= {"vision_bos_token": "<|vision_start|>", "vision_eos_token": "<|vision_end|>"}
+    names |= {"audio_bos_token": "<|audio_start|>", "audio_eos_token": "<|audio_end|>"}
+    tokenizer = tokenizer_of(["<|im_start|>", "<|im_end|>"], template, **names)
+    sound = {"encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 64, "d_model": 32}
+    sound |= {"output_dim": WIDTH, "num_mel_bins": 16, "max_source_positions": 100, "downsample_hidden_size": 16}
+    experts = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
+    rope = {**MROPE, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    vision = {"depth": 2, "num_heads": 2, "out_hidden_size": WIDTH, "num_position_embeddings": 16}
+    config = hf.Qwen3OmniMoeThinkerConfig(
+        text_config=text_settings(tokenizer, rope_parameters=rope, **experts),
+        vision_config=vision_settings(deepstack_visual_indexes=[0, 1], **vision),
+        audio_config=sound,
+        **ids_of(
+            tokenizer,
+            image_token_id="<|image_pad|>",
+            audio_token_id="<|audio_pad|>",
+            video_token_id="<|video_pad|>",
+            audio_start_token_id="<|audio_start|>",
+        ),
+    )
+    config.vision_start_token_id = tokenizer.convert_tokens_to_ids("<|vision_start|>")
+    processor = hf.Qwen3OmniMoeProcessor(
+        hf.Qwen2VLImageProcessor(patch_size=16, min_pixels=32 * 32, max_pixels=9 * 32 * 32),
+        hf.Qwen2VLVideoProcessor(patch_size=16),
+        hf.WhisperFeatureExtractor(feature_size=16),
+        tokenizer,
+        chat_template=template,
+    )
+    return hf.Qwen3OmniMoeThinkerForConditionalGeneration(config), processor
+
+
 def _qwen_ids(tokenizer: Any) -> dict[str, int]:
     return ids_of(
         tokenizer,
@@ -355,5 +390,6 @@ BUILDERS: dict[str, Callable[..., Pair]] = {
     "minimax_m3_vl": minimax_m3_vl,
     "qianfan_ocr": qianfan_ocr,
     "qwen2_5_omni_thinker": qwen2_5_omni_thinker,
+    "qwen3_omni_moe_thinker": qwen3_omni_moe_thinker,
     "video_llava": video_llava,
 }

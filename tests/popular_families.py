@@ -60,17 +60,30 @@ def ids_of(tokenizer: Any, **tokens: str) -> dict[str, int]:
 
 def gemma4() -> Pair:
     """Layers that share keys and values, embeddings for each layer, BOS by tokenizer and template; E2B in small."""
+    shared = {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8}
+    position = {"num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 640}
+    return _gemma4("Gemma4", shared, vision_settings(**position))
+
+
+def gemma4_unified() -> Pair:
+    """The same without a tower and without embeddings for each layer; images look at themselves both ways."""
+    vision = {"mm_embed_dim": WIDTH, "mm_posemb_size": 640, "output_proj_dims": WIDTH}
+    return _gemma4("Gemma4Unified", {"use_bidirectional_attention": "vision"}, vision)
+
+
+def _gemma4(name: str, more: dict[str, Any], vision: dict[str, Any]) -> Pair:
     template = chat("<|image|>", "<|turn>ROLE\n", "<turn|>\n", start="<bos>")
     names = {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>"}
     names |= {"audio_token": "<|audio|>", "boa_token": "<|audio>", "eoa_token": "<audio|>"}
     tokenizer = tokenizer_of(["<|turn>", "<turn|>", "<|video|>"], template, "<bos>", adds_bos=True, **names)
     text = text_settings(tokenizer, num_hidden_layers=4, head_dim=16, global_head_dim=32, sliding_window=64)
-    text |= {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
-    text |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": text["vocab_size"]}
+    text |= {"layer_types": ["sliding_attention", "full_attention"] * 2, **more}
+    if "hidden_size_per_layer_input" in more:
+        text["vocab_size_per_layer_input"] = text["vocab_size"]
     patches = {"patch_size": 2, "pooling_kernel_size": 3}
-    config = hf.Gemma4Config(
+    config = getattr(hf, name + "Config")(
         text_config=text,
-        vision_config=vision_settings(num_key_value_heads=2, head_dim=16, position_embedding_size=640, **patches),
+        vision_config={**vision, **patches},
         audio_config=None,
         **ids_of(
             tokenizer,
@@ -83,15 +96,15 @@ def gemma4() -> Pair:
             eoa_token_index="<audio|>",
         ),
     )
-    processor = hf.Gemma4Processor(
-        hf.Gemma4AudioFeatureExtractor(),
-        hf.Gemma4ImageProcessor(max_soft_tokens=70, **patches),
+    processor = getattr(hf, name + "Processor")(
+        getattr(hf, name + "AudioFeatureExtractor")(),
+        getattr(hf, name + "ImageProcessor")(max_soft_tokens=70, **patches),
         tokenizer,
-        hf.Gemma4VideoProcessor(**patches),
+        getattr(hf, name + "VideoProcessor")(**patches),
         chat_template=template,
         image_seq_length=70,
     )
-    return hf.Gemma4ForConditionalGeneration(config), processor
+    return getattr(hf, name + "ForConditionalGeneration")(config), processor
 
 
 def glm4v_moe() -> Pair:
@@ -379,6 +392,7 @@ BUILDERS: dict[str, Callable[..., Pair]] = {
     "exaone4_5": exaone4_5,
     "fuyu": fuyu,
     "gemma4": gemma4,
+    "gemma4_unified": gemma4_unified,
     "glm46v": glm46v,
     "glm4v_moe": glm4v_moe,
     "glm_ocr": glm_ocr,

@@ -39,9 +39,8 @@ def test_it_is_known(case: Case) -> None:
 
 def test_what_is_kept_of_a_demonstration_is_its_words(case: Case) -> None:
     demos = [Demonstration.of(demo) for demo in case.demos]
-    together = (
-        [demos] if not family_of(case.model.backbone.config.model_type).read_alone else [[demo] for demo in demos]
-    )
+    alone = family_of(case.model.backbone.config.model_type).read_alone
+    together = [[demo] for demo in demos] if alone else [demos]
     for some in (*together, [demos[0]], [Demonstration.of({"text": "Words alone."})]):
         inputs, mask = case.processor.encode_demonstrations(some)
         for demo, ids, kept in zip(some, inputs["input_ids"], mask, strict=True):
@@ -63,7 +62,7 @@ def test_images_that_are_embedded_as_words_are_not_taken_for_the_prompt() -> Non
     PROPERTIES["read_or_raw"](made("chameleon"))  # generate() embeds its images before the prompt
 
 
-@pytest.mark.parametrize("family", ["hyperclovax_vision_v2", "paligemma", "qwen2_5_omni_thinker"])
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.prefix_kv != "always"])
 def test_no_kv_is_kept_where_it_would_not_be_that_of_the_whole_prompt(family: str) -> None:
     case = made(family)
     fused, prefix = case.model.read(case.demos), case.model.prefill(case.demos)
