@@ -344,13 +344,13 @@ def idefics3(**text: Any) -> Pair:
 
 def smolvlm(**text: Any) -> Pair:
     """Idefics3 in small."""
-    return _tiled("SmolVLM", SMOLVLM_CHAT, None, text)
+    return _tiled("SmolVLM", SMOLVLM_CHAT, "<|im_start|>", text)
 
 
-def _tiled(name: str, chat: str, bos: str | None, text: dict[str, Any]) -> Pair:
-    special = [*IDEFICS_SPECIAL, "<global-img>", *TILES]
-    special += [] if bos else ["<|im_start|>", "<video>"]
-    tokenizer = make_tokenizer(special, bos, chat)
+def _tiled(name: str, chat: str, bos: str, text: dict[str, Any]) -> Pair:
+    smol = name == "SmolVLM"  # its BOS is written by the chat template alone
+    special = [*IDEFICS_SPECIAL, "<global-img>", *TILES, *(["<|im_start|>", "<video>"] if smol else [])]
+    tokenizer = make_tokenizer(special, bos, chat, adds_bos=not smol)
     config = getattr(hf, name + "Config")(
         vision_config=vision_settings(image_size=32, patch_size=8),
         text_config=hf.LlamaConfig(**text_settings(tokenizer, **text)),
@@ -364,7 +364,7 @@ def _tiled(name: str, chat: str, bos: str | None, text: dict[str, Any]) -> Pair:
     )  # what a reload gives
     images = getattr(hf, name + kind)(size={"longest_edge": 64}, max_image_size=tile)
     parts = [images, tokenizer]
-    if not bos:
+    if smol:
         sampling = {"fps": 1, "max_frames": 4, "video_size": tile}
         parts.append(hf.SmolVLMVideoProcessor(size=tile, max_image_size=tile, video_sampling=sampling))
     processor = getattr(hf, name + "Processor")(*parts, image_seq_len=4, chat_template=chat)
