@@ -13,6 +13,8 @@ from pathlib import Path
 
 from lesson import AIM_TINY, ask, load, shapes
 
+from modeling_aim import DemonstrationBank
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -23,7 +25,7 @@ def main() -> None:
     model, processor = load(args.repo)
     demos, queries = shapes(ways=5, shots=4)
     start = time.perf_counter()
-    bank = model.build_bank(demos, args.bank)  # interrupted, it goes on here; finished, it reads nothing
+    bank = DemonstrationBank.build(model, demos, args.bank)  # resumes after an interrupt; a finished bank is opened
     print(f"bank: {len(bank)} demonstrations, {bank.num_tokens} fused tokens in {time.perf_counter() - start:.2f} s")
 
     prefix = model.prefill(bank)  # the keys and values of the fused tokens, too, are computed once

@@ -24,18 +24,21 @@ def share(repo: str, repo_id: str, token: str | None) -> None:
     import torch
     from lesson import ask, load, shapes
 
+    from modeling_aim import DemonstrationBank
+
     model, processor = load(repo)
     demos, queries = shapes(ways=2, shots=4)
     with tempfile.TemporaryDirectory() as folder:
-        model.build_bank(demos, folder, thumbnails=0).push_to_hub(repo_id, token=token)  # no pictures in this one
-    bank = model.load_bank(repo_id, token=token)
+        bank = DemonstrationBank.build(model, demos, folder, thumbnails=0)  # without pictures
+        bank.push_to_hub(repo_id, token=token)
+    bank = DemonstrationBank.from_pretrained(repo_id, model, token=token)
     print(f"{repo_id}: {len(bank)} demonstrations, read by {bank.source['backbone']}")
     for image, name in queries:
         print(f"  {name:10} {ask(model, processor, image, demos=bank)}")
     with torch.no_grad():
         model.projector.layers[-1].weight.mul_(1.5)  # as if it had been trained further
     try:
-        model.load_bank(repo_id, token=token)
+        DemonstrationBank.from_pretrained(repo_id, model, token=token)
     except ValueError as error:
         print(f"Another projector: {error}")
 

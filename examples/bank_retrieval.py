@@ -13,6 +13,8 @@ import tempfile
 
 from lesson import AIM_TINY, ask, load, shapes
 
+from modeling_aim import DemonstrationBank
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -25,7 +27,7 @@ def main() -> None:
     model, processor = load(args.repo)
     demos, queries = shapes(args.concepts, shots=8, seed="retrieval", asked=args.queries)
     with tempfile.TemporaryDirectory() as folder:
-        bank = model.build_bank(demos, folder)
+        bank = DemonstrationBank.build(model, demos, folder)
         print(f"{len(bank)} demonstrations, {len(queries)} queries, {args.shots} shots")
         for by in ("random", "image", "fused"):  # "text" and "mmices" need questions that differ
             shown = right = 0

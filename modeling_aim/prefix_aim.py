@@ -1,86 +1,26 @@
-"""What is kept between calls, bounded in bytes: hidden states of raw demonstrations, and the KV of fused prefixes."""
+"""The KV of a prefix of fused tokens: computed once, kept in an LRU cache, and used by any number of answers."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import threading
-from collections import OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import transformers
 from packaging.version import Version
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.utils import logging
 
-from .demonstrations_aim import FusedDemonstrations
-from .shards_aim import as_bytes
+from .backbone_aim import goes_on_behind_kv, preserved_state
+from .demonstrations_aim import FusedDemonstrations, check_source, kind_of
+from .files_aim import as_bytes
+from .injection_aim import injected
+
+logger = logging.get_logger(__name__)
 
 PREFIX_STATES = Version(Version(transformers.__version__).base_version) >= Version("5.23")
-
-
-class Recent:
-    """Values by key, bounded in bytes; the least recently used leaves. Safe under threads.
-
-    Args:
-        max_bytes: the bound, which can be changed; 0 keeps nothing.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self._values: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
-        self._lock = threading.RLock()
-        self._max_bytes = max_bytes
-        self._nbytes = 0
-
-    @property
-    def max_bytes(self) -> int:
-        """The bound; what is over a new one leaves at once."""
-        return self._max_bytes
-
-    @max_bytes.setter
-    def max_bytes(self, value: int) -> None:
-        with self._lock:
-            self._max_bytes = value
-            self._trim()
-
-    def __reduce__(self) -> Any:  # a copy of a model starts with an empty one
-        return type(self), (self.max_bytes,)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are kept now."""
-        return self._nbytes
-
-    def get(self, key: Hashable) -> Any:
-        """The value, now the most recently used; `None` where there is none."""
-        with self._lock:
-            if key not in self._values:
-                return None
-            self._values.move_to_end(key)
-            return self._values[key][0]
-
-    def put(self, key: Hashable, value: Any, size: int) -> None:
-        """Keep a value of `size` bytes, unless it is larger than the bound by itself."""
-        with self._lock:
-            self._nbytes -= self._values.pop(key, (None, 0))[1]
-            if size <= self.max_bytes:
-                self._values[key] = (value, size)
-                self._nbytes += size
-            self._trim()
-
-    def _trim(self) -> None:
-        while self._nbytes > self.max_bytes:
-            self._nbytes -= self._values.popitem(last=False)[1][1]
-
-    def clear(self) -> None:
-        """Forget everything."""
-        with self._lock:
-            self._values.clear()
-            self._nbytes = 0
 
 
 class FusedPrefix:
@@ -93,9 +33,11 @@ class FusedPrefix:
         fused: what was read, in the order in which it stands in the prompt.
     """
 
+    aim_kind = "prefix"
+
     def __init__(self, fused: FusedDemonstrations) -> None:
         self._fused = fused
-        digest = hashlib.sha256(str((str(fused.vectors.dtype), fused.lengths)).encode())
+        digest = hashlib.sha256(str((str(fused.vectors.dtype), fused.lengths, fused.ids.tolist())).encode())
         digest.update(as_bytes(fused.vectors))
         self.prefix_key = digest.hexdigest()
 
@@ -113,18 +55,84 @@ class FusedPrefix:
         return self._fused.num_tokens
 
 
-def is_prefix(value: Any) -> bool:
-    """Whether `value` is what `prefill` gave. By its parts, since remote code has a class of its own."""
-    return hasattr(value, "prefix_key")
+@torch.no_grad()
+def prefix_kv(model: Any, prefix: FusedPrefix, bos: Sequence[int]) -> Any:
+    """KV of `bos` (one id, or none) and the fused tokens of a prefix, for one row; kept in `model.prefix_cache`."""
+    key = (prefix.prefix_key, tuple(bos), str(model.device), model._backbone_state())
+    cache = model.prefix_cache.get(key)
+    if cache is None:
+        inputs = dict(model.processor(text=["a"], return_tensors="pt").to(model.device, model.dtype))
+        length = inputs["input_ids"].shape[1]
+        ids = torch.tensor([*bos, *inputs["input_ids"][0, -1:].tolist()], device=model.device)[None]
+        for name, value in inputs.items():
+            if isinstance(value, torch.Tensor) and value.shape[:2] == (1, length) and name != "pixel_values":
+                inputs[name] = ids if name == "input_ids" else value[:, -1:].expand(1, ids.shape[1], *value.shape[2:])
+        prompt = model._widened(inputs, [prefix.fused], first=True)
+        width, prompt.width = prompt.width, len(bos) + prefix.num_tokens
+        for name, value in prompt.inputs.items():
+            if isinstance(value, torch.Tensor) and value.shape[:2] == (1, width) and name != "pixel_values":
+                prompt.inputs[name] = value[:, : prompt.width]
+        with preserved_state(model.backbone), injected(prompt):
+            cache = model.backbone.base_model(**prompt.inputs, use_cache=True, return_dict=True).past_key_values
+        model.prefix_cache.put(key, cache, cache_bytes(cache))
+    return cache
 
 
-def same_prefix(demos: Any) -> Any:
-    """The one prefix that all rows are given, or `None`."""
-    if is_prefix(demos):
-        return demos
-    if isinstance(demos, (list, tuple)) and demos and all(is_prefix(one) for one in demos):
-        return demos[0] if len({one.prefix_key for one in demos}) == 1 else None
-    return None
+UNUSUAL = (
+    "past_key_values", "cache_implementation", "prefill_chunk_size", "assistant_model", "custom_generate",
+    "prompt_lookup_num_tokens", "use_mtp", "penalty_alpha", "dola_layers",
+)  # fmt: skip
+
+
+def prefilled(model: Any, rows: Sequence[tuple[Any, ...]], options: Mapping[str, Any]) -> tuple[Any, Any] | None:
+    """A prompt that begins with a kept prefix, and the KV of that for each row; `None` where there is no prefix.
+
+    Where there is one whose KV cannot be used, the log says why, once for each reason.
+    """
+    prefixes = [parts[0] for parts in rows if len(parts) == 1 and kind_of(parts[0]) == "prefix"]
+    if not any(kind_of(part) == "prefix" for parts in rows for part in parts):
+        return None
+    found = _prefilled(model, prefixes, len(rows), options)
+    if isinstance(found, str):
+        logger.warning_once(f"The KV of prefilled demonstrations is not used: {found}. They are answered from anyway.")
+        return None
+    return found
+
+
+def _prefilled(
+    model: Any, prefixes: Sequence[FusedPrefix], batch: int, options: Mapping[str, Any]
+) -> tuple[Any, Any] | str:
+    """What `prefilled` returns, or why KV cannot be used."""
+    ids, config = options["input_ids"], options.get("generation_config")
+
+    def setting(name: str) -> Any:
+        given = [options.get(name), getattr(config, name, None), getattr(model.generation_config, name, None)]
+        return next((value for value in given if value is not None), None)
+
+    if len(prefixes) < batch or len({prefix.prefix_key for prefix in prefixes}) > 1:
+        return "the rows of the batch are given different demonstrations"
+    if setting("use_cache") is False:
+        return "use_cache=False"
+    unusual = [name for name in UNUSUAL if setting(name)]
+    if unusual:
+        return f"generate was called with {', '.join(unusual)}"
+    if not goes_on_behind_kv(model.backbone):
+        return "this release of transformers loses the places of prompts behind KV on this backbone (5.23 keeps them)"
+    prefix = prefixes[0]
+    check_source(prefix.fused.source, model.source)
+    mask = options.get("attention_mask")
+    begins = [0] * batch if mask is None else mask.long().argmax(dim=1).tolist()
+    firsts = {tuple(model._bos_of(int(ids[row, begin]))) for row, begin in enumerate(begins)}
+    if len(firsts) > 1:
+        return "the prompts of the batch begin differently"
+    bos = firsts.pop()
+    cache = prefix_kv(model, prefix, bos)
+    if not serves(cache, padded=mask is not None and not bool(mask.all())):
+        return "this backbone's cache cannot be continued from a prefix alone (or not in a padded batch)"
+    prompt = model._fused_prompt(options, [prefix.fused] * batch, first=True)
+    prompt.seen = len(bos) + prefix.num_tokens
+    copies = max(int(setting("num_beams") or 1), int(setting("num_return_sequences") or 1))
+    return prompt, grown_from(cache, batch * copies)
 
 
 def grown_from(cache: Any, rows: int) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .shards_aim import write_whole
+from .files_aim import write_whole
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

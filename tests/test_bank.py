@@ -19,14 +19,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from modeling_aim import DemonstrationBank
-from modeling_aim.manifest_aim import BANK_MANIFEST, read_manifest, write_manifest
-from modeling_aim.shards_aim import VERSION, write_whole
+from modeling_aim.bank.manifest import BANK_MANIFEST, read_manifest, write_manifest
+from modeling_aim.bank.shards import VERSION, write_whole
 
 
 @pytest.fixture
 def saved(llava: Plugin, tmp_path: Path) -> Path:
     """The folder of a bank of two shards."""
-    llava.model.build_bank(DEMOS, tmp_path / "bank", batch_size=3, shard_bytes=1)
+    DemonstrationBank.build(llava.model, DEMOS, tmp_path / "bank", batch_size=3, shard_bytes=1)
     return tmp_path / "bank"
 
 
@@ -50,7 +50,7 @@ def test_a_bank_is_the_same_after_saving_and_loading(aim: Plugin, tmp_path: Path
 
 
 def test_a_built_bank_is_what_was_read(aim: Plugin, tmp_path: Path) -> None:
-    bank = aim.model.build_bank(DEMOS, tmp_path / "bank", batch_size=2, shard_bytes=1, keep_states=True)
+    bank = DemonstrationBank.build(aim.model, DEMOS, tmp_path / "bank", batch_size=2, shard_bytes=1, keep_states=True)
     fused = aim.model.read(DEMOS)
     assert len(bank._shards) == 3
     assert (bank.fused.lengths, bank.fused.keys, bank.fused.texts) == (fused.lengths, fused.keys, fused.texts)
@@ -61,7 +61,7 @@ def test_a_built_bank_is_what_was_read(aim: Plugin, tmp_path: Path) -> None:
     assert mixed.texts == tuple(fused.texts[i] for i in (4, 0, 3, 0))
     assert torch.equal(mixed[1].vectors, bank[0].vectors)
     bank.save_pretrained(tmp_path / "copy", shard_bytes=10**9)
-    again = aim.model.load_bank(tmp_path / "copy")
+    again = DemonstrationBank.from_pretrained(tmp_path / "copy", aim.model)
     assert torch.equal(again.fused.vectors, bank.fused.vectors) and again.features == bank.features
     assert again.thumbnails() == bank.thumbnails() and [bool(t) for t in bank.thumbnails()] == [1, 1, 0, 1, 1]
     assert bank.labels() == ["dax", None, None, None, "blicket"]
@@ -96,14 +96,14 @@ def test_saving_again_replaces_the_bank_and_leaves_no_old_file(saved: Path, llav
 
 def test_the_card_is_of_the_bank_that_is_there_unless_somebody_wrote_it(tmp_path: Path, llava: Plugin) -> None:
     card = tmp_path / "README.md"
-    llava.model.build_bank(DEMOS[:2], tmp_path)
+    DemonstrationBank.build(llava.model, DEMOS[:2], tmp_path)
     assert "2 demonstrations" in card.read_text()
-    llava.model.build_bank(DEMOS, tmp_path)
+    DemonstrationBank.build(llava.model, DEMOS, tmp_path)
     assert "5 demonstrations" in card.read_text()
     DemonstrationBank(llava.model.read(DEMOS[:3])).save_pretrained(tmp_path)
     assert "3 demonstrations" in card.read_text()
     card.write_text("My own words.")
-    llava.model.load_bank(tmp_path)[:1]
+    DemonstrationBank.from_pretrained(tmp_path, llava.model)[:1]
     DemonstrationBank(llava.model.read(DEMOS[:1])).save_pretrained(tmp_path)
     assert card.read_text() == "My own words."
 
@@ -144,7 +144,7 @@ def test_a_bank_in_half_precision(tmp_path: Path) -> None:
     DemonstrationBank(fused).save_pretrained(tmp_path / "read")
     loaded = DemonstrationBank.from_pretrained(tmp_path / "read")
     assert loaded.fused.vectors.dtype == torch.bfloat16 and torch.equal(loaded.fused.vectors, fused.vectors)
-    built = aim.model.build_bank(DEMOS, tmp_path / "built", batch_size=5)
+    built = DemonstrationBank.build(aim.model, DEMOS, tmp_path / "built", batch_size=5)
     assert built.fused.vectors.dtype == torch.bfloat16 and torch.equal(built.fused.vectors, fused.vectors)
 
 
@@ -154,15 +154,17 @@ def test_a_bank_in_half_precision(tmp_path: Path) -> None:
 def test_smaller_storage_is_within_its_precision(
     llava: Plugin, tmp_path: Path, storage: str, kept: torch.dtype, worst: float
 ) -> None:
-    full = llava.model.build_bank(DEMOS, tmp_path / "full")
-    built = llava.model.build_bank(DEMOS, tmp_path / "built", storage=storage)
+    full = DemonstrationBank.build(llava.model, DEMOS, tmp_path / "full")
+    built = DemonstrationBank.build(llava.model, DEMOS, tmp_path / "built", storage=storage)
     full.save_pretrained(tmp_path / "copied", storage=storage)
-    for small in (built, llava.model.load_bank(tmp_path / "copied")):
+    for small in (built, DemonstrationBank.from_pretrained(tmp_path / "copied", llava.model)):
         assert small._shards[0].columns["vectors"].dtype == kept
         gap = (small.fused.vectors.float() - full.fused.vectors).abs().amax(dim=1)
         assert bool((gap <= worst * full.fused.vectors.abs().amax(dim=1)).all())
         assert llava.answer(llava.query(), small).shape == (1, 6)
-    assert torch.equal(built.fused.vectors, llava.model.load_bank(tmp_path / "copied").fused.vectors)
+    assert torch.equal(
+        built.fused.vectors, DemonstrationBank.from_pretrained(tmp_path / "copied", llava.model).fused.vectors
+    )
 
 
 def test_a_bank_holds_no_code_and_no_pickle(saved: Path) -> None:
@@ -180,7 +182,7 @@ def test_a_bank_of_another_plug_in_is_refused_and_the_difference_named(saved: Pa
     other = plugin("llava", projector_form="mlp")
     for use in (
         lambda: other.model.generate(**other.query(), demos=DemonstrationBank.from_pretrained(saved)),
-        lambda: other.model.load_bank(saved),
+        lambda: DemonstrationBank.from_pretrained(saved, other.model),
         lambda: other.model.generate(**other.query(), demos=DemonstrationBank.from_pretrained(saved), shots=2),
     ):
         with pytest.raises(ValueError, match=r"another model: projector [0-9a-f]{12} \(this model: .*model\.read"):
@@ -188,15 +190,15 @@ def test_a_bank_of_another_plug_in_is_refused_and_the_difference_named(saved: Pa
     other = plugin("llava", read_span="answer")
     other.model._load_projector(plugin("llava").model.projector.state_dict(), "there")
     with pytest.raises(ValueError, match=r"another model: read layers \[-1\], text,"):
-        other.model.load_bank(saved)
+        DemonstrationBank.from_pretrained(saved, other.model)
     other = plugin("llava")
     other.processor.label_template = "That is {label}."
     with pytest.raises(ValueError, match=r"another model: label template This is .* \(this model: That is"):
-        other.model.load_bank(saved)
+        DemonstrationBank.from_pretrained(saved, other.model)
     other = plugin("llava")
     other.processor.image_processor.image_mean = [0.0, 0.0, 0.0]
     with pytest.raises(ValueError, match="another model: image settings"):
-        other.model.load_bank(saved)
+        DemonstrationBank.from_pretrained(saved, other.model)
 
 
 def test_a_bank_of_another_backbone_is_refused_and_the_backbone_named(saved: Path) -> None:
@@ -204,7 +206,7 @@ def test_a_bank_of_another_backbone_is_refused_and_the_backbone_named(saved: Pat
     assert other.model.source["projector"] != read_manifest(saved / BANK_MANIFEST)["source"]["projector"]
     bank = DemonstrationBank.from_pretrained(saved)
     for use in (
-        lambda: other.model.load_bank(saved),
+        lambda: DemonstrationBank.from_pretrained(saved, other.model),
         lambda: other.model.generate(**other.query(), demos=bank),
         lambda: other.model.generate(**other.query(), demos=bank, shots=2),
         lambda: other.model.generate(**other.query(), demos=bank, shots=2, select="image"),
@@ -223,19 +225,21 @@ def test_what_binds_a_bank_is_the_same_after_saving_the_model(aim: Plugin, self_
 def test_hidden_states_take_a_new_projector_without_reading(saved: Path, llava: Plugin, tmp_path: Path) -> None:
     new = plugin("llava", projector_form="mlp")
     with pytest.raises(ValueError, match="keep_states=True"):
-        llava.model.load_bank(saved).reproject(new.model, tmp_path / "no")
+        DemonstrationBank.from_pretrained(saved, llava.model).reproject(new.model, tmp_path / "no")
     for storage in ("auto", "int8"):
         folder = tmp_path / storage
-        bank = llava.model.build_bank(DEMOS, folder, batch_size=2, shard_bytes=1, keep_states=True, storage=storage)
+        bank = DemonstrationBank.build(
+            llava.model, DEMOS, folder, batch_size=2, shard_bytes=1, keep_states=True, storage=storage
+        )
         seen: list[Any] = []
         handle = new.backbone.get_input_embeddings().register_forward_hook(lambda *args, seen=seen: seen.append(args))
         again = bank.reproject(new.model, tmp_path / f"{storage} again", batch_size=2)
         handle.remove()
         assert not seen
-        wanted = new.model.build_bank(DEMOS, tmp_path / f"{storage} read", batch_size=2, storage=storage)
+        wanted = DemonstrationBank.build(new.model, DEMOS, tmp_path / f"{storage} read", batch_size=2, storage=storage)
         torch.testing.assert_close(again.fused.vectors, wanted.fused.vectors, rtol=1e-4, atol=0.02)
         assert dict(again.source) == new.model.source and again.has_states
-        found, expected = (one._like("fused").rows(range(5)) for one in (again, wanted))
+        found, expected = (one.similarity("fused").rows(range(5)) for one in (again, wanted))
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
         assert new.model.source["projector"] in (tmp_path / f"{storage} again" / "README.md").read_text()
     other = plugin("qwen2_5_vl")
@@ -244,7 +248,7 @@ def test_hidden_states_take_a_new_projector_without_reading(saved: Path, llava: 
 
 
 def test_a_bank_says_what_is_in_it(saved: Path, llava: Plugin) -> None:
-    info = llava.model.load_bank(saved).info()
+    info = DemonstrationBank.from_pretrained(saved, llava.model).info()
     assert info["demonstrations"] == 5 and info["labels"] == {"blicket": 1, "dax": 1} and info["shards"] == 2
     assert info["bytes"] > 0 and info["source"] == llava.model.source and info["features"]["image"] == 64
     card = (saved / "README.md").read_text()
@@ -258,7 +262,7 @@ def test_a_bank_on_the_hub(hub: HubServer, saved: Path, llava: Plugin) -> None:
     sha = hub.add_repo("user/bank", saved, private=True)
     hub.commit("user/bank", {BANK_MANIFEST: "moved"})
     bank = DemonstrationBank.from_pretrained("user/bank", revision=sha, token=hub.token)
-    assert torch.equal(bank.fused.vectors, llava.model.load_bank(saved).fused.vectors)
+    assert torch.equal(bank.fused.vectors, DemonstrationBank.from_pretrained(saved, llava.model).fused.vectors)
     assert {revision for revision, _ in hub.asked("user/bank")} == {sha}
     for missing in ({"revision": "nowhere", "token": hub.token}, {"token": False}):
         with pytest.raises(FileNotFoundError, match=f"(?s){BANK_MANIFEST} was not found in user/bank.*Check"):
@@ -270,14 +274,14 @@ def test_a_bank_on_the_hub(hub: HubServer, saved: Path, llava: Plugin) -> None:
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 def test_a_pushed_bank_is_the_bank_with_a_card(hub: HubServer, saved: Path, llava: Plugin) -> None:
     (saved / "notes.txt").write_text("not of the bank")
-    llava.model.load_bank(saved).push_to_hub("user/mine", token=hub.token, private=True)
-    bank = llava.model.load_bank("user/mine", token=hub.token)
-    assert torch.equal(bank.fused.vectors, llava.model.load_bank(saved).fused.vectors)
+    DemonstrationBank.from_pretrained(saved, llava.model).push_to_hub("user/mine", token=hub.token, private=True)
+    bank = DemonstrationBank.from_pretrained("user/mine", llava.model, token=hub.token)
+    assert torch.equal(bank.fused.vectors, DemonstrationBank.from_pretrained(saved, llava.model).fused.vectors)
     bank.verify()
     files = set(HfApi(token=hub.token).list_repo_files("user/mine"))
     assert "README.md" in files and "notes.txt" not in files
     DemonstrationBank(llava.model.read(DEMOS[:2])).push_to_hub("user/two", token=hub.token)
-    assert len(llava.model.load_bank("user/two", token=hub.token)) == 2
+    assert len(DemonstrationBank.from_pretrained("user/two", llava.model, token=hub.token)) == 2
 
 
 # --- damage
@@ -374,7 +378,7 @@ def test_a_damaged_bank_is_refused_and_its_good_part_opened(
     saved: Path, llava: Plugin, listing: Any, damage: str
 ) -> None:
     harm, error, message, left = DAMAGE[damage]
-    whole = llava.model.load_bank(saved)
+    whole = DemonstrationBank.from_pretrained(saved, llava.model)
     wanted = {key: whole[i].vectors.clone() for i, key in enumerate(whole.keys())}
     harm(saved)
     before = listing(saved.parent)
@@ -431,7 +435,7 @@ from modeling_aim import DemonstrationBank
 import torch
 from modeling_aim import FusedDemonstrations
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing beyond the limit is then an error, as on a full disk
-bank = DemonstrationBank(FusedDemonstrations(torch.randn(5000, 64), (5,) * 1000))
+bank = DemonstrationBank(FusedDemonstrations(torch.randn(5000, 64), (5,) * 1000, torch.arange(5000)))
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 try:
     bank.save_pretrained(sys.argv[1])

@@ -18,8 +18,8 @@ import torch
 from backbones import DEMOS, Plugin, picture, plugin
 
 from modeling_aim import DemonstrationBank
-from modeling_aim.build_aim import PARTS_FOLDER, _alone, open_rows
-from modeling_aim.manifest_aim import BANK_MANIFEST, read_manifest
+from modeling_aim.bank.build import PARTS_FOLDER, _alone, open_rows
+from modeling_aim.bank.manifest import BANK_MANIFEST, read_manifest
 
 MANY: list[Any] = [(picture(seed), f"the thing number {seed}") for seed in range(40)]
 MANY += [MANY[3], *DEMOS, {"image": picture(0), "text": "dax"}, MANY[7]]  # three of them are there already
@@ -44,28 +44,28 @@ def reads(aim: Plugin) -> list[int]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bank built in one go."""
     folder = tmp_path_factory.mktemp("whole") / "bank"
-    plugin("llava").model.build_bank(MANY, folder, **OPTIONS)
+    DemonstrationBank.build(plugin("llava").model, MANY, folder, **OPTIONS)
     return folder
 
 
 def test_equal_contents_are_read_once_and_counted(whole: Path, tmp_path: Path, listing: Any) -> None:
     aim = plugin("llava")
     counted = reads(aim)
-    bank = aim.model.build_bank(iter(MANY), tmp_path / "bank", **OPTIONS)
+    bank = DemonstrationBank.build(aim.model, iter(MANY), tmp_path / "bank", **OPTIONS)
     assert len(bank) == sum(counted) == UNIQUE and max(counted) == 2
     assert bank.duplicates == len(MANY) - UNIQUE == 3
     assert len(bank._shards) > 3 and not (tmp_path / "bank" / PARTS_FOLDER).exists()
     assert listing(tmp_path / "bank") == listing(whole)
-    assert aim.model.build_bank(MANY, tmp_path / "bank", **OPTIONS).duplicates == 3
+    assert DemonstrationBank.build(aim.model, MANY, tmp_path / "bank", **OPTIONS).duplicates == 3
     assert sum(counted) == UNIQUE and listing(tmp_path / "bank") == listing(whole)
 
 
 def test_more_demonstrations_are_added(tmp_path: Path) -> None:
     aim = plugin("llava")
-    first = aim.model.build_bank(MANY[:5], tmp_path, **OPTIONS)
+    first = DemonstrationBank.build(aim.model, MANY[:5], tmp_path, **OPTIONS)
     vectors = first.fused.vectors.clone()
     counted = reads(aim)
-    bank = aim.model.build_bank(MANY[:9], tmp_path, **OPTIONS)
+    bank = DemonstrationBank.build(aim.model, MANY[:9], tmp_path, **OPTIONS)
     assert len(bank) == 9 and sum(counted) == 4
     assert torch.equal(bank[:5].vectors, vectors)
 
@@ -85,7 +85,7 @@ def killed_while_building(folder: Path, log: Path, after: float) -> bool:
 
             aim.model.read_fully = noted  # type: ignore[method-assign]
             log.with_suffix(".ready").touch()
-            aim.model.build_bank(MANY, folder, **OPTIONS)
+            DemonstrationBank.build(aim.model, MANY, folder, **OPTIONS)
         finally:
             os._exit(0)
     while not log.with_suffix(".ready").exists():
@@ -100,7 +100,7 @@ def killed_while_building(folder: Path, log: Path, after: float) -> bool:
 def test_killed_at_ten_random_moments_it_ends_in_the_same_files(whole: Path, tmp_path: Path, listing: Any) -> None:
     moments = random.Random(4)
     start = time.perf_counter()
-    plugin("llava").model.build_bank(MANY, tmp_path / "timed", **OPTIONS)
+    DemonstrationBank.build(plugin("llava").model, MANY, tmp_path / "timed", **OPTIONS)
     longest = time.perf_counter() - start
     kills = 0
     for attempt in range(20):
@@ -112,7 +112,7 @@ def test_killed_at_ten_random_moments_it_ends_in_the_same_files(whole: Path, tmp
                 assert len(DemonstrationBank.from_pretrained(folder)) > 0  # what is in shards can be used
         aim = plugin("llava")
         counted = reads(aim)
-        aim.model.build_bank(MANY, folder, **OPTIONS)
+        DemonstrationBank.build(aim.model, MANY, folder, **OPTIONS)
         assert listing(folder) == listing(whole)
         read = sum(map(int, log.read_text().split())) if log.exists() else 0
         assert read + sum(counted) <= UNIQUE + 2 * killed  # at most the batch in work is read again
@@ -129,14 +129,14 @@ def test_a_damaged_part_is_read_again(whole: Path, tmp_path: Path, listing: Any)
 
     aim = plugin("llava")
     with pytest.raises(RuntimeError, match="the stream broke"):
-        aim.model.build_bank(until_broken(), tmp_path / "bank", **{**OPTIONS, "shard_bytes": 10**9})
+        DemonstrationBank.build(aim.model, until_broken(), tmp_path / "bank", **{**OPTIONS, "shard_bytes": 10**9})
     parts = sorted((tmp_path / "bank" / PARTS_FOLDER).iterdir())
     assert len(parts) == 4
     parts[1].write_bytes(parts[1].read_bytes()[:-7])
     bank = DemonstrationBank.from_pretrained(tmp_path / "bank")
     assert len(bank) == 0
     counted = reads(aim)
-    aim.model.build_bank(MANY, tmp_path / "bank", **OPTIONS)
+    DemonstrationBank.build(aim.model, MANY, tmp_path / "bank", **OPTIONS)
     assert sum(counted) == UNIQUE - 2
     assert listing(tmp_path / "bank").keys() == listing(whole).keys()
     assert listing(tmp_path / "bank") == listing(whole)
@@ -145,10 +145,10 @@ def test_a_damaged_part_is_read_again(whole: Path, tmp_path: Path, listing: Any)
 def test_a_bad_demonstration_is_named_and_what_came_before_is_kept(tmp_path: Path, llava: Plugin) -> None:
     wrong = [*MANY[:5], (tmp_path / "missing.png", "a dax"), *MANY[5:]]
     with pytest.raises(ValueError, match=r"Row 5: Cannot read the image .*missing\.png.* kept in the bank"):
-        llava.model.build_bank(wrong, tmp_path / "bank", **OPTIONS)
+        DemonstrationBank.build(llava.model, wrong, tmp_path / "bank", **OPTIONS)
     aim = plugin("llava")
     counted = reads(aim)
-    assert len(aim.model.build_bank(MANY[:6], tmp_path / "bank", **OPTIONS)) == 6
+    assert len(DemonstrationBank.build(aim.model, MANY[:6], tmp_path / "bank", **OPTIONS)) == 6
     assert sum(counted) == 2
     for wrong_setting, message in (
         ({"storage": "int4"}, "storage='int4': expected one of auto"),
@@ -156,10 +156,10 @@ def test_a_bad_demonstration_is_named_and_what_came_before_is_kept(tmp_path: Pat
         ({"thumbnails": -1}, "thumbnails=-1: expected 0 or more"),
     ):
         with pytest.raises(ValueError, match=message):
-            llava.model.build_bank(MANY[:3], tmp_path / "none", **wrong_setting)
+            DemonstrationBank.build(llava.model, MANY[:3], tmp_path / "none", **wrong_setting)
     assert not (tmp_path / "none").exists()
     with pytest.raises(ValueError, match="built from a stream of demonstrations; got 'demos"):
-        llava.model.build_bank("demos.jsonl", tmp_path / "other")
+        DemonstrationBank.build(llava.model, "demos.jsonl", tmp_path / "other")
 
 
 def test_a_full_disk_keeps_what_was_read(tmp_path: Path) -> None:
@@ -169,12 +169,12 @@ sys.path.insert(0, sys.argv[2])
 import torch
 torch.set_num_threads(1)
 from backbones import plugin
-from test_bank_build import MANY, OPTIONS
+from test_bank_build import MANY, OPTIONS, DemonstrationBank
 aim = plugin("llava")
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing beyond the limit is then an error, as on a full disk
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))  # parts are smaller, shards larger
 try:
-    aim.model.build_bank(MANY, sys.argv[1], **OPTIONS)
+    DemonstrationBank.build(aim.model, MANY, sys.argv[1], **OPTIONS)
 except OSError as error:
     print("refused", error)
 """
@@ -183,34 +183,34 @@ except OSError as error:
     assert "demonstrations are safe there; make room" in done.stdout, done.stdout + done.stderr[-2000:]
     aim = plugin("llava")
     counted = reads(aim)
-    assert len(aim.model.build_bank(MANY, tmp_path / "bank", **OPTIONS)) == UNIQUE
+    assert len(DemonstrationBank.build(aim.model, MANY, tmp_path / "bank", **OPTIONS)) == UNIQUE
     assert sum(counted) < UNIQUE - 4
 
 
 def test_a_bank_begun_otherwise_is_not_mixed(tmp_path: Path, listing: Any) -> None:
     aim = plugin("llava")
-    aim.model.build_bank(MANY[:3], tmp_path, **OPTIONS)
+    DemonstrationBank.build(aim.model, MANY[:3], tmp_path, **OPTIONS)
     before = listing(tmp_path)
     with pytest.raises(ValueError, match=r"begun with storage 'float32' \(now: 'int8'\)"):
-        aim.model.build_bank(MANY, tmp_path, **OPTIONS, storage="int8")
+        DemonstrationBank.build(aim.model, MANY, tmp_path, **OPTIONS, storage="int8")
     with pytest.raises(ValueError, match="begun with projector "):
-        plugin("llava", projector_form="mlp").model.build_bank(MANY, tmp_path, **OPTIONS)
+        DemonstrationBank.build(plugin("llava", projector_form="mlp").model, MANY, tmp_path, **OPTIONS)
     (tmp_path / BANK_MANIFEST).rename(tmp_path.parent / "manifest")
     with pytest.raises(ValueError, match=r"holds shards of a bank but no aim_bank\.json"):
-        aim.model.build_bank(MANY, tmp_path, **OPTIONS)
+        DemonstrationBank.build(aim.model, MANY, tmp_path, **OPTIONS)
     (tmp_path.parent / "manifest").rename(tmp_path / BANK_MANIFEST)
     assert listing(tmp_path) == before
 
 
 def test_two_processes_do_not_build_the_same_bank(tmp_path: Path, llava: Plugin) -> None:
     with _alone(tmp_path), pytest.raises(ValueError, match="Another process is building a bank in"):
-        llava.model.build_bank(MANY[:3], tmp_path)
-    assert len(llava.model.build_bank(MANY[:3], tmp_path)) == 3
+        DemonstrationBank.build(llava.model, MANY[:3], tmp_path)
+    assert len(DemonstrationBank.build(llava.model, MANY[:3], tmp_path)) == 3
 
 
 def test_columns_name_the_parts_of_a_demonstration(llava: Plugin, tmp_path: Path) -> None:
     rows = [{"img": picture(seed), "kind": name, "split": "train"} for seed, name in enumerate(("dax", "wug"))]
-    bank = llava.model.build_bank(rows, tmp_path, columns={"image": "img", "label": "kind"})
+    bank = DemonstrationBank.build(llava.model, rows, tmp_path, columns={"image": "img", "label": "kind"})
     assert bank.labels() == ["dax", "wug"] and bank.texts() == ["This is dax.", "This is wug."]
     with pytest.raises(ValueError, match=r"Row 0 has no column 'image'; it has \['img', 'kind', 'split'\]"):
         list(open_rows(rows, {"image": "image"}))
@@ -225,7 +225,7 @@ def test_a_datasets_data_set(llava: Plugin, tmp_path: Path, streamed: bool) -> N
     )
     rows = {"image": [picture(0), picture(1), picture(2)], "label": [0, 1, 0], "number": [1, 2, 3]}
     data = datasets.Dataset.from_dict(rows, features=features)
-    bank = llava.model.build_bank(data.to_iterable_dataset() if streamed else data, tmp_path)
+    bank = DemonstrationBank.build(llava.model, data.to_iterable_dataset() if streamed else data, tmp_path)
     assert bank.labels() == ["dax", "wug", "dax"]
     with pytest.raises(ValueError, match=r"has the columns \['img', 'kind', 'number'\], none of .*columns="):
         list(open_rows(data.rename_columns({"image": "img", "label": "kind"}), None))

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from modeling_aim import DemonstrationBank, FusedDemonstrations
+from modeling_aim.bank.shards import VERSION, BankDamaged, as_bytes, blob, fused_columns, make_shard
 from modeling_aim.demonstrations_aim import FusedDemonstrations as Fused
-from modeling_aim.shards_aim import VERSION, BankDamaged, as_bytes, blob, fused_columns, make_shard
 
 NAMES = ("aim_bank.json", "0", "1")  # the manifest and the two shards
 
@@ -47,7 +47,7 @@ def demonstration_bank() -> DemonstrationBank:
         columns["feature.text"] = torch.randn(3, 4, generator=generator).half()
         columns["has_question"] = torch.tensor([1, 0, 1], dtype=torch.uint8)
         shards.append(make_shard(columns, about))
-    return DemonstrationBank._of(shards, shards[0].about["source"])
+    return DemonstrationBank.of_shards(shards, shards[0].about["source"])
 
 
 @pytest.fixture(scope="module", params=["auto", "int8"])
@@ -211,11 +211,12 @@ def test_any_bank_is_the_same_after_a_round_trip(
     words = words.encode("utf-8", "ignore").decode()
     vectors = torch.randn(sum(lengths), width).round(decimals=1)
     texts = tuple(f"{words}{i}" for i in range(len(lengths)))
-    fused = FusedDemonstrations(vectors, tuple(lengths), tuple(f"{i:064x}" for i in range(len(lengths))), texts)
+    keys, ids = tuple(f"{i:064x}" for i in range(len(lengths))), torch.randint(0, 2**31 - 1, (sum(lengths),))
+    fused = FusedDemonstrations(vectors, tuple(lengths), ids, keys, texts)
     with tempfile.TemporaryDirectory() as folder:
         DemonstrationBank(fused).save_pretrained(folder, storage=storage, shard_bytes=size)
         found = DemonstrationBank.from_pretrained(folder)
         found.verify()
         assert (found.fused.lengths, found.fused.keys, found.fused.texts) == (fused.lengths, fused.keys, texts)
         torch.testing.assert_close(found.fused.vectors.float(), vectors, rtol=0.01, atol=0.04)
-        assert list(found.fused.vectors.shape) == list(vectors.shape)
+        assert list(found.fused.vectors.shape) == list(vectors.shape) and torch.equal(found.fused.ids, ids)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from modeling_aim import AimForConditionalGeneration
+from modeling_aim import AimForConditionalGeneration, DemonstrationBank
 from modeling_aim.evaluation.metrics import vqa_accuracy
 
 lmms_eval = pytest.importorskip("lmms_eval", reason="lmms-eval is not installed; make test-lmms-eval installs it")
@@ -95,7 +95,7 @@ def data(model: AimForConditionalGeneration, tmp_path_factory: pytest.TempPathFa
     (folder / "tasks").mkdir()
     for text, where in ((VQA, "vqa"), (CHOICE, "choice")):
         (folder / "tasks" / f"{where}.yaml").write_text(text.format(theirs=THEIRS, data=folder), encoding="utf-8")
-    model.build_bank(demos, folder / "bank")
+    DemonstrationBank.build(model, demos, folder / "bank")
     return Data(folder, queries, names, answers)
 
 
@@ -129,7 +129,7 @@ def test_it_is_found_by_its_entry_point() -> None:
 
 @pytest.mark.parametrize("simple", [False, True])
 def test_written_answers_score_as_by_our_own_code(model: Any, data: Data, simple: bool) -> None:
-    bank = model.load_bank(data.bank)
+    bank = DemonstrationBank.from_pretrained(data.bank, model)
     expected = []
     for inputs in prompts(model, data, model.processor.image_text + "this is"):
         ids = model.generate(**inputs, demos=bank, shots=SHOTS, select="image", max_new_tokens=8, do_sample=False)
@@ -147,7 +147,7 @@ def test_written_answers_score_as_by_our_own_code(model: Any, data: Data, simple
 
 
 def test_options_score_as_by_our_own_code(model: Any, data: Data) -> None:
-    bank = model.load_bank(data.bank)
+    bank = DemonstrationBank.from_pretrained(data.bank, model)
     processor = model.processor
     drawn = bank.select(None, SHOTS, "random", seed=3)
     prompt = processor.prompt("what is this ? Answer :")

@@ -12,8 +12,9 @@ from backbones import DEMOS, Plugin, picture, plugin
 from test_reading import calls
 from transformers import DynamicCache
 
+from modeling_aim import DemonstrationBank
 from modeling_aim.backbone_aim import goes_on_behind_kv
-from modeling_aim.prefix_aim import Recent
+from modeling_aim.cache_aim import LRUCache
 
 NEW = {"max_new_tokens": 6, "do_sample": False}
 
@@ -84,7 +85,7 @@ def test_nothing_stale_is_used() -> None:
     def changes() -> bool:
         again = aim.model.generate(**inputs, demos=DEMOS, **NEW, output_logits=True, return_dict_in_generate=True)
         cached = aim.model.read_cache
-        aim.model.read_cache = Recent(0)
+        aim.model.read_cache = LRUCache(0)
         wanted = aim.model.generate(**inputs, demos=DEMOS, **NEW, output_logits=True, return_dict_in_generate=True)
         aim.model.read_cache = cached
         torch.testing.assert_close(again.logits[0], wanted.logits[0], rtol=1e-4, atol=1e-4)
@@ -114,7 +115,7 @@ def test_a_copy_of_a_model_keeps_nothing_of_the_other() -> None:
 
 
 def test_the_least_recently_used_leaves() -> None:
-    kept = Recent(10)
+    kept = LRUCache(10)
     for key in "abc":
         kept.put(key, key, 3)
     assert kept.get("a") == "a"
@@ -200,13 +201,13 @@ def test_a_prefix_is_refused_by_another_plug_in(llava: Plugin) -> None:
     other = plugin("llava", projector_form="mlp")
     prefix = llava.model.prefill(DEMOS)
     for use in (lambda: other.model.prefill(prefix), lambda: other.answer(other.query(), prefix)):
-        with pytest.raises(ValueError, match="another model: projector"):
+        with pytest.raises(ValueError, match="another model: fused"):
             use()
     assert len(prefix) == 5 and prefix.num_tokens == prefix.fused.num_tokens
 
 
 def test_a_prefix_of_a_bank_and_chosen_demonstrations(llava: Plugin, tmp_path: Any) -> None:
-    bank = llava.model.build_bank(DEMOS, tmp_path)
+    bank = DemonstrationBank.build(llava.model, DEMOS, tmp_path)
     prefix = llava.model.prefill(bank.select(k=3, seed=1))
     assert torch.equal(
         llava.answer(llava.query(), prefix), llava.answer(llava.query(), bank, shots=3, select={"seed": 1})

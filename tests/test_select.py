@@ -14,7 +14,7 @@ from backbones import Plugin, picture, plugin
 from PIL import Image
 
 from modeling_aim import DemonstrationBank
-from modeling_aim.select_aim import NOT_COMPARED, Groups, Likeness, pick, sketched
+from modeling_aim.bank.select import NOT_COMPARED, Groups, SimilarityIndex, pick, sketched
 
 NAMES = ("dax", "wug", "blicket")
 DEMOS = [{"image": picture(seed), "label": NAMES[seed % 3 if seed < 6 else 0]} for seed in range(9)]
@@ -23,7 +23,7 @@ DEMOS = [{"image": picture(seed), "label": NAMES[seed % 3 if seed < 6 else 0]} f
 @pytest.fixture(scope="module")
 def bank(tmp_path_factory: pytest.TempPathFactory) -> DemonstrationBank:
     """Nine demonstrations with three labels, of which `dax` has five."""
-    return plugin("llava").model.build_bank(DEMOS, tmp_path_factory.mktemp("bank"))
+    return DemonstrationBank.build(plugin("llava").model, DEMOS, tmp_path_factory.mktemp("bank"))
 
 
 def numbers(chosen: list[tuple[int, float]]) -> list[int]:
@@ -39,7 +39,7 @@ def test_the_most_alike_image_is_last(bank: DemonstrationBank) -> None:
         chosen = bank.choose(picture(seed), 4, by="image", balanced=False)
         scores = [score for _, score in chosen]
         assert chosen[-1][0] == seed and scores == sorted(scores) and scores[-1] > 0.99
-        rows = bank._like("image").rows(range(9))
+        rows = bank.similarity("image").rows(range(9))
         exact = rows @ rows[seed]
         assert set(numbers(chosen)) == set(exact.topk(4).indices.tolist())
 
@@ -51,8 +51,8 @@ def test_labels_are_taken_in_turn(bank: DemonstrationBank) -> None:
             assert sorted(bank.labels(chosen), key=str) == sorted(NAMES)
             six = numbers(bank.choose((query, "What is this?"), 6, by=by))
             assert sorted(bank.labels(six), key=str) == sorted(NAMES * 2)
-    seen = bank.model.query_features(bank.model.query_inputs(picture(7)), "image", bank)["image"][0]
-    best = bank._like("image").scores(seen)
+    seen = bank.query_features(bank.model.query_inputs(picture(7)), "image")["image"][0]
+    best = bank.similarity("image").scores(seen)
     wanted = {max((i for i in range(9) if bank.labels()[i] == name), key=lambda i: float(best[i])) for name in NAMES}
     assert set(numbers(bank.choose(picture(7), 3, by="image"))) == wanted
 
@@ -85,7 +85,7 @@ def test_near_duplicates_are_left_out_while_there_are_others(llava: Plugin, tmp_
     same = [{"image": nearly(picture(1), by), "text": "a dax lies there, see."} for by in (0, 1, 2)]
     others = [{"image": picture(seed), "text": "a dax lies there, see."} for seed in (2, 3, 4)]
     named = {"image": picture(1), "text": "quite another thing that somebody says about it."}
-    bank = llava.model.build_bank([*same, *others, named], tmp_path)
+    bank = DemonstrationBank.build(llava.model, [*same, *others, named], tmp_path)
     chosen = numbers(bank.choose(picture(1), 5, by="image"))
     assert len({0, 1, 2} & set(chosen)) == 1 and chosen[-1] in (0, 1, 2, 6)
     assert 6 in chosen, "another text about the same image is no duplicate"
@@ -100,7 +100,7 @@ QUESTIONS = ("which colour has the thing on the table ?", "does it rain in the f
 
 def test_mmices_takes_texts_among_the_most_alike_images(llava: Plugin, tmp_path: Path) -> None:
     demos = [(picture(seed), question, f"number {seed}") for seed in range(6) for question in QUESTIONS]
-    bank = llava.model.build_bank(demos, tmp_path)
+    bank = DemonstrationBank.build(llava.model, demos, tmp_path)
     for seed in range(6):
         for asked in (0, 1):
             query = {"image": picture(seed), "question": QUESTIONS[asked]}
@@ -115,7 +115,9 @@ def test_mmices_takes_texts_among_the_most_alike_images(llava: Plugin, tmp_path:
 def test_mmices_keeps_the_order_of_the_images_where_texts_do_not_differ(
     llava: Plugin, bank: DemonstrationBank, tmp_path: Path
 ) -> None:
-    asked = llava.model.build_bank([(picture(seed), QUESTIONS[0], NAMES[seed % 3]) for seed in range(9)], tmp_path)
+    asked = DemonstrationBank.build(
+        llava.model, [(picture(seed), QUESTIONS[0], NAMES[seed % 3]) for seed in range(9)], tmp_path
+    )
     for seed in range(12):
         for one in (bank, asked):  # names, where nothing is asked; and the same question each time
             query = {"image": picture(seed), "question": QUESTIONS[0]}
@@ -125,15 +127,17 @@ def test_mmices_keeps_the_order_of_the_images_where_texts_do_not_differ(
 
 def test_mmices_compares_questions_with_questions_alone(llava: Plugin, tmp_path: Path) -> None:
     captions = [(picture(seed), f"this is {NAMES[seed % 3]} number {seed} .") for seed in range(6)]
-    bank = llava.model.build_bank(captions, tmp_path / "captions")
+    bank = DemonstrationBank.build(llava.model, captions, tmp_path / "captions")
     for seed in range(9):
         for question in (*QUESTIONS, "this is dax ."):
             query = {"image": picture(seed), "question": question}
             assert numbers(bank.choose(query, 3, by="mmices")) == numbers(bank.choose(query, 3, by="image"))
     asked = [(picture(seed), question, f"number {seed}") for seed in (7, 8) for question in QUESTIONS]
     names = [{"image": picture(9), "label": "dax"}, {"image": picture(10), "label": "wug"}]
-    mixed = llava.model.build_bank([*captions, *names, *asked], tmp_path / "mixed", batch_size=5, shard_bytes=1)
-    for one in (mixed, llava.model.load_bank(tmp_path / "mixed")):
+    mixed = DemonstrationBank.build(
+        llava.model, [*captions, *names, *asked], tmp_path / "mixed", batch_size=5, shard_bytes=1
+    )
+    for one in (mixed, DemonstrationBank.from_pretrained(tmp_path / "mixed", llava.model)):
         alike, others = ([8, 10], [9, 11]), set(range(8))
         for asks in (0, 1):
             query = {"image": picture(20 + asks), "question": QUESTIONS[asks]}
@@ -142,7 +146,7 @@ def test_mmices_compares_questions_with_questions_alone(llava: Plugin, tmp_path:
             by_image = numbers(one.choose(query, 12, by="image", balanced=False, near_duplicate=None))
             assert found[2:-2] == [number for number in by_image if number in others]
     mixed.save_pretrained(tmp_path / "copy", shard_bytes=10**9)
-    copy = llava.model.load_bank(tmp_path / "copy")
+    copy = DemonstrationBank.from_pretrained(tmp_path / "copy", llava.model)
     assert numbers(copy.choose(query, 9, by="mmices")) == numbers(mixed.choose(query, 9, by="mmices"))
 
 
@@ -152,7 +156,7 @@ def test_what_a_query_must_have(bank: DemonstrationBank, llava: Plugin) -> None:
         (lambda: bank.choose(picture(1), 0, by="image"), "k=0"),
         (
             lambda: bank.choose("What is this?", 2, by="image"),
-            "Query 0 of 1 has no image, and 'image' compares",
+            "Query 0 of 1 has no image, but images are compared",
         ),
         (lambda: bank.choose(picture(1), 2, by="text"), "Query 0 of 1 has no words"),
         (lambda: bank.choose(picture(1), 2, by="clip"), "by='clip': expected one of random, image, text"),
@@ -161,7 +165,7 @@ def test_what_a_query_must_have(bank: DemonstrationBank, llava: Plugin) -> None:
         (lambda: DemonstrationBank.from_pretrained(bank.folder).choose(picture(1), 2, by="image"), "knows no model"),
         (
             lambda: DemonstrationBank(llava.model.read(DEMOS)).choose(picture(1), 2, by="image", model=llava.model),
-            "no image features.*build_bank",
+            "no image features.*DemonstrationBank.build",
         ),
     ):
         with pytest.raises(ValueError, match=message):
@@ -179,7 +183,7 @@ def test_demonstrations_without_images_come_last(llava: Plugin, tmp_path: Path) 
         {"text": "only words, no image."},
         *[{"image": picture(s), "text": f"it is {s} of them."} for s in (1, 2)],
     ]
-    bank = llava.model.build_bank(demos, tmp_path)
+    bank = DemonstrationBank.build(llava.model, demos, tmp_path)
     assert numbers(bank.choose(picture(2), 3, by="image")) == [0, 1, 2]
 
 
@@ -187,11 +191,11 @@ def test_demonstrations_without_images_come_last(llava: Plugin, tmp_path: Path) 
 
 
 def test_each_row_gets_what_is_chosen_for_it(aim: Plugin, tmp_path: Path) -> None:
-    bank = aim.model.build_bank(DEMOS, tmp_path)
+    bank = DemonstrationBank.build(aim.model, DEMOS, tmp_path)
     inputs = aim.query("What is this?", "And what is that one there?", image=3)
     for by in ("image", "text", "fused", "mmices"):
         found = aim.answer(inputs, bank, shots=2, select=by)
-        features = aim.model.query_features(inputs, by, bank)
+        features = bank.query_features(inputs, by)
         rows = [bank.select({kind: one[row] for kind, one in features.items()}, 2, by) for row in range(2)]
         assert torch.equal(found, aim.answer(inputs, rows))
         if by == "image":
@@ -206,12 +210,12 @@ def test_each_row_gets_what_is_chosen_for_it(aim: Plugin, tmp_path: Path) -> Non
 
 
 def test_a_query_is_compared_alone_as_in_a_padded_batch(aim: Plugin, tmp_path: Path) -> None:
-    bank = aim.model.build_bank(DEMOS, tmp_path)
+    bank = DemonstrationBank.build(aim.model, DEMOS, tmp_path)
     both = aim.query("What is this?", "And what is that one there, the small one?", image=3)
     for by in ("image", "text", "fused"):
-        alone = aim.model.query_features(aim.query("What is this?", image=3), by, bank)[by]
-        torch.testing.assert_close(aim.model.query_features(both, by, bank)[by][:1], alone, rtol=1e-3, atol=1e-3)
-    seen = aim.model.query_features(aim.query("What is this?", image=3), "image", bank)["image"]
+        alone = bank.query_features(aim.query("What is this?", image=3), by)[by]
+        torch.testing.assert_close(bank.query_features(both, by)[by][:1], alone, rtol=1e-3, atol=1e-3)
+    seen = bank.query_features(aim.query("What is this?", image=3), "image")["image"]
     kept = torch.cat([shard.feature("image") for shard in bank._shards])[3].float()
     assert float(seen[0] @ kept) > 0.999
 
@@ -280,7 +284,7 @@ def test_a_sketch_keeps_who_is_alike() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_comparing_in_blocks_is_the_plain_definition(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    monkeypatch.setattr("modeling_aim.select_aim.BLOCK", 7 * 32)
+    monkeypatch.setattr("modeling_aim.bank.select.BLOCK", 7 * 32)
     features = torch.nn.functional.normalize(3 + torch.randn(50, 32, generator=torch.Generator().manual_seed(0)))
     features[[4, 30]] = 0.0
     features = features.to(dtype)
@@ -290,7 +294,7 @@ def test_comparing_in_blocks_is_the_plain_definition(monkeypatch: pytest.MonkeyP
     query = torch.nn.functional.normalize(features[7] + 0.3 * features[9], dim=0).float()
     wanted = centred @ torch.nn.functional.normalize(query.double() - mean, dim=0)
     wanted[[4, 30]] = -2.0
-    like = Likeness(features.split((20, 0, 30)))
+    like = SimilarityIndex(features.split((20, 0, 30)))
     torch.testing.assert_close(like.scores(query).double(), wanted, rtol=0, atol=1e-5)
     torch.testing.assert_close(like.scores(query, among=[30, 8, 21]).double(), wanted[[30, 8, 21]], rtol=0, atol=1e-5)
     torch.testing.assert_close(like.alike(7, [9, 4]).double(), centred[[9, 4]] @ centred[7] * torch.tensor([1, 0]))
@@ -299,14 +303,14 @@ def test_comparing_in_blocks_is_the_plain_definition(monkeypatch: pytest.MonkeyP
 
 def test_features_that_all_are_the_same_tell_nothing_apart() -> None:
     same = torch.nn.functional.normalize(torch.ones(6, 8) + 1e-5 * torch.randn(6, 8)).half()
-    like = Likeness([same])
+    like = SimilarityIndex([same])
     assert like.scores(torch.randn(8)).tolist() == [0.0] * 6
     assert like.alike(0, [1, 2]).tolist() == [1.0, 1.0]
 
 
 def test_faiss_finds_what_torch_finds() -> None:
     features = torch.nn.functional.normalize(torch.randn(500, 32, generator=torch.Generator().manual_seed(0)))
-    like = Likeness(features.split((200, 300)))
+    like = SimilarityIndex(features.split((200, 300)))
     query = features[7] + 0.1 * features[9]
     found, exact = like.nearest(query, 20), like.scores(query)
     assert torch.equal(found.topk(20).indices, exact.topk(20).indices)
@@ -320,20 +324,20 @@ def test_faiss_can_be_asked_for_and_is_taken_for_large_banks(
     query, options = {"image": picture(30), "question": "What is this?"}, {"k": 4, "balanced": False}
     for by in ("image", "fused"):
         exact = bank.choose(query, by=by, search="torch", **options)
-        assert bank._like(by).index is None and bank.choose(query, by=by, **options) == exact
-        assert bank._like(by).index is None, "of nine demonstrations an index is made only when asked for"
+        assert bank.similarity(by).index is None and bank.choose(query, by=by, **options) == exact
+        assert bank.similarity(by).index is None, "of nine demonstrations an index is made only when asked for"
         found = bank.choose(query, by=by, search="faiss", **options)
-        assert bank._like(by).index is not None and numbers(found) == numbers(exact)
+        assert bank.similarity(by).index is not None and numbers(found) == numbers(exact)
         assert [score for _, score in found] == pytest.approx([score for _, score in exact], abs=1e-4)
-        bank._like(by).index = None
-    monkeypatch.setattr("modeling_aim.bank_aim.FAISS_FROM", 9)
+        bank.similarity(by).index = None
+    monkeypatch.setattr("modeling_aim.bank.bank.FAISS_FROM", 9)
     large = bank.choose(query, by="image", **options)
     assert numbers(large) == numbers(bank.choose(query, by="image", search="torch", **options))
-    assert bank._like("image").index is not None
-    bank._like("image").index = None
+    assert bank.similarity("image").index is not None
+    bank.similarity("image").index = None
     bank.choose(query, 4, by="image")
     bank.choose(query, by="image", search="torch", **options)
-    assert bank._like("image").index is None, "labels in turn are searched in torch"
+    assert bank.similarity("image").index is None, "labels in turn are searched in torch"
 
 
 def test_faiss_that_cannot_be_used_is_an_error_only_when_asked_for(
@@ -350,10 +354,10 @@ def test_faiss_that_cannot_be_used_is_an_error_only_when_asked_for(
     with pytest.raises(ValueError, match="finds the most alike"):
         llava.answer(llava.query(), bank, shots=2, select={"by": "mmices", "search": "faiss"})
     words = [{"text": "only words, no image."}, {"image": picture(1), "text": "it is one of them."}]
-    partly = llava.model.build_bank(words, tmp_path)
+    partly = DemonstrationBank.build(llava.model, words, tmp_path)
     with pytest.raises(ValueError, match=r"cannot be used .*have no such feature"):
         partly.choose(query, 1, by="image", **options)
-    monkeypatch.setattr("modeling_aim.bank_aim.FAISS_FROM", 1)
+    monkeypatch.setattr("modeling_aim.bank.bank.FAISS_FROM", 1)
     assert numbers(partly.choose(query, 2, by="image")) == [0, 1]
     monkeypatch.setitem(sys.modules, "faiss", None)  # as where it is not installed
     with pytest.raises(ValueError, match=r"cannot be used .*faiss.*modeling-aim\[bank\]"):

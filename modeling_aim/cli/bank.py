@@ -71,13 +71,15 @@ class BuildSettings(LoadingSettings):
 @command(app, "aim bank build")
 def build(settings: BuildSettings) -> None:
     """Read demonstrations into a bank; rerun the same command to resume."""
+    from .. import DemonstrationBank
+
     stream: Iterable[Any]
     if settings.demos is None:
         stream = _streamed(settings.dataset, settings.split, settings.limit)
     else:
         stream = list(read_demonstrations(settings.demos))[: settings.limit]
-    model: Any = settings.load(settings.repo)
-    bank = model.build_bank(
+    bank = DemonstrationBank.build(
+        settings.load(settings.repo),
         stream,
         settings.output,
         columns=settings.columns or None,
@@ -175,9 +177,10 @@ def select(settings: SelectSettings) -> None:
     """Select demonstrations for a query, and show them."""
     from transformers.image_utils import load_image
 
+    from .. import DemonstrationBank
+
     image = None if settings.image is None else load_image(settings.image).convert("RGB")
-    model: Any = settings.load(settings.repo)
-    opened = model.load_bank(settings.bank)
+    opened = DemonstrationBank.from_pretrained(settings.bank, settings.load(settings.repo))
     query = {
         **({} if image is None else {"image": image}),
         **({"question": settings.question} if settings.question else {}),

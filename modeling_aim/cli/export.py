@@ -56,12 +56,14 @@ def export_prompt_embeds(settings: ExportSettings) -> None:
     from safetensors.torch import save_file
     from transformers.image_utils import load_image
 
+    from .. import DemonstrationBank
+
     model: Any = settings.load(settings.repo)
     image = None if settings.image is None else load_image(settings.image).convert("RGB")
     query = {**({} if image is None else {"image": image}), "question": settings.question}
     demos: Any = None if settings.demos is None else list(read_demonstrations(settings.demos))
     if settings.bank is not None:
-        demos = model.load_bank(settings.bank).select(query, settings.shots, settings.select)
+        demos = DemonstrationBank.from_pretrained(settings.bank, model).select(query, settings.shots, settings.select)
     embeddings = model.prompt_embeds(model.query_inputs(query), demos=demos)[0]
     save_file({"prompt_embeds": embeddings.cpu().contiguous()}, settings.output)
     Console().print(

@@ -25,7 +25,7 @@ from safetensors.torch import save
 from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.utils import logging
 
-from ..shards_aim import write_whole
+from ..files_aim import write_whole
 
 logger = logging.get_logger(__name__)
 

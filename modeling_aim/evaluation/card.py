@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from ..shards_aim import write_whole
+from ..files_aim import write_whole
 from .report import COSTS, CURVES, HEADING, eval_results, report
 from .results import RESULTS
 

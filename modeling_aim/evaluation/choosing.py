@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from transformers.utils import logging
 
-from ..select_aim import WAYS, Groups, drawn, pick
-from ..shards_aim import write_whole
+from ..bank.select import STRATEGIES, Groups, drawn, pick
+from ..files_aim import write_whole
 from .methods import Shown
 from .subject import open_images, open_pair
 from .task import Example, Shot, Task
@@ -47,8 +47,8 @@ class Choice:
     drop_duplicates: bool = False
 
     def __post_init__(self) -> None:
-        if self.by not in WAYS and not self.by.startswith(FIXED):
-            raise ValueError(f"select={self.by!r} is unknown; choose one of {', '.join(WAYS)}, or fixed:FILE.")
+        if self.by not in STRATEGIES and not self.by.startswith(FIXED):
+            raise ValueError(f"select={self.by!r} is unknown; choose one of {', '.join(STRATEGIES)}, or fixed:FILE.")
 
     @property
     def compares(self) -> bool:
@@ -182,13 +182,8 @@ class _Finder:
         query: Any = {"question": example.question}
         if example.images:
             query["images"] = open_images(example.images, f"Example {example.id!r} of {self.task.name}")
-        model = self.bank.model
-        features = model.query_features(model.query_inputs(query), self.choice.by, bank=self.bank)
         near = 0.98 if self.choice.drop_duplicates else None
-        chosen = self.bank.choose(
-            {kind: one[0] for kind, one in features.items()}, count, self.choice.by, balanced=self.choice.balanced,
-            near_duplicate=near,
-        )  # fmt: skip
+        chosen = self.bank.choose(query, count, self.choice.by, balanced=self.choice.balanced, near_duplicate=near)
         return [self.places[number] for number, _ in chosen]
 
     def _repeated(self, example: Example, found: Sequence[int]) -> list[int]:

@@ -23,7 +23,8 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from ..select_aim import WAYS
+from ..bank import DemonstrationBank
+from ..bank.select import STRATEGIES
 from .methods import PromptBuilder
 from .subject import load_subject
 from .task import Example
@@ -115,8 +116,8 @@ class Aim(lmms):
         max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        if select not in WAYS:
-            raise ValueError(f"select={select!r} is unknown; choose one of {', '.join(WAYS)}.")
+        if select not in STRATEGIES:
+            raise ValueError(f"select={select!r} is unknown; choose one of {', '.join(STRATEGIES)}.")
         if bank is None and (shots is not None or select != "random"):
             raise ValueError(f"shots={shots} and select={select!r} choose from a bank; give bank=FOLDER, too.")
         if shots is None and select != "random":
@@ -139,7 +140,7 @@ class Aim(lmms):
         self.prompts = prompts or ("plain" if self.processor.chat_template is None else "chat")
         self.subject.prompt_builder = PromptBuilder(self.processor, self.prompts)
         place = {"revision": bank_revision} if bank_revision else {}
-        self.bank = None if bank is None else self.subject.model.load_bank(bank, **place)
+        self.bank = None if bank is None else DemonstrationBank.from_pretrained(bank, self.subject.model, **place)
         self.shots, self.by, self.options = shots, select, {"seed": seed, "balanced": balanced}
         if self.bank is not None and shots is not None:
             self.bank.check_count(shots)
@@ -233,7 +234,7 @@ class Aim(lmms):
             drawn = self.bank.select(None, self.shots, "random", **self.options)
             return {"demos": [drawn for _ in batch]}
         inputs = self._encoded(batch) if inputs is None else inputs
-        features = self.subject.model.query_features(inputs, self.by, self.bank)
+        features = self.bank.query_features(inputs, self.by)
         queries = [{kind: found[row] for kind, found in features.items()} for row in range(len(batch))]
         return {"demos": [self.bank.select(query, self.shots, self.by, **self.options) for query in queries]}
 

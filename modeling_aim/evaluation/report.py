@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub.repocard_data import EvalResult
 
-from ..shards_aim import write_whole
+from ..files_aim import write_whole
 
 REPORT = "results.md"
 CURVES = "by_shots.png"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..shards_aim import write_whole
+from ..files_aim import write_whole
 from .metrics import vl_icl_summary
 from .task import Example, Prediction, Task
 

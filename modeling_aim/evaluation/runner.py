@@ -25,8 +25,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .. import AimForConditionalGeneration
-from ..prefix_aim import Recent
-from ..shards_aim import write_whole
+from ..bank import DemonstrationBank
+from ..cache_aim import LRUCache
+from ..files_aim import write_whole
 from .choosing import Chosen, check_pool, choose_all, own_shots, read_chosen
 from .folder import RECORD, begin, claim
 from .methods import METHODS, Prompt, Shown
@@ -147,7 +148,7 @@ class Run:
         self.asked = {one.task.name: one for one in asked}
         self.output = Path(settings.output)
         self.kept = Kept(self.output / "unfinished", state.process_index)
-        self.states = Recent(int(settings.memory * GIB))
+        self.states = LRUCache(int(settings.memory * GIB))
         self.notes: list[str] = []
 
     # --- demonstrations
@@ -175,9 +176,7 @@ class Run:
         if plugin is None:
             plugin = AimForConditionalGeneration.from_backbone(self.subject.backbone, self.subject.processor)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        bank = plugin.build_bank(demos, folder, batch_size=self.settings.batch_size, thumbnails=0)
-        bank.model = plugin
-        return bank
+        return DemonstrationBank.build(plugin, demos, folder, batch_size=self.settings.batch_size, thumbnails=0)
 
     # --- answers
 

@@ -3,7 +3,7 @@
     python -m modeling_aim.speed.bank                    # about 2.1 GB of disk, removed afterwards
     python -m modeling_aim.speed.bank --tokens 30 --demonstrations 10000
 
-The content is random: fused tokens of width 4096 in 8 bits, features of width 512 as `model.build_bank` keeps them.
+The content is random: fused tokens of width 4096 as int8, features of width 512, as `DemonstrationBank.build` makes.
 Few tokens a demonstration keep the file small; opening and choosing do not look at them. Choosing starts from features
 of the query: computing those is one pass of the backbone's vision tower and is not in the figures.
 
@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 from .. import DemonstrationBank
-from ..manifest_aim import new_manifest, write_manifest, write_numbered
-from ..shards_aim import Shard, blob, make_shard
+from ..bank.manifest import new_manifest, write_manifest, write_numbered
+from ..bank.shards import Shard, blob, make_shard
 
 WIDTH, FEATURES, A_SHARD, SHOTS = 4096, 512, 10_000, 16
 

@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,8 @@ import torch
 from PIL import Image
 from transformers import TrainingArguments
 
-from .. import AimForConditionalGeneration, Demonstration, FusedDemonstrations
+from .. import AimForConditionalGeneration, Demonstration
 from ..training import AimTrainer, Episode, KeptStates, TrainSettings
-from ..training.run import middle_layer
 
 AIM_TINY = str(Path(__file__).resolve().parents[2] / "hub_configs" / "aim-tiny" / "backbone")
 BOUND = 32 * 2**30
@@ -56,7 +56,7 @@ def final_pass(trainer: Any, batch: list[Episode]) -> Callable[[], None]:
     scored = (labels != -100).int()
     made["logits_to_keep"] = int((scored.shape[1] - scored.argmax(dim=1)).max()) + 1
     rows = [model.read(demos) for demos in made.pop("demos")]
-    demos = [FusedDemonstrations(row.vectors.clone().requires_grad_(), row.lengths, source=row.source) for row in rows]
+    demos = [replace(row, vectors=row.vectors.clone().requires_grad_()) for row in rows]
 
     def run() -> None:
         model(**made, demos=demos).loss.backward()
@@ -102,8 +102,7 @@ def main() -> None:
         args.backbone,
         dtype=dtype,
         device_map=args.device,
-        read_layers=[middle_layer(args.backbone)],
-        projector_form=TrainSettings.projector_form,
+        preset="trained",
     )
     with tempfile.TemporaryDirectory() as folder:
         # a rate of nothing: the fused tokens of the final pass alone stay those of this projector

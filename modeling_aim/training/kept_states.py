@@ -18,12 +18,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..prefix_aim import Recent
+from ..cache_aim import LRUCache
 
 FREE_AT_LEAST = 2**30  # bytes that stay free on the disk
 
 
-class KeptStates(Recent):
+class KeptStates(LRUCache):
     """Hidden states by demonstration: recent ones in memory, all of them on disk, both bounded in bytes.
 
     Takes the place of a model's `read_cache`. On disk an entry is a safetensors file under the hash of what was read
@@ -55,7 +55,7 @@ class KeptStates(Recent):
             self._on_disk = sum(path.stat().st_size for path in self.folder.glob("*/*.safetensors"))
 
     def __reduce__(self) -> Any:
-        return Recent, (self.max_bytes,)
+        return LRUCache, (self.max_bytes,)
 
     def get(self, key: Any) -> Any:
         """States of a demonstration; `None` where they are not kept."""

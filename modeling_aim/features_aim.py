@@ -1,0 +1,131 @@
+"""Features of demonstrations and queries, as the backbone itself sees them, and choosing from a bank by them.
+
+Banks are part of the package, not of the code that a repository carries. What they need of a model's hooks is here,
+since a class loaded as remote code has context variables of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .backbone_aim import image_features, image_positions, read_hidden_states
+from .demonstrations_aim import Demonstration, kind_of
+from .injection_aim import injected
+
+FEATURE_KINDS = ("image", "text", "fused")
+
+
+class FeaturesMixin:
+    """What `AimForConditionalGeneration` does for banks; `self` is the model."""
+
+    @torch.no_grad()
+    def read_fully(self: Any, demos: Sequence[Any], features: bool = True) -> dict[str, Any]:
+        """Read demonstrations, with everything that a bank keeps of them.
+
+        Args:
+            demos: demonstrations, see `Demonstration.of`.
+            features: compute features too.
+
+        Returns:
+            `fused` and `states`: a tensor a demonstration; `features`: a tensor `(demonstrations, width)` a kind.
+        """
+        demos = [Demonstration.of(demo) for demo in demos]
+        read = sorted(self._read_batches(demos, images=features), key=lambda row: row[0])
+        states = [row[1] for row in read]
+        fused = [self.project(part) for part in states]
+        found: dict[str, torch.Tensor] = {}
+        if features:
+            images = [row[2].cpu() for row in read]
+            width = max((image.shape[-1] for image in images), default=0)
+            found["image"] = torch.stack([nn.functional.pad(image, (0, width - image.shape[-1])) for image in images])
+            found["text"] = self.text_features(
+                [Demonstration((), demo.question or demo.text, None, self.processor.is_label(demo)) for demo in demos]
+            )
+            found["fused"] = torch.stack([part.float().mean(dim=0) for part in fused])
+        return {"fused": fused, "states": states, "features": found}
+
+    def text_features(self: Any, texts: Sequence[Demonstration]) -> torch.Tensor:
+        """Hidden states of words alone, averaged: `(texts, joined layers x hidden size)`."""
+        unique = {text.key: text for text in texts}  # the same words have the same features, to the last bit
+        read = self.read_states(list(unique.values()))
+        means = {key: states.float().mean(dim=0) for key, states in zip(unique, read, strict=True)}
+        return torch.stack([means[text.key] for text in texts])
+
+    def query_inputs(self: Any, query: Any) -> dict[str, Any]:
+        """The backbone's inputs of one query that is an image, a text, or a dict or pair of both."""
+        if isinstance(query, str):
+            fields: dict[str, Any] = {"question": query}
+        elif isinstance(query, (list, tuple)) and len(query) == 2:
+            fields = dict(zip(("image", "question"), query, strict=True))
+        else:
+            fields = dict(query) if isinstance(query, Mapping) else {"image": query}
+        words = fields.get("question") or fields.get("text") or ""
+        images = {k: v for k, v in fields.items() if k in ("image", "images")}
+        pictures = list(Demonstration.of({**images, "text": "query"}).images)
+        prompt = self.processor.prompt(words, images=len(pictures))
+        inputs = self.processor(images=[pictures] if pictures else None, text=[prompt], return_tensors="pt")
+        return dict(inputs.to(self.device, self.dtype))
+
+    @torch.no_grad()
+    def query_features(self: Any, inputs: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Features of each query of a batch.
+
+        Args:
+            inputs: the backbone's inputs of the queries.
+            kinds: which features: `"image"`, `"text"`, `"fused"`.
+
+        Returns:
+            For each kind `(batch, width)`.
+
+        Raises:
+            ValueError: an unknown kind, or a query without an image, or without words, where these are asked for.
+        """
+        given = {
+            k: v for k, v in inputs.items() if isinstance(v, torch.Tensor) and k not in ("labels", "position_ids")
+        }
+        given = {k: v.to(self.device, self.dtype) if v.is_floating_point() else v for k, v in given.items()}
+        ids = given["input_ids"]
+        words = given.get("attention_mask", torch.ones_like(ids)).bool() & ~image_positions(self.backbone.config, ids)
+        found = {}
+        for kind in kinds:
+            empty: list[int] = []
+            if kind == "image":
+                with injected(None):
+                    features = image_features(self.backbone, given)
+                empty = [row for row, feature in enumerate(features) if not bool(feature.any())]
+            elif kind == "text":
+                texts = [self.processor.words_of(row[mask].tolist()) for row, mask in zip(ids, words, strict=True)]
+                empty = [row for row, text in enumerate(texts) if not text]
+                features = ids if empty else self.text_features([Demonstration((), text) for text in texts])
+            elif kind == "fused":
+                with injected(None):
+                    hidden = read_hidden_states(self.backbone, given, self.config.read_layers)
+                fused = [self.project(row[mask]) for row, mask in zip(hidden, words, strict=True)]
+                features = torch.stack([part.float().mean(dim=0) for part in fused])
+            else:
+                raise ValueError(f"kinds has {kind!r:.40}; expected some of {', '.join(FEATURE_KINDS)}.")
+            if empty:
+                what, them = ("image", "images") if kind == "image" else ("words", "words")
+                raise ValueError(
+                    f"Query {empty[0]} of {len(ids)} has no {what}, but {them} are compared. Give each query its "
+                    f'{them}, or choose in another way ("random" compares nothing).'
+                )
+            found[kind] = features
+        return found
+
+    def _selected(self: Any, rows: list[Any], inputs: Mapping[str, Any], shots: int | None, select: Any) -> list[Any]:
+        """For each row of the batch what `shots` and `select` choose of the bank that the row is given."""
+        if shots is None and select is None:
+            return rows
+        banks = {id(row): row for row in rows if row is not None}
+        if not banks or not all(kind_of(bank) == "bank" for bank in banks.values()):
+            raise ValueError(
+                f"shots={shots} and select={select!r} choose from a DemonstrationBank, but demos is {rows[0]!r:.80}. "
+                "Build one with DemonstrationBank.build(model, demos, folder)."
+            )
+        chosen = {key: bank.select_rows(self, inputs, shots, select) for key, bank in banks.items()}
+        return [None if bank is None else chosen[id(bank)][row] for row, bank in enumerate(rows)]
