@@ -40,7 +40,9 @@ def demonstration_bank() -> DemonstrationBank:
         vectors = torch.randn(9, 4, generator=generator)
         texts = tuple(f"the text {start + i}" for i in range(3))
         keys = tuple(f"{start + i:064x}" for i in range(3))
-        columns, about = fused_columns(Fused(vectors, (2, 4, 3), keys, texts, {"backbone": "tiny", "read": "last"}))
+        columns, about = fused_columns(
+            Fused(vectors, (2, 4, 3), torch.arange(9), keys, texts, {"backbone": "tiny", "read": "last"})
+        )
         columns["labels"], columns["label_lengths"] = blob([b"dax", b"", b"wug"])
         columns["thumbnails"], columns["thumbnail_lengths"] = blob([b"one", b"two", b""])
         columns["feature.image"] = torch.randn(3, 4, generator=generator).half()

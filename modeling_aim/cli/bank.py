@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..bank import DemonstrationBank
 from ..data.jsonl import read_demonstrations
 from .loading import LoadingSettings
 from .options import check_least, command
@@ -71,15 +72,14 @@ class BuildSettings(LoadingSettings):
 @command(app, "aim bank build")
 def build(settings: BuildSettings) -> None:
     """Read demonstrations into a bank; rerun the same command to resume."""
-    from .. import DemonstrationBank
-
     stream: Iterable[Any]
     if settings.demos is None:
         stream = _streamed(settings.dataset, settings.split, settings.limit)
     else:
         stream = list(read_demonstrations(settings.demos))[: settings.limit]
+    model: Any = settings.load(settings.repo)
     bank = DemonstrationBank.build(
-        settings.load(settings.repo),
+        model,
         stream,
         settings.output,
         columns=settings.columns or None,
@@ -177,10 +177,9 @@ def select(settings: SelectSettings) -> None:
     """Select demonstrations for a query, and show them."""
     from transformers.image_utils import load_image
 
-    from .. import DemonstrationBank
-
     image = None if settings.image is None else load_image(settings.image).convert("RGB")
-    opened = DemonstrationBank.from_pretrained(settings.bank, settings.load(settings.repo))
+    model: Any = settings.load(settings.repo)
+    opened = DemonstrationBank.from_pretrained(settings.bank, model)
     query = {
         **({} if image is None else {"image": image}),
         **({"question": settings.question} if settings.question else {}),

@@ -24,8 +24,7 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .. import AimForConditionalGeneration
-from ..bank import DemonstrationBank
+from .. import AimForConditionalGeneration, DemonstrationBank
 from ..cache_aim import LRUCache
 from ..files_aim import write_whole
 from .choosing import Chosen, check_pool, choose_all, own_shots, read_chosen

@@ -57,13 +57,12 @@ class TrainSettings:
             `arguments` may name another `optim`).
         shots: most demonstrations of an episode.
         shot_law: distribution of their number: exponential, which favours many, uniform or fixed.
-        preset: preset of a new projector: trained (for the depth where states are read) or paper (for the input).
-        projector_form: form of a new projector: residual_mlp or residual, and for the input also mlp, linear or
-            linear_norm; by default the preset's.
+        preset: trained (a projector at the depth where states are read) or paper (one for the input).
+        projector_form: form of a new projector, in place of the preset's: residual_mlp or residual; for the input mlp,
+            linear or linear_norm too.
         projector_size: inner width of the mlp forms.
-        read_layers: layers whose states are read, such as 13 or 12,24; by default the preset's: two fifths
-            of the layers, or for paper the last.
-        entry_layers: layers that the states enter, 0 for the input; by default where they were read.
+        read_layers: depths whose states are read, such as 13 or 12,24; by default two fifths of the layers.
+        entry_layers: depths that the states enter, 0 for the input; by default those where they were read.
         read_span: tokens of a demonstration that are kept: text or answer.
         max_fused_tokens: most fused tokens of a demonstration.
         revision: revision of the backbone.
