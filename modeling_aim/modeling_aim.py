@@ -52,6 +52,7 @@ from .projector_aim import AimProjector
 if TYPE_CHECKING:  # the rest of what a repository carries: transformers 5.5 copies only files that this one names
     from .families_aim import FAMILIES  # noqa: F401
     from .files_aim import locate_file  # noqa: F401
+    from .images_aim import open_image  # noqa: F401
 
 
 class AimForConditionalGeneration(FeaturesMixin, AimPreTrainedModel, GenerationMixin):
@@ -126,7 +127,7 @@ class AimForConditionalGeneration(FeaturesMixin, AimPreTrainedModel, GenerationM
             ValueError: a demonstration is malformed, is longer than the backbone can read, or was read by another
                 model.
         """
-        parsed = parse_demos(demos)
+        parsed = parse_demos(demos, self.image_rules)
         if isinstance(parsed, list):
             raise ValueError(f"read takes one list of demonstrations; got one for each of {len(parsed)} rows.")
         if kind_of(parsed) == "bank":
@@ -419,7 +420,7 @@ class AimForConditionalGeneration(FeaturesMixin, AimPreTrainedModel, GenerationM
         select: Any = None,
     ) -> list[tuple[Any, ...]]:
         """What each row of the batch is given, in order: parts as `parse_demos` gives them."""
-        demos, chat_demos = parse_demos(demos), parse_demos(chat_demos)
+        demos, chat_demos = (parse_demos(given, self.image_rules) for given in (demos, chat_demos))
         ids = inputs.get("input_ids")
         if ids is None:
             if demos is None and chat_demos is None:

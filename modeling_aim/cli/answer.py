@@ -57,15 +57,14 @@ def answer(settings: AnswerSettings) -> None:
 
 def answered(settings: AnswerSettings, demos: list[dict[str, Any]]) -> dict[str, Any]:
     """Load, read the demonstrations, answer; with tokens and milliseconds."""
-    from transformers.image_utils import load_image
-
     from .. import AimProcessor
+    from ..images_aim import open_image
 
     processor = AimProcessor.from_pretrained(
         settings.repo, **({"revision": settings.revision} if settings.revision else {})
     )
     model: Any = settings.load(settings.repo)
-    images = None if settings.image is None else [load_image(settings.image).convert("RGB")]
+    images = None if settings.image is None else [open_image(settings.image)]
     prompt = processor.prompt(settings.question, images=0 if images is None else 1)
     inputs = processor(images=images, text=prompt, return_tensors="pt").to(model.device, model.dtype)
     start = time.perf_counter()

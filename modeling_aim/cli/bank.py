@@ -7,7 +7,6 @@ aim bank select my-bank --repo hub_configs/aim-tiny --image query.png --output c
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -175,9 +174,9 @@ class SelectSettings(LoadingSettings):
 @command(app, "aim bank select", positional=("bank",))
 def select(settings: SelectSettings) -> None:
     """Select demonstrations for a query, and show them."""
-    from transformers.image_utils import load_image
+    from ..images_aim import open_image
 
-    image = None if settings.image is None else load_image(settings.image).convert("RGB")
+    image = None if settings.image is None else open_image(settings.image)
     model: Any = settings.load(settings.repo)
     opened = DemonstrationBank.from_pretrained(settings.bank, model)
     query = {
@@ -241,6 +240,8 @@ def contact_sheet(query: Any, question: str, thumbnails: Sequence[bytes], says: 
     """
     from PIL import Image, ImageDraw, ImageFont
 
+    from ..images_aim import open_image
+
     columns = min(6, max(len(thumbnails), 1))
     rows = -(-len(thumbnails) // columns)
     cell_width, cell_height, edge = side + 32, side + 46, 10
@@ -259,6 +260,6 @@ def contact_sheet(query: Any, question: str, thumbnails: Sequence[bytes], says: 
 
     place(query, f"query  {question}", 0, 0, "#c03020")
     for i, (small, text) in enumerate(zip(thumbnails, says, strict=True)):
-        picture = Image.open(io.BytesIO(small)) if small else None
+        picture = open_image(small) if small else None
         place(picture, text, i % columns, 1 + i // columns, "#b0b0b0")
     return sheet

@@ -54,12 +54,13 @@ def export_prompt_embeds(settings: ExportSettings) -> None:
     embeddings that it is sent: let only callers you trust send them.
     """
     from safetensors.torch import save_file
-    from transformers.image_utils import load_image
+
+    from ..images_aim import open_image
 
     from .. import DemonstrationBank
 
     model: Any = settings.load(settings.repo)
-    image = None if settings.image is None else load_image(settings.image).convert("RGB")
+    image = None if settings.image is None else open_image(settings.image)
     query = {**({} if image is None else {"image": image}), "question": settings.question}
     demos: Any = None if settings.demos is None else list(read_demonstrations(settings.demos))
     if settings.bank is not None:

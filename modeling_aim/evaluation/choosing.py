@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..bank.select import STRATEGIES, Groups, drawn, pick
 from ..files_aim import write_whole
 from .methods import Shown
-from .subject import open_images, open_pair
+from .subject import Unusable, open_images, open_pair
 from .task import Example, Shot, Task
 
 logger = logging.get_logger(__name__)
@@ -109,7 +109,11 @@ def choose_all(
             for count in counts:
                 key = (seed if drawn_anew else 0, count, example.id)
                 if key not in known:
-                    known[key] = [task.pool()[place].id for place in finder.find(example, count, seed)]
+                    try:
+                        places = finder.find(example, count, seed)
+                    except Unusable:  # its own image: it is left out when it is to be answered
+                        places = list(range(count))
+                    known[key] = [task.pool()[place].id for place in places]
                 chosen = known[key]
                 lines.append({"seed": seed, "shots": count, "example": example.id, "demonstrations": chosen})
             if told is not None:
@@ -152,7 +156,11 @@ class _Finder:
 
         def stream() -> Iterator[Any]:
             for place, shot in enumerate(self.pool):
-                demo = open_pair(shot.pair, f"Demonstration {shot.id!r} of {self.task.name}")
+                try:
+                    demo = open_pair(shot.pair, f"Demonstration {shot.id!r} of {self.task.name}")
+                except Unusable as error:
+                    logger.warning(f"Never chosen: {error}")
+                    continue
                 keys.setdefault(demo.key, place)
                 yield demo
 
@@ -192,7 +200,10 @@ class _Finder:
         repeats = []
         for place in reversed(found):
             shot = self.pool[place]
-            own = self._hashed(f"shot {shot.id}", Shown(shot, shot).images)
+            try:
+                own = self._hashed(f"shot {shot.id}", Shown(shot, shot).images)
+            except Unusable:
+                own = []
             if any((a ^ b).bit_count() <= ALIKE_BITS for a in own for b in seen):
                 repeats.append(place)
             else:

@@ -10,7 +10,8 @@ import contextlib
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -23,19 +24,22 @@ import transformers
 from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers.utils import logging
 
 from .. import AimForConditionalGeneration, DemonstrationBank
 from ..cache_aim import LRUCache
-from ..files_aim import write_whole
+from ..files_aim import only_one, write_whole
 from .choosing import Chosen, check_pool, choose_all, own_shots, read_chosen
 from .folder import RECORD, begin, claim
 from .methods import METHODS, Prompt, Shown
 from .report import write_report
-from .results import PREDICTIONS, RESULTS, Cell, Kept, Key, PredictionRow, cell_figures, curves, write_rows
+from .results import LEFT_OUT, PREDICTIONS, RESULTS, Cell, Kept, Key, PredictionRow, cell_figures, curves, write_rows
 from .seeds import open_seeded
 from .settings import EvalSettings
-from .subject import Answer, Reads, Subject, load_subject
+from .subject import Answer, Reads, Subject, Unusable, load_subject
 from .task import Example, Task
+
+logger = logging.get_logger(__name__)
 
 GIB = 2**30
 
@@ -89,6 +93,13 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
     if len(set(names)) < len(names):
         raise ValueError(f"Two tasks have the same name ({', '.join(names)}); give one another: name=... in its spec.")
     claim(settings)
+    with only_one(settings.output, "aim eval") if state.is_main_process else contextlib.nullcontext():
+        return _evaluate(settings, asked, state)
+
+
+def _evaluate(settings: EvalSettings, asked: Sequence[Asked], state: PartialState) -> dict[str, Any]:
+    """The run, after all that can be checked without a model."""
+    claim(settings)
     subject = load_subject(
         settings.repo, settings.backbone, revision=settings.revision, dtype=settings.dtype,
         load_in_4bit=settings.load_in_4bit, device_map=settings.device_map, prompts=settings.prompts,
@@ -132,6 +143,14 @@ def _limited(examples: Sequence[Example], limit: int | None) -> list[Example]:
     return [examples[place] for place in sorted(random.Random("limit").sample(range(len(examples)), limit))]
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """A batch that is ready to be answered, and by place those examples that cannot be, with the reason."""
+
+    batch: Any
+    left_out: dict[int, str]
+
+
 class Run:
     """The loop over all cells of a run.
 
@@ -149,6 +168,7 @@ class Run:
         self.kept = Kept(self.output / "unfinished", state.process_index)
         self.states = LRUCache(int(settings.memory * GIB))
         self.notes: list[str] = []
+        self.left_out: defaultdict[str, set[str]] = defaultdict(set)  # by task, in this process
 
     # --- demonstrations
 
@@ -239,12 +259,44 @@ class Run:
                 one = self.asked[cell.task]
                 if reads[0] != cell.task:
                     reads = cell.task, self._reads(cell.task)
-                examples = [one.examples[cell.seed][place] for place in places]
-                options = [example.options for example in examples]
-                answers = self.subject.answer(batch, options, one.task.max_new_tokens, cell.seed, reads[1])
-                pairs = zip(examples, answers, strict=True)
+                pairs = self._answered(cell, places, batch, reads[1])
                 self.kept.add(self._row(cell, e, a) for e, a in pairs if e.id in missing)
+                self._check_left_out(one)
                 told(f"{cell.task}, {cell.method}, {cell.shots} shots, seed {cell.seed}", len(missing))
+
+    def _answered(self, cell: Cell, places: list[int], encoded: Encoded, reads: Any) -> list[tuple[Example, Any]]:
+        """Each example of a batch with its answer, or with the words why it cannot be asked."""
+        one = self.asked[cell.task]
+        left_out: dict[int, str] = {}
+        while True:
+            left_out |= encoded.left_out
+            kept = [place for place in places if place not in left_out]
+            examples = [one.examples[cell.seed][place] for place in kept]
+            options = [example.options for example in examples]
+            try:
+                answers = self.subject.answer(
+                    encoded.batch, options, one.task.max_new_tokens, cell.seed, reads
+                ) if kept else []  # fmt: skip
+                break
+            except Unusable:  # a demonstration: rows that show it leave the batch
+                for place, prompt in zip(kept, encoded.batch.prompts, strict=True):
+                    bad = [reads.unusable[shown.key] for shown in prompt.fused if shown.key in reads.unusable]
+                    left_out |= {place: bad[0]} if bad else {}
+                encoded = self._encode(cell, [place for place in kept if place not in left_out])
+        for place, reason in left_out.items():
+            logger.warning(f"Left out: {reason}")
+            self.left_out[cell.task].add(one.examples[cell.seed][place].id)
+        pairs: list[tuple[Example, Any]] = list(zip(examples, answers, strict=True))
+        return pairs + [(one.examples[cell.seed][place], reason) for place, reason in left_out.items()]
+
+    def _check_left_out(self, one: Asked) -> None:
+        """Raise `ValueError` where more than half of a task's examples cannot be asked: then its data is wrong."""
+        count, total = len(self.left_out[one.task.name]), len({e.id for asked in one.examples.values() for e in asked})
+        if 2 * count > total:
+            raise ValueError(
+                f"{count} of the {total} examples of {one.task.name} cannot be asked, such as "
+                f"{min(self.left_out[one.task.name])!r}; the log says why. Mend its data."
+            )
 
     def _work(self, done: set[Key]) -> Iterator[tuple[Cell, list[int], set[str]]]:
         """Cell, places and examples not yet answered of each batch of this process."""
@@ -271,10 +323,26 @@ class Run:
                 coming = thread.submit(encoded)
                 yield now
 
-    def _encode(self, cell: Cell, places: Sequence[int]) -> Any:
+    def _encode(self, cell: Cell, places: Sequence[int]) -> Encoded:
+        """A batch without examples that cannot be encoded; where one is among them each is tried alone."""
         examples = [self.asked[cell.task].examples[cell.seed][place] for place in places]
         prompts = [self.prompt(cell, example) for example in examples]
-        return self.subject.encode(prompts, [f"Example {e.id!r} of {cell.task}" for e in examples])
+        names = [f"Example {e.id!r} of {cell.task}" for e in examples]
+        try:
+            return Encoded(self.subject.encode(prompts, names) if places else None, {})
+        except Exception as error:
+            left_out = {}
+            for place, prompt, name in zip(places, prompts, names, strict=True):
+                try:
+                    self.subject.encode([prompt], [name])
+                except Exception as reason:
+                    said = str(reason).splitlines()[0][:200] if str(reason) else type(reason).__name__
+                    left_out[place] = said if name in said else f"{name}: {said}"
+            if not left_out:
+                raise error
+        kept = [row for row, place in enumerate(places) if place not in left_out]
+        batch = self.subject.encode([prompts[i] for i in kept], [names[i] for i in kept]) if kept else None
+        return Encoded(batch, left_out)
 
     def _reads(self, name: str) -> Reads | None:
         """Hidden states of a task's demonstrations, in the order in which all cells need them."""
@@ -288,7 +356,10 @@ class Run:
         _check_names(plan, name)
         return Reads(self.subject.plugin, plan, self.settings.batch_size, self.states, name)
 
-    def _row(self, cell: Cell, example: Example, answer: Answer) -> PredictionRow:
+    def _row(self, cell: Cell, example: Example, answer: Answer | str) -> PredictionRow:
+        """What is kept of an answer, or of the words why there is none."""
+        if isinstance(answer, str):
+            return {**asdict(cell), "example": example.id, LEFT_OUT: answer}
         task = self.asked[cell.task].task
         scores = task.score(example, answer.prediction)
         shots = self.asked[cell.task].chosen[cell.seed, cell.shots, example.id] if cell.shots else []
@@ -314,6 +385,7 @@ class Run:
         rows = self.kept.rows()
         ordered: list[PredictionRow] = []
         by_cell: dict[Cell, list[PredictionRow]] = {}
+        self._leave_out(rows)
         for cell in self.cells:
             examples = self.asked[cell.task].examples[cell.seed]
             by_cell[cell] = [rows[cell.task, cell.method, cell.shots, cell.seed, e.id] for e in examples]
@@ -327,10 +399,25 @@ class Run:
             "curves": curves(cells),
             "notes": self.notes + self._too_long(ordered),
         }
-        write_whole(self.output / RESULTS, json.dumps(results, indent=1, ensure_ascii=False).encode())
+        write_whole(
+            self.output / RESULTS,
+            json.dumps(results, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace"),
+        )
         write_report(results, self.output)
         RECORD.write(self.output, {**RECORD.read(self.output), "finished": True})
         self.kept.remove()
+
+    def _leave_out(self, rows: Mapping[Key, PredictionRow]) -> None:
+        """Take examples that could not be asked in one cell out of all, so that methods are compared on the same."""
+        bad: dict[str, dict[str, str]] = {}
+        for (task, _, _, _, name), row in rows.items():
+            if LEFT_OUT in row:
+                bad.setdefault(task, {}).setdefault(name, row[LEFT_OUT])
+        for task, reasons in bad.items():
+            one = self.asked[task]
+            one.examples = {seed: [e for e in asked if e.id not in reasons] for seed, asked in one.examples.items()}
+            shown = "; ".join(list(reasons.values())[:3])
+            self.notes.append(f"{task}: {len(reasons)} examples are left out of all methods, as in: {shown}")
 
     def _figures(self, by_cell: dict[Cell, list[PredictionRow]]) -> list[dict[str, Any]]:
         found = []

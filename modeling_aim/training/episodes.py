@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ..data.pairs import Pair, opened
+from ..data.pairs import Pair, is_refused, opened
 from ..demonstrations_aim import Demonstration
 
+MOST_REFUSED = 0.1  # of a source's pairs, from the first hundred that were refused on
 LAWS = ("uniform", "exponential", "fixed")
 
 
@@ -74,15 +75,27 @@ class Source:
         name: for messages, logs and the model card.
         interleaved: a document is a whole whose order has a meaning (a web page): it is cut into episodes, and every
             pair after the first is a target. Otherwise pairs are independent, and an episode takes the next few.
+        unusable: says why the model that is trained cannot read a demonstration, if it cannot; `None` before there is
+            a model.
     """
 
     name: str = ""
     interleaved: bool = False
+    unusable: Callable[[Demonstration], str | None] | None = None
 
     @cached_property
     def skipped(self) -> Counter[str]:
         """What was left out since the last episode, by reason."""
         return Counter()
+
+    @cached_property
+    def counted(self) -> Counter[bool]:
+        """Pairs so far: those refused (`is_refused`), and those given."""
+        return Counter()
+
+    def opened(self, pairs: Iterable[Pair]) -> Iterator[Demonstration]:
+        """Pairs with their images opened, without those that cannot be used."""
+        return opened(pairs, self.skipped, self.unusable)
 
     def documents(self, seed: int) -> Iterator[Sequence[Pair]]:
         """One pass over the data set, in an order that depends on `seed` alone."""
@@ -102,7 +115,7 @@ class Source:
             if self.interleaved:
                 pairs = []
             usable = 0
-            for pair in opened(document, self.skipped):
+            for pair in self.opened(document):
                 usable += 1
                 pairs.append(pair)
                 if len(pairs) == shots + 1:
@@ -120,6 +133,13 @@ class Source:
         """An episode that takes along what was left out before it; every pair but the first is a target by default."""
         taken = Counter(self.skipped)
         self.skipped.clear()
+        self.counted[False] += len(pairs)
+        self.counted[True] += sum(count for reason, count in taken.items() if is_refused(reason))
+        if self.counted[True] > max(100, MOST_REFUSED * self.counted.total()):
+            raise ValueError(
+                f"{self.counted[True]} of the first {self.counted.total()} pairs of {self.name} cannot be read by "
+                f"this model, such as {next(filter(is_refused, taken), 'those in the log')}. Mend the data."
+            )
         return Episode(tuple(pairs), tuple(range(1, len(pairs)) if targets is None else targets), self.name, taken)
 
 
@@ -147,6 +167,11 @@ class Mixture(IterableDataset):
         if bad or len(weights) != len(sources):
             raise ValueError(f"{len(sources)} sources need as many weights, each above 0; got {list(weights)}.")
         self.sources, self.weights, self.law, self.seed = list(sources), list(weights), law, seed
+
+    def check_with(self, unusable: Callable[[Demonstration], str | None]) -> None:
+        """Leave out demonstrations for which `unusable` gives a reason: those that a model cannot read."""
+        for source in self.sources:
+            source.unusable = unusable
 
     def __iter__(self) -> Iterator[Episode]:
         worker = get_worker_info()

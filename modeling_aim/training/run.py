@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import os
+import pickle
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from transformers import PreTrainedConfig, TrainingArguments
 from .. import AimConfig, AimForConditionalGeneration
 from ..backbone_aim import laptop_quantization_config
 from ..configuration_aim import PRESETS, preset_settings
-from ..files_aim import model_card
+from ..files_aim import model_card, only_one
 from ..runs import PRECISIONS, RunRecord
+from .checkpoints import last_checkpoint
 from .episodes import Episode, Mixture, ShotLaw
 from .kept_states import KeptStates
 from .optimizer import OPTIMIZERS, usual_rate
@@ -183,14 +185,28 @@ def train(settings: TrainSettings) -> AimTrainer:
     arguments = _arguments(settings, bool(held))
     _check_processes(arguments)
     _check_data(mixture)
+    RECORD.earlier(settings)  # before a folder is made
+    with only_one(settings.output, "aim train") if PartialState().is_main_process else nullcontext():
+        return _train(settings, arguments, mixture, held)
+
+
+def _train(
+    settings: TrainSettings, arguments: TrainingArguments, mixture: Mixture, held: Mixture | None
+) -> AimTrainer:
+    """The run, after all that can be checked without a model."""
     last = claim(settings)
     model = _model(settings)
+    for data in (mixture, held):
+        if data is not None:
+            data.check_with(model.processor.why_unreadable)
     if settings.learning_rate is None and "learning_rate" not in settings.arguments:
         arguments.learning_rate = usual_rate(settings.optimizer, model.projector.parameters())
     if last is None:
         _begin(settings)
     reader = _reader(model, settings)
-    kept = KeptStates(int(settings.memory * GIB), settings.keep_states, int(settings.disk * GIB), reader)
+    kept = KeptStates(
+        int(settings.memory * GIB), settings.keep_states, int(settings.disk * GIB), reader, read_width(model)
+    )
     trainer = AimTrainer(
         model,
         arguments,
@@ -202,7 +218,10 @@ def train(settings: TrainSettings) -> AimTrainer:
         train_dataset=mixture,
         eval_dataset=None if held is None else Held(list(itertools.islice(held, settings.eval_episodes))),
     )
-    trainer.train(resume_from_checkpoint=last)
+    try:
+        trainer.train(resume_from_checkpoint=last)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"The checkpoint {last} holds something else than tensors and numbers: {error}") from error
     finish(trainer, settings)
     return trainer
 
@@ -259,18 +278,6 @@ def _begin(settings: TrainSettings) -> None:
     if PartialState().is_main_process:
         for path in output.glob("checkpoint-*[0-9]"):
             shutil.rmtree(path)
-
-
-def last_checkpoint(output: Path) -> str | None:
-    """The newest checkpoint that was written to its end: Trainer writes `trainer_state.json` last."""
-    found = {int(path.name.rpartition("-")[2]): path for path in output.glob("checkpoint-*[0-9]")}
-    for _, path in sorted(found.items(), reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
-            continue
-        return str(path)
-    return None
 
 
 def _write_run(output: Path, settings: TrainSettings, finished: bool, **more: Any) -> None:
@@ -368,6 +375,11 @@ def _check_form(settings: TrainSettings, config: AimConfig) -> None:
             f"{settings.backbone} is an AIM repository: its projector is trained further as it is. Leave out "
             f"{', '.join(other)}, or give the backbone itself for a new projector."
         )
+
+
+def read_width(model: Any) -> int:
+    """Numbers in what is read of one token."""
+    return model.config.hidden_size * len(model.config.read_layers)
 
 
 def _reader(model: Any, settings: TrainSettings) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from transformers import Trainer, TrainingArguments
 
 from ..backbone_aim import check_backbone, longest_prompt
 from ..configuration_aim import AimConfig
-from ..pretrained_aim import PROJECTOR_WEIGHTS
+from ..pretrained_aim import DIGEST_KEY, PROJECTOR_WEIGHTS
 from .episodes import Episode
 from .kept_states import KeptStates
 from .optimizer import OPTIMIZERS, MuonAndAdamW
@@ -226,7 +226,8 @@ def load_projector(model: Any, checkpoint: str) -> None:
     """
     config = AimConfig.from_pretrained(checkpoint)
     check_backbone(model.backbone, config.backbone_config, config.backbone_fingerprint)
-    model._load_projector(str(Path(checkpoint) / PROJECTOR_WEIGHTS), checkpoint)
+    digest = getattr(config, DIGEST_KEY, None)
+    model._load_projector(str(Path(checkpoint) / PROJECTOR_WEIGHTS), checkpoint, digest)
 
 
 def _muon() -> Any:
