@@ -55,9 +55,8 @@ def export_prompt_embeds(settings: ExportSettings) -> None:
     """
     from safetensors.torch import save_file
 
-    from ..images_aim import open_image
-
     from .. import DemonstrationBank
+    from ..images_aim import open_image
 
     model: Any = settings.load(settings.repo)
     image = None if settings.image is None else open_image(settings.image)
