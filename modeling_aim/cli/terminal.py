@@ -20,15 +20,3 @@ def reported(command: str) -> Iterator[None]:
     except (ValueError, OSError, ImportError) as error:
         errors.print(f"[red]{command}:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
-
-
-def whole_numbers(option: str, given: str | None) -> tuple[int, ...] | None:
-    """The numbers of an option such as `--read-layers 12,24`.
-
-    Raises:
-        ValueError: one of them is none.
-    """
-    try:
-        return None if given is None else tuple(int(number) for number in given.split(","))
-    except ValueError:
-        raise ValueError(f"{option} {given!r}: expected whole numbers, as in -1 or 12,24.") from None
