@@ -7,7 +7,6 @@ aim bank select my-bank --repo hub_configs/aim-tiny --image query.png --output c
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .terminal import read_demonstrations, reported
+from .terminal import printable, read_demonstrations, reported
 
 bank_app = typer.Typer(help="Demonstrations read once: build, inspect and choose.", no_args_is_help=True)
 
@@ -32,7 +31,7 @@ Bank = Annotated[str, typer.Argument(help="The bank: a folder or a Hub id.")]
 @bank_app.command()
 def build(
     repo: Repo,
-    output: Annotated[Path, typer.Option(help="Folder of the bank; one that was interrupted is gone on with.")],
+    output: Annotated[Path, typer.Option(help="Folder of the bank; an interrupted build is resumed.")],
     demos: Annotated[
         Path | None, typer.Option(help="One demonstration a line: image, and text, label or question+answer.")
     ] = None,
@@ -48,11 +47,13 @@ def build(
         bool, typer.Option("--keep-states", help="Keep hidden states, to put another projector on them later.")
     ] = False,
     thumbnails: Annotated[int, typer.Option(min=0, help="Side of the small pictures that are kept; 0: none.")] = 96,
+    on_bad_row: Annotated[str, typer.Option(help="What becomes of a bad row: skip (and name it) or raise.")] = "skip",
+    max_bad_rows: Annotated[int, typer.Option(min=0, help="With more bad rows than this the build stops.")] = 100,
     revision: Revision = None,
     load_in_4bit: FourBit = False,
     device_map: DeviceMap = None,
 ) -> None:
-    """Read demonstrations into a bank. Interrupted, the same command goes on where it stopped."""
+    """Read demonstrations into a bank. Rerun after an interrupt to resume."""
     with reported("aim bank build"):
         from . import DemonstrationBank
 
@@ -74,10 +75,13 @@ def build(
             keep_states=keep_states,
             thumbnails=thumbnails,
             total=limit,
+            on_bad_row=on_bad_row,
+            max_bad_rows=max_bad_rows,
         )
     Console().print(
         f"{output}: {len(bank)} demonstrations, {bank.num_tokens} fused tokens, {_bytes(bank.nbytes)}"
-        + (f", merged duplicates: {bank.duplicates}" if bank.duplicates else ""),
+        + (f", merged duplicates: {bank.duplicates}" if bank.duplicates else "")
+        + (f", bad rows left out: {len(bank.bad_rows)}" if bank.bad_rows else ""),
         soft_wrap=True,
     )
 
@@ -100,16 +104,16 @@ def inspect(
             opened.verify()
         info = opened.info()
     if as_json:
-        typer.echo(json.dumps(info, ensure_ascii=False))
+        typer.echo(printable(json.dumps(info, ensure_ascii=False)))
         return
-    table = Table("", "", title=escape(bank), show_header=False)
+    table = Table("", "", title=_words(bank), show_header=False)
     labels = info.pop("labels")
     for name, value in info.pop("source").items():
-        table.add_row(escape(name), escape(str(value)))
+        table.add_row(_words(name), _words(value))
     for name, value in info.items():
-        table.add_row(name.replace("_", " "), _bytes(value) if name == "bytes" else escape(_shown(value)))
+        table.add_row(name.replace("_", " "), _bytes(value) if name == "bytes" else _words(_shown(value)))
     more = ", ..." if len(labels) > 20 else ""
-    table.add_row(f"labels ({len(labels)})", escape(_shown(dict(list(labels.items())[:20])) + more))
+    table.add_row(f"labels ({len(labels)})", _words(_shown(dict(list(labels.items())[:20])) + more))
     Console().print(table)
 
 
@@ -149,11 +153,11 @@ def select(
         for (number, score), label, text in zip(chosen, labels, texts, strict=True)
     ]
     if as_json:
-        typer.echo(json.dumps(rows, ensure_ascii=False))
+        typer.echo(printable(json.dumps(rows, ensure_ascii=False)))
         return
     table = Table("number", "score", "label", "text", title=f"{len(rows)} of {len(opened)} by {by}, most alike last")
     for row in rows:
-        table.add_row(*(escape("" if value is None else str(value)) for value in row.values()))
+        table.add_row(*(_words("" if value is None else value) for value in row.values()))
     Console().print(table)
 
 
@@ -220,6 +224,11 @@ def _shown(value: Any) -> str:
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
+def _words(value: Any) -> str:
+    """A value of a bank, which anybody may have made, for a table."""
+    return escape(printable(str(value)))
+
+
 def _bytes(count: int) -> str:
     size, unit = float(count), "bytes"
     for larger in ("KiB", "MiB", "GiB"):
@@ -240,6 +249,8 @@ def contact_sheet(query: Any, question: str, thumbnails: Sequence[bytes], says: 
     """
     from PIL import Image, ImageDraw, ImageFont
 
+    from .bank.pictures import open_thumbnail
+
     columns = min(6, max(len(thumbnails), 1))
     rows = -(-len(thumbnails) // columns)
     cell_width, cell_height, edge = side + 32, side + 46, 10
@@ -258,6 +269,6 @@ def contact_sheet(query: Any, question: str, thumbnails: Sequence[bytes], says: 
 
     place(query, f"query  {question}", 0, 0, "#c03020")
     for i, (small, text) in enumerate(zip(thumbnails, says, strict=True)):
-        picture = Image.open(io.BytesIO(small)) if small else None
+        picture = open_thumbnail(small) if small else None
         place(picture, text, i % columns, 1 + i // columns, "#b0b0b0")
     return sheet

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from modeling_aim import DemonstrationBank
 from modeling_aim.bank.manifest import BANK_MANIFEST, read_manifest, write_manifest
-from modeling_aim.bank.shards import VERSION, write_whole
+from modeling_aim.bank.shards import VERSION
+from modeling_aim.files_aim import write_whole
 
 
 @pytest.fixture

@@ -151,7 +151,7 @@ class BankContents:
     def features(self) -> dict[str, int]:
         """Kinds of features by which demonstrations can be chosen, and how wide they are."""
         shared = [shard.features for shard in self._shards]
-        return {k: v for k, v in shared[0].items() if all(k in other for other in shared)} if shared else {}
+        return {k: v for k, v in shared[0].items() if all(other.get(k) == v for other in shared)} if shared else {}
 
     @property
     def nbytes(self) -> int:
