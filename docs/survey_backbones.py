@@ -119,7 +119,9 @@ def answer_text(model_type: str) -> tuple[str, str]:
         found = []
         for _ in range(2):
             vectors = torch.nn.functional.normalize(torch.randn(FUSED, states.shape[-1]), dim=-1)
-            demos = FusedDemonstrations(model.config.projector_norm * vectors, lengths=(FUSED,), source=model.source)
+            demos = FusedDemonstrations(
+                model.config.projector_norm * vectors, (FUSED,), ids[0, :FUSED], source=model.source
+            )
             found.append(model.generate(**inputs, demos=demos, **options))
         if found[0].sequences.shape != (1, LENGTH + 3) or not torch.equal(found[0].sequences[:, :LENGTH], ids):
             raise ValueError("what it generates does not start with the prompt.")

@@ -1,13 +1,13 @@
-"""Write the folders of hub_configs/: for each backbone people use, the settings of an AIM repository, without weights.
+"""Write the folders of hub_configs/: for each backbone people use, an AIM repository that works without training.
 
-The code in hub_configs/aim-tiny, the one complete repository, is brought up to date as well.
+A folder can be loaded, or uploaded to the Hub, as it is: config.json, processor_config.json, a card, and the code as
+links to modeling_aim/. So can hub_configs/aim-tiny, which also has a trained projector and its backbone.
 
     python hub_configs/make.py            # (re)write the folders and docs/HUB_CONFIGS.md
     python hub_configs/make.py --check    # only say whether they are up to date
 
 The numbers, those of the published config.json of each backbone, are in modeling_aim/speed/published.py.
-`aim init BACKBONE --output DIR` makes the same folder for any backbone, with an untrained projector of the right
-scale, from the backbone itself.
+`aim init BACKBONE --output DIR` makes such a folder for any backbone, from the backbone itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from modeling_aim import AimConfig, AimProjector
-from modeling_aim.files_aim import copy_shipped_files, model_card, shipped_files
+from modeling_aim.configuration_aim import PRESETS
+from modeling_aim.files_aim import model_card, shipped_files
 from modeling_aim.speed.published import BACKBONES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,8 +56,18 @@ def write(folder: str, target: Path) -> None:
     (target / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
     with torch.device("meta"):
         card = model_card(config, AimProjector(config))
-    note = "> **Settings only.** This folder has no trained projector: make one with `aim init` and train it.\n\n"
-    (target / "README.md").write_text(card.replace("# AIM plug-in", note + "# AIM plug-in", 1))
+    (target / "README.md").write_text(card)
+
+
+def link_code(target: Path) -> None:
+    """Put links to the code that a repository carries into its folder, and remove what is no longer shipped."""
+    shipped = {path.name for path in shipped_files()}
+    for path in target.glob("*_aim.py"):
+        if path.name not in shipped or not path.is_symlink():
+            path.unlink()
+    for name in sorted(shipped):
+        if not (target / name).is_symlink():
+            (target / name).symlink_to(Path("..", "..", "modeling_aim", name))
 
 
 def table() -> str:
@@ -66,49 +77,46 @@ def table() -> str:
         "",
         "Counted on the meta device at real size by `python hub_configs/make.py`; the published sizes are beside it.",
         "A demonstration costs one fused token a text token: about 30 for a short caption or question and answer.",
-        "The projector is the paper's, one matrix; `aim train` makes a larger one ([TRAINING.md](TRAINING.md)).",
+        "Each folder works without training, with states that are read and put back at the depth named here. The last",
+        "two columns are the sizes of a projector, for those who train one: that of `aim train`, and the paper's",
+        "([TRAINING.md](TRAINING.md)).",
         "",
-        "| folder | backbone | parameters (published) | visual tokens an image | projector parameters | in bf16 |",
-        "|---|---|---|---|---|---|",
+        "| folder | backbone | parameters (published) | visual tokens an image | depth | `trained` | `paper` |",
+        "|---|---|---|---|---|---|---|",
     ]
     for folder, (hub_id, _, visual, published) in BACKBONES.items():
         config = aim_config(folder)
         with torch.device("meta"):
             backbone = AutoModelForImageTextToText.from_config(config.backbone_config)
-            projector = AimProjector(config)
+            forms = [AimConfig(config.backbone_config, **PRESETS[name]) for name in ("trained", "paper")]
+            sizes = [sum(p.numel() for p in AimProjector(form).parameters()) for form in forms]
         counted = sum(p.numel() for p in backbone.parameters()) / 1e9
-        new = sum(p.numel() for p in projector.parameters())
+        depth = f"{config.read_layers[0]} of {config.num_layers}"
+        projectors = " | ".join(f"{size:,}" for size in sizes)
         lines.append(
-            f"| `{folder}` | `{hub_id}` | {counted:.2f} B ({published:g} B) | {visual} | {new:,} | "
-            f"{new * 2 / 2**20:.1f} MiB |"
+            f"| `{folder}` | `{hub_id}` | {counted:.2f} B ({published:g} B) | {visual} | {depth} | {projectors} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def stale() -> list[Path]:
-    """Code in aim-tiny that is no longer shipped."""
-    shipped = {path.name for path in shipped_files()}
-    return [path for path in (HERE / "aim-tiny").glob("*_aim.py") if path.name not in shipped]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
+    folders = [*BACKBONES, "aim-tiny"]
     if not parser.parse_args().check:
         for folder in BACKBONES:
             write(folder, HERE / folder)
-        for path in stale():
-            path.unlink()
-        copy_shipped_files(HERE / "aim-tiny")
+        for folder in folders:
+            link_code(HERE / folder)
         TABLE.write_text(table())
         return
-    if stale():
-        sys.exit(f"{stale()[0]} is not shipped any more: run python hub_configs/make.py")
+    shipped = {path.name for path in shipped_files()}
+    for folder in folders:
+        if {path.name for path in (HERE / folder).glob("*_aim.py") if path.is_symlink() and path.exists()} != shipped:
+            sys.exit(f"{HERE / folder} has other code than is shipped: run python hub_configs/make.py")
     with tempfile.TemporaryDirectory() as scratch:
-        for folder in [*BACKBONES, "aim-tiny"]:
-            made = Path(scratch) / folder
-            made.mkdir()
-            copy_shipped_files(made) if folder == "aim-tiny" else write(folder, made)
+        for folder in BACKBONES:
+            write(folder, Path(scratch) / folder)
             for path in (Path(scratch) / folder).iterdir():
                 kept = HERE / folder / path.name
                 if not kept.exists() or kept.read_text() != path.read_text():

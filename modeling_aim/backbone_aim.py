@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
+from functools import partial
 from importlib import import_module
 from threading import RLock
 from typing import Any
@@ -33,8 +34,8 @@ from transformers.quantizers import AutoQuantizationConfig
 from .batching_aim import repeat_images, shared_images
 from .files_aim import HUB_KWARGS
 
-INPUT, VISION, DECODER = 0, -2, -3  # what enters the first layer, leaves the vision tower, enters the decoder
-SHARED = -4  # asked for where images of a batch are equal: the call of the vision tower with each of them once
+INPUT, VISION, DECODER = -2, -3, -4  # what enters the first layer, leaves the vision tower, enters the decoder
+SHARED = -5  # asked for where images of a batch are equal: the call of the vision tower with each of them once
 STATE_NAMES = ("rope_deltas",)  # what some backbones remember of the last prompt, as attributes of their modules
 
 _TURNS: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()
@@ -84,42 +85,62 @@ def decoder_layers(backbone: PreTrainedModel) -> nn.ModuleList:
             return stack
     raise ValueError(
         f"{type(backbone).__name__} has no stack of {count} decoder layers where AIM looks for it "
-        f"(get_decoder() is {type(decoder).__name__}); read_layers=[-1] does not need one."
+        f"(get_decoder() is {type(decoder).__name__}), so states cannot enter at depth. What works is the input: "
+        "from_backbone(..., preset='paper'), read_layers=[-1] and entry_layers=[0], with a projector that is trained."
     )
 
 
-def watch_layers(backbone: PreTrainedModel, read_layers: Sequence[int]) -> None:
-    """Register the hooks through which `read_hidden_states` sees the layers in `read_layers`, and the images.
+def watch_layers(backbone: PreTrainedModel) -> None:
+    """Register the hooks through which `read_hidden_states` sees layers and images.
 
-    The hooks do nothing outside a read of these layers, so several plug-ins can share a backbone, and a read in one
-    thread is invisible to the others (`ContextVar`).
+    The hooks do nothing outside a read, so several plug-ins can share a backbone, and a read in one thread is
+    invisible to the others (`ContextVar`).
     """
-    wanted = sorted({k for k in read_layers if k != -1})
-
-    def keep(number: int) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            kept = _READING.get()
-            if kept is not None and number in kept:
-                kept[number] = output[0] if isinstance(output, tuple) else output
-                if -1 not in kept and number == max(kept):
-                    raise _ReadFinished
-
-        return hook
-
-    if wanted:
-        layers = decoder_layers(backbone)
-        for number in wanted:
-            layers[number - 1].register_forward_hook(keep(number))
+    decoder = backbone.get_decoder()
+    if _keep_decoder in decoder._forward_pre_hooks.values():  # another plug-in has registered them
+        return
+    decoder.register_forward_pre_hook(_keep_decoder, with_kwargs=True)
     head = _lm_head(backbone)
     if backbone.base_model is backbone and head is not None:
         head.register_forward_pre_hook(_keep_last)
     tower = backbone.get_encoder("image") if hasattr(backbone, "get_encoder") else backbone
-    if tower is not None and tower is not backbone and _share_images not in tower._forward_pre_hooks.values():
+    if tower is not None and tower is not backbone:
         tower.register_forward_pre_hook(_share_images, with_kwargs=True)
         tower.register_forward_hook(_keep_vision)
-    backbone.get_decoder().register_forward_pre_hook(_keep_decoder, with_kwargs=True)
-    with suppress(ValueError):  # without a stack of layers reading works; features of images do not
-        decoder_layers(backbone)[0].register_forward_pre_hook(_keep_input, with_kwargs=True)
+    with suppress(ValueError):  # without a stack of layers the last state can be read; no other, nor image features
+        layers = decoder_layers(backbone)
+        for number, layer in enumerate(layers):
+            layer.register_forward_pre_hook(partial(_keep_layer_input, number), with_kwargs=True)
+        layers[-1].register_forward_hook(partial(_keep_layer_output, len(layers)))
+
+
+def layer_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int | str, torch.Tensor]:
+    """The hidden states `(batch, length, width)` that a decoder layer is called with, and the argument they are."""
+    given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    for place, value in given:
+        if isinstance(value, torch.Tensor) and value.ndim == 3 and value.is_floating_point():
+            return place, value
+    raise ValueError(f"A decoder layer is called without hidden states (batch, length, width): {sorted(kwargs)}.")
+
+
+def _keep_layer_input(number: int, layer: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+    """Keep the state after `number` layers, and after those before them that this pass left out (cross-attention)."""
+    kept = _READING.get()
+    if kept is None:
+        return
+    wanted = [depth for depth in kept if kept[depth] is None and (depth == INPUT or 0 < depth <= number)]
+    if wanted:
+        kept.update(dict.fromkeys(wanted, layer_input(args, kwargs)[1]))
+    if -1 not in kept and max(kept) <= number:
+        raise _ReadFinished
+
+
+def _keep_layer_output(number: int, layer: nn.Module, args: Any, output: Any) -> None:
+    kept = _READING.get()
+    if kept is not None and number in kept:
+        kept[number] = output[0] if isinstance(output, tuple) else output
+        if -1 not in kept:
+            raise _ReadFinished
 
 
 def _lm_head(backbone: PreTrainedModel) -> nn.Module | None:
@@ -157,14 +178,6 @@ def _keep_vision(tower: nn.Module, args: Any, output: Any) -> Any:
         first = output if isinstance(output, torch.Tensor) else getattr(output, "last_hidden_state", None)
         kept[VISION] = output[0] if first is None else first
     return output
-
-
-def _keep_input(layer: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-    kept = _READING.get()
-    if kept is not None and INPUT in kept:
-        kept[INPUT] = args[0] if args else kwargs["hidden_states"]
-        if max(kept) == INPUT and -1 not in kept:
-            raise _ReadFinished
 
 
 def _keep_decoder(decoder: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
@@ -217,8 +230,10 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def _captured(backbone: PreTrainedModel, inputs: Mapping[str, Any], wanted: Sequence[int]) -> dict[int, Any]:
-    """Run the backbone as far as it must for what is `wanted` of it: layers, -1, `INPUT`, `VISION` and `SHARED`."""
-    kept: dict[int, Any] = dict.fromkeys(wanted)
+    """Run the backbone as far as it must for what is `wanted` of it: depths, -1, `INPUT`, `VISION` and `SHARED`."""
+    kept: dict[int, Any] = dict.fromkeys(depth for depth in wanted if depth != 0)
+    if not kept.keys() - {SHARED}:  # the embeddings alone
+        return kept
     token = _READING.set(kept)
     try:
         with preserved_state(backbone):
@@ -236,8 +251,15 @@ def read_with_images(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`read_hidden_states`, and of the same pass what `image_features` gives."""
     kept = _captured(backbone, inputs, [*read_layers, INPUT, VISION, *([SHARED] if share_images else [])])
-    states = torch.cat([kept[k].to(kept[read_layers[0]].device) for k in read_layers], dim=-1)
-    return states, _pooled_images(backbone, inputs, kept)
+    return _joined(backbone, inputs, kept, read_layers), _pooled_images(backbone, inputs, kept)
+
+
+def _joined(
+    backbone: PreTrainedModel, inputs: Mapping[str, Any], kept: Mapping[int, Any], read_layers: Sequence[int]
+) -> torch.Tensor:
+    """The states of several depths side by side; depth 0 is the embedding of the words."""
+    states = [kept[k] if k else backbone.get_input_embeddings()(inputs["input_ids"]) for k in read_layers]
+    return torch.cat([state.to(states[0].device) for state in states], dim=-1)
 
 
 @torch.no_grad()
@@ -300,7 +322,7 @@ def read_hidden_states(
         Hidden states `(batch, length, len(read_layers) * hidden size)`.
     """
     kept = _captured(backbone, inputs, [*read_layers, *([SHARED] if share_images else [])])
-    return torch.cat([kept[k].to(kept[read_layers[0]].device) for k in read_layers], dim=-1)
+    return _joined(backbone, inputs, kept, read_layers)
 
 
 def all_modules(backbone: nn.Module) -> list[nn.Module]:

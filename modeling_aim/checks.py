@@ -22,7 +22,7 @@ from .bank import DemonstrationBank
 from .configuration_aim import AimConfig
 from .demonstrations_aim import Demonstration
 from .modeling_aim import AimForConditionalGeneration
-from .prefix_aim import serves
+from .prefix_aim import prefilled, serves
 from .processing_aim import AimProcessor
 
 
@@ -157,7 +157,7 @@ def early_stop(case: Case) -> None:
         raise NotApplicable("the backbone has a single layer")
     demos = [Demonstration.of(demo) for demo in case.demos]
     stopping, whole = (
-        AimForConditionalGeneration.from_backbone(backbone, case.processor, read_layers=read_layers)
+        AimForConditionalGeneration.from_backbone(backbone, case.processor, preset="paper", read_layers=read_layers)
         for read_layers in ([middle], [middle, -1])
     )
     ran: list[Any] = []
@@ -249,7 +249,7 @@ def prompt_lookup(case: Case) -> None:
 
 
 def penalties(case: Case) -> None:
-    """repetition penalty and stop strings see the query, not the placeholders"""
+    """repetition penalty and stop strings work with demonstrations"""
     inputs, fused = case.query(), case.model.read(case.demos)
     assert case.answer(inputs, fused, repetition_penalty=1.3).shape == (1, NEW)
     words = case.processor.decode(case.answer(inputs, fused)[0, :2])
@@ -275,7 +275,7 @@ class _Collector:
 
 
 def streaming(case: Case) -> None:
-    """a streamer sees the query and every new token, and no placeholder"""
+    """a streamer sees the query and every new token, and no fused token"""
     inputs, fused = case.query(), case.model.read(case.demos)
     streamer = _Collector()
     new = case.answer(inputs, fused, streamer=streamer)
@@ -358,9 +358,9 @@ def kept_prefix(case: Case) -> None:
     prefix = case.model.prefill(case.demos)
     queries = case.query(), case.query(QUESTION, "Which of the names that you were told goes with this?")
     kept = [value for value, _ in case.model.prefix_cache._values.values()]
-    used = case.model._prefilled(prefix, dict(queries[0])) is not None
-    assert kept and used == all(serves(cache, padded=False) for cache, _ in kept), "the KV is not used"
-    lengths = [cache.get_seq_length() for cache, _ in kept]
+    used = prefilled(case.model, [(prefix,)], queries[0]) is not None
+    assert kept and used == all(serves(cache, padded=False) for cache in kept), "the KV is not used"
+    lengths = [cache.get_seq_length() for cache in kept]
     for inputs in queries:
         for beams in (1, 3) if _alone(case, num_beams=3) is None else (1,):
             options: dict[str, Any] = {"num_beams": beams, "do_sample": False, "max_new_tokens": NEW}
@@ -372,7 +372,7 @@ def kept_prefix(case: Case) -> None:
     with ThreadPoolExecutor(3) as pool:
         answers = list(pool.map(lambda _: case.answer(queries[0], prefix), range(3)))
     assert all(torch.equal(answer, case.answer(queries[0], fused)) for answer in answers)
-    assert [cache.get_seq_length() for cache, _ in kept] == lengths, "an answer changed the KV that is kept"
+    assert [cache.get_seq_length() for cache in kept] == lengths, "an answer changed the KV that is kept"
 
 
 def chosen_for_each_row(case: Case) -> None:
@@ -397,22 +397,31 @@ def chosen_for_each_row(case: Case) -> None:
 
 def gradients(case: Case) -> None:
     """the loss has gradients for the projector alone, with and without gradient checkpointing"""
-    inputs = case.query()
+    inputs, model = case.query(), case.model
+    if not len(model.projector.layers):  # as it is trained
+        layers = model.config.read_layers
+        model = AimForConditionalGeneration.from_backbone(
+            model.backbone, case.processor, preset="trained", read_layers=layers
+        )
+    found = []
     for checkpointing in (False, True):
-        case.model.zero_grad()
-        case.model.train()
+        model.zero_grad()
+        model.train()
         if checkpointing:
-            case.model.gradient_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         try:
-            case.model(**{**inputs, "labels": inputs["input_ids"]}, demos=case.demos).loss.backward()
+            model(**{**inputs, "labels": inputs["input_ids"]}, demos=case.demos).loss.backward()
         finally:
             if checkpointing:
-                case.model.gradient_checkpointing_disable()
-            case.model.eval()
-        got = {name for name, weight in case.model.named_parameters() if weight.grad is not None}
+                model.gradient_checkpointing_disable()
+            model.eval()
+        got = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
         assert got and all(name.startswith("projector.") for name in got), sorted(got)[:3]
-        assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in case.model.parameters())
-        case.model.zero_grad()
+        assert all(bool(gradient.isfinite().all()) for gradient in got.values())
+        found.append(torch.cat([gradient.reshape(-1) for gradient in got.values()]))
+        model.zero_grad()
+    assert bool(found[0].any()), "no gradient reaches the projector"
+    close(found[1], found[0])
 
 
 def nothing_leaks(case: Case) -> None:

@@ -10,15 +10,22 @@ import transformers
 from packaging.version import Version
 
 MINIMUM_VERSIONS = {"transformers": "5.5", "torch": "2.10"}
-PROJECTOR_FORMS = ("linear", "linear_norm", "mlp", "residual", "residual_mlp")
+PROJECTOR_FORMS = ("identity", "linear", "linear_norm", "mlp", "residual", "residual_mlp")
+DEPTH_FORMS = ("identity", "residual", "residual_mlp")  # what can be put back at the depth where it was read
 OWN_SETTINGS = (
     "read_layers",
+    "entry_layers",
     "read_span",
     "max_fused_tokens",
     "projector_form",
     "projector_intermediate_size",
-    "placeholder_token_id",
 )
+PRESETS: dict[str, dict[str, Any]] = {  # every command and class takes its defaults from here
+    "untrained": {"read_layers": None, "entry_layers": None, "projector_form": "identity"},
+    "trained": {"read_layers": None, "entry_layers": None, "projector_form": "residual_mlp"},
+    "paper": {"read_layers": [-1], "entry_layers": [0], "projector_form": "linear_norm"},
+}
+DEPTH = 0.4  # of the decoder's layers: where states are read and put back when nobody says
 READ_SPANS = ("text", "answer")
 IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 AUTO_MAP = {
@@ -62,6 +69,29 @@ def implementation(config: PreTrainedConfig, option: str) -> Any:
     return own if all(value == own for value in said.values()) else {"": own, **said}
 
 
+def preset_settings(
+    preset: str, read_layers: Any = None, entry_layers: Any = None, projector_form: str | None = None
+) -> dict[str, Any]:
+    """The settings of a preset, with those that are given in place of its own.
+
+    Layers that are given alone stand for both: `read_layers=[12]` of the preset `"paper"` still enters at the input,
+    of the others at depth 12.
+
+    Raises:
+        ValueError: there is no such preset.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset={preset!r}: expected one of {', '.join(PRESETS)}.")
+    given = {"read_layers": read_layers, "entry_layers": entry_layers, "projector_form": projector_form}
+    given = {name: value for name, value in given.items() if value is not None}
+    return {**PRESETS[preset], **{k: v if isinstance(v, str) else list(v) for k, v in given.items()}}
+
+
+def default_depth(num_layers: int) -> int:
+    """The depth to start with: the second of five layers, the 13th of 32 (docs/LOG.md says how it was chosen)."""
+    return max(1, round(DEPTH * num_layers))
+
+
 class AimConfig(PreTrainedConfig):
     """The settings of an AIM plug-in (arXiv 2406.07588): everything needed to rebuild it around its backbone.
 
@@ -72,16 +102,22 @@ class AimConfig(PreTrainedConfig):
         backbone_revision: revision of the backbone's repository; it is not the revision of this repository.
         backbone_subfolder: folder, in this repository or in the backbone's, that holds the backbone.
         backbone_fingerprint: some weights of the backbone the projector was made for, to refuse another one.
-        read_layers: which hidden states are kept of a demonstration: `-1` is the last one, after the final norm
-            (the paper's), `k >= 1` the output of decoder layer `k`. Several are joined along the feature axis.
+        read_layers: which hidden states are kept of a demonstration: `k >= 1` is the state after `k` decoder layers,
+            `0` the input embedding, `-1` the last state, after the final norm (the paper's). Several are joined along
+            the feature axis. `None` is one depth, two fifths of the layers.
+        entry_layers: where fused tokens enter when a query is answered. `[0]` is the input embeddings (the paper's),
+            `k` the input of decoder layer `k` (counted from 0). `None`, the default, puts each state back at the depth
+            where it was read (entry_layers equals read_layers), which needs no training; for the forms that can only
+            map to the input, it is `[0]`.
         read_span: `"text"` keeps all text positions of a demonstration, `"answer"` those of its answer only.
         max_fused_tokens: most fused tokens a demonstration; longer ones are averaged down. `None`: one a text token.
-        projector_form: `"linear"`, `"linear_norm"` (the paper's), `"mlp"`, `"residual"` or `"residual_mlp"`; see
-            `AimProjector`.
-        projector_intermediate_size: inner width of the `mlp` forms; twice the backbone's width when `None`.
+        projector_form: `"identity"` (no weights; only where states enter at the depth where they were read),
+            `"residual"`, `"residual_mlp"`, and for the input alone `"linear"`, `"linear_norm"` (the paper's) and
+            `"mlp"`; see `AimProjector`.
+        projector_intermediate_size: inner width of the `mlp` forms; when `None`, twice the backbone's width, or less
+            where that is over 2**24 weights.
         projector_norm: norm of a fused token at the start of training: the mean norm of the backbone's input
             embeddings, measured when a backbone is attached.
-        placeholder_token_id: the ordinary token id that holds the places of fused tokens in a prompt.
 
     Raises:
         ValueError: a setting is out of its range; the message names the setting and what was given.
@@ -98,12 +134,12 @@ class AimConfig(PreTrainedConfig):
         backbone_subfolder: str | None = None,
         backbone_fingerprint: list[float] | None = None,
         read_layers: list[int] | None = None,
+        entry_layers: list[int] | None = None,
         read_span: str = "text",
         max_fused_tokens: int | None = None,
-        projector_form: str = "linear_norm",
+        projector_form: str = "identity",
         projector_intermediate_size: int | None = None,
         projector_norm: float = 1.0,
-        placeholder_token_id: int | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(backbone_config, dict):
@@ -113,13 +149,13 @@ class AimConfig(PreTrainedConfig):
         self.backbone_revision = backbone_revision
         self.backbone_subfolder = backbone_subfolder
         self.backbone_fingerprint = backbone_fingerprint
-        self.read_layers = [-1] if read_layers is None else list(read_layers)
+        self.read_layers: Any = None if read_layers is None else list(read_layers)
+        self.entry_layers: Any = None if entry_layers is None else list(entry_layers)
         self.read_span = read_span
         self.max_fused_tokens = max_fused_tokens
         self.projector_form = projector_form
         self.projector_intermediate_size = projector_intermediate_size
         self.projector_norm = projector_norm
-        self.placeholder_token_id = placeholder_token_id
         for option in IMPLEMENTATIONS:
             if option in kwargs:  # from the library's loader
                 kwargs[option] = by_part(kwargs[option])
@@ -129,12 +165,10 @@ class AimConfig(PreTrainedConfig):
         self.check()
 
     def check(self) -> None:
-        """Raise `ValueError` for a setting out of its range; the layers' range is known once a backbone is."""
-        layers = self.num_layers
-        bad = [k for k in self.read_layers if k != -1 and not 1 <= k <= (layers or k)]
-        if bad or not self.read_layers:
-            limit = f"-1 or 1..{layers}" if layers else "-1 or 1, 2, ..."
-            raise ValueError(f"read_layers={self.read_layers}: each must be {limit} (-1 is the last, after the norm).")
+        """Fill in the layers that were left open, and raise `ValueError` for a setting out of its range.
+
+        The range of layers is known, and open ones are filled in, once a backbone is.
+        """
         if self.projector_form not in PROJECTOR_FORMS:
             raise ValueError(f"projector_form={self.projector_form!r}: expected one of {', '.join(PROJECTOR_FORMS)}.")
         if self.read_span not in READ_SPANS:
@@ -143,6 +177,59 @@ class AimConfig(PreTrainedConfig):
             raise ValueError(f"max_fused_tokens={self.max_fused_tokens}: expected at least 1, or None for no limit.")
         if not self.projector_norm > 0:
             raise ValueError(f"projector_norm={self.projector_norm}: expected a positive number.")
+        layers = self.num_layers
+        if self.read_layers is None and layers is not None:
+            self.read_layers = [default_depth(layers)] if self.entry_layers in (None, [0]) else list(self.entry_layers)
+        if self.read_layers is not None:
+            self._check_layers(layers)
+
+    def _check_layers(self, layers: int | None) -> None:
+        """Raise `ValueError` for layers that do not exist, or that states cannot enter."""
+        read: list[Any] = self.read_layers
+        whole = all(isinstance(k, int) and not isinstance(k, bool) for k in read)
+        if not read or not whole or len(set(read)) < len(read) or not all(-1 <= k <= (layers or k) for k in read):
+            limit = f"-1 or 0..{layers}" if layers else "-1 or 0, 1, 2, ..."
+            raise ValueError(
+                f"read_layers={read}: expected different whole numbers, each {limit} (-1 is the last state, after the "
+                "norm; 0 the input embedding)."
+            )
+        if self.entry_layers is None:
+            self.entry_layers = list(read) if self.projector_form in DEPTH_FORMS else [0]
+        if self.entry_layers == [0] and read != [0]:
+            if self.projector_form == "identity":
+                raise ValueError(
+                    f"projector_form='identity' puts states back where they were read, at {read}; entry_layers=[0] "
+                    "needs a projector. Leave entry_layers out, or choose a form such as 'residual_mlp'."
+                )
+            return
+        if self.entry_layers != read:
+            raise ValueError(
+                f"entry_layers={self.entry_layers} with read_layers={read}: states enter either where they were read "
+                "(entry_layers=None) or, through a projector, at the input embeddings (entry_layers=[0])."
+            )
+        outside = [k for k in read if k == -1 or (layers is not None and k >= layers)]
+        if outside:
+            limit = f"0..{layers - 1}" if layers else "0, 1, 2, ..."
+            raise ValueError(
+                f"read_layers={read}: states can be put back at {limit}, but not at {outside[0]}, behind the last "
+                "layer. Read at a smaller depth, or use entry_layers=[0] with a projector (preset 'paper')."
+            )
+        if self.projector_form not in DEPTH_FORMS:
+            raise ValueError(
+                f"projector_form={self.projector_form!r} maps to input embeddings: it needs entry_layers=[0]. At the "
+                f"depth where states were read use one of {', '.join(DEPTH_FORMS)}."
+            )
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """What the projector's weights are bound to, beside the backbone."""
+        names = ("projector_form", "read_layers", "entry_layers", "projector_intermediate_size")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def enters_at_depth(self) -> bool:
+        """Whether states are put back where they were read, rather than mapped to the input embeddings."""
+        return self.entry_layers == self.read_layers
 
     @property
     def num_layers(self) -> int | None:

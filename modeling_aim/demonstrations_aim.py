@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -37,6 +37,8 @@ class Demonstration:
         is_label: `text` is a bare name ("dax"), which the processor words ("This is dax.") before it is read.
     """
 
+    aim_kind: ClassVar[str] = "demonstration"
+
     images: tuple[Image.Image, ...]
     text: str
     question: str | None = None
@@ -56,7 +58,9 @@ class Demonstration:
         """
         if isinstance(value, cls):
             return value
-        if type(value).__name__ == cls.__name__:  # the same class, loaded from another repository's code
+        if kind_of(value) == "demonstration" and hasattr(
+            value, "is_label"
+        ):  # the same class, loaded from another repository's code
             return cls(tuple(value.images), value.text, value.question, value.is_label)
         if isinstance(value, Mapping):
             fields = dict(value)
@@ -136,35 +140,83 @@ def _open_image(image: Any) -> Image.Image:
         ) from error
 
 
-def is_demonstration(value: Any) -> bool:
-    """Whether `value` is one raw demonstration (and not, say, the demonstrations of one row of a batch)."""
-    if isinstance(value, Mapping) or type(value).__name__ == "Demonstration":
-        return True
+def kind_of(value: Any) -> str | None:
+    """What `value` is to `demos`: `"demonstration"`, `"fused"`, `"bank"`, `"prefix"`, or `None`.
+
+    Classes say it themselves (`aim_kind`): one that was loaded as remote code is not the installed one.
+    """
+    kind = getattr(type(value), "aim_kind", None)
+    if kind is None and (isinstance(value, Mapping) or _is_pair(value)):
+        return "demonstration"
+    return kind
+
+
+def _is_pair(value: Any) -> bool:
+    """Whether `value` is (image, text) or (image, question, answer), and not the demonstrations of a row."""
     return isinstance(value, (list, tuple)) and len(value) in (2, 3) and isinstance(value[-1], str)
 
 
-def _is_read(value: Any) -> bool:
-    return is_fused(value) or is_bank(value) or is_prefix(value)
+def parse_demos(demos: Any) -> Any:
+    """What `generate` takes as `demos`, checked, with raw demonstrations opened.
 
+    Returns:
+        One part for all rows of a batch, or a list with a part (or `None`) for each row. A part is a tuple of
+        `Demonstration`s, fused demonstrations, a bank or a prefix. `None` where there are no demonstrations.
 
-def check_demos(demos: Any) -> None:
-    """Raise `ValueError` unless `demos` is something that `generate` takes: what it holds may still be wrong."""
-    if is_demonstration(demos):
+    Raises:
+        ValueError: `demos` holds something else, or a demonstration is malformed.
+    """
+    kind = kind_of(demos)
+    if kind == "demonstration":
         raise ValueError("demos takes a list of demonstrations; put the single one in a list.")
-    wrong = []
-    if isinstance(demos, (list, tuple)):
-        for demo in demos:
-            row = isinstance(demo, (list, tuple)) and all(is_demonstration(one) for one in demo)
-            if not (demo is None or row or is_demonstration(demo) or _is_read(demo)):
-                wrong.append(f"{demo!r:.80} in its list")
-    elif not (demos is None or _is_read(demos)):
-        wrong.append(f"{demos!r:.80}")
-    if wrong:
+    if kind is not None:
+        return demos if len(demos) else None
+    if demos is None:
+        return None
+    if not isinstance(demos, (list, tuple)):
+        raise _unknown(demos)
+    raw = [kind_of(entry) == "demonstration" for entry in demos]
+    if all(raw):
+        return tuple(Demonstration.of(entry) for entry in demos) or None
+    if any(raw):
+        _parse_row(demos[raw.index(False)])  # raises where that is nothing at all
         raise ValueError(
-            f"demos has {wrong[0]}. It takes a list of demonstrations, each (image, text), (image, question, "
-            "answer) or a dict with these; what read() returned; a DemonstrationBank; or a list with one of these "
-            "for each row."
+            "demos mixes demonstrations with other things; give one list of demonstrations, or one a row."
         )
+    return [_parse_row(entry) for entry in demos]
+
+
+def _parse_row(entry: Any) -> Any:
+    if isinstance(entry, (list, tuple)) and not all(kind_of(part) == "demonstration" for part in entry):
+        raise _unknown(entry, " in its list")
+    if entry is not None and kind_of(entry) is None and not isinstance(entry, (list, tuple)):
+        raise _unknown(entry, " in its list")
+    return parse_demos(entry)
+
+
+def _unknown(value: Any, where: str = "") -> ValueError:
+    return ValueError(
+        f"demos has {value!r:.80}{where}. It takes a list of demonstrations, each (image, text), (image, question, "
+        "answer) or a dict with these; what read() or prefill() returned; a DemonstrationBank; or a list with one of "
+        "these for each row."
+    )
+
+
+def demos_by_row(demos: Any, batch: int) -> list[Any]:
+    """The part, or `None`, of each of `batch` rows; see `parse_demos`.
+
+    Raises:
+        ValueError: there are entries for another number of rows.
+    """
+    parsed = parse_demos(demos)
+    if not isinstance(parsed, list):
+        return [parsed] * batch
+    if len(parsed) != batch:
+        raise ValueError(
+            f"demos has demonstrations for {len(parsed)} rows, but the batch has {batch} rows. Give one list of "
+            "demonstrations for all rows, or exactly one entry (a list, what read() returned, or None) a row."
+        )
+    return parsed
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -172,15 +224,20 @@ class FusedDemonstrations:
     """What reading gives: the fused virtual tokens of some demonstrations, in order. A frozen value.
 
     Args:
-        vectors: fused tokens of all demonstrations, one after another, `(tokens, hidden size)`.
+        vectors: fused tokens of all demonstrations, one after another, `(tokens, entry layers x hidden size)`.
         lengths: fused tokens of each demonstration.
+        ids: the word under each fused token, `(tokens,)`: what stands in the prompt, and what the layers below the
+            depth where a fused token enters run over.
         keys: content identity of each demonstration (`Demonstration.key`).
         texts: what each demonstration says, for people.
         source: what read them: backbone, projector, read layers. Only the same plug-in can use them.
     """
 
+    aim_kind: ClassVar[str] = "fused"
+
     vectors: torch.Tensor
     lengths: tuple[int, ...]
+    ids: torch.Tensor
     keys: tuple[str, ...] = ()
     texts: tuple[str, ...] = ()
     source: Mapping[str, str] = field(default_factory=dict)
@@ -189,7 +246,12 @@ class FusedDemonstrations:
         if self.vectors.ndim != 2 or self.vectors.shape[0] != sum(self.lengths):
             raise ValueError(
                 f"Fused tokens have the shape {tuple(self.vectors.shape)}, "
-                f"expected ({sum(self.lengths)}, hidden size)."
+                f"expected ({sum(self.lengths)}, entry layers x hidden size)."
+            )
+        if self.ids.shape != self.vectors.shape[:1] or self.ids.is_floating_point():
+            raise ValueError(
+                f"The words of fused tokens are {self.ids.dtype} of the shape {tuple(self.ids.shape)}, expected whole "
+                f"numbers ({len(self.vectors)},)."
             )
         counts = {name: len(getattr(self, name)) for name in ("keys", "texts") if getattr(self, name)}
         if min(self.lengths, default=0) < 0 or any(count != len(self.lengths) for count in counts.values()):
@@ -216,10 +278,11 @@ class FusedDemonstrations:
         """The demonstrations at `index` (a number, a slice or a list of numbers), in that order."""
         chosen = range(len(self))[index] if isinstance(index, (int, slice)) else [range(len(self))[i] for i in index]
         chosen = [chosen] if isinstance(chosen, int) else list(chosen)
-        parts = [self.vectors[self._ends[i] - self.lengths[i] : self._ends[i]] for i in chosen]
+        spans = [slice(self._ends[i] - self.lengths[i], self._ends[i]) for i in chosen]
         return FusedDemonstrations(
-            vectors=torch.cat(parts) if parts else self.vectors[:0],
+            vectors=torch.cat([self.vectors[span] for span in spans]) if spans else self.vectors[:0],
             lengths=tuple(self.lengths[i] for i in chosen),
+            ids=torch.cat([self.ids[span] for span in spans]) if spans else self.ids[:0],
             keys=tuple(self.keys[i] for i in chosen) if self.keys else (),
             texts=tuple(self.texts[i] for i in chosen) if self.texts else (),
             source=self.source,
@@ -231,13 +294,7 @@ class FusedDemonstrations:
     def __add__(self, other: FusedDemonstrations) -> FusedDemonstrations:
         """These demonstrations, then the others; both must come from the same plug-in."""
         check_source(other.source, self.source)
-        return FusedDemonstrations(
-            vectors=torch.cat([self.vectors, other.vectors.to(self.vectors)]),
-            lengths=self.lengths + tuple(other.lengths),
-            keys=self.keys + tuple(other.keys),
-            texts=self.texts + tuple(other.texts),
-            source=self.source,
-        )
+        return concatenated([self, other])
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write what was read to one file, `aim_fused.safetensors`. A kill leaves the old file or the new one.
@@ -252,11 +309,11 @@ class FusedDemonstrations:
         if folder.is_file():
             raise ValueError(f"{folder} is a file; give a folder to save to.")
         folder.mkdir(parents=True, exist_ok=True)
-        vectors = self.vectors.detach().cpu().contiguous()
+        tensors = {"vectors": self.vectors.detach().cpu().contiguous(), "ids": self.ids.cpu().contiguous()}
         about = {name: list(getattr(self, name)) for name in ("lengths", "keys", "texts")}
         said = json.dumps({**about, "source": dict(self.source)}, sort_keys=True)
-        metadata = {"format": FUSED_FORMAT, "about": said, "sha256": _digest(said, vectors)}
-        write_whole(folder / FUSED_FILE, save({"vectors": vectors}, metadata=metadata))
+        metadata = {"format": FUSED_FORMAT, "about": said, "sha256": _digest(said, tensors)}
+        write_whole(folder / FUSED_FILE, save(tensors, metadata=metadata))
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], **hub_kwargs: Any) -> FusedDemonstrations:
@@ -276,12 +333,12 @@ class FusedDemonstrations:
                 metadata = file.metadata() or {}
                 if metadata["format"] != FUSED_FORMAT:
                     raise ValueError(f"its format is {metadata['format']!r:.40}, expected {FUSED_FORMAT!r}")
-                vectors = file.get_tensor("vectors")
-            if metadata["sha256"] != _digest(metadata["about"], vectors):
+                tensors = {name: file.get_tensor(name) for name in ("vectors", "ids")}
+            if metadata["sha256"] != _digest(metadata["about"], tensors):
                 raise ValueError("its sha256 is another one")
             about = json.loads(metadata["about"])
-            counts = {name: tuple(about[name]) for name in ("lengths", "keys", "texts")}
-            return cls(vectors, counts["lengths"], counts["keys"], counts["texts"], dict(about["source"]))
+            lists: dict[str, Any] = {name: tuple(about[name]) for name in ("lengths", "keys", "texts")}
+            return cls(**tensors, **lists, source=dict(about["source"]))
         except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(
                 f"{path} holds no fused demonstrations, or is damaged ({error!r:.200}). Copy it again, or read the "
@@ -289,25 +346,29 @@ class FusedDemonstrations:
             ) from error
 
 
-def _digest(about: str, vectors: torch.Tensor) -> str:
-    digest = hashlib.sha256(f"{about} {vectors.dtype} {tuple(vectors.shape)} ".encode())
-    digest.update(as_bytes(vectors))
+def _digest(about: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(about.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(as_bytes(tensor))
     return digest.hexdigest()
 
 
-def is_fused(value: Any) -> bool:
-    """Whether `value` is what reading gave. By its parts, since remote code has a class of its own."""
-    return hasattr(value, "vectors") and hasattr(value, "lengths")
-
-
-def is_bank(value: Any) -> bool:
-    """Whether `value` is a demonstration bank. By a mark of its class, since banks are not part of the remote code."""
-    return getattr(type(value), "is_demonstration_bank", False) is True
-
-
-def is_prefix(value: Any) -> bool:
-    """Whether `value` is what `prefill` gave. By its parts, since remote code has a class of its own."""
-    return hasattr(value, "prefix_key")
+def concatenated(parts: Sequence[FusedDemonstrations]) -> FusedDemonstrations:
+    """The demonstrations of several values, one after another; keys, words and source where all have them."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    keys, texts = (tuple(one for part in parts for one in getattr(part, name)) for name in ("keys", "texts"))
+    count = sum(len(part) for part in parts)
+    return FusedDemonstrations(
+        vectors=torch.cat([part.vectors.to(first.vectors) for part in parts]),
+        lengths=tuple(length for part in parts for length in part.lengths),
+        ids=torch.cat([part.ids.to(first.ids) for part in parts]),
+        keys=keys if len(keys) == count else (),
+        texts=texts if len(texts) == count else (),
+        source=first.source,
+    )
 
 
 def check_source(given: Mapping[str, str], expected: Mapping[str, str]) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .backbone_aim import image_features, image_positions, read_hidden_states
-from .demonstrations_aim import Demonstration, is_bank
+from .demonstrations_aim import Demonstration, kind_of
 from .injection_aim import injected
 
 FEATURE_KINDS = ("image", "text", "fused")
@@ -117,21 +117,15 @@ class FeaturesMixin:
             found[kind] = features
         return found
 
-    def _chosen(self: Any, demos: Any, inputs: Mapping[str, Any], shots: int | None, select: Any) -> Any:
+    def _selected(self: Any, rows: list[Any], inputs: Mapping[str, Any], shots: int | None, select: Any) -> list[Any]:
         """For each row of the batch what `shots` and `select` choose of the bank that the row is given."""
         if shots is None and select is None:
-            return demos
-        if inputs["input_ids"] is None:
-            raise ValueError(f"shots={shots} and select={select!r} choose for each row of input_ids; give input_ids.")
-        count = len(inputs["input_ids"])
-        rows = list(demos) if isinstance(demos, (list, tuple)) else [demos] * count
+            return rows
         banks = {id(row): row for row in rows if row is not None}
-        if not banks or not all(is_bank(bank) for bank in banks.values()):
+        if not banks or not all(kind_of(bank) == "bank" for bank in banks.values()):
             raise ValueError(
-                f"shots={shots} and select={select!r} choose from a DemonstrationBank, but demos is {demos!r:.80}. "
+                f"shots={shots} and select={select!r} choose from a DemonstrationBank, but demos is {rows[0]!r:.80}. "
                 "Build one with DemonstrationBank.build(model, demos, folder)."
             )
-        if len(rows) != count:
-            raise ValueError(f"demos has banks for {len(rows)} rows, but the batch has {count} rows.")
         chosen = {key: bank.select_rows(self, inputs, shots, select) for key, bank in banks.items()}
         return [None if bank is None else chosen[id(bank)][row] for row, bank in enumerate(rows)]

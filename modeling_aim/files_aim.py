@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers.utils import cached_file
 
@@ -55,6 +55,12 @@ def read_safetensors(path: str, names: Sequence[str] | None = None) -> dict[str,
             f"{path} holds {_listing(tensors)}, expected {_listing(names)}: it belongs to something else."
         )
     return tensors
+
+
+def safetensors_metadata(path: str) -> dict[str, str]:
+    """What a safetensors file says of itself, beside its tensors."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
 
 
 def _listing(names: Any) -> str:
@@ -137,6 +143,10 @@ def copy_shipped_files(folder: Path) -> None:
 def model_card(config: Any, projector: torch.nn.Module) -> str:
     """A model card that says what the repository holds and how to use it."""
     backbone = config.backbone_name_or_path or f"in the folder `{config.backbone_subfolder}`"
+    enters = f"input of decoder layer {config.entry_layers}, where they were read"
+    if not config.enters_at_depth:
+        enters = "input embeddings, through the projector"
+    budget = "" if config.max_fused_tokens is None else f", at most {config.max_fused_tokens} tokens"
     parameters = sum(p.numel() for p in projector.parameters())
     hub_id = config.backbone_name_or_path and not os.path.isdir(config.backbone_name_or_path)
     base_model = f"base_model: {config.backbone_name_or_path}\n" if hub_id else ""
@@ -148,14 +158,13 @@ tags: [aim, multimodal-in-context-learning, few-shot, custom_code]
 
 # AIM plug-in: answers from demonstrations
 
-A projector ({config.projector_form}, {parameters:,} parameters) that lets a frozen vision-language backbone answer
-from (image, text) demonstrations at a few *fused virtual tokens* each, after
-[AIM: Let Any Multi-modal Large Language Models Embrace Efficient In-Context Learning](https://arxiv.org/abs/2406.07588).
+{_what_it_is(config, parameters)}
 
 | | |
 |---|---|
 | backbone | {backbone} (`{config.backbone_config.model_type}`, hidden size {config.hidden_size}) |
-| read | layers {config.read_layers}, span `{config.read_span}`, at most {config.max_fused_tokens} fused tokens |
+| read | states after {config.read_layers} layers, span `{config.read_span}`{budget} |
+| enter | {enters} |
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -167,3 +176,23 @@ inputs = processor(images=query, text=processor.prompt("What is this?"), return_
 answer = model.generate(**inputs, demos=demos, max_new_tokens=8)
 ```
 """
+
+
+def _what_it_is(config: Any, parameters: int) -> str:
+    """The first paragraph of a model card."""
+    paper = (
+        "[AIM: Let Any Multi-modal Large Language Models Embrace Efficient In-Context Learning]"
+        "(https://arxiv.org/abs/2406.07588)"
+    )
+    if parameters:
+        return (
+            f"A projector ({config.projector_form}, {parameters:,} parameters) that lets a frozen vision-language "
+            f"backbone answer\nfrom (image, text) demonstrations at a few *fused virtual tokens* each, after\n{paper}."
+        )
+    return (
+        "This repository lets a stock vision-language backbone answer from (image, text) demonstrations at a few\n"
+        "*fused virtual tokens* each. It has no weights and needs no training: the backbone reads each demonstration\n"
+        f"alone, and its hidden states are put back at the depth where they were read. After\n{paper}.\n\n"
+        "It was not evaluated on this backbone. `aim tune --repo THIS --demos YOUR.jsonl` tells in a minute, from\n"
+        "your own demonstrations, whether it helps and which depth is best."
+    )

@@ -1,20 +1,44 @@
-"""Fused tokens stand in a prompt: placeholder ids in `input_ids`, fused vectors at the input embeddings.
+"""Fused tokens stand in a prompt: their words as ids, their vectors at the depths where they enter (AIM, section 3.3).
 
-The backbone gets ordinary ids and makes its own positions, masks and caches from them; only the output of its input
-embedding is changed, by one hook that is registered once and does nothing outside a call (AIM, section 3.3).
+The backbone gets ordinary ids, those of the demonstrations' own words, and makes its positions, masks and caches from
+them. Hooks that are registered once and do nothing outside a call put the fused vectors in their places: on the input
+embeddings, and on the inputs of the decoder layers.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+
+from .backbone_aim import decoder_layers, layer_input
+from .demonstrations_aim import FusedDemonstrations
+
+
+@dataclass
+class _Pass:
+    """The fused tokens that one forward pass holds.
+
+    Args:
+        shape: rows and length of the pass.
+        rows, columns: where each fused token stands in it.
+        chosen: which of the prompt's fused tokens they are, one entry a place.
+        entered_at: for each depth the decoder layer before which its states have entered.
+    """
+
+    shape: tuple[int, int]
+    rows: torch.Tensor
+    columns: torch.Tensor
+    chosen: torch.Tensor
+    entered_at: dict[int, int] = field(default_factory=dict)
 
 
 class FusedPrompt:
@@ -22,16 +46,18 @@ class FusedPrompt:
 
     Args:
         inputs: the backbone's inputs; `input_ids` is `(batch, length)`, padded on either side.
-        fused: for each row the fused tokens `(tokens, hidden size)`, or `None`.
-        placeholder_id: the id that stands where a fused token goes.
+        fused: for each row its demonstrations, or `None`.
         bos_id: id of the token after which fused tokens stand, where the prompt starts with it.
-        embedding: the input embedding of the backbone that answers; any other one is left alone.
+        backbone: the one that answers; the modules of any other one are left alone.
+        entry_layers: where vectors enter: 0 is the input embeddings, k the input of decoder layer k. A fused token has
+            one vector for each, side by side.
         first: put BOS and the fused tokens, as many in each row, before the padding of a row: they are the same in
             all rows then, and so is their KV.
 
     Attributes:
-        inputs: the inputs of the widened prompt. Per-position tensors grow with it: masks with 1 where they are
-            `attention_mask`, everything else with 0 (`labels`: -100), since fused tokens are text without images.
+        inputs: the inputs of the widened prompt. Per-position tensors grow with it: ids are those of the
+            demonstrations' words, masks have 1 where they are `attention_mask`, everything else has 0 (`labels`:
+            -100), since fused tokens are text without images.
         width: length of the widened prompt.
 
     Raises:
@@ -41,14 +67,16 @@ class FusedPrompt:
     def __init__(
         self,
         inputs: Mapping[str, Any],
-        fused: Sequence[torch.Tensor | None],
-        placeholder_id: int,
+        fused: Sequence[FusedDemonstrations | None],
         bos_id: int | None,
-        embedding: nn.Module,
+        backbone: PreTrainedModel,
+        entry_layers: Sequence[int] = (0,),
         first: bool = False,
     ) -> None:
         self.inputs = dict(inputs)
-        self.embedding = embedding
+        self.embedding = backbone.get_input_embeddings()
+        self.entry_layers = tuple(entry_layers)
+        self.layers = decoder_layers(backbone) if any(self.entry_layers) else None
         ids = inputs["input_ids"]
         batch, length = ids.shape
         mask = inputs.get("attention_mask")
@@ -60,10 +88,13 @@ class FusedPrompt:
         if mask is None:
             mask = torch.ones_like(ids)
             self.inputs["attention_mask"] = mask
-        counts = torch.tensor([0 if f is None else f.shape[0] for f in fused])
+        counts = torch.tensor([0 if row is None else row.num_tokens for row in fused])
         self.width = length + int(counts.max())
-        self.fused = [f for f in fused if f is not None and f.shape[0]]
+        filled = [row for row in fused if row is not None and row.num_tokens]
+        self.vectors = [row.vectors.unflatten(-1, (len(self.entry_layers), -1)) for row in filled]
+        self.words = torch.cat([row.ids.to(ids) for row in filled]) if filled else ids.new_empty(0)
         self.seen = 0
+        self._pass: _Pass | None = None
 
         # old[r, j]: the place in row r of the widened prompt where old position j goes; new[r]: places of its tokens
         left_padded = bool((mask[:, 0] == 0).any()) or not bool((mask[:, -1] == 0).any())
@@ -88,7 +119,6 @@ class FusedPrompt:
         self.old = torch.stack(old).to(ids.device)
         self.rows = torch.tensor(rows, dtype=torch.long, device=ids.device)
         self.columns = torch.tensor(columns, dtype=torch.long, device=ids.device)
-        self.placeholder_id = placeholder_id
 
         for name, value in self.inputs.items():
             per_position = isinstance(value, torch.Tensor) and value.ndim >= 2 and value.shape[:2] == ids.shape
@@ -97,60 +127,133 @@ class FusedPrompt:
 
     def _widened(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """`value` spread to the widened prompt, with this name's filler at the new places."""
-        filler = {"labels": -100, "input_ids": self.placeholder_id}.get(name, 0)
-        wide = value.new_full((value.shape[0], self.width, *value.shape[2:]), filler)
+        wide = value.new_full((value.shape[0], self.width, *value.shape[2:]), -100 if name == "labels" else 0)
+        if name == "input_ids":
+            wide.fill_(self.words[0] if len(self.words) else 0)  # new padding: an ordinary word, which is masked out
+            wide[self.rows, self.columns] = self.words
         index = self.old.to(value.device)
         wide[torch.arange(len(index), device=value.device)[:, None], index] = value
         if name == "attention_mask":
             wide[self.rows, self.columns] = 1
         return wide
 
-    def without_placeholders(self, values: torch.Tensor) -> torch.Tensor:
+    def without_fused(self, values: torch.Tensor) -> torch.Tensor:
         """Take values of the caller's own positions out of `values` `(batch, width, ...)`."""
         index = self.old.to(values.device)
         return values[torch.arange(len(index), device=values.device)[:, None], index]
 
-    def inject(self, ids: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-        """Put the fused vectors into the embeddings of one forward pass.
+    def begin_pass(self, ids: torch.Tensor) -> None:
+        """Find the fused tokens that a forward pass over `ids` holds.
 
         A pass may hold the whole prompt (again at each step, where there is no cache), the next chunk of it, or only
         new tokens. Beams and return sequences repeat each row next to itself.
         """
+        self._check_entered()
+        self._pass = None
         whole = ids.shape[1] >= self.width
         if not whole and self.seen >= self.width:
-            return embeddings
+            return
         start = 0 if whole else self.seen
         end = min(start + ids.shape[1], self.width)
         repeats = ids.shape[0] // len(self.old)
         here = (self.columns >= start) & (self.columns < end)
         rows = (self.rows[here, None] * repeats + torch.arange(repeats, device=here.device)).T.reshape(-1)
         columns = (self.columns[here] - start).repeat(repeats)
-        vectors = torch.cat([f.to(embeddings) for f in self.fused])[here.to(embeddings.device)].repeat(repeats, 1)
-        if not bool((ids[rows.to(ids.device), columns.to(ids.device)] == self.placeholder_id).all()):
+        words = self.words[here].repeat(repeats)
+        if not bool((ids[rows.to(ids.device), columns.to(ids.device)] == words.to(ids.device)).all()):
             if self.seen >= self.width:  # many new tokens at once, as in assisted decoding
-                return embeddings
+                return
             raise RuntimeError(
                 "The backbone rearranged the prompt before its input embeddings, so the places of the fused tokens "
                 "are lost. Please report this backbone."
             )
         self.seen = end
-        return embeddings.index_put((rows.to(embeddings.device), columns.to(embeddings.device)), vectors)
+        if len(rows):
+            self._pass = _Pass((ids.shape[0], ids.shape[1]), rows, columns, here.nonzero()[:, 0].repeat(repeats))
+
+    def enter_embeddings(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Put the vectors of depth 0 into the input embeddings of the pass."""
+        if self._pass is None or 0 not in self.entry_layers:
+            return embeddings
+        return self._put(self.entry_layers.index(0), embeddings)
+
+    def enter_layer(self, number: int, layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
+        """Put the vectors of the depths up to `number` that have not entered before into the input of a layer."""
+        if self._pass is None or self.layers is None or self.layers[number] is not layer:
+            return states
+        entered_at = self._pass.entered_at
+        entering = [k for k in self.entry_layers if 0 < k <= number and entered_at.setdefault(k, number) == number]
+        if entering and tuple(states.shape[:2]) != self._pass.shape:
+            raise RuntimeError(
+                f"Decoder layer {number} gets hidden states of the shape {tuple(states.shape)} for a prompt of the "
+                f"shape {self._pass.shape}, so the places of the fused tokens are lost. Please report this backbone."
+            )
+        for depth in entering:
+            states = self._put(self.entry_layers.index(depth), states)
+        return states
+
+    def _put(self, place: int, states: torch.Tensor) -> torch.Tensor:
+        assert self._pass is not None
+        vectors = torch.cat([vectors[:, place].to(states) for vectors in self.vectors])
+        index = self._pass.rows.to(states.device), self._pass.columns.to(states.device)
+        return states.index_put(index, vectors[self._pass.chosen.to(states.device)])
+
+    def _check_entered(self) -> None:
+        """Raise `RuntimeError` where a pass has ended before all of its fused tokens entered."""
+        if self._pass is not None and set(self.entry_layers) - {0} - set(self._pass.entered_at):
+            raise RuntimeError(
+                f"The backbone did not run the decoder layers at whose inputs states enter ({self.entry_layers}). "
+                "This backbone cannot be used with AIM at that depth; entry_layers=[0] may work."
+            )
+
+    def check_seen(self) -> None:
+        """Raise `RuntimeError` unless the backbone has seen all fused tokens."""
+        self._check_entered()
+        if self.seen < self.width:
+            raise RuntimeError(
+                "The backbone did not embed its prompt through get_input_embeddings(), so it never saw the fused "
+                "tokens. This backbone cannot be used with AIM."
+            )
 
 
 _PROMPT: ContextVar[FusedPrompt | None] = ContextVar("aim_fused_prompt", default=None)
 
 
 def watch_embeddings(embedding: nn.Module) -> None:
-    """Register the one hook through which fused tokens reach `embedding`, the backbone's input embedding."""
-    if _inject not in embedding._forward_hooks.values():  # another plug-in may share the backbone
-        embedding.register_forward_hook(_inject)
+    """Register the hook through which fused tokens reach `embedding`, the backbone's input embedding."""
+    if _enter_embeddings not in embedding._forward_hooks.values():  # another plug-in may share the backbone
+        embedding.register_forward_hook(_enter_embeddings)
 
 
-def _inject(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+def watch_entries(backbone: PreTrainedModel) -> None:
+    """Register the hooks through which fused tokens reach a backbone: its input embedding and its decoder layers."""
+    watch_embeddings(backbone.get_input_embeddings())
+    with suppress(ValueError):  # without a stack of layers there is the input alone
+        for number, layer in enumerate(decoder_layers(backbone)):
+            hooks = layer._forward_pre_hooks.values()
+            if not any(isinstance(hook, partial) and hook.func is _enter_layer for hook in hooks):
+                layer.register_forward_pre_hook(partial(_enter_layer, number), with_kwargs=True)
+
+
+def _enter_embeddings(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
     prompt = _PROMPT.get()
     if prompt is None or module is not prompt.embedding or not args or args[0].ndim != 2:
         return None
-    return prompt.inject(args[0], output)
+    prompt.begin_pass(args[0])
+    return prompt.enter_embeddings(output)
+
+
+def _enter_layer(number: int, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    prompt = _PROMPT.get()
+    if prompt is None or prompt.layers is None:
+        return None
+    place, states = layer_input(args, kwargs)
+    entered = prompt.enter_layer(number, layer, states)
+    if entered is states:
+        return None
+    if isinstance(place, int):
+        return (*args[:place], entered, *args[place + 1 :]), kwargs
+    return args, {**kwargs, place: entered}
 
 
 @contextmanager
@@ -158,22 +261,31 @@ def injected(prompt: FusedPrompt | None) -> Iterator[None]:
     """Let the fused tokens of `prompt` (or none) reach the backbone inside this block, in this thread only.
 
     Raises:
-        RuntimeError: the backbone never embedded the prompt through its input embeddings.
+        RuntimeError: the backbone never embedded the prompt through its input embeddings, or left out the layers at
+            which fused tokens enter.
     """
+    with _replayed(prompt):
+        yield
+    if prompt is not None:
+        prompt.check_seen()
+
+
+@contextmanager
+def _replayed(prompt: FusedPrompt | None) -> Iterator[None]:
     token = _PROMPT.set(prompt)
     try:
         yield
     finally:
         _PROMPT.reset(token)
-    if prompt is not None and prompt.seen < prompt.width:
-        raise RuntimeError(
-            "The backbone did not embed its prompt through get_input_embeddings(), so it never saw the fused tokens. "
-            "This backbone cannot be used with AIM."
-        )
+
+
+def recomputed() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """What `torch.utils.checkpoint` takes as `context_fn`: a layer that is recomputed gets the same fused tokens."""
+    return nullcontext(), _replayed(_PROMPT.get())
 
 
 def own_tokens_only(prompt: FusedPrompt, input_ids: torch.Tensor, defaults: GenerationConfig) -> dict[str, Any]:
-    """Arguments for the backbone's `generate` in which the caller's own code and limits meet no placeholder.
+    """Arguments for the backbone's `generate` in which the caller's own code and limits meet no fused token.
 
     Args:
         prompt: the widened prompt; its inputs hold every argument of the call.
@@ -188,9 +300,12 @@ def own_tokens_only(prompt: FusedPrompt, input_ids: torch.Tensor, defaults: Gene
 
     if options.get("streamer") is not None:
         options["streamer"] = QueryStreamer(options["streamer"], input_ids)
-    for name, kind in (("logits_processor", LogitsProcessorList), ("stopping_criteria", StoppingCriteriaList)):
-        if options.get(name):
-            options[name] = kind([_OwnTokens(call, own) for call in options[name]])
+    if options.get("logits_processor"):
+        processors = [_OwnTokensProcessor(call, own) for call in options["logits_processor"]]
+        options["logits_processor"] = LogitsProcessorList(processors)
+    if options.get("stopping_criteria"):
+        criteria = [_OwnTokensCriterion(call, own) for call in options["stopping_criteria"]]
+        options["stopping_criteria"] = StoppingCriteriaList(criteria)
     if options.get("prefix_allowed_tokens_fn") is not None:
         allowed = options["prefix_allowed_tokens_fn"]
         copies = 1 if (options.get("num_beams") or 1) > 1 else options.get("num_return_sequences") or 1
@@ -213,18 +328,31 @@ def own_tokens_only(prompt: FusedPrompt, input_ids: torch.Tensor, defaults: Gene
     return options
 
 
-class _OwnTokens:
-    """A caller's logits processor or stopping criterion, shown its own prompt instead of the widened one."""
+class _OwnTokensProcessor:
+    """A caller's logits processor, shown its own prompt instead of the widened one.
+
+    transformers counts the arguments of `__call__`: there must be these two.
+    """
 
     def __init__(self, call: Any, own: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.call, self.own = call, own
 
-    def __call__(self, ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> Any:
-        return self.call(self.own(ids), scores, **kwargs)
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> Any:
+        return self.call(self.own(input_ids), scores)
+
+
+class _OwnTokensCriterion:
+    """A caller's stopping criterion, shown its own prompt instead of the widened one."""
+
+    def __init__(self, call: Any, own: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.call, self.own = call, own
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> Any:
+        return self.call(self.own(input_ids), scores, **kwargs)
 
 
 class QueryStreamer:
-    """A streamer that shows the caller's own prompt, without placeholders, and then every new token."""
+    """A streamer that shows the caller's own prompt, without fused tokens, and then every new token."""
 
     def __init__(self, streamer: Any, input_ids: torch.Tensor) -> None:
         self.streamer = streamer

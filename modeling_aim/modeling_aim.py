@@ -2,14 +2,14 @@
 
 The story of the paper, in the order of this file: *read* each demonstration with the frozen backbone and keep the
 hidden states on top of its text, *project* them to fused virtual tokens, *inject* these in front of a query, and let
-the same frozen backbone *generate*. Loading and saving come after.
+the same frozen backbone *generate*. States that are put back at the depth where they were read need no projector.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from types import NoneType
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from .backbone_aim import (
     answering,
     check_usable,
     decoder_inputs,
+    decoder_layers,
     embedding_weight,
     longest_prompt,
     never_repack,
@@ -35,16 +36,15 @@ from .configuration_aim import AimConfig
 from .demonstrations_aim import (
     Demonstration,
     FusedDemonstrations,
-    check_demos,
     check_source,
-    is_bank,
-    is_demonstration,
-    is_fused,
-    is_prefix,
+    concatenated,
+    demos_by_row,
+    kind_of,
+    parse_demos,
 )
 from .features_aim import FeaturesMixin
-from .injection_aim import FusedPrompt, injected, own_tokens_only, watch_embeddings
-from .prefix_aim import PrefixMixin, check_continued, note_fused
+from .injection_aim import FusedPrompt, injected, own_tokens_only, watch_entries
+from .prefix_aim import FusedPrefix, check_continued, note_fused, prefilled, prefix_kv
 from .pretrained_aim import AimPreTrainedModel
 from .processing_aim import AimProcessor
 from .projector_aim import AimProjector
@@ -54,7 +54,7 @@ if TYPE_CHECKING:  # the rest of what a repository carries: transformers 5.5 cop
     from .files_aim import locate_file  # noqa: F401
 
 
-class AimForConditionalGeneration(FeaturesMixin, PrefixMixin, AimPreTrainedModel, GenerationMixin):
+class AimForConditionalGeneration(FeaturesMixin, AimPreTrainedModel, GenerationMixin):
     """A frozen vision-language backbone with a projector that fuses demonstrations into virtual tokens.
 
     Everywhere, `demos` is one of:
@@ -84,14 +84,18 @@ class AimForConditionalGeneration(FeaturesMixin, PrefixMixin, AimPreTrainedModel
         if backbone is None:
             backbone = AutoModelForImageTextToText.from_config(config.backbone_config)
         check_usable(backbone)
+        if config.backbone_config is None:
+            config.backbone_config = backbone.config
+            config.check()
+        if set(config.read_layers) - {-1, 0}:
+            decoder_layers(backbone)  # raises where there is no stack of them
         self.backbone = backbone.requires_grad_(False).eval()
         self.projector = AimProjector(config)
-        if not embedding_weight(
-            backbone
-        ).is_meta:  # float32 whatever the backbone's precision: it is small, and trains
-            self.projector.to(device=embedding_weight(backbone).device, dtype=torch.float32)
-        watch_embeddings(backbone.get_input_embeddings())
-        watch_layers(backbone, config.read_layers)
+        weight = embedding_weight(backbone)
+        if not weight.is_meta:  # float32 whatever the backbone's precision: it is small, and trains
+            self.projector.to(device=weight.device, dtype=torch.float32)
+        watch_entries(backbone)
+        watch_layers(backbone)
         never_repack(backbone, only_odd=True)
         self._processor = processor
         self._loaded_from: tuple[str, dict[str, Any]] | None = None
@@ -112,7 +116,7 @@ class AimForConditionalGeneration(FeaturesMixin, PrefixMixin, AimPreTrainedModel
         Args:
             demos: raw demonstrations, in order. What has been read already passes through unchanged.
             batch_size: demonstrations in one forward pass of the backbone. Where `None`, as many as fit into 8192
-                positions (1024 on a CPU) with hardly any padding.
+                tokens (1024 on a CPU) with hardly any padding.
 
         Returns:
             A frozen value with one fused token for each text token of each demonstration (at most
@@ -122,16 +126,17 @@ class AimForConditionalGeneration(FeaturesMixin, PrefixMixin, AimPreTrainedModel
             ValueError: a demonstration is malformed, is longer than the backbone can read, or was read by another
                 model.
         """
-        if is_bank(demos):
-            self._check_bank(demos)
-        if is_bank(demos) or is_prefix(demos):
-            demos = demos.fused
-        if is_fused(demos):
-            check_source(demos.source, self.source)
-            return demos
-        if is_demonstration(demos) or not isinstance(demos, (list, tuple)):
-            raise ValueError(f"read takes a list of demonstrations; got {demos!r:.80}. Put a single one in a list.")
-        raw = [Demonstration.of(demo) for demo in demos]
+        parsed = parse_demos(demos)
+        if isinstance(parsed, list):
+            raise ValueError(f"read takes one list of demonstrations; got one for each of {len(parsed)} rows.")
+        if kind_of(parsed) == "bank":
+            self._check_bank(parsed)
+        if kind_of(parsed) in ("bank", "prefix"):
+            parsed = parsed.fused
+        if kind_of(parsed) == "fused":
+            check_source(parsed.source, self.source)
+            return parsed
+        raw: list[Demonstration] = list(parsed or ())
         texts = tuple(self.processor.word(demo)[0] for demo in raw)
         return replace(self._project(raw, batch_size, keep=False), texts=texts, source=self.source)
 
@@ -172,8 +177,17 @@ class AimForConditionalGeneration(FeaturesMixin, PrefixMixin, AimPreTrainedModel
 
     @torch.no_grad()
     def project(self, states: torch.Tensor) -> torch.Tensor:
-        """Fused tokens `(tokens, hidden size)` of hidden states `(tokens, joined layers x hidden size)`."""
-        return self.projector(states.to(next(self.projector.parameters()).device))
+        """Fused tokens `(tokens, entry layers x hidden size)` of states `(tokens, read layers x hidden size)`."""
+        return self.projector(states)
+
+    def word_ids(self, demos: Sequence[Demonstration]) -> list[torch.Tensor]:
+        """The word under each fused token of each demonstration, `(tokens,)`; where several were averaged the last."""
+        budget, found = self.config.max_fused_tokens, []
+        for ids in self.processor.kept_ids(demos, self.config.read_span):
+            if budget is not None and len(ids) > budget:
+                ids = ids[[-(-(i + 1) * len(ids) // budget) - 1 for i in range(budget)]]
+            found.append(ids)
+        return found
 
     def _project(
         self, demos: list[Demonstration], batch_size: int | None = None, keep: bool = True
@@ -196,11 +210,20 @@ class AimForConditionalGeneration(FeaturesMixin, PrefixMixin, AimPreTrainedModel
             states[key] = read
             if keep:
                 self.read_cache.put((key, reader), read, read.numel() * read.element_size())
-        lengths = tuple(len(states[key]) for key in keys)
+        words = dict(zip(unique, self.word_ids(list(unique.values())), strict=True))
+        return self.fuse([states[key] for key in keys], [words[key] for key in keys], keys)
+
+    def fuse(
+        self, states: Sequence[torch.Tensor], words: Sequence[torch.Tensor], keys: tuple[str, ...] = ()
+    ) -> FusedDemonstrations:
+        """Fused demonstrations from what `read_states` and `word_ids` gave of each; gradient reaches the projector.
+
+        They name no source: only `read` binds what it returns to this model.
+        """
         width = self.config.hidden_size * len(self.config.read_layers)
-        joined = torch.cat([states[key] for key in keys]) if keys else torch.empty(0, width, device=self.device)
-        vectors = self.projector(joined.to(next(self.projector.parameters()).device))
-        return FusedDemonstrations(vectors, lengths, keys)
+        joined = torch.cat(list(states)) if states else torch.empty(0, width, device=self.device, dtype=self.dtype)
+        ids = torch.cat(list(words)) if words else torch.empty(0, dtype=torch.long)
+        return FusedDemonstrations(self.projector(joined), tuple(len(state) for state in states), ids, keys)
 
     def _backbone_state(self) -> int:
         """What changes with every weight of the backbone; it is asked for only where something is kept."""
@@ -244,20 +267,19 @@ class AimForConditionalGeneration(FeaturesMixin, PrefixMixin, AimPreTrainedModel
         input_ids = kwargs.pop("input_ids", inputs)
         if generation_config is not None:
             kwargs["generation_config"] = generation_config
-        demos = self._chosen(demos, {**kwargs, "input_ids": input_ids}, shots, select)
-        demos = self._with_chat(demos, chat_demos, 1 if input_ids is None else len(input_ids))
-        if not _any_demos(demos):
+        given = {**kwargs, "input_ids": input_ids}
+        rows = self._parts(given, demos, chat_demos, shots, select)
+        if not any(rows):
             if input_ids is not None:
                 kwargs["input_ids"] = input_ids
             check_continued(kwargs, whole_prompt=True)
             with answering(self.backbone), injected(None):
                 return self.backbone.generate(**kwargs)
-        given = {**kwargs, "input_ids": input_ids}
-        prefilled = self._prefilled(demos, given)
-        prompt = self._fused_prompt(given, demos) if prefilled is None else prefilled[0]
+        kept = prefilled(self, rows, given)
+        prompt = self._fused_prompt(given, self._fused_rows(rows, input_ids.shape[1])) if kept is None else kept[0]
         options = own_tokens_only(prompt, input_ids, self.backbone.generation_config)
-        if prefilled is not None:
-            options["past_key_values"] = prefilled[1]
+        if kept is not None:
+            options["past_key_values"] = kept[1]
         with answering(self.backbone), injected(prompt):
             output = self.backbone.generate(**options)
         note_fused(options.get("past_key_values"), getattr(output, "past_key_values", None))
@@ -292,12 +314,14 @@ class AimForConditionalGeneration(FeaturesMixin, PrefixMixin, AimPreTrainedModel
         if torch.is_grad_enabled() and getattr(self.backbone, "is_quantized", False):
             never_repack(self.backbone)
         given = {"input_ids": input_ids, **({} if labels is None else {"labels": labels}), **kwargs}
-        if not _any_demos(demos):
+        rows = self._parts(given, demos)
+        if not any(rows):
             check_continued(given, whole_prompt=False)
             with one_at_a_time(self.backbone), injected(None):
                 return self.backbone(**given)
         return_dict = given.pop("return_dict", None)
-        prompt = self._fused_prompt({**given, "return_dict": True}, demos)
+        fused = self._fused_rows(rows, given["input_ids"].shape[1])
+        prompt = self._fused_prompt({**given, "return_dict": True}, fused)
         labels = prompt.inputs.pop("labels", None)
         with one_at_a_time(self.backbone), injected(prompt):
             output = self.backbone(**prompt.inputs)
@@ -309,10 +333,10 @@ class AimForConditionalGeneration(FeaturesMixin, PrefixMixin, AimPreTrainedModel
             loss = self.backbone.loss_function(output.logits, labels, vocab_size=vocab_size, **normalize)
             output = type(output)(**{**output, "loss": loss})
         if getattr(output, "logits", None) is not None and output.logits.shape[1] == prompt.width:
-            output.logits = prompt.without_placeholders(output.logits)
+            output.logits = prompt.without_fused(output.logits)
         if getattr(output, "hidden_states", None) is not None:
             output.hidden_states = tuple(
-                None if states is None else prompt.without_placeholders(states) for states in output.hidden_states
+                None if states is None else prompt.without_fused(states) for states in output.hidden_states
             )
         as_tuple = not (self.backbone.config.return_dict if return_dict is None else return_dict)
         return output.to_tuple() if as_tuple else output
@@ -337,30 +361,96 @@ class AimForConditionalGeneration(FeaturesMixin, PrefixMixin, AimPreTrainedModel
         """
         given = {**inputs}
         given["attention_mask"] = given.get("attention_mask", torch.ones_like(given["input_ids"]))
-        prompt = self._fused_prompt(given, demos) if _any_demos(demos) else None
+        rows = self._parts(given, demos)
+        if any(rows) and self.config.entry_layers != [0]:
+            raise ValueError(
+                f"These fused tokens enter at the depths {self.config.entry_layers} of the decoder, and prompt "
+                "embeddings reach its input alone. Use generate() here, or train a projector for the input: aim train "
+                "--entry-layers 0."
+            )
+        length = given["input_ids"].shape[1]
+        prompt = self._fused_prompt(given, self._fused_rows(rows, length)) if any(rows) else None
         whole = given if prompt is None else prompt.inputs
         with injected(prompt):
             embeddings = decoder_inputs(self.backbone, whole)
         return [row[mask.bool()] for row, mask in zip(embeddings, whole["attention_mask"], strict=True)]
 
-    def _with_chat(self, demos: Any, chat_demos: Any, batch: int) -> Any:
-        """`demos` followed by what the processor found in chats: one list, or one a row for a batch of chats."""
-        if not _any_demos(chat_demos):
-            return demos
-        if not _any_demos(demos):
-            return chat_demos
-        rows: list[FusedDemonstrations | None] = []
-        for pair in zip(self._fused_rows(demos, batch), self._fused_rows(chat_demos, batch), strict=True):
-            parts = [part for part in pair if part is not None and len(part)]
-            vectors = [part.vectors.to(parts[0].vectors) for part in parts]
-            lengths = tuple(length for part in parts for length in part.lengths)
-            rows.append(FusedDemonstrations(torch.cat(vectors), lengths, source=self.source) if parts else None)
-        return rows
+    @torch.no_grad()
+    def prefill(self, demos: Any) -> FusedPrefix:
+        """Read demonstrations and compute the KV of their fused tokens, once for any number of calls of `generate`.
 
-    def _fused_prompt(self, inputs: dict[str, Any], demos: Any, first: bool = False) -> FusedPrompt:
+        The KV is kept in `model.prefix_cache`, an LRU cache of at most `prefix_cache.max_bytes`; what has left it is
+        computed again when it is needed. It serves greedy and sampled decoding and beams of prompts that all rows of a
+        batch share; everything else (other demonstrations a row, a cache of the caller's own, `use_cache=False`,
+        assisted decoding, cross-attention, a padded batch on a backbone with sliding windows or a recurrent state)
+        takes the fused tokens as they are, and says so once in the log. The answers are the same within float
+        tolerance.
+
+        Args:
+            demos: as for `read`; their order counts.
+
+        Returns:
+            A value that `generate` takes as `demos`.
+
+        Raises:
+            ValueError: the demonstrations alone are longer than the backbone's positions.
+        """
+        prefix: Any = demos if kind_of(demos) == "prefix" else FusedPrefix(self.read(demos))
+        check_source(prefix.fused.source, self.source)
+        longest = longest_prompt(self.backbone.config)
+        if longest is not None and prefix.num_tokens >= longest:
+            raise ValueError(
+                f"The demonstrations have {prefix.num_tokens} fused tokens, but the backbone has {longest} positions, "
+                "of which the query needs some. Prefill fewer demonstrations: model.prefill(fused[:k])."
+            )
+        if len(prefix):
+            likely = self.processor(text=[self.processor.prompt("a", images=0)], return_tensors="pt")["input_ids"]
+            prefix_kv(self, prefix, self._bos_of(int(likely[0, 0])))
+        return prefix
+
+    # --- rows of a batch
+
+    def _parts(
+        self,
+        inputs: Mapping[str, Any],
+        demos: Any,
+        chat_demos: Any = None,
+        shots: int | None = None,
+        select: Any = None,
+    ) -> list[tuple[Any, ...]]:
+        """What each row of the batch is given, in order: parts as `parse_demos` gives them."""
+        demos, chat_demos = parse_demos(demos), parse_demos(chat_demos)
+        ids = inputs.get("input_ids")
+        if ids is None:
+            if demos is None and chat_demos is None:
+                return []
+            raise ValueError("demos stand in front of input_ids; inputs_embeds cannot take them.")
+        if ids.ndim != 2:
+            raise ValueError(f"input_ids have the shape {tuple(ids.shape)}; expected (batch, length).")
+        rows = self._selected(demos_by_row(demos, len(ids)), inputs, shots, select)
+        chats = demos_by_row(chat_demos, len(ids))
+        return [tuple(part for part in pair if part is not None) for pair in zip(rows, chats, strict=True)]
+
+    def _fused_rows(self, rows: Sequence[tuple[Any, ...]], length: int) -> list[FusedDemonstrations | None]:
+        """The fused tokens of each row, for prompts of `length` tokens; raw parts are read together, each once."""
+        parts = {id(part): part for row in rows for part in row}
+        raw = {number: part for number, part in parts.items() if kind_of(part) is None}
+        for part in raw.values():  # counted before anything is read
+            self._check_room([len(ids) for ids in self.word_ids(part)], length)
+        fused = {number: self.read(part) for number, part in parts.items() if number not in raw}
+        read = self._project([demo for part in raw.values() for demo in part]) if raw else None
+        taken = 0
+        for number, part in raw.items():
+            assert read is not None
+            fused[number] = read[taken : taken + len(part)]
+            taken += len(part)
+        return [concatenated([fused[id(part)] for part in row]) if row else None for row in rows]
+
+    def _fused_prompt(
+        self, inputs: Mapping[str, Any], rows: Sequence[FusedDemonstrations | None], first: bool = False
+    ) -> FusedPrompt:
         """Room for each row's fused tokens in the prompt, checked against the backbone's positions."""
-        input_ids = inputs["input_ids"]
-        if input_ids is None or inputs.get("inputs_embeds") is not None:
+        if inputs.get("inputs_embeds") is not None:
             raise ValueError("demos stand in front of input_ids; inputs_embeds cannot take them.")
         cache = inputs.get("past_key_values")
         if cache is not None and cache.get_seq_length():
@@ -368,33 +458,31 @@ class AimForConditionalGeneration(FeaturesMixin, PrefixMixin, AimPreTrainedModel
                 f"demos stand at the start of a prompt, but past_key_values already hold {cache.get_seq_length()} "
                 "tokens. Give demos with the whole prompt and an empty cache."
             )
-        rows = self._fused_rows(demos, len(input_ids))
-        prompt = self._widened(inputs, rows, first)
+        for row in rows:
+            self._check_room([] if row is None else row.lengths, inputs["input_ids"].shape[1])
+        return self._widened(inputs, rows, first)
+
+    def _check_room(self, lengths: Sequence[int], prompt: int) -> None:
+        """Raise `ValueError` where demonstrations of these lengths and a prompt are longer than the backbone reads."""
         longest = longest_prompt(self.backbone.config)
-        if longest is not None and prompt.width > longest:
-            row = max((r for r in rows if r is not None), key=lambda r: r.num_tokens)
-            room, fitting = longest - input_ids.shape[1], 0
-            for length in row.lengths:
-                room -= length
-                fitting += room >= 0
-            raise ValueError(
-                f"The prompt has {input_ids.shape[1]} tokens and the demonstrations {row.num_tokens} fused tokens, "
-                f"together {prompt.width}, but the backbone has {longest} positions. "
-                f"The first {fitting} of {len(row)} demonstrations fit: pass demos[:{fitting}]."
-            )
-        return prompt
+        if longest is None or sum(lengths) + prompt <= longest or not lengths:
+            return
+        fitting = sum(total + prompt <= longest for total in accumulate(lengths))
+        raise ValueError(
+            f"The prompt has {prompt} tokens and the demonstrations {sum(lengths)} fused tokens, together "
+            f"{sum(lengths) + prompt}, but the backbone has {longest} positions. The first {fitting} of "
+            f"{len(lengths)} demonstrations fit: pass demos[:{fitting}]."
+        )
 
     def _widened(
-        self, inputs: dict[str, Any], rows: Sequence[FusedDemonstrations | None], first: bool = False
+        self, inputs: Mapping[str, Any], rows: Sequence[FusedDemonstrations | None], first: bool = False
     ) -> FusedPrompt:
-        return FusedPrompt(
-            inputs=inputs,
-            fused=[None if row is None else row.vectors for row in rows],
-            placeholder_id=self._placeholder_id(),
-            bos_id=getattr(self.config.get_text_config(), "bos_token_id", None),
-            embedding=self.get_input_embeddings(),
-            first=first,
-        )
+        bos = getattr(self.config.get_text_config(), "bos_token_id", None)
+        return FusedPrompt(inputs, rows, bos, self.backbone, self.config.entry_layers, first)
+
+    def _bos_of(self, first_id: int) -> list[int]:
+        """The ids before the fused tokens of a prompt that begins with `first_id`: BOS, or none."""
+        return [first_id] if first_id == getattr(self.config.get_text_config(), "bos_token_id", None) else []
 
     def _check_bank(self, bank: Any) -> None:
         """Raise `ValueError` for a bank that no prompt can hold, before it is loaded."""
@@ -406,52 +494,6 @@ class AimForConditionalGeneration(FeaturesMixin, PrefixMixin, AimPreTrainedModel
                 'positions. Choose some: generate(..., demos=bank, shots=8, select="image"), or bank[:8].'
             )
 
-    def _fused_rows(self, demos: Any, batch: int) -> list[FusedDemonstrations | None]:
-        """What each row of the batch is given, read where it is raw; each demonstration once."""
-        if not isinstance(demos, (list, tuple)):
-            return [self.read(demos)] * batch
-        raw = [is_demonstration(demo) for demo in demos]
-        if all(raw):
-            return [self._project([Demonstration.of(demo) for demo in demos])] * batch
-        if any(raw):
-            raise ValueError(
-                "demos mixes demonstrations with other things; give one list of demonstrations, or one a row."
-            )
-        if len(demos) != batch:
-            raise ValueError(
-                f"demos has demonstrations for {len(demos)} rows, but the batch has {batch} rows. Give one list of "
-                "demonstrations for all rows, or exactly one entry (a list, what read() returned, or None) a row."
-            )
-        together = [Demonstration.of(demo) for row in demos if isinstance(row, (list, tuple)) for demo in row]
-        read = self._project(together) if together else FusedDemonstrations(torch.empty(0, 0), ())
-        given = {id(row): self.read(row) for row in demos if not isinstance(row, (list, tuple, NoneType))}
-        rows: list[FusedDemonstrations | None] = []
-        taken = 0
-        for row in demos:
-            if isinstance(row, (list, tuple)):
-                rows.append(read[taken : taken + len(row)])
-                taken += len(row)
-            else:
-                rows.append(given.get(id(row)))
-        return rows
-
-    def _placeholder_id(self) -> int:
-        """An ordinary id that neither ends an answer nor stands for an image: BOS, padding, or the last one."""
-        text, vocabulary = self.config.get_text_config(), embedding_weight(self.backbone).shape[0]
-        given = self.config.placeholder_token_id
-        taken: set[Any] = set()
-        for eos in (getattr(text, "eos_token_id", None), self.backbone.generation_config.eos_token_id):
-            taken.update(eos if isinstance(eos, (list, tuple)) else [eos])
-        for name, value in vars(self.backbone.config).items():
-            if name.endswith(("_token_id", "_token_index")) and name[:4] not in ("bos_", "pad_"):
-                taken.add(value)
-        if given is not None and (given in taken or not 0 <= given < vocabulary):
-            raise ValueError(
-                f"placeholder_token_id={given} ends answers, stands for images, or is not 0..{vocabulary}."
-            )
-        candidates = [given, getattr(text, "bos_token_id", None), getattr(text, "pad_token_id", None), vocabulary - 1]
-        return next((i for i in candidates if isinstance(i, int) and 0 <= i < vocabulary and i not in taken), 0)
-
     def _check_length(self, length: int, texts: list[str]) -> None:
         longest = longest_prompt(self.backbone.config)
         if longest is not None and length > longest:
@@ -459,11 +501,3 @@ class AimForConditionalGeneration(FeaturesMixin, PrefixMixin, AimPreTrainedModel
                 f"One of the demonstrations {[text[:40] for text in texts]} has {length} tokens with its images, but "
                 f"the backbone has {longest} positions. Shorten its text, or give it fewer or smaller images."
             )
-
-
-def _any_demos(demos: Any) -> bool:
-    """Whether `demos` holds anything, for any row."""
-    check_demos(demos)
-    if isinstance(demos, (list, tuple)):
-        return any(is_demonstration(demo) or _any_demos(demo) for demo in demos)
-    return demos is not None and len(demos) > 0

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import transformers
 from packaging.version import Version
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.utils import logging
 
 from .backbone_aim import goes_on_behind_kv, preserved_state
-from .demonstrations_aim import FusedDemonstrations, check_source, is_prefix
+from .demonstrations_aim import FusedDemonstrations, check_source, kind_of
 from .files_aim import as_bytes
-from .injection_aim import FusedPrompt, injected
+from .injection_aim import injected
+
+logger = logging.get_logger(__name__)
 
 PREFIX_STATES = Version(Version(transformers.__version__).base_version) >= Version("5.23")
 
@@ -30,9 +33,11 @@ class FusedPrefix:
         fused: what was read, in the order in which it stands in the prompt.
     """
 
+    aim_kind = "prefix"
+
     def __init__(self, fused: FusedDemonstrations) -> None:
         self._fused = fused
-        digest = hashlib.sha256(str((str(fused.vectors.dtype), fused.lengths)).encode())
+        digest = hashlib.sha256(str((str(fused.vectors.dtype), fused.lengths, fused.ids.tolist())).encode())
         digest.update(as_bytes(fused.vectors))
         self.prefix_key = digest.hexdigest()
 
@@ -50,13 +55,84 @@ class FusedPrefix:
         return self._fused.num_tokens
 
 
-def same_prefix(demos: Any) -> Any:
-    """The one prefix that all rows are given, or `None`."""
-    if is_prefix(demos):
-        return demos
-    if isinstance(demos, (list, tuple)) and demos and all(is_prefix(one) for one in demos):
-        return demos[0] if len({one.prefix_key for one in demos}) == 1 else None
-    return None
+@torch.no_grad()
+def prefix_kv(model: Any, prefix: FusedPrefix, bos: Sequence[int]) -> Any:
+    """KV of `bos` (one id, or none) and the fused tokens of a prefix, for one row; kept in `model.prefix_cache`."""
+    key = (prefix.prefix_key, tuple(bos), str(model.device), model._backbone_state())
+    cache = model.prefix_cache.get(key)
+    if cache is None:
+        inputs = dict(model.processor(text=["a"], return_tensors="pt").to(model.device, model.dtype))
+        length = inputs["input_ids"].shape[1]
+        ids = torch.tensor([*bos, *inputs["input_ids"][0, -1:].tolist()], device=model.device)[None]
+        for name, value in inputs.items():
+            if isinstance(value, torch.Tensor) and value.shape[:2] == (1, length) and name != "pixel_values":
+                inputs[name] = ids if name == "input_ids" else value[:, -1:].expand(1, ids.shape[1], *value.shape[2:])
+        prompt = model._widened(inputs, [prefix.fused], first=True)
+        width, prompt.width = prompt.width, len(bos) + prefix.num_tokens
+        for name, value in prompt.inputs.items():
+            if isinstance(value, torch.Tensor) and value.shape[:2] == (1, width) and name != "pixel_values":
+                prompt.inputs[name] = value[:, : prompt.width]
+        with preserved_state(model.backbone), injected(prompt):
+            cache = model.backbone.base_model(**prompt.inputs, use_cache=True, return_dict=True).past_key_values
+        model.prefix_cache.put(key, cache, cache_bytes(cache))
+    return cache
+
+
+UNUSUAL = (
+    "past_key_values", "cache_implementation", "prefill_chunk_size", "assistant_model", "custom_generate",
+    "prompt_lookup_num_tokens", "use_mtp", "penalty_alpha", "dola_layers",
+)  # fmt: skip
+
+
+def prefilled(model: Any, rows: Sequence[tuple[Any, ...]], options: Mapping[str, Any]) -> tuple[Any, Any] | None:
+    """A prompt that begins with a kept prefix, and the KV of that for each row; `None` where there is no prefix.
+
+    Where there is one whose KV cannot be used, the log says why, once for each reason.
+    """
+    prefixes = [parts[0] for parts in rows if len(parts) == 1 and kind_of(parts[0]) == "prefix"]
+    if not any(kind_of(part) == "prefix" for parts in rows for part in parts):
+        return None
+    found = _prefilled(model, prefixes, len(rows), options)
+    if isinstance(found, str):
+        logger.warning_once(f"The KV of prefilled demonstrations is not used: {found}. They are answered from anyway.")
+        return None
+    return found
+
+
+def _prefilled(
+    model: Any, prefixes: Sequence[FusedPrefix], batch: int, options: Mapping[str, Any]
+) -> tuple[Any, Any] | str:
+    """What `prefilled` returns, or why KV cannot be used."""
+    ids, config = options["input_ids"], options.get("generation_config")
+
+    def setting(name: str) -> Any:
+        given = [options.get(name), getattr(config, name, None), getattr(model.generation_config, name, None)]
+        return next((value for value in given if value is not None), None)
+
+    if len(prefixes) < batch or len({prefix.prefix_key for prefix in prefixes}) > 1:
+        return "the rows of the batch are given different demonstrations"
+    if setting("use_cache") is False:
+        return "use_cache=False"
+    unusual = [name for name in UNUSUAL if setting(name)]
+    if unusual:
+        return f"generate was called with {', '.join(unusual)}"
+    if not goes_on_behind_kv(model.backbone):
+        return "this release of transformers loses the places of prompts behind KV on this backbone (5.23 keeps them)"
+    prefix = prefixes[0]
+    check_source(prefix.fused.source, model.source)
+    mask = options.get("attention_mask")
+    begins = [0] * batch if mask is None else mask.long().argmax(dim=1).tolist()
+    firsts = {tuple(model._bos_of(int(ids[row, begin]))) for row, begin in enumerate(begins)}
+    if len(firsts) > 1:
+        return "the prompts of the batch begin differently"
+    bos = firsts.pop()
+    cache = prefix_kv(model, prefix, bos)
+    if not serves(cache, padded=mask is not None and not bool(mask.all())):
+        return "this backbone's cache cannot be continued from a prefix alone (or not in a padded batch)"
+    prompt = model._fused_prompt(options, [prefix.fused] * batch, first=True)
+    prompt.seen = len(bos) + prefix.num_tokens
+    copies = max(int(setting("num_beams") or 1), int(setting("num_return_sequences") or 1))
+    return prompt, grown_from(cache, batch * copies)
 
 
 def grown_from(cache: Any, rows: int) -> Any:
@@ -143,79 +219,3 @@ def cache_bytes(cache: Any) -> int:
 
     count(getattr(cache, "layers", cache))
     return sum(found.values())
-
-
-class PrefixMixin:
-    """What `AimForConditionalGeneration` does with prefixes; `self` is the model."""
-
-    @torch.no_grad()
-    def prefill(self: Any, demos: Any) -> FusedPrefix:
-        """Read demonstrations and compute the KV of their fused tokens, once for any number of calls of `generate`.
-
-        The KV is kept in `model.prefix_cache`, at most `prefix_cache.max_bytes`; the least recently used leaves, and
-        is computed again when it is needed. It serves greedy and sampled decoding and beams of prompts that all rows
-        of a batch share; everything else (other demonstrations a row, a cache of the caller's own, `use_cache=False`,
-        assisted decoding, cross-attention, a padded batch on a backbone with sliding windows or a recurrent state)
-        takes the fused tokens as they are.
-        The answers are the same within float tolerance.
-
-        Args:
-            demos: as for `read`; their order counts.
-
-        Returns:
-            A value that `generate` takes as `demos`.
-        """
-        prefix = demos if is_prefix(demos) else FusedPrefix(self.read(demos))
-        check_source(prefix.fused.source, self.source)
-        if len(prefix):
-            self._prefix_kv(prefix)
-        return prefix
-
-    def _prefix_kv(self: Any, prefix: FusedPrefix) -> tuple[Any, list[int]]:
-        """KV of BOS and the fused tokens of a prefix, for one row, and the ids before these tokens (BOS or none)."""
-        key = (prefix.prefix_key, str(self.device), self._backbone_state())
-        kept = self.prefix_cache.get(key)
-        if kept is None:
-            inputs = dict(self.processor(text=["a"], return_tensors="pt").to(self.device, self.dtype))
-            prompt = self._widened(inputs, [prefix.fused], first=True)
-            bos = inputs["input_ids"][0, : int(prompt.columns[0])].tolist()
-            full, prompt.width = prompt.width, len(bos) + prefix.num_tokens
-            for name, value in prompt.inputs.items():
-                if isinstance(value, torch.Tensor) and value.shape[:2] == (1, full) and name != "pixel_values":
-                    prompt.inputs[name] = value[:, : prompt.width]
-            with preserved_state(self.backbone), injected(prompt):
-                cache = self.backbone.base_model(**prompt.inputs, use_cache=True, return_dict=True).past_key_values
-            kept = cache, bos
-            self.prefix_cache.put(key, kept, cache_bytes(cache))
-        return kept
-
-    def _prefilled(self: Any, demos: Any, options: Mapping[str, Any]) -> tuple[FusedPrompt, Any] | None:
-        """A prompt that begins with a prefix, and the KV of that for each row; `None` where KV cannot be used."""
-        prefix = same_prefix(demos)
-        ids, config = options["input_ids"], options.get("generation_config")
-
-        def setting(name: str) -> Any:
-            given = [options.get(name), getattr(config, name, None), getattr(self.generation_config, name, None)]
-            return next((value for value in given if value is not None), None)
-
-        unusual = [
-            "past_key_values", "cache_implementation", "prefill_chunk_size", "assistant_model", "custom_generate",
-            "prompt_lookup_num_tokens", "use_mtp", "penalty_alpha", "dola_layers",
-        ]  # fmt: skip
-        if prefix is None or not len(prefix) or ids is None or setting("use_cache") is False:
-            return None
-        if not goes_on_behind_kv(self.backbone):
-            return None
-        mask = options.get("attention_mask")
-        padded = mask is not None and not bool(mask.all())
-        if any(setting(name) for name in unusual):
-            return None
-        cache, bos = self._prefix_kv(prefix)
-        if not serves(cache, padded):
-            return None
-        prompt = self._fused_prompt(dict(options), [prefix] * len(ids), first=True)
-        if not bool((prompt.columns.view(len(ids), -1)[:, 0] == len(bos)).all()):  # prompts that begin otherwise
-            return None
-        prompt.seen = len(bos) + prefix.num_tokens
-        rows = len(ids) * max(int(setting("num_beams") or 1), int(setting("num_return_sequences") or 1))
-        return prompt, grown_from(cache, rows)

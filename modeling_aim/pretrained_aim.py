@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -26,10 +27,19 @@ from .backbone_aim import (
     module_device,
 )
 from .cache_aim import LRUCache
-from .configuration_aim import IMPLEMENTATIONS, OWN_SETTINGS, AimConfig, by_part, implementation
+from .configuration_aim import IMPLEMENTATIONS, OWN_SETTINGS, AimConfig, by_part, implementation, preset_settings
 from .families_aim import FAMILIES
-from .files_aim import HUB_KWARGS, copy_shipped_files, locate_file, model_card, read_safetensors, staged_folder, upload
-from .injection_aim import watch_embeddings
+from .files_aim import (
+    HUB_KWARGS,
+    copy_shipped_files,
+    locate_file,
+    model_card,
+    read_safetensors,
+    safetensors_metadata,
+    staged_folder,
+    upload,
+)
+from .injection_aim import recomputed, watch_embeddings
 from .processing_aim import AimProcessor
 from .projector_aim import AimProjector, projector_digest
 
@@ -40,6 +50,7 @@ logger = logging.get_logger(__name__)
 
 PROJECTOR_WEIGHTS = "aim_projector.safetensors"
 BACKBONE_FOLDER = "backbone"
+FORM_KEY = "aim_form"  # in the metadata of the weights: what they are bound to
 
 
 class AimPreTrainedModel(PreTrainedModel):
@@ -134,7 +145,15 @@ class AimPreTrainedModel(PreTrainedModel):
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
         """Recompute the backbone's layers in the backward pass instead of keeping their activations."""
-        _renamed(self.backbone, "checkpointing_enable")(activation_checkpointing_kwargs, **kwargs)
+        options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        if not options["use_reentrant"]:
+            options.setdefault("context_fn", recomputed)
+        elif self.config.entry_layers != [0]:
+            raise ValueError(
+                "use_reentrant=True gives no gradient to fused tokens that enter at depth, inside a layer that is "
+                "recomputed. Leave it out, or give use_reentrant=False."
+            )
+        _renamed(self.backbone, "checkpointing_enable")(options, **kwargs)
         self.train(self.training)
 
     def activation_checkpointing_disable(self) -> None:
@@ -170,7 +189,8 @@ class AimPreTrainedModel(PreTrainedModel):
     @property
     def source(self) -> dict[str, str]:
         """Identity of what reads here: fused demonstrations are good for this alone."""
-        return {**self.reader, "projector": self._projector_digest()[:12]}
+        form = f"{self.config.projector_form}, entering at {self.config.entry_layers}"
+        return {**self.reader, "fused": form, "projector": self._projector_digest()[:12]}
 
     @property
     def reader(self) -> dict[str, str]:
@@ -206,22 +226,29 @@ class AimPreTrainedModel(PreTrainedModel):
         backbone: str | os.PathLike[str] | PreTrainedModel,
         processor: Any = None,
         *,
-        read_layers: Sequence[int] = (-1,),
+        preset: str = "untrained",
+        read_layers: Sequence[int] | None = None,
+        entry_layers: Sequence[int] | None = None,
         read_span: str = "text",
         max_fused_tokens: int | None = None,
-        projector_form: str = "linear_norm",
+        projector_form: str | None = None,
         projector_intermediate_size: int | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Put a new, untrained projector on a backbone.
+        """Put AIM on a backbone: it answers from demonstrations as it is, or is trained first.
 
         Args:
             backbone: Hub id or folder, or a loaded model.
             processor: the backbone's processor (or an `AimProcessor`); loaded with the backbone when `None`.
-            read_layers, read_span, max_fused_tokens, projector_form, projector_intermediate_size: see `AimConfig`.
+            preset: `"untrained"` puts states back at the depth where they were read (no weights), `"trained"` adds a
+                projector there that begins as the identity, `"paper"` is the paper's projector for the input, which
+                must be trained; see `PRESETS`.
+            read_layers, entry_layers, projector_form: in place of the preset's.
+            read_span, max_fused_tokens, projector_intermediate_size: see `AimConfig`.
             **kwargs: passed on when the backbone is loaded (`dtype`, `device_map`, `quantization_config`, ...).
         """
         hub = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+        settings = preset_settings(preset, read_layers, entry_layers, projector_form)
         if isinstance(backbone, (str, os.PathLike)):
             backbone = load_backbone(str(backbone), **kwargs)
         if not isinstance(backbone, PreTrainedModel) or backbone.config.model_type == AimConfig.model_type:
@@ -246,10 +273,9 @@ class AimPreTrainedModel(PreTrainedModel):
             backbone_name_or_path=name,
             backbone_revision=hub.get("revision") or getattr(loaded.config, "_commit_hash", None),
             backbone_fingerprint=fingerprint(loaded),
-            read_layers=list(read_layers),
             read_span=read_span,
             max_fused_tokens=max_fused_tokens,
-            projector_form=projector_form,
+            **settings,
             projector_intermediate_size=projector_intermediate_size,
             projector_norm=embedding_norm(loaded),
         )
@@ -299,7 +325,8 @@ class AimPreTrainedModel(PreTrainedModel):
         for option in IMPLEMENTATIONS:
             if isinstance(kwargs.get(option), dict):
                 kwargs[option] = by_part(kwargs[option]).get("backbone_config", kwargs[option])
-        weights = read_safetensors(locate_file(name, PROJECTOR_WEIGHTS, **hub))
+        identity = config.projector_form == "identity"
+        file = None if identity else locate_file(name, PROJECTOR_WEIGHTS, **hub)
         if backbone is None:
             elsewhere = config.backbone_name_or_path is not None
             place = {**hub, "revision": config.backbone_revision} if elsewhere else dict(hub)
@@ -316,19 +343,37 @@ class AimPreTrainedModel(PreTrainedModel):
         if cached_file(name, "generation_config.json", _raise_exceptions_for_missing_entries=False, **hub) is not None:
             model.generation_config = GenerationConfig.from_pretrained(name, **hub)
         model._loaded_from = (name, {**hub, "trust_remote_code": trusted})
-        model._load_projector(weights, name)
+        if file is not None:
+            model._load_projector(file, name)
         return model if info is None else (model, info)  # type: ignore[return-value]
 
-    def _load_projector(self, weights: dict[str, torch.Tensor], name: str) -> None:
-        """Take over the projector's weights, or say what does not fit."""
-        weights = {key.removeprefix("projector."): value for key, value in weights.items()}
+    def _load_projector(self, file: str, name: str) -> None:
+        """Take over the projector's weights in a safetensors file of the repository `name`.
+
+        Raises:
+            ValueError: they are of another form, of other shapes, or damaged.
+        """
+        weights = {key.removeprefix("projector."): value for key, value in read_safetensors(file).items()}
         own = {key: tuple(value.shape) for key, value in self.projector.state_dict().items()}
-        found = {key: tuple(value.shape) for key, value in weights.items()}
-        if found != own:
+        shapes = {key: tuple(value.shape) for key, value in weights.items()}
+        stored = safetensors_metadata(file).get(FORM_KEY)
+        form = self.config.form if stored is None else json.loads(stored)
+        wrong = [
+            f"{key}={form.get(key)} (here: {value})"
+            for key, value in self.config.form.items()
+            if form.get(key) != value
+        ]
+        if wrong:
             raise ValueError(
-                f"The {PROJECTOR_WEIGHTS} of {name} holds {found}, but its config.json "
+                f"The {PROJECTOR_WEIGHTS} of {name} was trained with {', '.join(wrong)}, and its weights mean nothing "
+                "otherwise. Load it with its own settings, or train a new projector: aim train."
+            )
+        if shapes != own:
+            raise ValueError(
+                f"The {PROJECTOR_WEIGHTS} of {name} holds {shapes}, but its config.json "
                 f"(projector_form={self.config.projector_form!r}, hidden size {self.config.hidden_size}, "
-                f"read_layers={self.config.read_layers}) asks for {own}. Files of two repositories may be mixed."
+                f"read_layers={self.config.read_layers}, entry_layers={self.config.entry_layers}) asks for {own}. "
+                "Files of two repositories may be mixed."
             )
         self.projector.load_state_dict(weights)
         self._projector_id = (self._projector_state(), projector_digest(weights))
@@ -367,7 +412,9 @@ class AimPreTrainedModel(PreTrainedModel):
         tensors = {key: value.cpu().contiguous() for key, value in weights.items() if key.startswith("projector.")}
         with staged_folder(save_directory) as folder:
             config.save_pretrained(folder)
-            (folder / PROJECTOR_WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
+            if tensors:
+                metadata = {"format": "pt", FORM_KEY: json.dumps(config.form, sort_keys=True)}
+                (folder / PROJECTOR_WEIGHTS).write_bytes(save(tensors, metadata=metadata))
             self.generation_config.save_pretrained(folder)
             if self._processor is not None or self._loaded_from is not None:
                 self.processor.save_pretrained(folder)

@@ -14,7 +14,7 @@ import transformers
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 from transformers.image_utils import load_image
 
-from .demonstrations_aim import Demonstration, check_demos, is_demonstration
+from .demonstrations_aim import Demonstration, parse_demos
 from .families_aim import family_of_processor
 from .files_aim import copy_shipped_files, staged_folder
 
@@ -125,7 +125,7 @@ class AimProcessor(ProcessorMixin):
         with _TOKENIZING:
             inputs = self._encode(images, text, **kwargs)
         if demos is not None:
-            inputs["demos"] = _parsed(demos)
+            inputs["demos"] = parse_demos(demos)
         return inputs
 
     def _encode(self, images: Any, text: Any, **kwargs: Any) -> BatchFeature:
@@ -244,7 +244,7 @@ class AimProcessor(ProcessorMixin):
             found, chats = [s[0] for s in split], [s[1] for s in split]
         inputs = self.processor.apply_chat_template(chats if batched else chats[0], *args, **kwargs)
         if demos is not None:
-            inputs["demos"] = _parsed(demos)
+            inputs["demos"] = parse_demos(demos)
         if few_shot:  # also when empty: a pipeline batches only chats with the same keys
             inputs["chat_demos"] = found if batched else found[0]
         return inputs
@@ -322,6 +322,17 @@ class AimProcessor(ProcessorMixin):
             The backbone's inputs, and a mask `(batch, length)` that is true at the positions to keep: words of the
             demonstration, without image positions, special tokens and padding.
         """
+        prompts, spans = self._reading_prompts(demonstrations, read_span)
+        inputs, mask = self.encode_spans([list(d.images) for d in demonstrations], prompts, spans)
+        empty = [d.text for d, kept in zip(demonstrations, mask.any(dim=1).tolist(), strict=True) if not kept]
+        if empty:
+            raise ValueError(f"The tokenizer finds no token in the words of these demonstrations: {empty[:3]}.")
+        return inputs, mask
+
+    def _reading_prompts(
+        self, demonstrations: Sequence[Demonstration], read_span: str
+    ) -> tuple[list[str], list[tuple[int, int]]]:
+        """The prompt of each demonstration when it is read, and the characters of it that are kept."""
         prompts, spans = [], []
         for demonstration in demonstrations:
             front = self.image_text * len(demonstration.images)
@@ -329,11 +340,14 @@ class AimProcessor(ProcessorMixin):
             prompts.append(front + words)
             start, end = answer if read_span == "answer" else (0, len(words))
             spans.append((len(front) + start, len(front) + end))
-        inputs, mask = self.encode_spans([list(d.images) for d in demonstrations], prompts, spans)
-        empty = [d.text for d, kept in zip(demonstrations, mask.any(dim=1).tolist(), strict=True) if not kept]
-        if empty:
-            raise ValueError(f"The tokenizer finds no token in the words of these demonstrations: {empty[:3]}.")
-        return inputs, mask
+        return prompts, spans
+
+    def kept_ids(self, demonstrations: Sequence[Demonstration], read_span: str = "text") -> list[torch.Tensor]:
+        """Ids `(tokens,)` of the words that are kept of each demonstration; its images are not looked at."""
+        prompts, spans = self._reading_prompts(demonstrations, read_span)
+        plain = self._tokenized(prompts) if prompts else {"input_ids": []}
+        kept = [self._kept_places(plain, row, span) for row, span in enumerate(spans)]
+        return [torch.tensor(ids)[places] for ids, places in zip(plain["input_ids"], kept, strict=True)]
 
     def encode_spans(
         self, images: Sequence[Sequence[Any]], prompts: Sequence[str], spans: Sequence[tuple[int, int]]
@@ -351,17 +365,25 @@ class AimProcessor(ProcessorMixin):
         shown = [list(row) for row in images] if any(images) else None
         with _TOKENIZING:
             inputs = self._encode(shown, list(prompts), padding=True, padding_side="left", return_tensors="pt")
-            plain = self.tokenizer(list(prompts), return_offsets_mapping=True, return_special_tokens_mask=True)
-        length = inputs["input_ids"].shape[1]
-        mask = torch.zeros(len(prompts), length, dtype=torch.bool)
+        plain = self._tokenized(prompts)
+        mask = torch.zeros(inputs["input_ids"].shape, dtype=torch.bool)
         # Images are expanded in the processor, so places are counted from the end, where the text is as it was given.
-        for row, (start, end) in enumerate(spans):
-            offsets = plain["offset_mapping"][row]
-            special = plain["special_tokens_mask"][row]
-            for back, ((a, b), is_special) in enumerate(zip(reversed(offsets), reversed(special), strict=True), 1):
-                if b > start and a < end and b > a and not is_special:
-                    mask[row, length - back] = True
+        for row, span in enumerate(spans):
+            length = len(plain["input_ids"][row])
+            for place in self._kept_places(plain, row, span):
+                mask[row, place - length] = True
         return inputs, mask
+
+    def _tokenized(self, prompts: Sequence[str]) -> Any:
+        with _TOKENIZING:
+            return self.tokenizer(list(prompts), return_offsets_mapping=True, return_special_tokens_mask=True)
+
+    @staticmethod
+    def _kept_places(plain: Any, row: int, span: tuple[int, int]) -> list[int]:
+        """Places of the tokens that lie in a span of characters, in a prompt whose images are not expanded."""
+        tokens = zip(plain["offset_mapping"][row], plain["special_tokens_mask"][row], strict=True)
+        start, end = span
+        return [i for i, ((a, b), special) in enumerate(tokens) if b > start and a < end and b > a and not special]
 
     # --- files
 
@@ -486,11 +508,3 @@ def _flat(images: Any) -> list[Any]:
     if isinstance(images, (list, tuple)):
         return [image for nested in images for image in _flat(nested)]
     return list(images) if getattr(images, "ndim", 0) == 4 else [images]
-
-
-def _parsed(demos: Any) -> Any:
-    """Open raw demonstrations early, so that a bad one is reported before the model runs; leave read ones alone."""
-    check_demos(demos)
-    if not isinstance(demos, (list, tuple)):
-        return demos
-    return [Demonstration.of(demo) if is_demonstration(demo) else _parsed(demo) for demo in demos]

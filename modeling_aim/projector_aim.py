@@ -1,4 +1,4 @@
-"""The only new weights: one small map from hidden states of the frozen backbone to its own input embeddings."""
+"""The only new weights: one small map from hidden states of the frozen backbone to fused tokens."""
 
 from __future__ import annotations
 
@@ -10,50 +10,62 @@ from torch import nn
 
 from .configuration_aim import AimConfig
 
+MOST_WEIGHTS = 2**24
+
 
 class AimProjector(nn.Module):
     """Turn each kept hidden state of a demonstration into one fused virtual token (AIM, section 3.2).
 
-    The forms, with `n` the read width (hidden size x joined layers) and `h` the hidden size:
+    With `n` the read width (hidden size `h` x read layers) and `e` the entry width (`h` x entry layers), there are two
+    kinds of forms.
+
+    Where states enter at the depth where they were read (`config.enters_at_depth`; `e = n`), a form begins as the
+    identity, so that nothing need be trained. With `x_k` the state of each depth and `u_k = x_k / rms(x_k)`:
+
+    * `identity`: `x_k`; no weights;
+    * `residual`: `x_k + rms(x_k) map_k(u_1, u_2, ...)`, with `Linear(n, e)` for the map, zero at the start;
+    * `residual_mlp`: the same with `Linear(n, m)`, GELU, `Linear(m, e)`, of which the last one is zero at the start.
+
+    Where states enter at the input embeddings (`entry_layers=[0]`; `e = h`), a projector must be trained:
 
     * `linear_norm`: `Linear(n, h)`, then `LayerNorm(h)`: the paper's;
     * `linear`: `s Linear(n, h)`; states of inner layers, whose size no norm has set, get unit variance first;
     * `mlp`: `LayerNorm(n)`, `Linear(n, m)`, GELU, `s Linear(m, h)`;
-    * `residual`: the state itself, plus a map that starts at zero. With `u_k = x_k / rms(x_k)` for the state `x_k` of
-      each of the joined layers, and `v` their mean: `s (v / rms(v) + Linear(n, h)(u_1, u_2, ...))`. It presumes that
-      hidden states and input embeddings share directions;
-    * `residual_mlp`: the same with `Linear(n, m)`, GELU, `Linear(m, h)` for the map.
+    * `residual`, `residual_mlp`: `s (v / rms(v) + map(u_1, u_2, ...))`, where `v` is the mean of the `u_k`, with the
+      maps from above. They presume that hidden states and input embeddings share directions.
 
-    The inner width `m` is `config.projector_intermediate_size`, or `2 * h`. The constant `s` is `config.projector_norm
-    / sqrt(h)`, the size of a number in an input embedding: what is learned is measured in embeddings, so a learning
-    rate means the same where these are small.
+    The inner width `m` is `config.projector_intermediate_size`, or `2 * h`, or less where that is over 2**24 weights.
+    The constant `s` is `config.projector_norm / sqrt(h)`, the size of a number in an input embedding: what is learned
+    is measured in embeddings (at depth, in the size of the state itself), so a learning rate means the same where
+    these are small.
 
-    Whatever the form, an untrained projector gives vectors whose norm is about `config.projector_norm`: a LayerNorm
-    of gain 1 would give `sqrt(h)`, tens of times the norm of an input embedding, so its gain starts at `s`.
+    At the input, an untrained projector gives vectors whose norm is about `config.projector_norm`: a LayerNorm of gain
+    1 would give `sqrt(h)`, tens of times the norm of an input embedding, so its gain starts at `s`.
     """
 
     def __init__(self, config: AimConfig) -> None:
         super().__init__()
         self.width = width = config.hidden_size
-        read_width = width * len(config.read_layers)
-        inner = config.projector_intermediate_size or 2 * width
+        read_width, entry_width = (width * len(layers) for layers in (config.read_layers, config.entry_layers))
+        inner = config.projector_intermediate_size or inner_width(width, read_width + entry_width)
         self.scale = config.projector_norm * width**-0.5
+        self.at_depth = config.enters_at_depth
         self.residual = config.projector_form.startswith("residual")
         self.scale_states = config.projector_form == "linear" and list(config.read_layers) != [-1]
         self.layers = nn.Sequential()
         if config.projector_form == "mlp":
             self.layers.append(nn.LayerNorm(read_width))
         if config.projector_form.endswith("mlp"):
-            self.layers.extend([nn.Linear(read_width, inner), nn.GELU(), nn.Linear(inner, width)])
-        else:
-            self.layers.append(nn.Linear(read_width, width))
+            self.layers.extend([nn.Linear(read_width, inner), nn.GELU(), nn.Linear(inner, entry_width)])
+        elif config.projector_form != "identity":
+            self.layers.append(nn.Linear(read_width, entry_width))
         if config.projector_form == "linear_norm":
             self.layers.append(nn.LayerNorm(width))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the weights anew, so that the output norm is `config.projector_norm` for inputs of unit variance."""
+        """Draw new weights, so that the output norm is `config.projector_norm` for inputs of unit variance."""
         gelu_scale = 0.425**-0.5  # second moment of GELU on a standard normal is 0.425
         linears = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
         for linear in linears:
@@ -63,19 +75,40 @@ class AimProjector(nn.Module):
             nn.init.zeros_(linears[-1].weight)
         elif len(linears) > 1:
             linears[-1].weight.mul_(gelu_scale)
-        if isinstance(self.layers[-1], nn.LayerNorm):
+        if len(self.layers) and isinstance(self.layers[-1], nn.LayerNorm):
             nn.init.constant_(self.layers[-1].weight, self.scale)
             nn.init.zeros_(self.layers[-1].bias)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Map `states` `(..., n)` to fused tokens `(..., h)`, in the projector's own dtype."""
-        states = states.to(next(self.parameters()).dtype)
+        """Map `states` `(..., n)` to fused tokens `(..., e)`, on the projector's device and in its dtype.
+
+        `identity` has neither: the states come back as they are.
+        """
+        weight = next(self.parameters(), None)
+        if weight is None:
+            return states
+        states = states.to(weight)
         if self.residual:
-            joined = nn.functional.rms_norm(states.unflatten(-1, (-1, self.width)), (self.width,))
+            parts = states.unflatten(-1, (-1, self.width))
+            joined = nn.functional.rms_norm(parts, (self.width,))
+            change = self.layers(joined.flatten(-2))
+            if self.at_depth:
+                sizes = parts.square().mean(dim=-1, keepdim=True).sqrt()
+                return (parts + sizes * change.unflatten(-1, (-1, self.width))).flatten(-2)
             state = nn.functional.rms_norm(joined.mean(dim=-2), (self.width,))
-            return self.scale * (state + self.layers(joined.flatten(-2)))
-        found = self.layers(nn.functional.rms_norm(states, states.shape[-1:]) if self.scale_states else states)
-        return found if isinstance(self.layers[-1], nn.LayerNorm) else self.scale * found
+            return self.scale * (state + change)
+        mapped = self.layers(nn.functional.rms_norm(states, states.shape[-1:]) if self.scale_states else states)
+        return mapped if isinstance(self.layers[-1], nn.LayerNorm) else self.scale * mapped
+
+
+def inner_width(width: int, outer: int) -> int:
+    """The inner width of an MLP: twice the backbone's, with at most as many weights as the paper's projector at 4096.
+
+    Args:
+        width: hidden size.
+        outer: what goes in and comes out, together.
+    """
+    return min(2 * width, max(MOST_WEIGHTS // outer // 64 * 64, 64))
 
 
 def projector_digest(weights: Mapping[str, torch.Tensor]) -> str:

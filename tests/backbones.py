@@ -87,10 +87,18 @@ class Plugin:
 
 
 def plugin(family: str, **settings: Any) -> Plugin:
-    """A new plug-in with the settings of `from_backbone`; the projector's weights are the same each time."""
+    """A new plug-in with the settings of `from_backbone`; the projector's weights are the same each time.
+
+    A projector at depth begins as the identity: its weights are changed a little, so that it is one of its own.
+    """
     backbone = build(family)
     torch.manual_seed(1)
-    return Plugin(family, AimForConditionalGeneration.from_backbone(backbone.model, backbone.processor, **settings))
+    last = bool({-1, 3} & set(settings.get("read_layers", ())))  # behind the last layer: for the input alone
+    settings = {"preset": "paper" if last else "trained", **settings}
+    model = AimForConditionalGeneration.from_backbone(backbone.model, backbone.processor, **settings)
+    if model.config.enters_at_depth and len(model.projector.layers):
+        torch.nn.init.normal_(model.projector.layers[-1].weight, std=0.05)
+    return Plugin(family, model)
 
 
 def on_disk(folder: Path) -> dict[str, Any]:

@@ -60,6 +60,12 @@ def aim(request: pytest.FixtureRequest) -> backbones.Plugin:
     return backbones.plugin(request.param)
 
 
+@pytest.fixture(scope="session", params=list(backbones.FAMILIES))
+def aim_at_input(request: pytest.FixtureRequest) -> backbones.Plugin:
+    """A plug-in of each family whose fused tokens enter at the input embeddings: the paper's."""
+    return backbones.plugin(request.param, preset="paper")
+
+
 @pytest.fixture(scope="session")
 def llava() -> backbones.Plugin:
     """The plug-in on LLaVA, where the family makes no difference; nobody changes it."""

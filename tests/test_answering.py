@@ -31,8 +31,8 @@ MODES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=[*FAMILIES, *MORE_FAMILIES])
 def any_aim(request: pytest.FixtureRequest) -> Plugin:
-    """A plug-in of every family there is; nobody changes it."""
-    return plugin(request.param)
+    """A plug-in of every family there is, with fused tokens at the input; nobody changes it."""
+    return plugin(request.param, preset="paper")
 
 
 def after_bos(aim: Plugin, ids: torch.Tensor, values: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
@@ -157,8 +157,8 @@ def test_every_family_answers_as_if_fused_tokens_were_words(any_aim: Plugin) -> 
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_way_to_generate_answers_as_if_fused_tokens_were_words(aim: Plugin, mode: str) -> None:
-    assert torch.equal(*two_answers(aim, **MODES[mode]))
+def test_every_way_to_generate_answers_as_if_fused_tokens_were_words(aim_at_input: Plugin, mode: str) -> None:
+    assert torch.equal(*two_answers(aim_at_input, **MODES[mode]))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -249,13 +249,13 @@ def test_stop_strings_end_the_answer(aim: Plugin) -> None:
     assert torch.equal(aim.answer(inputs, DEMOS, **stop, **only_letters)[0], free[: new + 1])
 
 
-def test_a_repetition_penalty_counts_the_callers_tokens_only(aim: Plugin) -> None:
+def test_a_repetition_penalty_counts_the_query_and_the_words_of_demonstrations(aim: Plugin) -> None:
     inputs, fused = aim.query(), aim.model.read(DEMOS)
     found = aim.answer(inputs, fused, repetition_penalty=3.0)
     for token in found[0]:
         with torch.no_grad():
             scores = aim.model(**inputs, demos=fused).logits[0, -1]
-        seen = inputs["input_ids"].unique()
+        seen = torch.cat([inputs["input_ids"][0], fused.ids]).unique()
         scores[seen] = torch.where(scores[seen] < 0, scores[seen] * 3, scores[seen] / 3)
         assert scores.argmax() == token
         for name in inputs.keys() & {"input_ids", "attention_mask", "mm_token_type_ids"}:  # one text token more

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 from modeling_aim import AimProcessor
-from modeling_aim.attention_cli import attention
+from modeling_aim.cli.attention import attention
 from modeling_aim.evaluation.attention import (
     DEMO_IMAGES,
     DEMO_TEXT,
@@ -27,7 +27,7 @@ from modeling_aim.evaluation.attention import (
     study,
     words_in,
 )
-from modeling_aim.evaluation.methods import Shown, Wording, full
+from modeling_aim.evaluation.methods import PromptBuilder, Shown, full
 from modeling_aim.evaluation.subject import Subject
 from modeling_aim.evaluation.task import Example, Shot
 
@@ -46,7 +46,7 @@ def subject(family: str, prompts: str = "plain", **text: Any) -> Subject:
         backbone = build(family, **text)
         model, processor = backbone.model, backbone.processor
     wrapped = AimProcessor(processor)
-    return Subject(model.eval(), wrapped, Wording(wrapped, prompts))
+    return Subject(model.eval(), wrapped, PromptBuilder(wrapped, prompts))
 
 
 def asked(*more: Any) -> tuple[Example, list[Shown]]:
@@ -58,10 +58,10 @@ def asked(*more: Any) -> tuple[Example, list[Shown]]:
 
 def encoded(model: Subject, example: Example, shown: list[Shown]) -> tuple[Any, torch.Tensor]:
     """Inputs of the full prompt, and what its positions are."""
-    prompt = full(model.wording, example, shown, 0)
+    prompt = full(model.prompt_builder, example, shown, 0)
     inputs = model.encode([prompt], ["prompt"]).inputs
     images = [*(len(one.images) for one in shown), len(example.images)]
-    words = words_in(model.wording, example, shown, prompt.text)
+    words = words_in(model.prompt_builder, example, shown, prompt.text)
     parts = parts_of(model.processor, model.backbone.config, prompt.text, words, images, inputs["input_ids"][0])
     return inputs, parts
 

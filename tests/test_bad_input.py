@@ -93,7 +93,12 @@ def test_a_foreign_projector(saved: Path) -> None:
     other = plugin("llava", projector_form="mlp")
     other.model.save_pretrained(saved.parent / "other", include_backbone=True)
     shutil.copy(saved.parent / "other" / PROJECTOR_WEIGHTS, saved)
-    fails(lambda: AimForConditionalGeneration.from_pretrained(saved), "linear_norm", "config.json", "mixed")
+    fails(
+        lambda: AimForConditionalGeneration.from_pretrained(saved),
+        "projector_form=mlp",
+        "residual_mlp",
+        "own settings",
+    )
 
 
 def test_a_projector_that_is_not_finite_or_of_another_width(saved: Path) -> None:
@@ -101,7 +106,7 @@ def test_a_projector_that_is_not_finite_or_of_another_width(saved: Path) -> None
     save_file(
         {name: value.repeat(2, *[1] * (value.ndim - 1)) for name, value in tensors.items()}, saved / PROJECTOR_WEIGHTS
     )
-    fails(lambda: AimForConditionalGeneration.from_pretrained(saved), r"\(128, 64\)", r"\(64, 64\)", "hidden size 64")
+    fails(lambda: AimForConditionalGeneration.from_pretrained(saved), r"\(256, 64\)", r"\(128, 64\)", "hidden size 64")
 
 
 # --- demonstrations
@@ -257,8 +262,14 @@ def test_a_demonstration_longer_than_the_backbones_positions(aim: Plugin) -> Non
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ({"read_layers": [4]}, ("read_layers", "4", r"1\.\.3")),
-        ({"read_layers": [0]}, ("read_layers", r"\[0\]", r"1\.\.3")),
+        ({"read_layers": [4]}, ("read_layers", "4", r"0\.\.3")),
+        ({"read_layers": [-2]}, ("read_layers", r"\[-2\]", r"0\.\.3")),
+        ({"preset": "trained", "read_layers": [3]}, ("put back at 0..2", "not at 3", "paper")),
+        ({"preset": "untrained", "read_layers": [-1]}, ("put back at 0..2", "not at -1", "paper")),
+        ({"read_layers": [1], "entry_layers": [2]}, (r"entry_layers=\[2\]", r"read_layers=\[1\]")),
+        ({"read_layers": [1], "entry_layers": [0], "projector_form": "identity"}, ("identity", "needs a projector")),
+        ({"read_layers": [1], "entry_layers": [1], "projector_form": "mlp"}, ("mlp", r"entry_layers=\[0\]")),
+        ({"preset": "none"}, ("preset='none'", "untrained")),
         ({"read_layers": []}, ("read_layers", r"\[\]")),
         ({"read_span": "image"}, ("read_span", "image", "answer")),
         ({"projector_form": "conv"}, ("projector_form", "conv", "mlp")),

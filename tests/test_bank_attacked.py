@@ -37,9 +37,9 @@ from modeling_aim.bank.manifest import (
 )
 from modeling_aim.bank.pictures import MAX_PIXELS, open_thumbnail, thumbnail
 from modeling_aim.bank.shards import FORMAT, VERSION, Shard
-from modeling_aim.cli import app
+from modeling_aim.cli.main import app
+from modeling_aim.cli.terminal import printable
 from modeling_aim.demonstrations_aim import Demonstration
-from modeling_aim.terminal import printable
 
 TEXTS = [{"text": f"the thing number {number} lies here."} for number in range(12)]
 OPTIONS: dict[str, Any] = {"batch_size": 2, "shard_bytes": 8_000}
@@ -49,7 +49,7 @@ def fused(*values: float, dtype: torch.dtype = torch.float32) -> FusedDemonstrat
     """One demonstration for each value, of a token with that value in it."""
     vectors = torch.ones(len(values), 4, dtype=dtype)
     vectors[:, 1] = torch.tensor(values)
-    return FusedDemonstrations(vectors, (1,) * len(values), source={"backbone": "tiny"})
+    return FusedDemonstrations(vectors, (1,) * len(values), torch.arange(len(values)), source={"backbone": "tiny"})
 
 
 # --- one writer at a time

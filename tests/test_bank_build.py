@@ -193,7 +193,7 @@ def test_a_bank_begun_otherwise_is_not_mixed(tmp_path: Path, listing: Any) -> No
     before = listing(tmp_path)
     with pytest.raises(ValueError, match=r"begun with storage 'float32' \(now: 'int8'\)"):
         DemonstrationBank.build(aim.model, MANY, tmp_path, **OPTIONS, storage="int8")
-    with pytest.raises(ValueError, match="begun with projector "):
+    with pytest.raises(ValueError, match=r"begun with .*projector "):
         DemonstrationBank.build(plugin("llava", projector_form="mlp").model, MANY, tmp_path, **OPTIONS)
     (tmp_path / BANK_MANIFEST).rename(tmp_path.parent / "manifest")
     with pytest.raises(ValueError, match=r"holds shards of a bank but no aim_bank\.json"):

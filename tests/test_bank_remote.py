@@ -14,7 +14,7 @@ from backbones import DEMOS, Plugin, on_disk, plugin, run_without_package
 from safetensors.torch import load_file, save_file
 
 from modeling_aim import DemonstrationBank, FusedDemonstrations
-from modeling_aim.demonstrations_aim import FUSED_FILE, is_bank, is_fused, is_prefix
+from modeling_aim.demonstrations_aim import FUSED_FILE, kind_of
 
 REMOTE = """
 import json, sys, torch
@@ -92,14 +92,13 @@ def test_the_shipped_files_do_not_have_banks(repo: Path) -> None:
 def test_a_kept_prefix_is_no_bank(llava: Plugin) -> None:
     prefix, fused = llava.model.prefill(list(DEMOS)), llava.model.read(DEMOS)
     bank = DemonstrationBank(fused)
-    assert [is_bank(one) for one in (bank, prefix, fused, DEMOS, None)] == [True, False, False, False, False]
-    assert [is_prefix(one) for one in (bank, prefix, fused)] == [False, True, False]
-    assert [is_fused(one) for one in (bank, prefix, fused)] == [False, False, True]
+    kinds = [kind_of(value) for value in (bank, prefix, fused, DEMOS, DEMOS[0], None)]
+    assert kinds == ["bank", "prefix", "fused", None, "demonstration", None]
     with pytest.raises(ValueError, match="choose from a DemonstrationBank, but demos is"):
         llava.answer(llava.query(), prefix, shots=2)
     with pytest.raises(ValueError, match="choose from a DemonstrationBank, but demos is"):
         llava.answer(llava.query("What?", "Who?"), [prefix, bank], shots=2)
-    with pytest.raises(ValueError, match="banks for 3 rows, but the batch has 2 rows"):
+    with pytest.raises(ValueError, match="for 3 rows, but the batch has 2 rows"):
         llava.answer(llava.query("What?", "Who?"), [bank, bank, None], shots=2)
 
 
@@ -133,7 +132,7 @@ def test_fused_demonstrations_are_kept_without_the_package(repo: Path, tmp_path:
 def test_fused_demonstrations_of_another_model_are_refused(tmp_path: Path, llava: Plugin) -> None:
     llava.model.read(DEMOS).save_pretrained(tmp_path)
     other = plugin("llava", projector_form="mlp")
-    with pytest.raises(ValueError, match="another model: projector"):
+    with pytest.raises(ValueError, match=r"another model: .*projector"):
         other.answer(other.query(), FusedDemonstrations.from_pretrained(tmp_path))
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from modeling_aim.backbone_aim import decoder_layers, goes_on_behind_kv
-from modeling_aim.bench_cli import bench
+from modeling_aim.cli.bench import bench
 from modeling_aim.prefix_aim import serves
 from modeling_aim.speed import measure
 from modeling_aim.speed.counting import COUNTED, Twin, analytic_kv, count, count_flops, kv_bytes

@@ -167,7 +167,7 @@ def test_weights_are_looked_at_only_where_something_is_kept(llava: Plugin, monke
 
 def test_slices_of_many_demonstrations_look_at_their_own_alone() -> None:
     lengths = tuple(1 + number % 3 for number in range(1000))
-    fused = FusedDemonstrations(torch.arange(sum(lengths))[:, None].float(), lengths)
+    fused = FusedDemonstrations(torch.arange(sum(lengths))[:, None].float(), lengths, torch.arange(sum(lengths)))
     parts = fused.vectors.split(lengths)
     for index in (7, -1, slice(3, 40, 5), [999, 0, 5, 5], slice(0, 0)):
         chosen = range(1000)[index] if isinstance(index, (int, slice)) else index

@@ -11,12 +11,12 @@ import pytest
 from eval_tasks import Naming, Pictures, predictions, settings
 from typer.testing import CliRunner
 
-from modeling_aim.eval_cli import eval_app
+from modeling_aim.cli.eval import eval_app
 from modeling_aim.evaluation import Example, Prediction, Task, evaluate
 from modeling_aim.evaluation.compare import MCNEMAR, compare_runs, mcnemar
-from modeling_aim.evaluation.registry import TASKS
 from modeling_aim.evaluation.report import eval_results
 from modeling_aim.evaluation.results import cell_figures
+from modeling_aim.evaluation.tasks.registry import TASKS
 
 
 @pytest.fixture(autouse=True)

@@ -23,12 +23,12 @@ from more_families import blip_2
 from typer.testing import CliRunner
 
 from modeling_aim import AimForConditionalGeneration, Demonstration
-from modeling_aim.eval_cli import eval_app
+from modeling_aim.cli.eval import eval_app
 from modeling_aim.evaluation import METHODS, Example, Shot, evaluate
 from modeling_aim.evaluation.choosing import difference_hash
-from modeling_aim.evaluation.methods import Prompt, Shown, Wording
-from modeling_aim.evaluation.registry import TASKS
+from modeling_aim.evaluation.methods import Prompt, PromptBuilder, Shown
 from modeling_aim.evaluation.subject import load_subject
+from modeling_aim.evaluation.tasks.registry import TASKS
 
 SHAPES = ("llava", "qwen2_5_vl", "idefics", "idefics3")
 COMMAND = ["-m", "modeling_aim", "eval"]
@@ -128,33 +128,33 @@ def test_a_full_prompt_has_the_words_that_aim_reads(family: str) -> None:
     shown = [Shown(shot, shot) for shot in shots]
     example = Example("q", (picture(4),), "What?", ("x",))
     words = [processor.word(Demonstration.of(shot.pair))[0] for shot in shots]
-    wording = Wording(processor, separator=" | ")
+    builder = PromptBuilder(processor, separator=" | ")
     marks = [processor.image_text * count for count in (1, 2, 0)]
     fronts = "".join(mark + word + " | " for mark, word in zip(marks, words, strict=True))
-    assert wording.prompt(example, shown) == fronts + processor.image_text + "What?"
+    assert builder.prompt(example, shown) == fronts + processor.image_text + "What?"
     told = "".join(word + " | " for word in words)
-    assert wording.prompt(example, shown, images=False) == told + processor.image_text + "What?"
-    prompt = METHODS["full"].show(wording, example, shown, 0)
+    assert builder.prompt(example, shown, images=False) == told + processor.image_text + "What?"
+    prompt = METHODS["full"].show(builder, example, shown, 0)
     assert [id(image) for image in prompt.images[:3]] == [id(one) for one in (shots[0].pair["image"],
             *shots[1].pair["images"])]  # fmt: skip
     if processor.chat_template is not None:
-        chat = Wording(processor, "chat").prompt(example, shown)
+        chat = PromptBuilder(processor, "chat").prompt(example, shown)
         for word in ("dax", "Which?", "both", "no image", "What?"):
             assert chat.count(word) == 1
         assert chat.count(processor.image_text.strip()) == 4
-        assert Wording(processor, "chat").prompt(example) == processor.prompt("What?")
+        assert PromptBuilder(processor, "chat").prompt(example) == processor.prompt("What?")
 
 
 def test_dealt_images_are_those_of_the_prompt() -> None:
     shots = [Shot(str(i), {"image": picture(i), "text": f"number {i}"}) for i in range(8)]
     shown = [Shown(shot, shot) for shot in shots]
-    wording = Wording(backbones.plugin("llava").processor)
+    builder = PromptBuilder(backbones.plugin("llava").processor)
     example = Example("q", (picture(9),), "What?", ("x",))
-    plain, dealt = (METHODS[m].show(wording, example, shown, 3) for m in ("aim", "aim-shuffled"))
+    plain, dealt = (METHODS[m].show(builder, example, shown, 3) for m in ("aim", "aim-shuffled"))
     assert [one.said for one in dealt.fused] == [one.said for one in plain.fused] == shots
     assert [one.seen.id for one in dealt.fused] != [one.seen.id for one in plain.fused]
     assert sorted(one.seen.id for one in dealt.fused) == [shot.id for shot in shots]
-    assert METHODS["aim-shuffled"].show(wording, example, shown, 3) == dealt
+    assert METHODS["aim-shuffled"].show(builder, example, shown, 3) == dealt
 
 
 def test_a_demonstration_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +283,7 @@ def test_options_are_chosen_by_their_mean_log_probability() -> None:
     rng, prompts, rows = random.Random(0), [], []
     for number in range(3):
         example = Naming(options=True).examples(0)[number]
-        prompts.append(Prompt(subject.wording.prompt(example), example.images))
+        prompts.append(Prompt(subject.prompt_builder.prompt(example), example.images))
         rows.append([" ".join(rng.sample(["two", "red", "noko", "circle"], k)) for k in (1, 3, 2)])
     batch = subject.encode(prompts, ["a", "b", "c"])
     answers = subject.answer(batch, rows, 4, 0, None)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from eval_data import MAKERS, everything, isekai, lcl, lines, okvqa, save, written
 
-from modeling_aim.evaluation.registry import open_task
+from modeling_aim.evaluation.tasks.registry import open_task
 
 
 @pytest.mark.parametrize(

@@ -32,10 +32,10 @@ from eval_data import (
     written,
 )
 
-from modeling_aim.evaluation.registry import TASKS, open_task
+from modeling_aim.data.mining import ClassFeatures
+from modeling_aim.data.pairs import opened
 from modeling_aim.evaluation.task import Example, Prediction, Shot, Task
-from modeling_aim.training.episodes import opened
-from modeling_aim.training.mining import ClassFeatures
+from modeling_aim.evaluation.tasks.registry import TASKS, open_task
 
 EXAMPLES = {"flickr30k": 3, "okvqa": 4, "vizwiz": 4, "hateful_memes": 4, "scienceqa": 4, "isekai-10": 2}
 EXAMPLES |= {"isekai-pair": 2, "lcl": 6, "operator_induction": 3, "operator_induction_interleaved": 3, "folder": 6}

@@ -9,7 +9,8 @@ import torch
 import transformers
 from transformers import AutoModelForImageTextToText
 
-from modeling_aim import AimConfig
+from modeling_aim import AimConfig, AimProjector
+from modeling_aim.configuration_aim import PRESETS
 
 WRITTEN_WITH = "5.23."
 HUB_CONFIGS = Path(__file__).resolve().parents[1] / "hub_configs"
@@ -33,8 +34,12 @@ def test_builds_at_its_real_size(folder: str) -> None:
         model = AutoModelForImageTextToText.from_config(config)
     assert model.num_parameters(only_trainable=True) == sum(p.numel() for p in model.projector.parameters())
     assert sum(p.numel() for p in model.backbone.parameters()) / 1e9 == pytest.approx(SIZES[folder], rel=0.01)
+    assert not list(model.projector.parameters())  # it works without training
     width = config.hidden_size
-    assert sum(p.numel() for p in model.projector.parameters()) == width * width + 3 * width
+    trained, paper = (AimConfig(config.backbone_config, **PRESETS[name]) for name in ("trained", "paper"))
+    with torch.device("meta"):
+        sizes = [sum(p.numel() for p in AimProjector(form).parameters()) for form in (trained, paper)]
+    assert sizes[1] == width * width + 3 * width and sizes[0] < 17_000_000
 
 
 def test_the_folders_are_what_the_script_writes() -> None:

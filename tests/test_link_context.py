@@ -20,10 +20,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from modeling_aim import Demonstration
-from modeling_aim.training import EpisodeCollator, link_context, mining, open_source
+from modeling_aim.data import link_context, mining
+from modeling_aim.data.mining import ClassFeatures, clip_features, mined_neighbours, similarity
+from modeling_aim.training import EpisodeCollator, open_source
 from modeling_aim.training.episodes import Episode, Mixture, ShotLaw
-from modeling_aim.training.link_context import LclRows, LinkContext
-from modeling_aim.training.mining import ClassFeatures, clip_features, mined_neighbours, similarity
+from modeling_aim.training.link_context import LclRows, LinkContext, LinkedClasses, Neighbour
 
 CLASSES, IMAGES = 6, 12
 NAMES = [f"thing {number}" for number in range(CLASSES)]
@@ -110,8 +111,8 @@ def test_bins_are_equal_and_as_many_as_there_are_classes(classes: int) -> None:
 
 def test_nearest_neighbours_are_drawn_most_often_with_linearly_falling_weight(folder: Path) -> None:
     classes = [mining.ImageClass(str(number), f"c{number}", ("a", "b")) for number in range(37)]
-    neighbours = [link_context.Neighbour(number, 36 - place) for place, number in enumerate(range(1, 37))]
-    source = link_context.LinkedClasses(classes, [neighbours] * 37, name="weights")
+    neighbours = [Neighbour(number, 36 - place) for place, number in enumerate(range(1, 37))]
+    source = LinkedClasses(classes, [neighbours] * 37, name="weights")
     rng, draws = random.Random(0), 40_000
     found = Counter(source._negatives(0, rng)[0].number for _ in range(draws))
     expected = {number: draws * (37 - number) / 666 for number in range(1, 37)}  # 36 + 35 + ... + 1 = 666

@@ -21,8 +21,10 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from modeling_aim.training.episodes import Episode, Mixture, ShotLaw, Source, opened
-from modeling_aim.training.sources import EpisodeFile, LlavaConversations, Mmc4, Obelics, Pairs, open_source
+from modeling_aim.data.pairs import opened
+from modeling_aim.training.episodes import Episode, Mixture, ShotLaw, Source
+from modeling_aim.training.interleaved import Mmc4, Obelics
+from modeling_aim.training.sources import EpisodeFile, LlavaConversations, Pairs, open_source
 
 MISSING, BELOW = "unreadable or missing image", "image below the similarity floor"
 

@@ -40,7 +40,7 @@ class DemonstrationBank(ChoosingBank):
             from `build` has.
     """
 
-    is_demonstration_bank = True  # by this a model recognises a bank, also a model loaded as remote code
+    aim_kind = "bank"  # by this a model recognises a bank, also a model loaded as remote code
     bad_rows: tuple[BadRow, ...] = ()
 
     @classmethod
@@ -193,7 +193,8 @@ class DemonstrationBank(ChoosingBank):
         Raises:
             ValueError: no hidden states were kept, or something else than the projector differs.
         """
-        check_source({**self.source, "projector": model.source["projector"]}, model.source)
+        of_projector = {name: model.source[name] for name in ("fused", "projector")}  # the states are the backbone's
+        check_source({**self.source, **of_projector}, model.source)
         self.states([])
 
         def projected() -> Iterator[Shard]:

@@ -291,6 +291,7 @@ class _Builder:
         columns: dict[str, torch.Tensor] = {
             "vectors": torch.cat(reading["fused"]),
             "lengths": torch.tensor([len(part) for part in reading["fused"]], dtype=torch.int32),
+            "ids": torch.cat(model.word_ids(demos)).int(),
             "keys": key_column(key for _, key, _ in batch),
         }
         words = [model.processor.word(demo)[0] for demo in demos]

@@ -60,10 +60,12 @@ class BankContents:
         chosen = range(len(self))[index] if isinstance(index, (int, slice)) else [range(len(self))[i] for i in index]
         numbers = [chosen] if isinstance(chosen, int) else list(chosen)
         vectors = self._gather(numbers, lambda shard, rows: shard.vectors(rows))
+        ids = self._gather(numbers, lambda shard, rows: shard.ids(rows))
         dtype = DTYPES[self._shards[0].about["dtype"]] if self._shards else torch.float32
         return FusedDemonstrations(
             vectors=torch.cat(vectors) if vectors else torch.empty(0, self.width, dtype=dtype),
             lengths=tuple(len(part) for part in vectors),
+            ids=torch.cat(ids) if ids else torch.empty(0, dtype=torch.long),
             keys=tuple(self.keys(numbers)),
             texts=tuple(self.texts(numbers)),
             source=self.source,

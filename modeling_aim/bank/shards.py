@@ -18,18 +18,19 @@ from ..demonstrations_aim import FusedDemonstrations
 from ..files_aim import as_bytes
 from .select import sketched
 
-FORMAT, VERSION = "aim_bank", 3
+FORMAT, VERSION = "aim_bank", 4
 SEAL = "about_sha256"
 KEY_BYTES, DIGEST_BYTES = 32, 16
 RAGGED = {
     "vectors": "lengths",
+    "ids": "lengths",
     "scales": "lengths",
     "states": "lengths",
     "texts": "text_lengths",
     "labels": "label_lengths",
     "thumbnails": "thumbnail_lengths",
 }
-NEEDED = ("keys", "lengths", "vectors", "texts", "text_lengths", "labels", "label_lengths")
+NEEDED = ("keys", "lengths", "vectors", "ids", "texts", "text_lengths", "labels", "label_lengths")
 FEATURE = "feature."
 UNREADABLE = "unreadable"  # said of a part: keys of rows that the model could not read, and why
 HAS_QUESTION = "has_question"  # 1 where a demonstration answers a question; there with features of texts
@@ -151,6 +152,7 @@ class Shard:
             expected[lengths] = ((count,), torch.int32)
             total = int(found[lengths].sum())
             kinds = {"texts": torch.uint8, "labels": torch.uint8, "thumbnails": torch.uint8, "scales": torch.float32}
+            kinds["ids"] = torch.int32
             expected[name] = ((total, *tail), kinds.get(name))
             expected[name + ".digest"] = ((count, DIGEST_BYTES), torch.uint8)
         for name in found:
@@ -203,6 +205,14 @@ class Shard:
                     f"Fused tokens of demonstration {i} of {self.name} are not finite; the others can still be used. "
                     "Build the bank again."
                 )
+        return found
+
+    def ids(self, index: Sequence[int]) -> list[torch.Tensor]:
+        """The word under each fused token of the demonstrations at `index`."""
+        found = [part.long() for part in self.rows("ids", index)]
+        for i, part in zip(index, found, strict=True):
+            if bool((part < 0).any()):
+                raise BankDamaged(f"ids of demonstration {i} of {self.name} are negative. Copy or build the bank again.")
         return found
 
     def words(self, name: str, index: Iterable[int]) -> list[str]:
@@ -273,6 +283,7 @@ def fused_columns(fused: FusedDemonstrations) -> tuple[dict[str, torch.Tensor], 
     columns: dict[str, torch.Tensor] = {
         "vectors": vectors,
         "lengths": torch.tensor(fused.lengths, dtype=torch.int32),
+        "ids": fused.ids.to("cpu", torch.int32),
         "keys": key_column(keys),
     }
     columns["texts"], columns["text_lengths"] = blob([t.encode() for t in fused.texts or [""] * len(fused)])

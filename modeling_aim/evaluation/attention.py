@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..backbone_aim import decoder_layers, image_positions, preserved_state
 from ..configuration_aim import implementation
 from ..processing_aim import AimProcessor
-from .methods import Shown, Wording, full
+from .methods import PromptBuilder, Shown, full
 from .subject import Subject
 from .task import Example
 
@@ -39,7 +39,9 @@ DEMO_IMAGES, DEMO_TEXT, QUERY_IMAGES, QUERY_TEXT, REST = range(len(PARTS))
 # --- which position is what
 
 
-def words_in(wording: Wording, example: Example, shown: Sequence[Shown], text: str) -> list[list[tuple[int, int]]]:
+def words_in(
+    builder: PromptBuilder, example: Example, shown: Sequence[Shown], text: str
+) -> list[list[tuple[int, int]]]:
     """Where in a prompt the words of each demonstration stand, and last those of the query: spans of characters.
 
     Words that are asked and words that are said are looked for one after another, for a chat may put them apart.
@@ -49,7 +51,7 @@ def words_in(wording: Wording, example: Example, shown: Sequence[Shown], text: s
     """
     found: list[list[tuple[int, int]]] = []
     start = 0
-    for words, asked in [*(_said(wording, one) for one in shown), (example.question, len(example.question))]:
+    for words, asked in [*(_said(builder, one) for one in shown), (example.question, len(example.question))]:
         found.append([])
         for piece in (words[:asked].strip(), words[asked:].strip()):
             place = re.compile(r"(?<!\w)" + re.escape(piece) + r"(?!\w)").search(text, start) if piece else None
@@ -61,9 +63,9 @@ def words_in(wording: Wording, example: Example, shown: Sequence[Shown], text: s
     return found
 
 
-def _said(wording: Wording, shown: Shown) -> tuple[str, int]:
+def _said(builder: PromptBuilder, shown: Shown) -> tuple[str, int]:
     """The words of a demonstration, and how many characters of them ask."""
-    words, start, _ = wording.processor.word(shown.words)
+    words, start, _ = builder.processor.word(shown.words)
     return words, start if shown.words.question is not None else 0
 
 
@@ -284,7 +286,7 @@ def study(
     config = subject.backbone.config
     with eager(subject.backbone):
         for example, shown in prompts:
-            prompt = full(subject.wording, example, shown, 0)
+            prompt = full(subject.prompt_builder, example, shown, 0)
             inputs = subject.encode([prompt], [f"Example {example.id!r} or a demonstration of it"]).inputs
             ids = inputs["input_ids"][0]
             if subject.longest is not None and len(ids) > subject.longest:
@@ -292,7 +294,7 @@ def study(
                     f"A prompt with {len(shown)} demonstrations has {len(ids)} tokens, but the backbone has "
                     f"{subject.longest} positions. Ask for fewer shots."
                 )
-            words = words_in(subject.wording, example, shown, prompt.text)
+            words = words_in(subject.prompt_builder, example, shown, prompt.text)
             images = [*(len(one.images) for one in shown), len(example.images)]
             parts = parts_of(subject.processor, config, prompt.text, words, images, ids)
             found = last_attention(subject.backbone, inputs.to(subject.device, subject.model.dtype), parts)

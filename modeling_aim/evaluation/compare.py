@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from .results import COSTLY_RESAMPLES, PREDICTIONS, RESULTS, Row, prediction_of, read_rows, resamples
+from .results import COSTLY_RESAMPLES, PREDICTIONS, RESULTS, PredictionRow, prediction_of, read_rows, resamples
 from .seeds import open_seeded
 from .task import Task
 
 RESAMPLES = 10_000
 MCNEMAR = "McNemar's exact test"
-Pairs = list[tuple[Row, Row]]
+PredictionPairs = list[tuple[PredictionRow, PredictionRow]]
 
 
 def compare_runs(first: Path, second: Path, between: Sequence[str] = ()) -> dict[str, Any]:
@@ -114,7 +114,9 @@ def _named(have: Mapping[tuple[str, int, str], None], task: str, shots: int, met
     return (task, shots, method) in have or (method == "zero" and (task, 0, method) in have)
 
 
-def _answers(rows: Sequence[Row], task: str, shots: int, method: str) -> dict[tuple[int, str], Row]:
+def _answers(
+    rows: Sequence[PredictionRow], task: str, shots: int, method: str
+) -> dict[tuple[int, str], PredictionRow]:
     """Answers of a cell by seed and example; without demonstrations those of the first seed stand for all."""
     found = {
         (row["seed"], row["example"]): row
@@ -149,7 +151,7 @@ class _Tasks:
         return opened
 
 
-def _tested(pairs: Pairs, task: Any) -> dict[str, Any] | None:
+def _tested(pairs: PredictionPairs, task: Any) -> dict[str, Any] | None:
     """Both scores of some pairs of answers, their difference, and whether it is more than chance.
 
     Scores of 0 and 1, each example once: McNemar's exact test. Otherwise a paired bootstrap over examples, with the
@@ -200,15 +202,15 @@ def mcnemar(only_first: Sequence[bool], only_second: Sequence[bool]) -> float:
     return min(1.0, 2 * sum(math.comb(count, k) for k in range(min(one, two) + 1)) / 2**count)
 
 
-def _together(pairs: Pairs, names: Sequence[str], task: Task) -> dict[str, Any]:
+def _together(pairs: PredictionPairs, names: Sequence[str], task: Task) -> dict[str, Any]:
     """As `_tested`, for a metric that is defined over all answers."""
     seeds = sorted({row["seed"] for pair in pairs for row in pair})
     known = {seed: {example.id: example for example in task.examples(seed)} for seed in seeds}
-    by_name: dict[str, Pairs] = {}
+    by_name: dict[str, PredictionPairs] = {}
     for pair in pairs:
         by_name.setdefault(pair[0]["example"], []).append(pair)
 
-    def metric(taken: Pairs, side: int) -> float:
+    def metric(taken: PredictionPairs, side: int) -> float:
         means = []
         for seed in seeds:
             rows = [pair[side] for pair in taken if pair[1]["seed"] == seed]

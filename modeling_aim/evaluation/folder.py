@@ -5,13 +5,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..runs import RunRecord
 from .results import PREDICTIONS, RESULTS, Kept, read_rows
-
-if TYPE_CHECKING:
-    from .runner import EvalSettings
+from .settings import EvalSettings
 
 RECORD = RunRecord(
     "aim eval",

@@ -25,7 +25,7 @@ from transformers import GenerationConfig
 
 from ..bank import DemonstrationBank
 from ..bank.select import STRATEGIES
-from .methods import Wording
+from .methods import PromptBuilder
 from .subject import load_subject
 from .task import Example
 
@@ -138,7 +138,7 @@ class Aim(lmms):
         )
         self.processor = self.subject.processor
         self.prompts = prompts or ("plain" if self.processor.chat_template is None else "chat")
-        self.subject.wording = Wording(self.processor, self.prompts)
+        self.subject.prompt_builder = PromptBuilder(self.processor, self.prompts)
         place = {"revision": bank_revision} if bank_revision else {}
         self.bank = None if bank is None else DemonstrationBank.from_pretrained(bank, self.subject.model, **place)
         self.shots, self.by, self.options = shots, select, {"seed": seed, "balanced": balanced}
@@ -246,8 +246,8 @@ class Aim(lmms):
     def _query(self, visuals: Any, words: str, behind: str = "") -> Query:
         """A query of images and words; the images stand first."""
         images = pictures(visuals)
-        text = self.subject.wording.prompt(Example("", images, words, ()))
-        return Query(text, images, self.subject.wording.option(text, behind.strip()) if behind else "")
+        text = self.subject.prompt_builder.prompt(Example("", images, words, ()))
+        return Query(text, images, self.subject.prompt_builder.option(text, behind.strip()) if behind else "")
 
 
 class AimSimple(Aim):

@@ -65,8 +65,8 @@ class Prompt:
     random_projector: bool = False
 
 
-class Wording:
-    """How demonstrations and queries are put into words.
+class PromptBuilder:
+    """Makes the text of a prompt from a query and its demonstrations.
 
     A demonstration stands in a prompt with the words that AIM reads of it (`AimProcessor.word`).
 
@@ -132,39 +132,39 @@ def _turn(role: str, words: str | None, images: int = 0) -> dict[str, Any]:
 
 # --- the methods
 
-Show = Callable[[Wording, Example, Sequence[Shown], int], Prompt]
+Show = Callable[[PromptBuilder, Example, Sequence[Shown], int], Prompt]
 
 
-def zero(wording: Wording, example: Example, shown: Sequence[Shown], seed: int) -> Prompt:
+def zero(builder: PromptBuilder, example: Example, shown: Sequence[Shown], seed: int) -> Prompt:
     """The query alone."""
-    return Prompt(wording.prompt(example), example.images)
+    return Prompt(builder.prompt(example), example.images)
 
 
-def text_only(wording: Wording, example: Example, shown: Sequence[Shown], seed: int) -> Prompt:
+def text_only(builder: PromptBuilder, example: Example, shown: Sequence[Shown], seed: int) -> Prompt:
     """The demonstrations' words in front of the query, without their images."""
-    return Prompt(wording.prompt(example, shown, images=False), example.images)
+    return Prompt(builder.prompt(example, shown, images=False), example.images)
 
 
-def full(wording: Wording, example: Example, shown: Sequence[Shown], seed: int) -> Prompt:
+def full(builder: PromptBuilder, example: Example, shown: Sequence[Shown], seed: int) -> Prompt:
     """The demonstrations' images and words in front of the query."""
-    return Prompt(wording.prompt(example, shown), (*(i for one in shown for i in one.images), *example.images))
+    return Prompt(builder.prompt(example, shown), (*(i for one in shown for i in one.images), *example.images))
 
 
-def aim(wording: Wording, example: Example, shown: Sequence[Shown], seed: int) -> Prompt:
+def aim(builder: PromptBuilder, example: Example, shown: Sequence[Shown], seed: int) -> Prompt:
     """The demonstrations as fused tokens."""
-    return Prompt(wording.prompt(example), example.images, tuple(shown))
+    return Prompt(builder.prompt(example), example.images, tuple(shown))
 
 
-def aim_shuffled(wording: Wording, example: Example, shown: Sequence[Shown], seed: int) -> Prompt:
+def aim_shuffled(builder: PromptBuilder, example: Example, shown: Sequence[Shown], seed: int) -> Prompt:
     """As `aim`, with the demonstrations' images dealt anew among them: what is left does not come from the images."""
     seen = [one.seen for one in shown]
     random.Random(f"deal {seed} {example.id}").shuffle(seen)
-    return aim(wording, example, [replace(one, seen=other) for one, other in zip(shown, seen, strict=True)], seed)
+    return aim(builder, example, [replace(one, seen=other) for one, other in zip(shown, seen, strict=True)], seed)
 
 
-def aim_random(wording: Wording, example: Example, shown: Sequence[Shown], seed: int) -> Prompt:
+def aim_random(builder: PromptBuilder, example: Example, shown: Sequence[Shown], seed: int) -> Prompt:
     """As `aim`, through an untrained projector: what is left does not come from training."""
-    return replace(aim(wording, example, shown, seed), random_projector=True)
+    return replace(aim(builder, example, shown, seed), random_projector=True)
 
 
 @dataclass(frozen=True)

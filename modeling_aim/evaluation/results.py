@@ -20,7 +20,7 @@ RESULTS = "results.json"
 RESAMPLES = 2000  # of examples, where a metric is a mean over them
 COSTLY_RESAMPLES = 500  # where it is computed anew over each sample
 Key = tuple[str, str, int, int, str]  # task, method, shots, seed, example
-Row = dict[str, Any]
+PredictionRow = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Cell:
     seed: int
 
 
-def row_key(row: Row) -> Key:
+def row_key(row: PredictionRow) -> Key:
     """Identity of a prediction in a run."""
     return row["task"], row["method"], row["shots"], row["seed"], row["example"]
 
@@ -58,16 +58,16 @@ class Kept:
             if len(whole) < len(data):
                 write_whole(path, whole)
 
-    def rows(self) -> dict[Key, Row]:
+    def rows(self) -> dict[Key, PredictionRow]:
         """All that was kept."""
-        found: dict[Key, Row] = {}
+        found: dict[Key, PredictionRow] = {}
         for path in sorted(self.folder.glob("*.jsonl")):
             with path.open(encoding="utf-8") as file:
                 for row in map(json.loads, file):
                     found.setdefault(row_key(row), row)
         return found
 
-    def add(self, rows: Iterable[Row]) -> None:
+    def add(self, rows: Iterable[PredictionRow]) -> None:
         """Append predictions; they are safe when this returns."""
         payload = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
         with self.path.open("ab") as file:
@@ -82,18 +82,18 @@ class Kept:
         self.folder.rmdir()
 
 
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
+def write_rows(path: Path, rows: Iterable[PredictionRow]) -> None:
     """Write predictions to one file."""
     write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[PredictionRow]:
     """Predictions of a finished run."""
     with path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
-def prediction_of(row: Row) -> Prediction:
+def prediction_of(row: PredictionRow) -> Prediction:
     """What the model answered, as the task takes it."""
     return Prediction(row["prediction"], tuple(row["log_probabilities"]))
 
@@ -102,7 +102,7 @@ def prediction_of(row: Row) -> Prediction:
 
 
 def cell_figures(
-    task: Task, examples: Mapping[int, Sequence[Example]], rows: Mapping[int, Sequence[Row]]
+    task: Task, examples: Mapping[int, Sequence[Example]], rows: Mapping[int, Sequence[PredictionRow]]
 ) -> dict[str, Any]:
     """The figures of one task, method and number of demonstrations over its seeds.
 
@@ -162,7 +162,7 @@ def curves(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def interval(
-    task: Task, examples: Mapping[int, Sequence[Example]], rows: Mapping[int, Sequence[Row]]
+    task: Task, examples: Mapping[int, Sequence[Example]], rows: Mapping[int, Sequence[PredictionRow]]
 ) -> list[float] | None:
     """95 % bootstrap interval of the main metric's mean over seeds; `None` where the metric is not defined.
 
@@ -217,7 +217,9 @@ def _percentiles(values: np.ndarray) -> list[float] | None:
     return [float(low), float(high)]
 
 
-def _is_mean(by_seed: Mapping[int, Mapping[str, float]], metric: str, rows: Mapping[int, Sequence[Row]]) -> bool:
+def _is_mean(
+    by_seed: Mapping[int, Mapping[str, float]], metric: str, rows: Mapping[int, Sequence[PredictionRow]]
+) -> bool:
     """Whether the main metric is the mean of its scores of single answers."""
     for seed, answered in rows.items():
         scores = [row["score"] for row in answered]

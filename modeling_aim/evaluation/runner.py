@@ -28,103 +28,17 @@ from ..bank import DemonstrationBank
 from ..cache_aim import LRUCache
 from ..files_aim import write_whole
 from ..modeling_aim import AimForConditionalGeneration
-from ..runs import PRECISIONS
-from .choosing import Choice, Chosen, check_pool, choose_all, own_shots, read_chosen
+from .choosing import Chosen, check_pool, choose_all, own_shots, read_chosen
 from .folder import RECORD, begin, claim
-from .methods import METHODS, PROMPTS, Prompt, Shown, check_methods
+from .methods import METHODS, Prompt, Shown
 from .report import write_report
-from .results import PREDICTIONS, RESULTS, Cell, Kept, Key, Row, cell_figures, curves, write_rows
+from .results import PREDICTIONS, RESULTS, Cell, Kept, Key, PredictionRow, cell_figures, curves, write_rows
 from .seeds import open_seeded
+from .settings import EvalSettings
 from .subject import Answer, Reads, Subject, load_subject
 from .task import Example, Task
 
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class EvalSettings:
-    """What `aim eval` takes.
-
-    Args:
-        tasks: specs, `KIND[:PATH][,name=value...]`; see `open_seeded`.
-        output: folder for predictions and results.
-        repo: AIM repository: a folder or a Hub id.
-        backbone: instead of it, a model to evaluate without AIM.
-        shots: numbers of demonstrations. At 0 all methods are the same: that is answered once, as `zero`.
-        methods: of `METHODS`; all that the model can do when empty.
-        seeds: how many: 0, 1, ... decide demonstrations, and examples where a task draws them.
-        select, balanced, drop_duplicates: see `Choice`.
-        prompts, separator: see `Wording`.
-        limit: examples of a task that are answered, drawn once for all seeds; all when `None`.
-        revision: of the repository or backbone.
-        dtype, load_in_4bit, device_map: of the backbone.
-        batch_size: prompts answered together.
-        images_at_once: images in one batch, at most, unless one prompt alone has more.
-        memory: GiB of demonstrations' hidden states that are kept.
-        overwrite: replace another run in `output`.
-
-    Raises:
-        ValueError: a setting is wrong; the message has what was given and what is expected.
-    """
-
-    tasks: tuple[str, ...]
-    output: str
-    repo: str | None = None
-    backbone: str | None = None
-    shots: tuple[int, ...] = (0, 2, 4, 8, 16)
-    methods: tuple[str, ...] = ()
-    seeds: int = 3
-    select: str = "random"
-    balanced: bool = False
-    drop_duplicates: bool = False
-    prompts: str = "plain"
-    separator: str = "\n"
-    limit: int | None = None
-    revision: str | None = None
-    dtype: str | None = None
-    load_in_4bit: bool = False
-    device_map: str | None = None
-    batch_size: int = 8
-    images_at_once: int = 64
-    memory: float = 2.0
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        if (self.repo is None) == (self.backbone is None):
-            raise ValueError(
-                "Give an AIM repository (repo) or a model to evaluate without AIM (backbone), one of them."
-            )
-        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
-            raise ValueError(f"tasks={self.tasks}: expected one or more, each once.")
-        if not self.shots or min(self.shots) < 0 or len(set(self.shots)) < len(self.shots):
-            raise ValueError(f"shots={self.shots}: expected numbers from 0 up, each once.")
-        for name, least in (("seeds", 1), ("batch_size", 1), ("images_at_once", 1), ("limit", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value}: expected at least {least}.")
-        for name, known in (("dtype", (None, *PRECISIONS)), ("prompts", PROMPTS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {known}.")
-        _ = self.choice
-        if self.select == "fused" and self.repo is None:
-            raise ValueError("select='fused' compares fused tokens, so it needs an AIM repository (repo).")
-        if not self.methods:
-            can = [name for name, method in METHODS.items() if self.repo is not None or not method.needs_aim]
-            object.__setattr__(self, "methods", tuple(can))
-        check_methods(self.methods, self.repo is not None)
-        if not any(self.shots) and any(METHODS[name].shots for name in self.methods):
-            object.__setattr__(self, "methods", ("zero",))
-
-    @property
-    def choice(self) -> Choice:
-        """How demonstrations are chosen."""
-        return Choice(self.select, self.balanced, self.drop_duplicates)
-
-    @property
-    def counts(self) -> list[int]:
-        """Numbers of demonstrations that are shown, the smallest first."""
-        shown = any(METHODS[name].shots for name in self.methods)
-        return sorted(count for count in self.shots if count) if shown else []
 
 
 @dataclass
@@ -314,7 +228,7 @@ class Run:
         """What is shown of an example in a cell."""
         shots = self.asked[cell.task].chosen[cell.seed, cell.shots, example.id] if cell.shots else ()
         shown = [Shown(shot, shot) for shot in shots]
-        return METHODS[cell.method].show(self.subject.wording, example, shown, cell.seed)
+        return METHODS[cell.method].show(self.subject.prompt_builder, example, shown, cell.seed)
 
     def answer(self) -> None:
         """Answer this process's share of all batches, but for those that are done."""
@@ -375,7 +289,7 @@ class Run:
         _check_names(plan, name)
         return Reads(self.subject.plugin, plan, self.settings.batch_size, self.states, name)
 
-    def _row(self, cell: Cell, example: Example, answer: Answer) -> Row:
+    def _row(self, cell: Cell, example: Example, answer: Answer) -> PredictionRow:
         task = self.asked[cell.task].task
         scores = task.score(example, answer.prediction)
         shots = self.asked[cell.task].chosen[cell.seed, cell.shots, example.id] if cell.shots else []
@@ -399,8 +313,8 @@ class Run:
     def finish(self) -> None:
         """Put predictions in order, and write results, table and pictures."""
         rows = self.kept.rows()
-        ordered: list[Row] = []
-        by_cell: dict[Cell, list[Row]] = {}
+        ordered: list[PredictionRow] = []
+        by_cell: dict[Cell, list[PredictionRow]] = {}
         for cell in self.cells:
             examples = self.asked[cell.task].examples[cell.seed]
             by_cell[cell] = [rows[cell.task, cell.method, cell.shots, cell.seed, e.id] for e in examples]
@@ -419,7 +333,7 @@ class Run:
         RECORD.write(self.output, {**RECORD.read(self.output), "finished": True})
         self.kept.remove()
 
-    def _figures(self, by_cell: dict[Cell, list[Row]]) -> list[dict[str, Any]]:
+    def _figures(self, by_cell: dict[Cell, list[PredictionRow]]) -> list[dict[str, Any]]:
         found = []
         for task, method, shots in dict.fromkeys((c.task, c.method, c.shots) for c in by_cell):
             rows = {c.seed: r for c, r in by_cell.items() if (c.task, c.method, c.shots) == (task, method, shots)}
@@ -449,7 +363,7 @@ class Run:
         )
         return ["All seeds have the same examples and demonstrations: answered once, but by methods that draw."] * same
 
-    def _too_long(self, rows: Sequence[Row]) -> list[str]:
+    def _too_long(self, rows: Sequence[PredictionRow]) -> list[str]:
         """Which methods went beyond the positions that the backbone was made for."""
         longest, found = self.subject.longest, []
         for method in self.settings.methods:

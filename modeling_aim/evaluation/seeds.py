@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from .registry import open_task
 from .task import Example, Prediction, Shot, Task
+from .tasks.registry import open_task
 
 MARK = "{seed}"
 

@@ -11,38 +11,54 @@ import inspect
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from PIL import Image
+from torch import nn
 from transformers import BatchFeature, PreTrainedConfig
 
 from ..backbone_aim import laptop_quantization_config, load_backbone, longest_prompt, module_device
 from ..cache_aim import LRUCache
 from ..configuration_aim import AimConfig
+from ..data.pairs import opened
 from ..demonstrations_aim import Demonstration, FusedDemonstrations
 from ..modeling_aim import AimForConditionalGeneration
 from ..processing_aim import _TOKENIZING, AimProcessor
 from ..projector_aim import AimProjector
 from ..runs import PRECISIONS
-from ..training.episodes import opened
-from .methods import Prompt, Shown, Wording
+from .methods import Prompt, PromptBuilder, Shown
 from .task import Prediction
 
 
-def random_projector(config: AimConfig, seed: int) -> AimProjector:
+def random_projector(config: AimConfig, seed: int) -> nn.Module:
     """An untrained projector with the weights of a seed: a control whose fused tokens say nothing.
 
-    Untrained residual forms pass the state on, which says much: `linear` and `mlp` of the same size stand for them.
+    Untrained residual forms pass the state on, which says much: at the input `linear` and `mlp` of the same size stand
+    for them, at depth a random rotation of the state.
     """
-    form = {"residual": "linear", "residual_mlp": "mlp"}.get(config.projector_form, config.projector_form)
-    plain = copy.deepcopy(config)
-    plain.projector_form = form
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if config.enters_at_depth:
+            return RandomRotation(config.hidden_size)
+        plain = copy.deepcopy(config)
+        plain.projector_form = config.projector_form.replace("residual_mlp", "mlp").replace("residual", "linear")
         return AimProjector(plain).eval()
+
+
+class RandomRotation(nn.Module):
+    """Turns each state of a depth into a random direction, always the same for the same state, and keeps its size."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("rotation", nn.init.orthogonal_(torch.empty(width, width)))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """States `(tokens, depths x width)`, each depth rotated."""
+        rotation = self.get_buffer("rotation").to(states)
+        return (states.unflatten(-1, (-1, len(rotation))) @ rotation).flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -62,6 +78,9 @@ class Answer:
     fused_tokens: int
     milliseconds: float
     reading_milliseconds: float
+
+
+Read = tuple[torch.Tensor, torch.Tensor]  # hidden states and ids of the kept words of a demonstration
 
 
 @dataclass(frozen=True)
@@ -121,16 +140,16 @@ class Reads:
         self.batches = [unique[start : start + batch_size] for start in range(0, len(unique), batch_size)]
         self.place = {one.key: number for number, batch in enumerate(self.batches) for one in batch}
 
-    def states(self, shown: Sequence[Shown]) -> list[torch.Tensor]:
-        """Hidden states at the kept text positions of each, `(positions, joined layers x hidden size)`."""
-        found: dict[tuple[str, str], torch.Tensor] = {}
+    def states(self, shown: Sequence[Shown]) -> list[Read]:
+        """Hidden states `(tokens, read layers x hidden size)` and ids `(tokens,)` of the kept words of each."""
+        found: dict[tuple[str, str], Read] = {}
         for one in shown:
             if one.key not in found:
-                states = self.kept.get((self.task, *one.key))
-                found |= self._read(self.place[one.key]) if states is None else {one.key: states}
+                read = self.kept.get((self.task, *one.key))
+                found |= self._read(self.place[one.key]) if read is None else {one.key: read}
         return [found[one.key] for one in shown]
 
-    def _read(self, number: int) -> dict[tuple[str, str], torch.Tensor]:
+    def _read(self, number: int) -> dict[tuple[str, str], Read]:
         batch = self.batches[number]
         demos = [
             open_pair(
@@ -139,10 +158,11 @@ class Reads:
             )
             for one in batch
         ]
-        read = [states.cpu() for states in self.model.read_states(demos, max(len(batch), 1))]
-        for one, states in zip(batch, read, strict=True):
-            self.kept.put((self.task, *one.key), states, states.numel() * states.element_size())
-        return {one.key: states for one, states in zip(batch, read, strict=True)}
+        states = [one.cpu() for one in self.model.read_states(demos, max(len(batch), 1))]
+        found = {one.key: read for one, *read in zip(batch, states, self.model.word_ids(demos), strict=True)}
+        for key, (kept, ids) in found.items():
+            self.kept.put((self.task, *key), (kept, ids), kept.numel() * kept.element_size())
+        return {key: (kept, ids) for key, (kept, ids) in found.items()}
 
 
 class Subject:
@@ -151,16 +171,16 @@ class Subject:
     Args:
         model: the plug-in, or a backbone that generates.
         processor: of the backbone.
-        wording: how prompts are put.
+        prompt_builder: makes the text of prompts.
     """
 
-    def __init__(self, model: Any, processor: AimProcessor, wording: Wording) -> None:
-        self.model, self.processor, self.wording = model, processor, wording
+    def __init__(self, model: Any, processor: AimProcessor, prompt_builder: PromptBuilder) -> None:
+        self.model, self.processor, self.prompt_builder = model, processor, prompt_builder
         self.plugin = model if getattr(model.config, "model_type", None) == AimConfig.model_type else None
         self.backbone = model if self.plugin is None else model.backbone
         self.device = module_device(self.backbone)
         self.longest = longest_prompt(self.backbone.config)
-        self._random: dict[int, AimProjector] = {}
+        self._random: dict[int, nn.Module] = {}
         self._keeps_logits = "logits_to_keep" in inspect.signature(self.backbone.forward).parameters
 
     @property
@@ -215,18 +235,18 @@ class Subject:
                 rows.append(None)
                 continue
             assert self.plugin is not None
-            states = reads.states(prompt.fused)
-            joined = torch.cat([one.to(self.device) for one in states])
-            vectors = self._untrained(seed)(joined) if prompt.random_projector else self.plugin.project(joined)
-            lengths = tuple(len(one) for one in states)
-            rows.append(FusedDemonstrations(vectors, lengths, source=self.plugin.source))
+            read = reads.states(prompt.fused)
+            fused = self.plugin.fuse([states.to(self.device) for states, _ in read], [ids for _, ids in read])
+            if prompt.random_projector:
+                joined = torch.cat([states.to(self.device) for states, _ in read])
+                fused = replace(fused, vectors=self._untrained(seed)(joined))
+            rows.append(replace(fused, source=self.plugin.source))
         return rows
 
-    def _untrained(self, seed: int) -> AimProjector:
+    def _untrained(self, seed: int) -> nn.Module:
         assert self.plugin is not None
         if seed not in self._random:
-            weight = next(self.plugin.projector.parameters())
-            self._random[seed] = random_projector(self.plugin.config, seed).to(weight.device)
+            self._random[seed] = random_projector(self.plugin.config, seed).to(self.device)
         return self._random[seed]
 
     def _with(self, fused: Sequence[FusedDemonstrations | None]) -> dict[str, Any]:
@@ -248,7 +268,7 @@ class Subject:
         Where every option is one token, one pass over the prompt tells all. Otherwise each stands behind the prompt.
         """
         texts = [prompt.text for prompt in batch.prompts]
-        behind = [[self.wording.option(t, one) for one in row] for t, row in zip(texts, options, strict=True)]
+        behind = [[self.prompt_builder.option(t, one) for one in row] for t, row in zip(texts, options, strict=True)]
         single = [self._single_tokens(text, row) for text, row in zip(texts, behind, strict=True)]
         if all(row is not None for row in single):
             told = self.model.generate(
@@ -378,7 +398,7 @@ def load_subject(
         revision: of the one of both that is given.
         dtype: of the backbone; what its repository says when `None`.
         load_in_4bit, device_map: of the backbone.
-        prompts, separator: see `Wording`.
+        prompts, separator: see `PromptBuilder`.
 
     Raises:
         ValueError: the repository holds no plug-in, or the backbone cannot be used.
@@ -400,4 +420,4 @@ def load_subject(
     else:
         model = load_backbone(name, **options).eval()
         processor = AimProcessor.from_pretrained(name, **place)
-    return Subject(model, processor, Wording(processor, prompts, separator))
+    return Subject(model, processor, PromptBuilder(processor, prompts, separator))

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..training.episodes import Pair
+from ..data.pairs import Pair
 
 
 @dataclass(frozen=True)

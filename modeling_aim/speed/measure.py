@@ -23,7 +23,7 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass
-class Row:
+class Measurement:
     """What was measured of one method with so many demonstrations.
 
     Args:
@@ -141,7 +141,7 @@ class Measuring:
         self.memory = Memory(self.device)
         self._ready: dict[str, Call] = {}
 
-    def run(self, shots: Sequence[int], progress: Progress | None = None) -> list[Row]:
+    def run(self, shots: Sequence[int], progress: Progress | None = None) -> list[Measurement]:
         """Measure each number of demonstrations."""
         METHODS["zero"](self.bench, 0)(Clock(), 2)  # what the first call of all costs belongs to no method
         gc.collect()
@@ -152,14 +152,14 @@ class Measuring:
             gc.unfreeze()
             self._release()
 
-    def _run(self, shots: Sequence[int], progress: Progress | None) -> list[Row]:
-        rows: list[Row] = []
+    def _run(self, shots: Sequence[int], progress: Progress | None) -> list[Measurement]:
+        rows: list[Measurement] = []
         counts = {n: [m for m in self.methods if n or m in WITHOUT_DEMONSTRATIONS] for n in shots}
         passes = sum(len(methods) for methods in counts.values()) * (self.repeats + 1)
         task = None if progress is None else progress.add_task("measuring", total=passes)
         for n, methods in counts.items():
             self._release()
-            found = {name: Row(self._counted(name, n)) for name in methods}
+            found = {name: Measurement(self._counted(name, n)) for name in methods}
             for repeat in range(self.repeats + 1):  # the first is for warming up, and for memory
                 turn = repeat % max(len(methods), 1)
                 for name in methods[turn:] + methods[:turn]:
@@ -174,7 +174,7 @@ class Measuring:
         counted = count(self.twin, "zero" if name == "overhead" else name, shots, *self.lengths)
         return Counted(**{**counted.as_dict(), "method": name})
 
-    def _try(self, row: Row, warm: bool) -> None:
+    def _try(self, row: Measurement, warm: bool) -> None:
         """One pass of a method. What others keep must not be what it lacks, so it is tried again without that."""
         for attempt in range(2):
             try:
@@ -187,7 +187,7 @@ class Measuring:
             if attempt:
                 row.failed = reason
 
-    def _pass(self, row: Row, warm: bool) -> None:
+    def _pass(self, row: Measurement, warm: bool) -> None:
         self._check_room(row)
         if row.failed is not None:
             return
@@ -209,7 +209,7 @@ class Measuring:
         if clock.each_token is not None:
             row.decode_ms.append(clock.each_token)
 
-    def _check_room(self, row: Row) -> None:
+    def _check_room(self, row: Measurement) -> None:
         """What need not be tried; a system without memory ends a process instead of telling it."""
         longest = longest_prompt(self.bench.backbone.config)
         if longest is not None and row.counted.prompt_tokens > longest:

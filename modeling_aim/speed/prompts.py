@@ -94,6 +94,14 @@ class RandomPrompts:
         words[:, : len(self.bos)] = False
         return inputs, words
 
+    def kept_ids(self, demos: Sequence[Demonstration], span: str) -> list[torch.Tensor]:
+        """The words of each demonstration."""
+        return [torch.tensor(self._parts[int(demo.text)][1]) for demo in demos]
+
+    def prompt(self, question: str, images: int = 0) -> str:
+        """A prompt is made of ids, whatever is asked."""
+        return question
+
     def word(self, demo: Demonstration) -> tuple[str, int]:
         """The words of a demonstration, and where its answer begins."""
         return demo.text, 0

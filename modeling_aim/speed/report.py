@@ -24,7 +24,7 @@ def with_ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows with what they cost beside `zero` and `full` of the same run: counted, and measured where that was done.
 
     Args:
-        rows: of `Counted.as_dict` or `Row.as_dict`.
+        rows: of `Counted.as_dict` or `Measurement.as_dict`.
 
     Returns:
         The rows with `counted_times_zero`, `counted_full_over`, `times_zero`, `full_over`, and, in rows of

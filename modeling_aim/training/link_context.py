@@ -9,11 +9,9 @@ shuffled, and then asks for one more image of either. Only the demonstrations ca
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import random
-import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -22,10 +20,11 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ..data.link_context import Wording, class_folders, class_rows, image_paths, random_name
+from ..data.mining import ClassFeatures, ImageClass, clip_features, mined_neighbours, similarity
+from ..data.pairs import Pair, opened
 from ..demonstrations_aim import Demonstration
-from ..terminal import numbered_json
-from .episodes import Episode, Pair, ShotLaw, Source, opened
-from .mining import ClassFeatures, ImageClass, clip_features, mined_neighbours, similarity
+from .episodes import Episode, ShotLaw, Source
 
 logger = logging.get_logger(__name__)
 
@@ -34,61 +33,6 @@ RENAMES = ("positive", "both")
 NEIGHBOURS = ("similar", "random")
 SHOTS = 16  # of each class, in the paper
 TRIES = 5  # neighbours drawn for an episode, when broken images leave too few of a class
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-
-
-@dataclass(frozen=True)
-class Wording:
-    """How a class is named in demonstrations and asked for in queries; training and evaluation share it.
-
-    Args:
-        question: asked of the query.
-        answer: its answer, with `{label}` for the name.
-        demonstration_question: what a demonstration answers; `None` for a statement.
-        demonstration: what a demonstration says. The bare `{label}` without a question is a label, which the processor
-            words by its own `label_template`.
-    """
-
-    question: str
-    answer: str = "{label}"
-    demonstration_question: str | None = None
-    demonstration: str = "{label}"
-
-    def __post_init__(self) -> None:
-        for name in ("answer", "demonstration"):
-            if "{label}" not in getattr(self, name):
-                raise ValueError(f"The wording's {name}={getattr(self, name)!r} must contain {{label}}.")
-
-    @classmethod
-    def of(cls, value: str | Wording) -> Wording:
-        """A wording, by its name where that is given."""
-        if isinstance(value, str) and value not in WORDINGS:
-            raise ValueError(f"wording={value!r} is unknown; choose one of {tuple(WORDINGS)}, or give a Wording.")
-        return WORDINGS[value] if isinstance(value, str) else value
-
-    def shown(self, image: Any, name: str) -> Pair:
-        """A raw demonstration."""
-        words = self.demonstration.replace("{label}", name)
-        if self.demonstration_question is not None:
-            return {"image": image, "question": self.demonstration_question, "answer": words}
-        return {"image": image, "label" if self.demonstration == "{label}" else "text": words}
-
-    def asked(self, image: Any, name: str) -> Pair:
-        """A raw query with its answer."""
-        return {"image": image, "question": self.question, "answer": self.answer.replace("{label}", name)}
-
-
-# The paper puts [BEGIN EXAMPLE] and [END EXAMPLE] around demonstrations, which stand in one prompt there; AIM reads
-# each alone. An image stands where the backbone's prompts have it.
-WORDINGS = {
-    "label": Wording("What is this?"),
-    "paper": Wording(
-        question="Based on the previous examples, what is in the image?",
-        answer='there is "{label}" in the image.',
-        demonstration_question="What is in the image?",
-        demonstration='there is "{label}" in the image.',
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -363,53 +307,6 @@ def _alike(
     return similarity(features.text, features.images)
 
 
-def class_folders(
-    path: str | os.PathLike[str], names: Mapping[str, str] | str | os.PathLike[str] | None = None
-) -> list[ImageClass]:
-    """The classes of a labelled image folder, by name of their folders; hidden ones are left out.
-
-    Args:
-        path: holds one folder a class.
-        names: of the classes by folder, or a JSON file of them; the folders' own when `None`.
-
-    Raises:
-        ValueError: fewer than two classes, or a folder without a name.
-        FileNotFoundError: no such folder or file.
-    """
-    root = Path(path)
-    if not root.is_dir():
-        raise FileNotFoundError(f"There is no folder of classes at {root}.")
-    folders = sorted(one for one in root.iterdir() if one.is_dir() and not one.name.startswith("."))
-    if len(folders) < 2:
-        raise ValueError(f"{root} has {len(folders)} class folders; link-context episodes need at least two.")
-    if isinstance(names, (str, os.PathLike)):
-        try:
-            names = json.loads(Path(names).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"The class names in {names} are not JSON ({error}).") from error
-    if names is None:
-        names = {folder.name: folder.name for folder in folders}
-    if not isinstance(names, Mapping):
-        raise ValueError(f"Class names are given by folder, {{'n02119789': 'kit fox'}}; got {names!r:.80}.")
-    unnamed = [f.name for f in folders if not (isinstance(names.get(f.name), str) and names[f.name].strip())]
-    if unnamed:
-        raise ValueError(f"{len(unnamed)} class folders of {root} have no name in names=, for example {unnamed[:3]}.")
-    return [ImageClass(folder.name, names[folder.name].strip(), _images(folder)) for folder in folders]
-
-
-def _images(folder: Path) -> tuple[str, ...]:
-    found = (os.path.join(base, file) for base, _, files in os.walk(folder) for file in files)
-    return tuple(sorted(path for path in found if Path(path).suffix.lower() in IMAGE_SUFFIXES))
-
-
-def random_name(rng: random.Random, taken: set[str]) -> str:
-    """A random lowercase string of 1 to 10 letters that is not in `taken`."""
-    while True:
-        name = "".join(rng.choices(string.ascii_lowercase, k=rng.randint(1, 10)))
-        if name not in taken:
-            return name
-
-
 # --- the published rows
 
 
@@ -434,7 +331,7 @@ class LclRows(LinkedClasses):
         self, path: str | os.PathLike[str], *, images: str | os.PathLike[str] | None = None, **settings: Any
     ) -> None:
         root = Path(path).parent if images is None else Path(images)
-        rows = list(_rows(Path(path), ("class_id", "class_name", "samples", "neighbors")))
+        rows = list(class_rows(Path(path), ("class_id", "class_name", "samples", "neighbors")))
         if len(rows) < 2:
             raise ValueError(f"{path} has {len(rows)} rows; link-context episodes need at least two classes.")
         numbers = {str(row["class_id"]): number for number, (_, row) in enumerate(rows)}
@@ -442,7 +339,7 @@ class LclRows(LinkedClasses):
             raise ValueError(f"{path} has {len(rows)} rows of only {len(numbers)} classes; expected one row a class.")
         classes, found = [], []
         for line, row in rows:
-            key, samples = str(row["class_id"]), tuple(_paths(root, row["samples"], path, line))
+            key, samples = str(row["class_id"]), tuple(image_paths(root, row["samples"], path, line))
             classes.append(ImageClass(key, row["class_name"].strip().lower(), samples))
             found.append(list(_row_neighbours(row["neighbors"], numbers, root, path, line)))
         super().__init__(classes, found, name=f"lcl {Path(path).stem}", **settings)
@@ -456,73 +353,5 @@ def _row_neighbours(
         raise ValueError(f"{path}, line {line}: its neighbors are no lists [class id, class name, image].")
     for place, (key, _, image) in enumerate(listed):
         if str(key) in numbers:
-            more = tuple(_paths(root, [image], path, line))
+            more = tuple(image_paths(root, [image], path, line))
             yield Neighbour(numbers[str(key)], len(listed) - place, more)
-
-
-@dataclass(frozen=True)
-class PairedClass:
-    """One class of a published test pair.
-
-    Args:
-        key: id of the class.
-        name: of the class, as it is in the file.
-        context: paths of images to demonstrate it with; the first are taken.
-        queries: paths of images to ask for.
-    """
-
-    key: str
-    name: str
-    context: tuple[str, ...]
-    queries: tuple[str, ...]
-
-
-def test_pairs(
-    path: str | os.PathLike[str], images: str | os.PathLike[str] | None = None
-) -> Iterator[tuple[PairedClass, PairedClass]]:
-    """The published test pairs: rows 2i and 2i + 1, each the other's negative.
-
-    A row has `class_id`, `class_name`, `context_samples` (32 paths) and `test_samples` (50).
-
-    Args:
-        path: the jsonl file.
-        images: the folder that image paths are relative to; that of the file when `None`.
-
-    Raises:
-        ValueError: a row is not as described, or there is an odd number of rows.
-        FileNotFoundError: no such file.
-    """
-    root = Path(path).parent if images is None else Path(images)
-    rows = list(_rows(Path(path), ("class_id", "class_name", "context_samples", "test_samples")))
-    if len(rows) % 2 or not rows:
-        raise ValueError(f"{path} has {len(rows)} rows; test pairs are rows 2i and 2i + 1, so an even number.")
-    classes = [
-        PairedClass(
-            str(row["class_id"]),
-            row["class_name"].strip(),
-            tuple(_paths(root, row["context_samples"], path, line)),
-            tuple(_paths(root, row["test_samples"], path, line)),
-        )
-        for line, row in rows
-    ]
-    yield from zip(classes[::2], classes[1::2], strict=True)
-
-
-def _rows(path: Path, keys: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows of a jsonl file with the numbers of their lines, each with `keys` and a class name."""
-    for line, row in numbered_json(path):
-        missing = [key for key in keys if not isinstance(row, dict) or key not in row]
-        if missing:
-            has = sorted(row) if isinstance(row, dict) else type(row).__name__
-            raise ValueError(f"{path}, line {line}: a row with {missing} missing; it has {has}, not {list(keys)}.")
-        if not (isinstance(row["class_name"], str) and row["class_name"].strip()):
-            raise ValueError(f"{path}, line {line}: class_name is {row['class_name']!r:.40}; expected a name.")
-        yield line, row
-
-
-def _paths(root: Path, names: Any, path: str | os.PathLike[str], line: int) -> Iterator[str]:
-    """Image paths of a row, each once."""
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"{path}, line {line}: {names!r:.60} is no list of image paths.")
-    for name in dict.fromkeys(names):
-        yield os.path.join(root, name)

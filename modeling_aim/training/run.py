@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import torch
 from accelerate import PartialState
 from huggingface_hub import HfApi
 from torch.utils.data import Dataset
-from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
+from transformers import PreTrainedConfig, TrainingArguments
 
 from .. import AimConfig, AimForConditionalGeneration
 from ..backbone_aim import laptop_quantization_config
+from ..configuration_aim import PRESETS, preset_settings
 from ..files_aim import model_card
 from ..runs import PRECISIONS, RunRecord
 from .episodes import Episode, Mixture, ShotLaw
@@ -52,8 +54,9 @@ class TrainSettings:
         optimizer: `"adamw"`, or `"muon"` for the projector's matrices (AdamW, at a third of the rate, for the rest).
             With adamw, `arguments={"optim": ...}` reaches all that Trainer has.
         shots, shot_law: demonstrations of an episode, 1 to `shots`; see `ShotLaw`.
-        projector_form, projector_size, read_layers, read_span, max_fused_tokens: see `AimConfig`; of a new projector.
-            `read_layers=None` is the middle layer of the decoder, where reading stops.
+        preset: of a new projector: `"trained"`, at the depth where states are read, or `"paper"`; see `PRESETS`.
+        projector_form, read_layers, entry_layers: in place of the preset's.
+        projector_size, read_span, max_fused_tokens: see `AimConfig`.
         revision: of the backbone.
         dtype, load_in_4bit, device_map: of the backbone.
         gradient_checkpointing: recompute the backbone's layers in the backward pass, for memory.
@@ -78,9 +81,11 @@ class TrainSettings:
     optimizer: str = "muon"
     shots: int = 8
     shot_law: str = "exponential"
-    projector_form: str = "residual_mlp"
+    preset: str = "trained"
+    projector_form: str | None = None
     projector_size: int | None = None
     read_layers: tuple[int, ...] | None = None
+    entry_layers: tuple[int, ...] | None = None
     read_span: str = "text"
     max_fused_tokens: int | None = None
     revision: str | None = None
@@ -255,7 +260,7 @@ def _write_run(output: Path, settings: TrainSettings, finished: bool, **more: An
 def _settled(trainer: AimTrainer) -> dict[str, Any]:
     """What was left open in the settings."""
     config: Any = trainer.model.config  # type: ignore[union-attr]
-    return {"learning_rate": float(f"{trainer.args.learning_rate:.4g}"), "read_layers": config.read_layers}
+    return {"learning_rate": float(f"{trainer.args.learning_rate:.4g}"), **config.form}
 
 
 def _mixture(specs: Sequence[str], settings: TrainSettings, seed: int = 0) -> Mixture:
@@ -293,10 +298,13 @@ def _model(settings: TrainSettings) -> Any:
     stored, _ = PreTrainedConfig.get_config_dict(settings.backbone, revision=settings.revision)
     if stored.get("model_type") == AimConfig.model_type:
         _check_form(settings, AimConfig.from_dict(stored))
-        return AimForConditionalGeneration.from_pretrained(settings.backbone, **options)
+        model = AimForConditionalGeneration.from_pretrained(settings.backbone, **options)
+        return model if len(model.projector.layers) else _with_projector(model, settings)
     return AimForConditionalGeneration.from_backbone(
         settings.backbone,
-        read_layers=settings.read_layers or [middle_layer(settings.backbone, settings.revision)],
+        preset=settings.preset,
+        read_layers=settings.read_layers,
+        entry_layers=settings.entry_layers,
         read_span=settings.read_span,
         max_fused_tokens=settings.max_fused_tokens,
         projector_form=settings.projector_form,
@@ -305,17 +313,33 @@ def _model(settings: TrainSettings) -> Any:
     )
 
 
+def _with_projector(model: Any, settings: TrainSettings) -> Any:
+    """A plug-in without weights, with a new projector at the depth where it reads."""
+    config = copy.deepcopy(model.config)
+    config.projector_form = settings.projector_form or PRESETS["trained"]["projector_form"]
+    config.projector_intermediate_size = settings.projector_size
+    config.check()
+    trained = AimForConditionalGeneration(config, backbone=model.backbone, processor=model.processor)
+    trained._loaded_from = model._loaded_from
+    return trained
+
+
 def _check_form(settings: TrainSettings, config: AimConfig) -> None:
     """Raise `ValueError` where another form is asked for than that of the projector that is trained further."""
     has = {
         "projector_form": config.projector_form,
         "projector_size": config.projector_intermediate_size,
-        "read_layers": tuple(config.read_layers),
+        "read_layers": tuple(config.read_layers or ()),
+        "entry_layers": tuple(config.entry_layers or ()),
         "read_span": config.read_span,
         "max_fused_tokens": config.max_fused_tokens,
     }
     usual = {field.name: field.default for field in fields(TrainSettings)}
-    asked = {name: getattr(settings, name) for name in has}
+    if settings.preset != usual["preset"]:
+        settings = replace(settings, **{k: v for k, v in preset_settings(settings.preset).items() if v is not None})
+    asked = {name: tuple(v) if isinstance(v := getattr(settings, name), list) else v for name in has}
+    if config.projector_form == "identity":  # a projector is put on it
+        del has["projector_form"], has["projector_size"]
     other = [
         f"{name}={asked[name]!r} (it has {has[name]!r})" for name in has if asked[name] not in (usual[name], has[name])
     ]
@@ -324,12 +348,6 @@ def _check_form(settings: TrainSettings, config: AimConfig) -> None:
             f"{settings.backbone} is an AIM repository: its projector is trained further as it is. Leave out "
             f"{', '.join(other)}, or give the backbone itself for a new projector."
         )
-
-
-def middle_layer(backbone: str, revision: str | None = None) -> int:
-    """The middle layer of a backbone's decoder, as `read_layers` counts: the third of five."""
-    config = AutoConfig.from_pretrained(backbone, revision=revision)
-    return (config.get_text_config(decoder=True).num_hidden_layers + 1) // 2
 
 
 def _reader(model: Any, settings: TrainSettings) -> dict[str, Any]:

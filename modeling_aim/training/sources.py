@@ -8,21 +8,16 @@ used is left out and counted by reason in `Source.skipped`: of data from the web
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from typing import Any
 
-from ..specs import spec_named, split_spec
-from .episodes import Episode, Pair, ShotLaw, Source, opened
-from .link_context import IMAGE_SUFFIXES, LclRows, LinkContext
-from .rows import (
+from ..data.pairs import IMAGE_SUFFIXES, Pair, located, opened
+from ..data.rows import (
     LINES,
     NO_IMAGE,
     NO_TEXT,
@@ -37,183 +32,16 @@ from .rows import (
     is_hub_id,
     is_saved,
     json_rows,
-    located,
     open_dataset,
     pair_of,
     tar_rows,
     words_in,
 )
-
-T = TypeVar("T")
-
-
-def shuffled(items: Iterable[T], size: int, rng: random.Random) -> Iterator[T]:
-    """A stream in random order, with at most `size` items held in memory."""
-    held: list[T] = []
-    for item in items:
-        if len(held) < size:
-            held.append(item)
-            continue
-        place = rng.randrange(size)
-        item, held[place] = held[place], item
-        yield item
-    rng.shuffle(held)
-    yield from held
-
-
-class ShuffledSource(Source):
-    """A source that gives its documents in the order of its files, and has them shuffled here.
-
-    Args:
-        name: of the source.
-        shuffle_buffer: documents that are held in memory to be shuffled, images unopened.
-    """
-
-    def __init__(self, name: str, shuffle_buffer: int) -> None:
-        if shuffle_buffer < 1:
-            raise ValueError(f"shuffle_buffer={shuffle_buffer}: expected at least 1, which leaves files in order.")
-        self.name, self.shuffle_buffer = name, shuffle_buffer
-
-    def documents(self, seed: int) -> Iterator[Sequence[Pair]]:
-        rng = random.Random(f"order {seed}")
-        return shuffled(self._read(rng), self.shuffle_buffer, rng)
-
-    def _read(self, rng: random.Random) -> Iterator[Sequence[Pair]]:
-        """Documents shard by shard, shards in an order drawn from `rng`."""
-        raise NotImplementedError
-
-
-# --- interleaved documents
-
-
-class Mmc4(ShuffledSource):
-    """Multimodal C4 (arXiv 2304.06939): web pages with images matched to sentences. Images are apart, URLs rot.
-
-    Images matched to the same sentence make one pair; pairs are in the order of the sentences.
-
-    Args:
-        path: jsonl shards (`.jsonl`, `.jsonl.gz`, `.jsonl.zip`): a file, a folder or a pattern.
-        images: folder of the images by `image_name`. When `None` it is `<shard>_images` beside the shard, where the
-            download script of MMC4 puts them, or, if there is none, the folder of the shard.
-        min_similarity: images whose CLIP ViT-L/14 similarity to their sentence is lower are left out. 0.24 is what
-            OpenFlamingo trains with (`--mmc4_textsim_threshold 0.24` in the README of mlfoundations/open_flamingo).
-        shuffle_buffer: documents held in memory to be shuffled.
-
-    Raises:
-        FileNotFoundError: there is no such file or folder.
-    """
-
-    interleaved = True
-
-    def __init__(
-        self, path: str, *, images: str | None = None, min_similarity: float = 0.24, shuffle_buffer: int = 1000
-    ) -> None:
-        super().__init__(f"mmc4 {Path(path).name}", shuffle_buffer)
-        self.shards, self.min_similarity = find_files(path, LINES), min_similarity
-        self.images = None if images is None else existing(images)
-
-    def _read(self, rng: random.Random) -> Iterator[Sequence[Pair]]:
-        for shard in rng.sample(self.shards, len(self.shards)):
-            beside = shard.parent / f"{shard.name.partition('.')[0]}_images"
-            folder = self.images or (beside if beside.is_dir() else shard.parent)
-            for row in json_rows(shard, self.skipped):
-                texts, found = row.get("text_list"), row.get("image_info")
-                if isinstance(texts, list) and isinstance(found, list):
-                    yield self._pairs(texts, found, folder)
-                else:
-                    self.skipped["line without text_list and image_info"] += 1
-
-    def _pairs(self, texts: Sequence[Any], found: Sequence[Any], folder: Path) -> list[Pair]:
-        images: dict[int, list[str]] = {}
-        for info in found:
-            try:
-                image, place = os.path.join(folder, info["image_name"]), range(len(texts))[info["matched_text_index"]]
-                similar = float(info["matched_sim"]) >= self.min_similarity
-            except (TypeError, KeyError, IndexError, ValueError):
-                self.skipped["image that is matched to no sentence"] += 1
-                continue
-            if not similar:
-                self.skipped["image below the similarity floor"] += 1
-            elif not os.path.isfile(image):  # here, so that the other images of its sentence stay
-                self.skipped[NO_IMAGE] += 1
-            else:
-                images.setdefault(place, []).append(image)
-        return [{"images": images[place], "text": texts[place]} for place in sorted(images)]
-
-
-class Obelics(ShuffledSource):
-    """OBELICS (arXiv 2306.16527): web pages as two lists, `images` and `texts`, with gaps where the other goes on.
-
-    Images in a row and the text after them make a pair; a text with no image before it is in none. The published
-    rows hold URLs, local ones may hold paths or bytes.
-
-    Args:
-        path: parquet shards (a file, a folder, a pattern), a folder that `datasets` saved, or a Hub id
-            (`HuggingFaceM4/OBELICS`).
-        images: folder of the images, named as the last part of the URL or by the URL's sha256 (with the URL's suffix,
-            with `.jpg`, or bare). Paths are relative to it, or else to the folder of the data.
-        download: fetch images that are not there. Slow: download them once instead, where you can.
-        split: of the data set.
-        config: its configuration, where it has several.
-        shuffle_buffer: documents held in memory to be shuffled.
-
-    Raises:
-        ValueError: there are no columns `images` and `texts`.
-        FileNotFoundError: there is no such file or folder.
-    """
-
-    interleaved = True
-
-    def __init__(
-        self,
-        path: str,
-        *,
-        images: str | None = None,
-        download: bool = False,
-        split: str = "train",
-        config: str | None = None,
-        shuffle_buffer: int = 1000,
-    ) -> None:
-        super().__init__(f"obelics {Path(path).name}", shuffle_buffer)
-        self.download = download
-        self.data, self.folder = open_dataset(path, split, config)
-        self.images = None if images is None else existing(images)
-        columns = columns_of(self.data)
-        if not {"images", "texts"} <= set(columns):
-            raise ValueError(f"{path} has the columns {sorted(columns)}; OBELICS has 'images' and 'texts'.")
-
-    def _read(self, rng: random.Random) -> Iterator[Sequence[Pair]]:
-        for row in dataset_rows(self.data, rng):
-            yield list(self._pairs(row["images"] or [], row["texts"] or []))
-
-    def _pairs(self, images: Sequence[Any], texts: Sequence[Any]) -> Iterator[Pair]:
-        if len(images) != len(texts):
-            self.skipped["document with lists of different lengths"] += 1
-            return
-        run: list[Any] = []
-        for image, text in zip(images, texts, strict=True):
-            if image:
-                there = self._there(image)
-                if there is None:
-                    self.skipped[NO_IMAGE] += 1
-                else:
-                    run.append(there)
-            if isinstance(text, str) and text.strip() and run:
-                yield {"images": run, "text": text}
-                run = []
-        self.skipped.update({"image without a text after it": len(run)} if run else {})
-
-    def _there(self, image: Any) -> Any:
-        """An image as it can be opened; `None` if it is not there."""
-        folder = self.images or self.folder
-        if not (isinstance(image, str) and image.startswith(("http://", "https://"))):
-            return located(folder, image)
-        last, digest = Path(urlsplit(image).path).name, hashlib.sha256(image.encode()).hexdigest()
-        for name in (last, digest + Path(last).suffix, digest + ".jpg", digest) if self.images else ():
-            if name and os.path.isfile(os.path.join(folder, name)):
-                return os.path.join(folder, name)
-        return image if self.download else None
-
+from ..data.specs import spec_named, split_spec
+from .episodes import Episode, ShotLaw, Source
+from .interleaved import Mmc4, Obelics
+from .link_context import LclRows, LinkContext
+from .shuffled import ShuffledSource, shuffled
 
 # --- independent pairs
 

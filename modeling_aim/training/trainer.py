@@ -22,7 +22,6 @@ from transformers import Trainer, TrainingArguments
 
 from ..backbone_aim import check_backbone, longest_prompt
 from ..configuration_aim import AimConfig
-from ..files_aim import read_safetensors
 from ..pretrained_aim import PROJECTOR_WEIGHTS
 from .episodes import Episode
 from .kept_states import KeptStates
@@ -99,6 +98,11 @@ class AimTrainer(Trainer):
         kept_states: KeptStates | None = None,
         **kwargs: Any,
     ) -> None:
+        if not len(model.projector.layers):
+            raise ValueError(
+                "projector_form='identity' has no weights to train. Put a projector there: "
+                "AimForConditionalGeneration.from_backbone(backbone, preset='trained'), or aim train."
+            )
         if not 0 <= distillation <= 1 or temperature <= 0:
             raise ValueError(
                 f"distillation={distillation} must lie in 0..1 and temperature={temperature} above 0; the weight of "
@@ -222,7 +226,7 @@ def load_projector(model: Any, checkpoint: str) -> None:
     """
     config = AimConfig.from_pretrained(checkpoint)
     check_backbone(model.backbone, config.backbone_config, config.backbone_fingerprint)
-    model._load_projector(read_safetensors(str(Path(checkpoint) / PROJECTOR_WEIGHTS)), checkpoint)
+    model._load_projector(str(Path(checkpoint) / PROJECTOR_WEIGHTS), checkpoint)
 
 
 def _muon() -> Any:

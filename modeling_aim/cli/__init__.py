@@ -1,0 +1,5 @@
+"""The `aim` command."""
+
+from .main import app
+
+__all__ = ["app"]

@@ -1,0 +1,62 @@
+"""Files of JSON: one object a line, demonstrations, and single values."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def read_demonstrations(path: Path) -> Iterator[dict[str, Any]]:
+    """Demonstrations of a jsonl file; image paths are relative to the file.
+
+    Raises:
+        ValueError: a line is no JSON object; the message names file and line.
+        FileNotFoundError: there is no such file.
+    """
+    for number, demo in numbered_json(path):
+        if not isinstance(demo, dict):
+            raise ValueError(f"{path}, line {number}: expected an object such as {{'image': ..., 'label': ...}}.")
+        for key in ("image", "images"):
+            if isinstance(demo.get(key), str):
+                demo[key] = beside(path, demo[key])
+            elif isinstance(demo.get(key), list):
+                demo[key] = [beside(path, name) for name in demo[key]]
+        yield demo
+
+
+def numbered_json(path: Path) -> Iterator[tuple[int, Any]]:
+    """What the lines of a jsonl file hold, with their numbers; empty ones are passed by.
+
+    Raises:
+        ValueError: a line is not JSON; the message names file and line.
+    """
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error}). Expected one object a line.") from error
+            yield number, value
+
+
+def beside(path: Path, name: str) -> str:
+    """An image named in a file: a URL as it is, a path relative to the file's folder."""
+    return name if name.startswith(("http://", "https://", "data:")) else os.fspath(path.parent / name)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); it is cut short or another kind of file.") from error

@@ -1,0 +1,282 @@
+"""Files of data sets: finding them, their rows, and which columns of a row make a pair of image and text."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import gzip
+import json
+import os
+import random
+import re
+import tarfile
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from .pairs import IMAGE_SUFFIXES, Pair, located
+
+logger = logging.get_logger(__name__)
+
+LINES = (".jsonl", ".jsonl.gz", ".jsonl.zip")
+METADATA = ("metadata.jsonl", "metadata.csv")
+# Names that published data sets use. A webdataset's members are columns by the ends of their names.
+COLUMNS = {
+    "image": ("image", "images", "img", *(suffix[1:] for suffix in sorted(IMAGE_SUFFIXES)), "image_path", "file_name"),
+    "text": ("text", "caption", "txt", "captions", "sentence"),
+    "label": ("label", "labels", "class", "cls"),
+    "question": ("question",),
+    "answer": ("answer", "answers"),
+}
+NO_IMAGE, NO_TEXT = "unreadable or missing image", "no text"
+
+
+def find_files(path: str, suffixes: tuple[str, ...], missing_ok: bool = False) -> list[Path]:
+    """The files at `path` (a file, a folder, which is searched for names that end in `suffixes`, or a pattern).
+
+    Raises:
+        FileNotFoundError: there are none, unless `missing_ok`.
+    """
+    place = Path(path).expanduser()
+    if place.is_file():
+        return [place]
+    if place.is_dir():
+        found = [file for file in _walk(place) if file.name.lower().endswith(suffixes)]
+        if not found and not missing_ok:
+            raise FileNotFoundError(f"{path} holds no file that ends in one of {suffixes}. Check the folder.")
+        return found
+    found = sorted(file for file in map(Path, glob.glob(str(place), recursive=True)) if file.is_file())
+    if not found and not missing_ok:
+        raise FileNotFoundError(f"{path} was not found. Give a file, a folder, or a pattern such as 'data/*.jsonl'.")
+    return found
+
+
+def _walk(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if not file.name.startswith(".") and file.is_file())
+
+
+def data_files(folder: Path) -> list[Path]:
+    """The files in a folder that hold its pairs, by the kind of folder it is."""
+    files = _walk(folder)
+    for ends in (*((name,) for name in METADATA), (".parquet",), (".tar",), LINES):
+        found = [file for file in files if file.name.lower().endswith(ends)]
+        if found:
+            return found
+    found = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and file.parent != folder]
+    if not found:
+        raise ValueError(
+            f"{folder} holds no pairs: expected metadata.jsonl or metadata.csv beside images, .parquet, .tar or "
+            ".jsonl files, what datasets' save_to_disk wrote, or a folder of images for each label."
+        )
+    return found
+
+
+def existing(path: str) -> Path:
+    place = Path(path).expanduser()
+    if not place.exists():
+        raise FileNotFoundError(f"{path} was not found. Check the path.")
+    return place
+
+
+def is_saved(place: Path) -> bool:
+    return (place / "dataset_dict.json").is_file() or (place / "state.json").is_file()
+
+
+def is_hub_id(path: str) -> bool:
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path)) and not path.lower().endswith(
+        (*LINES, ".json", ".tar", ".csv", ".parquet")
+    )
+
+
+def open_dataset(path: str, split: str, config: str | None) -> tuple[Any, Path]:
+    """A `datasets` data set, streamed and with images undecoded, and the folder that its paths are relative to.
+
+    Args:
+        path: parquet files (of a folder those named for the split, where there are such), a folder that
+            `save_to_disk` wrote, or a Hub id.
+        split: of the data set.
+        config: its configuration.
+
+    Raises:
+        ValueError: there is no such split.
+        FileNotFoundError: there is no such file or folder.
+        ImportError: `datasets` is not installed.
+    """
+    place = Path(path).expanduser()
+    saved = is_saved(place)
+    shards = [] if saved else find_files(path, (".parquet",), missing_ok=is_hub_id(path))
+    try:
+        import datasets
+    except ImportError as error:
+        what = path if saved or shards else f"{path} is no file or folder here; to stream it from the Hub one"
+        raise ImportError(f"{what} needs the datasets library: pip install modeling-aim[train]") from error
+    if saved:
+        data = datasets.load_from_disk(str(place))
+        if isinstance(data, datasets.DatasetDict):
+            if split not in data:
+                raise ValueError(f"{path} has the splits {sorted(data)}, but not {split!r}. Choose one with split=.")
+            data = data[split]
+        pieces = max(1, min(64, len(data)))  # so that rows in the order of their classes are mixed all the same
+        return data.to_iterable_dataset(num_shards=pieces).decode(False), place
+    if not shards:
+        try:
+            return datasets.load_dataset(path, config, split=split, streaming=True).decode(False), Path()
+        except (FileNotFoundError, ConnectionError) as error:
+            raise FileNotFoundError(f"{path} is no file or folder here, and from the Hub: {error}") from error
+    named = [one for one in shards if split == one.parent.name or split in re.split(r"[-_.]", one.name)]
+    names = [str(one) for one in named or shards]
+    data = datasets.load_dataset("parquet", data_files=names, split="train", streaming=True)
+    return data.decode(False), place if place.is_dir() else shards[0].parent
+
+
+def dataset_rows(data: Any, rng: random.Random) -> Iterator[dict[str, Any]]:
+    """Rows of a streamed data set, shard by shard in random order."""
+    # Not by the data set's own `shuffle`, which from datasets 5 on reads shards in threads and sleeps after each pass.
+    for index in rng.sample(range(data.num_shards), data.num_shards):
+        yield from data.shard(num_shards=data.num_shards, index=index)
+
+
+def columns_of(data: Any) -> Mapping[str, Any]:
+    """Columns of a streamed data set with their kinds, or, where these are not declared, those of its first row."""
+    return data.features or next(iter(data), {})
+
+
+def _lines(path: Path, skipped: Counter[str]) -> Iterator[bytes]:
+    """Lines of a file that may be compressed; a damaged one ends early and is counted."""
+    try:
+        if path.suffix == ".zip":
+            with zipfile.ZipFile(path) as archive:
+                for name in sorted(archive.namelist()):
+                    with archive.open(name) as file:
+                        yield from file
+        else:
+            with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+                yield from file
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        _damaged(path, error, skipped)
+
+
+def _damaged(path: Path, error: Exception, skipped: Counter[str]) -> None:
+    logger.warning(f"{path} is damaged ({type(error).__name__}: {error}); what came before is used.")
+    skipped["damaged file"] += 1
+
+
+def json_rows(path: Path, skipped: Counter[str]) -> Iterator[dict[str, Any]]:
+    """The objects of a jsonl file, one a line; lines that hold none are counted."""
+    for line in _lines(path, skipped):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            yield row
+        else:
+            skipped["line that is no JSON object"] += 1
+
+
+def csv_rows(path: Path, skipped: Counter[str]) -> Iterator[dict[str, Any]]:
+    """Rows of a csv file with a header; empty cells are `None`."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            for row in csv.DictReader(file):
+                yield {name: value or None for name, value in row.items() if name is not None}
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        _damaged(path, error, skipped)
+
+
+def tar_rows(path: Path, skipped: Counter[str]) -> Iterator[dict[str, Any]]:
+    """Samples of a webdataset shard: members whose names agree up to the first dot, by what comes after it.
+
+    The image is there as `image` too, and of a `.json` member each key.
+    """
+    row: dict[str, Any] = {}
+    sample = None
+    try:
+        with tarfile.open(path, "r|*") as tar:
+            for member in tar:
+                folder, name = os.path.split(member.name)
+                stem, _, end = name.partition(".")
+                if sample != (folder, stem) and row:
+                    yield row
+                    row = {}
+                file = tar.extractfile(member)  # None: a folder or a link
+                sample = (folder, stem)
+                if file is not None:
+                    _add_member(row, end.lower(), file.read(), skipped)
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        _damaged(path, error, skipped)
+        return
+    if row:
+        yield row
+
+
+def _add_member(row: dict[str, Any], end: str, content: bytes, skipped: Counter[str]) -> None:
+    row[end] = content
+    if f".{end}" in IMAGE_SUFFIXES:
+        row["image"] = content
+    elif end == "json":
+        try:
+            fields = dict(json.loads(content))
+        except (ValueError, TypeError, RecursionError):
+            skipped["member that is no JSON object"] += 1
+            return
+        row.update({name: value for name, value in fields.items() if name not in row})
+
+
+def words_in(columns: Collection[str]) -> set[str]:
+    return {"text", "label", "answer"} & set(columns)
+
+
+def choose_columns(found: Collection[str], given: Mapping[str, str | None]) -> dict[str, str]:
+    """Which column is which part of a pair: those `given`, and else those with a usual name, as far as `found`."""
+    usual = {part: (given[part],) if given.get(part) else names for part, names in COLUMNS.items()}
+    names = {part: next((name for name in some if name in found), None) for part, some in usual.items()}
+    asked = {part for part, name in given.items() if name and part != "image"}
+    forms = [form for form in (("question", "answer"), ("text",), ("label",), ("answer",)) if asked <= set(form)]
+    form = next((form for form in forms if all(names[part] for part in form)), ())
+    return {part: name for part in ("image", *form) if (name := names[part])}
+
+
+def fitting_columns(found: Collection[str], given: Mapping[str, str | None], path: str) -> dict[str, str]:
+    """As `choose_columns`.
+
+    Raises:
+        ValueError: there is no column for an image or for a text; the message has those found and those needed.
+    """
+    chosen = choose_columns(found, given)
+    if "image" not in chosen or not words_in(chosen):
+        asked = ", ".join(f"{part}={name}" for part, name in given.items() if name)
+        raise ValueError(
+            f"{path} has the columns {sorted(found)}{f' and you asked for {asked}' if asked else ''}. A pair needs an "
+            f"image (such as {COLUMNS['image'][:3]}) and a text {COLUMNS['text']}, a label {COLUMNS['label']}, or a "
+            "question and an answer. Say which columns these are: image=..., text=..."
+        )
+    return chosen
+
+
+def pair_of(
+    row: Mapping[str, Any], columns: Mapping[str, str], folder: Path, names: Mapping[str, Any] | None = None
+) -> Pair:
+    """The raw demonstration of a row; `names` gives the names of numbered classes."""
+    words = {part: _words(row.get(name), (names or {}).get(name)) for part, name in columns.items() if part != "image"}
+    return {"image": located(folder, row.get(columns["image"])), **words}
+
+
+def _words(value: Any, name_of: Callable[[int], str] | None = None) -> str | None:
+    """What a cell says: text, the name of a class, or the most frequent of several texts (answers of VQA)."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="replace")
+    if isinstance(value, (list, tuple)):
+        said = [one.get("answer") if isinstance(one, Mapping) else one for one in value]
+        counts = Counter(one for one in said if isinstance(one, str) and one.strip())
+        return counts.most_common(1)[0][0] if counts else None
+    if isinstance(value, int):
+        return str(value) if name_of is None else name_of(value) if value >= 0 else None
+    return value if isinstance(value, str) else None

@@ -1,0 +1,95 @@
+"""What one evaluation takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..runs import PRECISIONS
+from .choosing import Choice
+from .methods import METHODS, PROMPTS, check_methods
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """What `aim eval` takes.
+
+    Args:
+        tasks: specs, `KIND[:PATH][,name=value...]`; see `open_seeded`.
+        output: folder for predictions and results.
+        repo: AIM repository: a folder or a Hub id.
+        backbone: instead of it, a model to evaluate without AIM.
+        shots: numbers of demonstrations. At 0 all methods are the same: that is answered once, as `zero`.
+        methods: of `METHODS`; all that the model can do when empty.
+        seeds: how many: 0, 1, ... decide demonstrations, and examples where a task draws them.
+        select, balanced, drop_duplicates: see `Choice`.
+        prompts, separator: see `PromptBuilder`.
+        limit: examples of a task that are answered, drawn once for all seeds; all when `None`.
+        revision: of the repository or backbone.
+        dtype, load_in_4bit, device_map: of the backbone.
+        batch_size: prompts answered together.
+        images_at_once: images in one batch, at most, unless one prompt alone has more.
+        memory: GiB of demonstrations' hidden states that are kept.
+        overwrite: replace another run in `output`.
+
+    Raises:
+        ValueError: a setting is wrong; the message has what was given and what is expected.
+    """
+
+    tasks: tuple[str, ...]
+    output: str
+    repo: str | None = None
+    backbone: str | None = None
+    shots: tuple[int, ...] = (0, 2, 4, 8, 16)
+    methods: tuple[str, ...] = ()
+    seeds: int = 3
+    select: str = "random"
+    balanced: bool = False
+    drop_duplicates: bool = False
+    prompts: str = "plain"
+    separator: str = "\n"
+    limit: int | None = None
+    revision: str | None = None
+    dtype: str | None = None
+    load_in_4bit: bool = False
+    device_map: str | None = None
+    batch_size: int = 8
+    images_at_once: int = 64
+    memory: float = 2.0
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.repo is None) == (self.backbone is None):
+            raise ValueError(
+                "Give an AIM repository (repo) or a model to evaluate without AIM (backbone), one of them."
+            )
+        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(f"tasks={self.tasks}: expected one or more, each once.")
+        if not self.shots or min(self.shots) < 0 or len(set(self.shots)) < len(self.shots):
+            raise ValueError(f"shots={self.shots}: expected numbers from 0 up, each once.")
+        for name, least in (("seeds", 1), ("batch_size", 1), ("images_at_once", 1), ("limit", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value}: expected at least {least}.")
+        for name, known in (("dtype", (None, *PRECISIONS)), ("prompts", PROMPTS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {known}.")
+        _ = self.choice
+        if self.select == "fused" and self.repo is None:
+            raise ValueError("select='fused' compares fused tokens, so it needs an AIM repository (repo).")
+        if not self.methods:
+            can = [name for name, method in METHODS.items() if self.repo is not None or not method.needs_aim]
+            object.__setattr__(self, "methods", tuple(can))
+        check_methods(self.methods, self.repo is not None)
+        if not any(self.shots) and any(METHODS[name].shots for name in self.methods):
+            object.__setattr__(self, "methods", ("zero",))
+
+    @property
+    def choice(self) -> Choice:
+        """How demonstrations are chosen."""
+        return Choice(self.select, self.balanced, self.drop_duplicates)
+
+    @property
+    def counts(self) -> list[int]:
+        """Numbers of demonstrations that are shown, the smallest first."""
+        shown = any(METHODS[name].shots for name in self.methods)
+        return sorted(count for count in self.shots if count) if shown else []

@@ -1,0 +1,197 @@
+"""Tasks over a data set with splits: queries from one of them, demonstrations from the training split."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ...data.images import image_key
+from ...data.tables import MissingSplit, Row, Table, open_table
+from ..task import Example, Shot
+from .data_task import DataTask
+
+SAME = "demonstration that is a query, too"
+NAME_THEM = "Name those to draw from (support=, support_split=), or keep back some of the queries' images (share=0.2)."
+
+
+class SplitTask(DataTask):
+    """Queries from one split and demonstrations from another; a subclass says what a row means.
+
+    Args:
+        path: as for `open_table`.
+        name: to show.
+        split: whose rows are asked.
+        support: where demonstrations come from, as for `open_table`; the same data set when `None`.
+        support_split: their split; the first there is of the usual ones when `None`.
+        share: of the images of `split` that become demonstrations instead, for data sets without a training split.
+        split_seed: draws this share. It does not change with the seed of an evaluation, so queries stay the same.
+        images: folder that paths of images are relative to; that of the files when `None`.
+        support_images: the same for `support`.
+        config: configuration of the data set.
+
+    Raises:
+        ValueError: a setting cannot be; when it is read, a column or a row does not fit.
+        FileNotFoundError: when it is read, there is no such data set.
+    """
+
+    training: ClassVar[tuple[str, ...]] = ("train",)
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        name: str,
+        split: str,
+        support: str | None = None,
+        support_split: str | None = None,
+        share: float | None = None,
+        split_seed: int = 0,
+        images: str | None = None,
+        support_images: str | None = None,
+        config: str | None = None,
+    ) -> None:
+        super().__init__(name)
+        if share is not None and not 0 < share < 1:
+            raise ValueError(f"share={share}: expected the part of the images to demonstrate with, between 0 and 1.")
+        if share is not None and support is not None:
+            raise ValueError("Demonstrations come from support= or are a share= of the queries' split, not both.")
+        if support in (None, path) and support_split == split:
+            raise ValueError(f"support_split={support_split!r}: demonstrations cannot come from the queries' split.")
+        self.path, self.split, self.config, self.images = path, split, config, images
+        self.support, self.support_split, self.support_images = support, support_split, support_images
+        self.share, self.split_seed = share, split_seed
+        self.why_none = ""
+
+    # --- what a subclass says
+
+    def table(self, path: str, split: str, config: str | None, images: str | None) -> Table:
+        """The rows of a split, by default those of `open_table`."""
+        return open_table(path, split, config, images)
+
+    @property
+    def has_splits(self) -> bool:
+        """Whether there may be other splits at `path`."""
+        return not Path(self.path).is_file()
+
+    def check(self, table: Table) -> None:
+        """Raise `ValueError` unless the columns fit."""
+        raise NotImplementedError
+
+    def example(self, table: Table, row: Row, name: str, what: str) -> Example | None:
+        """What a row asks; `None`, and counted in `left_out`, if nothing.
+
+        Args:
+            table: that it is of.
+            row: its cells.
+            name: the id.
+            what: for counting: an example or a demonstration.
+
+        Raises:
+            ValueError: a cell is of another kind than the column should have.
+        """
+        raise NotImplementedError
+
+    def name_of(self, row: Row) -> Any:
+        """The id that a row brings along; `None` if none."""
+        return row.get("question_id", row.get("id"))
+
+    def shown(self, example: Example) -> Mapping[str, Any]:
+        """The raw demonstration of an example that serves as one."""
+        return as_pair(example)
+
+    # --- what comes of it
+
+    def examples(self, seed: int) -> Sequence[Example]:
+        return self._sides[0]
+
+    def pool(self) -> Sequence[Shot]:
+        return self._sides[1] if self.share is not None else self._training
+
+    @cached_property
+    def _sides(self) -> tuple[list[Example], list[Shot]]:
+        """What is asked, and the share of the same split that is shown instead."""
+        asked = self._of(self.table(self.path, self.split, self.config, self.images), "example")
+        if self.share is None:
+            return asked, []
+        keys = [tuple(map(image_key, one.images)) or (one.id,) for one in asked]
+        groups = sorted(set(keys))  # all questions about an image go to one side
+        count = round(self.share * len(groups))
+        if not 0 < count < len(groups):
+            raise ValueError(f"{self.name} has {len(groups)} images: too few to split off a share of {self.share}.")
+        chosen = set(random.Random(f"split {self.split_seed}").sample(groups, count))
+        shots = [self._shot(one, self.split) for one, key in zip(asked, keys, strict=True) if key in chosen]
+        return [one for one, key in zip(asked, keys, strict=True) if key not in chosen], shots
+
+    @cached_property
+    def _training(self) -> list[Shot]:
+        if self.support is None and not self.has_splits:
+            self.why_none = f"{self.name} has no demonstrations: {self.path} is one file. {NAME_THEM}"
+            return []
+        own = self.support is None
+        path, config = (self.path, self.config) if self.support is None else (self.support, None)
+        for split in (self.support_split,) if self.support_split else self.training:
+            if own and split == self.split:
+                continue
+            try:
+                table = self.table(path, split, config, self.support_images or (self.images if own else None))
+            except MissingSplit as error:
+                self.why_none = f"{self.name} has no demonstrations: {error} {NAME_THEM}"
+                continue
+            self.why_none = ""
+            found = self._of(table, "demonstration")
+            if not own:  # splits of one data set are apart already
+                asked = {_identity(one) for one in self._sides[0]}
+                fresh = [one for one in found if _identity(one) not in asked]
+                self.left_out.update({SAME: len(found) - len(fresh)} if len(fresh) < len(found) else {})
+                found = fresh
+            return [self._shot(one, split) for one in found]
+        return []
+
+    def _of(self, table: Table, what: str) -> list[Example]:
+        self.check(table)
+        given = [self.name_of(row) for row in table.rows]
+        unique = None not in given and len(set(map(str, given))) == len(given)
+        names = map(str, given if unique else range(len(given)))
+        found = [self.example(table, row, name, what) for row, name in zip(table.rows, names, strict=True)]
+        usable = [one for one in found if one is not None]
+        if not usable:
+            raise ValueError(f"{table.where} has no row that can be used. {' '.join(self.notes())}")
+        return usable
+
+    def _shot(self, example: Example, split: str) -> Shot:
+        return Shot(f"{split} {example.id}", self.shown(example), example.label)
+
+    def notes(self) -> list[str]:
+        found = super().notes()
+        if self.share is not None:
+            found.append(
+                f"Demonstrations are a share of {self.share:g} of the images, which are not asked: figures are over "
+                "the other images only."
+            )
+        return found + ([self.why_none] if self.why_none else [])
+
+
+def _identity(example: Example) -> tuple[str, ...]:
+    """What makes an example the same as another one elsewhere."""
+    return (*map(image_key, example.images), example.question)
+
+
+def texts(value: Any) -> tuple[str, ...]:
+    """Answers as a row holds them: one, several, or objects with an `answer` each, as VQA has them; empty: none."""
+    many = value if isinstance(value, (list, tuple)) else [value]
+    said = (one.get("answer") if isinstance(one, Mapping) else one for one in many)
+    return tuple(str(one).strip() for one in said if isinstance(one, (str, int, float)) and str(one).strip())
+
+
+def common(answers: Sequence[str]) -> str:
+    """The most frequent answer, the first of those as frequent."""
+    return Counter(answers).most_common(1)[0][0]
+
+
+def as_pair(example: Example) -> dict[str, Any]:
+    """What is shown of an example: its images, its question, and the answer that most gave."""
+    return {"images": list(example.images), "question": example.question, "answer": common(example.answers)}

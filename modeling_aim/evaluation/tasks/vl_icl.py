@@ -1,0 +1,324 @@
+"""The image-to-text tasks of VL-ICL Bench (arXiv 2403.13164), which cannot be solved without their demonstrations.
+
+The data set (`ys-zong/VL-ICL`) has a folder a task with `query.json`, `support.json` and archives of the images, which
+may be unpacked or not.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ...data.images import Pictures
+from ...data.jsonl import read_json
+from ...data.tables import fetched
+from ..metrics import exact_match, yes_or_no, yes_or_no_said
+from ..task import Example, Prediction, Shot
+from .data_task import DataTask
+from .splits import SAME
+
+HUB = "ys-zong/VL-ICL"
+PROMPT = "{question}\nAnswer:"
+OPERATORS = ("+", "-", "x")  # of a demonstration's three answers, in this order
+
+
+class VlIcl(DataTask):
+    """What the tasks share: their files, and exact match after VL-ICL's cut.
+
+    Args:
+        path: folder of the data set or of the one task, or its Hub id.
+        name: to show; that of the task when `None`.
+
+    Raises:
+        FileNotFoundError: there is no such folder; when it is read, a file or an image is missing.
+        ValueError: when it is read, a file is not as published.
+    """
+
+    kind: ClassVar[str]
+    needed: ClassVar[tuple[str, ...]] = ("image", "question", "answer")  # of a query
+    shown_keys: ClassVar[tuple[str, ...]] = ("image", "question", "answer")  # of a demonstration
+    digits: ClassVar[bool] = False
+
+    def __init__(self, path: str = HUB, *, name: str | None = None) -> None:
+        super().__init__(name or self.kind)
+        self.path = path
+
+    @cached_property
+    def folder(self) -> Path:
+        """Of the task."""
+        root = fetched(self.path, [f"{self.kind}/*"])
+        return root / self.kind if (root / self.kind).is_dir() else root
+
+    @cached_property
+    def pictures(self) -> Pictures:
+        return Pictures(self.folder, self.folder.parent, [self.kind])
+
+    def read(self, file: str, keys: Sequence[str]) -> list[dict[str, Any]]:
+        """Entries of one of the two files.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no list of objects with these keys.
+        """
+        path = self.folder / file
+        if not path.is_file():
+            raise FileNotFoundError(f"{self.folder} has no {file}; {self.kind} has query.json and support.json.")
+        entries = read_json(path)
+        if not isinstance(entries, list) or not entries or not all(isinstance(one, dict) for one in entries):
+            raise ValueError(f"{path} is no list of objects.")
+        for number, entry in enumerate(entries):
+            missing = [key for key in keys if key not in entry]
+            if missing:
+                raise ValueError(
+                    f"{path}, entry {number} has {sorted(entry)}, but not {missing}; needed: {list(keys)}."
+                )
+        return entries
+
+    def located(self, entries: Sequence[Any]) -> list[list[Any]]:
+        """Images of entries, each a name or a list of names.
+
+        Raises:
+            FileNotFoundError: some are neither unpacked nor in an archive.
+        """
+        names = [[one] if isinstance(one, str) else list(one) for one in entries]
+        found = {name: self.pictures.find(name) for some in names for name in some}
+        missing = sorted(name for name, place in found.items() if place is None)
+        if missing:
+            raise FileNotFoundError(
+                f"{self.folder}: {len(missing)} of {len(found)} images are missing, for example {missing[0]!r}. "
+                "Unpack the archives again, or put them beside their JSON files, where they are read as they are."
+            )
+        return [[found[name] for name in some] for some in names]
+
+    @cached_property
+    def queries(self) -> list[Example]:
+        entries = self.read("query.json", self.needed)
+        places = self.located([entry["image"] for entry in entries])
+        names = [str(entry.get("id", number)) for number, entry in enumerate(entries)]
+        if len(set(names)) < len(names):
+            names = [str(number) for number in range(len(entries))]
+        found = []
+        for entry, name, images in zip(entries, names, places, strict=True):
+            if self.found(self.folder, images) is not None:
+                found.append(self.example(entry, name, images))
+        if not found:
+            raise ValueError(f"{self.folder} has no query that can be used. {' '.join(self.notes())}")
+        return found
+
+    def example(self, entry: Mapping[str, Any], name: str, images: Sequence[Any]) -> Example:
+        """A query."""
+        asked = PROMPT.format(question=entry["question"])
+        return Example(name, tuple(images), asked, (str(entry["answer"]),), label=str(entry["answer"]))
+
+    def shot(self, name: str, images: Sequence[Any], question: str, answer: Any) -> Shot:
+        """A demonstration."""
+        asked = PROMPT.format(question=question)
+        return Shot(name, {"images": list(images), "question": asked, "answer": str(answer)}, str(answer))
+
+    def examples(self, seed: int) -> Sequence[Example]:
+        return self.queries
+
+    def pool(self) -> Sequence[Shot]:
+        return () if self.fixed else self._pool
+
+    @cached_property
+    def _pool(self) -> list[Shot]:
+        entries = self.read("support.json", self.shown_keys)
+        found = []
+        for number, images in enumerate(self.located([entry["image"] for entry in entries])):
+            if self.may_show(images):
+                entry = entries[number]
+                found.append(self.shot(f"support {number}", images, entry["question"], entry["answer"]))
+        return found
+
+    def may_show(self, images: Sequence[Any]) -> bool:
+        """Whether the images of a demonstration can be opened and are not those of a query; else it is counted."""
+        if tuple(images) in self._asked:
+            self.left_out[SAME] += 1
+            return False
+        return self.found(self.folder, images, "demonstration") is not None
+
+    @cached_property
+    def _asked(self) -> set[tuple[Any, ...]]:
+        return {example.images for example in self.queries}
+
+    def score(self, example: Example, prediction: Prediction) -> dict[str, float]:
+        return {"accuracy": float(exact_match(prediction.text, example.answers, self.digits))}
+
+    def drawn(self, found: Sequence[Any], count: int, example: Example, seed: int) -> list[Any]:
+        """The first `count` of an order that seed and example decide, so that fewer are a part of more."""
+        if count > len(found):
+            raise ValueError(f"{self.name} has {len(found)} demonstrations to show, but {count} are asked for.")
+        return random.Random(f"{self.name} {seed} {example.id}").sample(found, len(found))[:count]
+
+    def halved(self, count: int) -> int:
+        """How many of each of two kinds are `count` in all."""
+        if count % 2:
+            raise ValueError(
+                f"{self.name} shows as many of each of two kinds, so {count} in all cannot be; ask for even numbers."
+            )
+        return count // 2
+
+
+class Clevr(VlIcl):
+    """CLEVR count induction: how many objects have the attribute of the question? Demonstrations show what it asks."""
+
+    kind, digits = "clevr", True
+
+    def score(self, example: Example, prediction: Prediction) -> dict[str, float]:
+        exact = float(exact_match(prediction.text, example.answers))
+        return {**super().score(example, prediction), "accuracy_published": exact}
+
+    def notes(self) -> list[str]:
+        note = "accuracy: the first run of digits; accuracy_published: all of the cut answer, as in VL-ICL's code."
+        return [*super().notes(), note]
+
+
+class TextOcr(VlIcl):
+    """The text in the red box of a picture."""
+
+    kind = "textocr"
+
+
+class OperatorInduction(VlIcl):
+    """Two digits and a question mark in an image: which operation it stands for follows from the demonstrations.
+
+    A demonstration has an answer for each operator; those of the query's operator are shown.
+    """
+
+    kind, digits, fixed = "operator_induction", True, True
+    needed = ("image", "question", "answer", "operator")
+
+    def example(self, entry: Mapping[str, Any], name: str, images: Sequence[Any]) -> Example:
+        if entry["operator"] not in OPERATORS:
+            raise ValueError(f"{self.folder}, query {name}: operator {entry['operator']!r} is none of {OPERATORS}.")
+        asked = PROMPT.format(question=entry["question"])
+        facts = {"operator": entry["operator"]}
+        return Example(name, tuple(images), asked, (str(entry["answer"]),), label=entry["operator"], facts=facts)
+
+    @cached_property
+    def support(self) -> list[tuple[str, dict[str, Any], list[Any]]]:
+        """Name, entry and images of all demonstrations."""
+        entries = self.read("support.json", self.shown_keys)
+        places = self.located([entry["image"] for entry in entries])
+        found = []
+        for number, (entry, images) in enumerate(zip(entries, places, strict=True)):
+            if not isinstance(entry["answer"], list) or len(entry["answer"]) != len(OPERATORS):
+                raise ValueError(
+                    f"{self.folder}/support.json, entry {number}: its answer is {entry['answer']!r:.60}; expected one "
+                    f"for each of {OPERATORS}."
+                )
+            if self.may_show(images):
+                found.append((f"support {number}", entry, images))
+        return found
+
+    def shots(self, example: Example, count: int, seed: int) -> Sequence[Shot]:
+        operator = example.facts["operator"]
+        return [
+            self.shot(f"{name} {operator}", images, entry["question"], entry["answer"][OPERATORS.index(operator)])
+            for name, entry, images in self.drawn(self.support, count, example, seed)
+        ]
+
+
+class InterleavedOperatorInduction(OperatorInduction):
+    """The same with each digit in an image of its own."""
+
+    kind = "operator_induction_interleaved"
+
+
+class OpenMi(VlIcl):
+    """Fast binding on Mini-ImageNet: two classes under made-up names, and an image of one of them to be named."""
+
+    kind, fixed = "open_mi", True
+    needed = ("image", "question", "answer", "classes", "support")
+
+    def __init__(self, path: str = HUB, *, name: str | None = None) -> None:
+        super().__init__(path, name=name)
+        self.support: dict[str, dict[str, list[str]]] = {}  # of each query: images by class
+
+    def example(self, entry: Mapping[str, Any], name: str, images: Sequence[Any]) -> Example:
+        classes, support, answer = entry["classes"], entry["support"], str(entry["answer"])
+        named = isinstance(support, dict) and all(
+            isinstance(one, dict) and "images" in one for one in support.values()
+        )
+        if not named or answer not in support or len([one for one in classes if one in support]) < 2:
+            raise ValueError(
+                f"{self.folder}, query {name}: its classes are {classes!r:.60} and its answer {answer!r}; expected "
+                "two or more classes, each with images in its support, and the answer among them."
+            )
+        self.support[name] = {one: list(support[one]["images"]) for one in classes if one in support}
+        return super().example(entry, name, images)
+
+    def shots(self, example: Example, count: int, seed: int) -> Sequence[Shot]:
+        many, answer, support = self.halved(count), example.answers[0], self.support[example.id]
+        rng = random.Random(f"{self.name} {seed} {example.id}")
+        names = [answer, rng.choice([one for one in support if one != answer])]
+        rng.shuffle(names)
+        few = {name: len(support[name]) for name in names if len(support[name]) < many}
+        if few:
+            raise ValueError(
+                f"{self.name}, query {example.id}: {many} demonstrations of each class, but there are {few}."
+            )
+        shown = [(name, support[name][number]) for number in range(many) for name in names]
+        places = self.located([image for _, image in shown])
+        return [
+            self.shot(f"{image} as {name}", self._opened(images, image), "This is a", name)
+            for (name, image), images in zip(shown, places, strict=True)
+        ]
+
+    def _opened(self, images: list[Any], name: str) -> list[Any]:
+        found = self.found(self.folder, images, "demonstration")
+        if found is None:
+            raise ValueError(
+                f"{self.name}: the demonstration image {name!r} cannot be opened. Fetch its archive again."
+            )
+        return images
+
+    def shots_note(self, count: int) -> str:
+        return f"{count // 2} of each of 2 classes, VL-ICL's {count // 2}-shot" if count else ""
+
+
+class MatchingMi(VlIcl):
+    """Fast matching on Mini-ImageNet: do two images belong together? Demonstrations show what that means."""
+
+    kind, fixed = "matching_mi", True
+    shown_keys = ("same", "diff")
+
+    @cached_property
+    def support(self) -> list[tuple[int, dict[str, Any]]]:
+        """Pairs of demonstrations, one of either kind, with their images found, by number."""
+        found = []
+        for number, entry in enumerate(self.read("support.json", self.shown_keys)):
+            kinds = [entry["same"], entry["diff"]]
+            if not all(isinstance(one, dict) and {"image", "question", "answer"} <= set(one) for one in kinds):
+                raise ValueError(
+                    f"{self.folder}/support.json, entry {number}: expected image, question and answer in each."
+                )
+            places = self.located([one["image"] for one in kinds])
+            if all(map(self.may_show, places)):
+                same, diff = ({**one, "image": images} for one, images in zip(kinds, places, strict=True))
+                found.append((number, {"same": same, "diff": diff}))
+        return found
+
+    def shots(self, example: Example, count: int, seed: int) -> Sequence[Shot]:
+        return [
+            self.shot(f"support {number} {kind}", pair[kind]["image"], pair[kind]["question"], pair[kind]["answer"])
+            for number, pair in self.drawn(self.support, self.halved(count), example, seed)
+            for kind in ("same", "diff")
+        ]
+
+    def shots_note(self, count: int) -> str:
+        return f"{count // 2} of each of 2 answers, VL-ICL's {count // 2}-shot" if count else ""
+
+    def score(self, example: Example, prediction: Prediction) -> dict[str, float]:
+        said, right = prediction.text, example.answers[0]
+        return {"accuracy": float(yes_or_no(said, right)), "accuracy_said": float(yes_or_no_said(said, right))}
+
+    def notes(self) -> list[str]:
+        note = (
+            "accuracy is VL-ICL's, where whatever does not say yes counts as no; accuracy_said wants one of the words."
+        )
+        return [*super().notes(), note]

@@ -1,0 +1,156 @@
+"""Steps a second of training a projector: reads kept, reads not kept, and the final pass alone; run by `make bench`.
+
+    python -m modeling_aim.speed.training                     # aim-tiny on this machine's cores
+    python -m modeling_aim.speed.training --backbone llava-hf/llava-1.5-7b-hf --device cuda
+
+The projector is the one that `aim train` makes by default. The floor is the final pass alone: fused tokens are given,
+the backbone answers, and gradient comes back to them. The rest of a step is what training adds: opening and encoding
+the targets, reading demonstrations or finding what was read, the projector, the optimizer. All three take the same
+episodes in turn, in one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import TrainingArguments
+
+from .. import AimForConditionalGeneration, Demonstration
+from ..training import AimTrainer, Episode, KeptStates, TrainSettings
+
+AIM_TINY = str(Path(__file__).resolve().parents[2] / "hub_configs" / "aim-tiny" / "backbone")
+BOUND = 32 * 2**30
+
+
+def episodes(count: int, shots: int, pixels: int) -> list[Episode]:
+    """Random images with a few words each; every pair after the first is a target."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for number in range(count):
+        noise = torch.randint(0, 256, (shots + 1, pixels, pixels, 3), generator=generator, dtype=torch.uint8)
+        pairs = [
+            Demonstration.of(
+                {"image": Image.fromarray(image.numpy()), "text": f"a small red circle , one of {number} ."}
+            )
+            for image in noise
+        ]
+        found.append(Episode(tuple(pairs), tuple(range(1, shots + 1))))
+    return found
+
+
+def final_pass(trainer: Any, batch: list[Episode]) -> Callable[[], None]:
+    """Forward and backward of the backbone alone, all else made ready."""
+    model: Any = trainer.model
+    made = trainer._prepare_inputs(trainer.data_collator(batch))
+    labels, _, _ = made["labels"], made.pop("sources"), made.pop("skipped")
+    scored = (labels != -100).int()
+    made["logits_to_keep"] = int((scored.shape[1] - scored.argmax(dim=1)).max()) + 1
+    rows = [model.read(demos) for demos in made.pop("demos")]
+    demos = [replace(row, vectors=row.vectors.clone().requires_grad_()) for row in rows]
+
+    def run() -> None:
+        model(**made, demos=demos).loss.backward()
+
+    return run
+
+
+def step(trainer: Any, batch: list[Episode]) -> Callable[[], None]:
+    """A whole step of training, from opened images to changed weights."""
+
+    def run() -> None:
+        made = trainer._prepare_inputs(trainer.data_collator(batch))
+        trainer.training_step(trainer.model, made)
+        torch.nn.utils.clip_grad_norm_(trainer.model.projector.parameters(), 1.0)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+
+    return run
+
+
+def timed(run: Callable[[], None], device: str) -> float:
+    start = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default=AIM_TINY, help="backbone: a folder or a Hub id")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch-size", type=int, default=4, help="episodes in a batch")
+    parser.add_argument("--shots", type=int, default=8, help="demonstrations of an episode")
+    parser.add_argument("--pixels", type=int, default=64, help="width and height of the images")
+    parser.add_argument("--batches", type=int, default=4, help="batches that are gone through again and again")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+
+    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+    model = AimForConditionalGeneration.from_backbone(
+        args.backbone,
+        dtype=dtype,
+        device_map=args.device,
+        preset="trained",
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        # a rate of nothing: the fused tokens of the final pass alone stay those of this projector
+        options = TrainingArguments(
+            folder, max_steps=1, learning_rate=0.0, report_to="none", use_cpu=args.device == "cpu"
+        )
+        data = episodes(1, 1, args.pixels)
+        trainer = AimTrainer(
+            model, options, optimizer=TrainSettings.optimizer, train_dataset=data, group_by_length=False
+        )
+        trainer.create_optimizer()
+        trainer.current_gradient_accumulation_steps = 1  # what `train` sets
+        model.train()
+        made = episodes(args.batches * args.batch_size, args.shots, args.pixels)
+        batches = [made[start : start + args.batch_size] for start in range(0, len(made), args.batch_size)]
+        times: dict[str, list[float]] = {"final pass alone": [], "reads kept": [], "reads not kept": []}
+        floors = [final_pass(trainer, batch) for batch in batches]
+        for repeat in range(args.repeats + 1):  # the first is for warming up, and fills the cache
+            for batch, floor in zip(batches, floors, strict=True):
+                model.read_cache.max_bytes = BOUND
+                kept = timed(step(trainer, batch), args.device)
+                states, model.read_cache = model.read_cache, KeptStates(0)
+                unkept = timed(step(trainer, batch), args.device)
+                model.read_cache = states
+                alone = timed(floor, args.device)
+                if repeat:
+                    for name, value in zip(times, (alone, kept, unkept), strict=True):
+                        times[name].append(value)
+    floor_time = statistics.median(times["final pass alone"])
+    found: dict[str, dict[str, Any]] = {
+        name: {
+            "steps a second": 1 / statistics.median(values),
+            "milliseconds": 1000 * statistics.median(values),
+            "quartiles": [1000 * value for value in statistics.quantiles(values, n=4, method="inclusive")[::2]],
+            "times the final pass": statistics.median(values) / floor_time,
+        }
+        for name, values in times.items()
+    }
+    if args.json:
+        print(json.dumps(found))
+        return
+    print(f"training, {args.batch_size} episodes of {args.shots} demonstrations, all but the first pair are targets")
+    print(f"{'':20}{'steps/s':>9}{'ms':>9}{'quartiles':>18}{'x final pass':>14}")
+    for name, row in found.items():
+        low, high = row["quartiles"]
+        numbers = f"{row['steps a second']:9.2f}{row['milliseconds']:9.1f}{low:9.1f}{high:9.1f}"
+        print(f"{name:20}{numbers}{row['times the final pass']:14.2f}")
+
+
+if __name__ == "__main__":
+    main()
