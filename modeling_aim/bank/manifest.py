@@ -190,6 +190,8 @@ def open_parts(folder: Path, manifest: Mapping[str, Any]) -> tuple[list[Shard], 
             for name in RAGGED:
                 if name in part.columns:
                     part.rows(name, range(len(part)))
+            for kind in part.features:
+                part.feature(kind)
             found.append(part)
         except BankDamaged as error:
             left_out[path] = error

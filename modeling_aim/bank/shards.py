@@ -166,6 +166,8 @@ class Shard:
         for name, (shape, dtype) in expected.items():
             if tuple(found[name].shape) != shape or (dtype is not None and found[name].dtype != dtype):
                 return f"{name} is {found[name].dtype} {tuple(found[name].shape)}, expected {dtype} {shape}"
+        if found["vectors"].numel() == 0 and found["vectors"].shape[0]:
+            return f"its fused tokens have the shape {tuple(found['vectors'].shape)}"
         known = [*DTYPES.values(), *([torch.int8] if "scales" in found else [])]
         if found["vectors"].dtype not in known or self.about.get("dtype") not in DTYPES:
             return f"its fused tokens are {found['vectors'].dtype}, to be used as {self.about.get('dtype')!r:.40}"
@@ -212,7 +214,9 @@ class Shard:
         found = [part.long() for part in self.rows("ids", index)]
         for i, part in zip(index, found, strict=True):
             if bool((part < 0).any()):
-                raise BankDamaged(f"ids of demonstration {i} of {self.name} are negative. Copy or build the bank again.")
+                raise BankDamaged(
+                    f"ids of demonstration {i} of {self.name} are negative. Copy or build the bank again."
+                )
         return found
 
     def words(self, name: str, index: Iterable[int]) -> list[str]:
