@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -114,7 +115,10 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 
 def write_whole(path: Path, payload: bytes) -> None:
     """Write a file under another name, then rename it: after a kill there is the old one or the new one, whole."""
-    handle, scratch = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
+    scratch = (
+        path.parent / f".writing-{secrets.token_hex(8)}"
+    )  # not by tempfile, whose files only their owner may read
+    handle = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(payload)
@@ -122,7 +126,7 @@ def write_whole(path: Path, payload: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(scratch, path)
     except BaseException:
-        Path(scratch).unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
         raise
 
 

@@ -21,6 +21,7 @@ from rich.table import Table
 from ..data.jsonl import read_demonstrations
 from .loading import LoadingSettings
 from .options import check_least, command
+from .terminal import printable
 
 app = typer.Typer(
     help="Demonstrations read once: build, inspect and choose.",
@@ -46,6 +47,8 @@ class BuildSettings(LoadingSettings):
         storage: auto, float32, bfloat16, float16 or int8.
         keep_states: keep hidden states, to put another projector on them later.
         thumbnails: side of the small images that are kept, in pixels; 0 keeps none.
+        on_bad_row: what becomes of a bad row: skip (and name it) or raise.
+        max_bad_rows: bad rows after which the build stops.
     """
 
     repo: str
@@ -59,10 +62,12 @@ class BuildSettings(LoadingSettings):
     storage: str = "auto"
     keep_states: bool = False
     thumbnails: int = 96
+    on_bad_row: str = "skip"
+    max_bad_rows: int = 100
 
     def __post_init__(self) -> None:
         check_least(self, 1, "limit", "batch_size")
-        check_least(self, 0, "thumbnails")
+        check_least(self, 0, "thumbnails", "max_bad_rows")
         if (self.demos is None) == (self.dataset is None):
             raise ValueError("Give --demos FILE or --dataset NAME, one of them.")
 
@@ -88,10 +93,13 @@ def build(settings: BuildSettings) -> None:
         keep_states=settings.keep_states,
         thumbnails=settings.thumbnails,
         total=settings.limit,
+        on_bad_row=settings.on_bad_row,
+        max_bad_rows=settings.max_bad_rows,
     )
     Console().print(
         f"{settings.output}: {len(bank)} demonstrations, {bank.num_tokens} fused tokens, {_bytes(bank.nbytes)}"
-        + (f", merged duplicates: {bank.duplicates}" if bank.duplicates else ""),
+        + (f", merged duplicates: {bank.duplicates}" if bank.duplicates else "")
+        + (f", bad rows left out: {len(bank.bad_rows)}" if bank.bad_rows else ""),
         soft_wrap=True,
     )
 
@@ -127,16 +135,16 @@ def inspect(settings: InspectSettings) -> None:
         opened.verify()
     info = opened.info()
     if settings.as_json:
-        typer.echo(json.dumps(info, ensure_ascii=False))
+        typer.echo(printable(json.dumps(info, ensure_ascii=False)))
         return
     table = Table("", "", title=escape(settings.bank), show_header=False)
     labels = info.pop("labels")
     for name, value in info.pop("source").items():
-        table.add_row(escape(name), escape(str(value)))
+        table.add_row(_words(name), _words(value))
     for name, value in info.items():
-        table.add_row(name.replace("_", " "), _bytes(value) if name == "bytes" else escape(_shown(value)))
+        table.add_row(name.replace("_", " "), _bytes(value) if name == "bytes" else _words(_shown(value)))
     more = ", ..." if len(labels) > 20 else ""
-    table.add_row(f"labels ({len(labels)})", escape(_shown(dict(list(labels.items())[:20])) + more))
+    table.add_row(f"labels ({len(labels)})", _words(_shown(dict(list(labels.items())[:20])) + more))
     Console().print(table)
 
 
@@ -196,12 +204,12 @@ def select(settings: SelectSettings) -> None:
         for (number, score), label, text in zip(chosen, labels, texts, strict=True)
     ]
     if settings.as_json:
-        typer.echo(json.dumps(rows, ensure_ascii=False))
+        typer.echo(printable(json.dumps(rows, ensure_ascii=False)))
         return
     title = f"{len(rows)} of {len(opened)} by {settings.select}, most alike last"
     table = Table("number", "score", "label", "text", title=title)
     for row in rows:
-        table.add_row(*(escape("" if value is None else str(value)) for value in row.values()))
+        table.add_row(*(_words("" if value is None else value) for value in row.values()))
     Console().print(table)
 
 
@@ -220,6 +228,11 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {number}" for name, number in value.items()) or "none"
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
+def _words(value: Any) -> str:
+    """A value of a bank, which anybody may have made, for a table."""
+    return escape(printable(str(value)))
 
 
 def _bytes(count: int) -> str:
@@ -242,7 +255,7 @@ def contact_sheet(query: Any, question: str, thumbnails: Sequence[bytes], says: 
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    from ..images_aim import open_image
+    from ..bank.pictures import open_thumbnail
 
     columns = min(6, max(len(thumbnails), 1))
     rows = -(-len(thumbnails) // columns)
@@ -262,6 +275,6 @@ def contact_sheet(query: Any, question: str, thumbnails: Sequence[bytes], says: 
 
     place(query, f"query  {question}", 0, 0, "#c03020")
     for i, (small, text) in enumerate(zip(thumbnails, says, strict=True)):
-        picture = open_image(small) if small else None
+        picture = open_thumbnail(small) if small else None
         place(picture, text, i % columns, 1 + i // columns, "#b0b0b0")
     return sheet
