@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
+from . import AimForConditionalGeneration
 from .backbone_aim import check_usable, decoder_layers, goes_on_behind_kv, laptop_quantization_config
 from .bank import DemonstrationBank
 from .configuration_aim import AimConfig
 from .demonstrations_aim import Demonstration
-from .modeling_aim import AimForConditionalGeneration
 from .prefix_aim import prefilled, serves
 from .processing_aim import AimProcessor
 

@@ -23,7 +23,7 @@ from more_families import blip_2
 from typer.testing import CliRunner
 
 from modeling_aim import AimForConditionalGeneration, Demonstration
-from modeling_aim.cli.eval import eval_app
+from modeling_aim.cli import app
 from modeling_aim.evaluation import METHODS, Example, Shot, evaluate
 from modeling_aim.evaluation.choosing import difference_hash
 from modeling_aim.evaluation.methods import Prompt, PromptBuilder, Shown
@@ -430,22 +430,22 @@ def test_what_cannot_work_is_said_before_anything_is_answered(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--tasks", "naming", "--repo", AIM_TINY], "Give --tasks and --output"),
+        (["--tasks", "naming", "--repo", AIM_TINY], "--output must be given"),
         (
             ["--tasks", "naming", "--repo", AIM_TINY, "--output", "x", "--shots", "two"],
-            "--shots 'two': expected whole",
+            "--shots 'two': expected a whole number",
         ),
         (["--tasks", "naming", "--output", "x"], "one of them"),
     ],
 )
 def test_the_command_reports_what_is_wrong(given: list[str], message: str) -> None:
-    shown = CliRunner().invoke(eval_app, given)
+    shown = CliRunner().invoke(app, ["eval", *given])
     assert shown.exit_code == 1 and message in shown.output and "Traceback" not in shown.output
 
 
 def test_the_command(tmp_path: Path) -> None:
     given = ["--repo", AIM_TINY, "--tasks", "naming,pictures", "--shots", "0,2", "--seeds", "1", "--limit", "2"]
-    shown = CliRunner().invoke(eval_app, [*given, "--output", str(tmp_path / "run")])
+    shown = CliRunner().invoke(app, ["eval", *given, "--output", str(tmp_path / "run")])
     assert shown.exit_code == 0, shown.output
     assert {row["task"] for row in predictions(tmp_path / "run")} == {"naming", "pictures"}
     assert len(predictions(tmp_path / "run")) == 2 * 2 * len(METHODS)

@@ -20,12 +20,12 @@ from PIL import Image
 from torch import nn
 from transformers import BatchFeature, PreTrainedConfig
 
+from .. import AimForConditionalGeneration
 from ..backbone_aim import laptop_quantization_config, load_backbone, longest_prompt, module_device
 from ..cache_aim import LRUCache
 from ..configuration_aim import AimConfig
 from ..data.pairs import opened
 from ..demonstrations_aim import Demonstration, FusedDemonstrations
-from ..modeling_aim import AimForConditionalGeneration
 from ..processing_aim import _TOKENIZING, AimProcessor
 from ..projector_aim import AimProjector
 from ..runs import PRECISIONS

@@ -47,29 +47,45 @@ class TrainSettings:
 
     Args:
         backbone: Hub id or folder of the backbone, or of an AIM repository whose projector is trained further.
-        data: sources, `KIND:PATH[,name=value...]`; see docs/TRAINING.md.
+        data: sources of training data, `KIND:PATH[,name=value...]`; see docs/TRAINING.md.
         output: folder of the Hub repository that comes out.
         steps: optimizer steps.
-        batch_size: episodes of one process in one forward pass.
+        batch_size: episodes of one process in one forward pass, with up to `shots` targets each.
         accumulation: forward passes of one step.
-        learning_rate, warmup: peak, reached after this share of the steps; it falls as a cosine. `None`: `usual_rate`.
-        optimizer: `"adamw"`, or `"muon"` for the projector's matrices (AdamW, at a third of the rate, for the rest).
-            With adamw, `arguments={"optim": ...}` reaches all that Trainer has.
-        shots, shot_law: demonstrations of an episode, 1 to `shots`; see `ShotLaw`.
-        preset: of a new projector: `"trained"`, at the depth where states are read, or `"paper"`; see `PRESETS`.
-        projector_form, read_layers, entry_layers: in place of the preset's.
-        projector_size, read_span, max_fused_tokens: see `AimConfig`.
-        revision: of the backbone.
-        dtype, load_in_4bit, device_map: of the backbone.
+        learning_rate: peak of the learning rate, which falls as a cosine; by default 1e-3 (adamw) or 0.6 / sqrt(the
+            longest side) (muon).
+        warmup: share of the steps after which the peak is reached.
+        optimizer: muon (for the projector's matrices; AdamW, at a third of the rate, for the rest) or adamw (for which
+            `arguments` may name another `optim`).
+        shots: most demonstrations of an episode.
+        shot_law: distribution of their number: exponential, which favours many, uniform or fixed.
+        preset: trained (a projector at the depth where states are read) or paper (one for the input).
+        projector_form: form of a new projector, in place of the preset's: residual_mlp or residual; for the input mlp,
+            linear or linear_norm too.
+        projector_size: inner width of the mlp forms.
+        read_layers: depths whose states are read, such as 13 or 12,24; by default two fifths of the layers.
+        entry_layers: depths that the states enter, 0 for the input; by default those where they were read.
+        read_span: tokens of a demonstration that are kept: text or answer.
+        max_fused_tokens: most fused tokens of a demonstration.
+        revision: revision of the backbone.
+        dtype: precision of the backbone: bfloat16, float16 or float32.
+        load_in_4bit: load the backbone in 4-bit, for a laptop.
+        device_map: where the backbone goes; by default one device.
         gradient_checkpointing: recompute the backbone's layers in the backward pass, for memory.
-        prompts, teacher, distillation: see `AimTrainer`.
-        eval_data, eval_episodes: held-out sources, and how many of their episodes are scored at every save.
-        memory, keep_states, disk: GiB of hidden states kept in memory; a folder where all are kept; GiB there.
-        save_every, log_every: steps.
-        seed: of order, episodes, and the projector's first weights.
-        overwrite: replace another run in `output`.
-        push_to_hub: repository id to push to in the end.
-        arguments: further `TrainingArguments` by name, as in `{"report_to": "wandb"}`.
+        prompts: how questions are written: chat, plain or mixed.
+        teacher: distil from the backbone that reads the demonstrations full, or as text.
+        distillation: weight of the divergence to the teacher, in 0..1.
+        eval_data: held-out sources, given like `data`.
+        eval_episodes: episodes of them that are scored at every save.
+        memory: GiB of hidden states that are kept in memory.
+        keep_states: folder where all hidden states are kept.
+        disk: GiB of hidden states that are kept in that folder.
+        save_every: steps from one checkpoint to the next.
+        log_every: steps from one report to the next.
+        seed: seed of the order, the episodes, and the projector's first weights.
+        overwrite: replace another run in the output folder.
+        push_to_hub: repository to push the result to.
+        arguments: further `TrainingArguments` of transformers by name, such as report_to=wandb.
     """
 
     backbone: str
@@ -117,6 +133,10 @@ class TrainSettings:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {known}.")
+        counts = ("steps", "batch_size", "accumulation", "shots", "eval_episodes", "save_every", "log_every")
+        for name, least in (*((name, 1) for name in counts), ("memory", 0), ("disk", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least {least}.")
         if not 0 <= self.distillation <= 1:
             raise ValueError(f"distillation={self.distillation} must lie in 0..1, the weight of the divergence.")
         if self.optimizer == "muon" and "optim" in self.arguments:
