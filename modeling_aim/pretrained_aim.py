@@ -264,7 +264,13 @@ class AimPreTrainedModel(PreTrainedModel):
         settings = preset_settings(preset, read_layers, entry_layers, projector_form)
         if isinstance(backbone, (str, os.PathLike)):
             check_place(backbone)
-            backbone = load_backbone(str(backbone), **kwargs)
+            given = str(backbone)
+            backbone = load_backbone(given, **kwargs)
+            if backbone.config.model_type == AimConfig.model_type:
+                raise ValueError(
+                    f"{given} is an AIM repository already. Load it with from_pretrained, train it further with "
+                    "`aim train --backbone`, or give the backbone itself for a new one."
+                )
         if not isinstance(backbone, PreTrainedModel) or backbone.config.model_type == AimConfig.model_type:
             raise TypeError(
                 f"backbone is a {type(backbone).__name__}; expected a Hub id, a folder, or a vision-language model of "

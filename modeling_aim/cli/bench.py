@@ -83,10 +83,10 @@ class BenchSettings:
 def bench(settings: BenchSettings) -> None:
     """Count and measure what few-shot answers cost on a backbone, beside zero-shot and beside kept prefix KV."""
     about, rows = _run(settings)
-    title = f"{safe(settings.backbone or settings.shape)}, {about['visual_tokens']} visual tokens an image"
+    title = f"{settings.backbone or settings.shape}, {about['visual_tokens']} visual tokens an image"
     title += ", counted" if settings.count_only else f", {about['dtype']} on {about['device_name']}"
     console = Console()
-    console.print(rich_table(rows, title))
+    console.print(rich_table(rows, safe(title)))
     for line in notes(rows):
         console.print(line)
     if settings.output is not None:

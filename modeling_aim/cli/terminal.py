@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -16,7 +17,7 @@ errors = Console(stderr=True)
 # control characters but line breaks, marks that turn the direction of text round, lone surrogates
 STEERING = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # of click itself or of the one inside typer, by version
-ENDINGS = (typer.Exit, typer.Abort, *(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"))
+CLICK: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 EXPECTED = (ValueError, OSError, ImportError)  # whose messages are made for people
 
 
@@ -25,7 +26,7 @@ def reported(command: str) -> Iterator[None]:
     """Show whatever fails as one line, with a non-zero exit code; with AIM_TRACEBACK=1 set, as a traceback."""
     try:
         yield
-    except ENDINGS:
+    except (typer.Exit, typer.Abort, CLICK):
         raise
     except KeyboardInterrupt:
         errors.print(f"[red]{command}:[/red] stopped.", highlight=False)
