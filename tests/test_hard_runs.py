@@ -176,9 +176,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     damage(output / "checkpoint-6", "malicious optimizer", trap)
     train(interrupted)
     for name, value in load_file(whole / "aim_projector.safetensors").items():
-        torch.testing.assert_close(
-            load_file(output / "aim_projector.safetensors")[name], value, rtol=1e-3, atol=1e-4
-        )
+        torch.testing.assert_close(load_file(output / "aim_projector.safetensors")[name], value, rtol=1e-3, atol=1e-4)
     assert not trap.exists()
 
 
