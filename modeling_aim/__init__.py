@@ -3,13 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .bank import DemonstrationBank
     from .registered import (
         AimConfig,
         AimForConditionalGeneration,
         AimProcessor,
         AimProjector,
         Demonstration,
-        DemonstrationBank,
         FusedDemonstrations,
         laptop_quantization_config,
     )
@@ -34,4 +34,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from . import registered
 
+    if name == "DemonstrationBank":
+        from .bank import DemonstrationBank
+
+        return DemonstrationBank
     return getattr(registered, name)

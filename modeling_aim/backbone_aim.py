@@ -32,6 +32,7 @@ from transformers import (
 from transformers.quantizers import AutoQuantizationConfig
 
 from .batching_aim import repeat_images, shared_images
+from .families_aim import family_of
 from .files_aim import HUB_KWARGS
 
 INPUT, VISION, DECODER = -2, -3, -4  # what enters the first layer, leaves the vision tower, enters the decoder
@@ -351,9 +352,11 @@ def remembers(backbone: PreTrainedModel) -> bool:
     return bool(_remembered(all_modules(backbone)))
 
 
-def goes_on_behind_kv(backbone: PreTrainedModel) -> bool:
-    """Whether a prompt finds its places behind KV that `generate` is given: not with positions in the image grid and
-    transformers before 5.23, the oldest on which that was tried and holds."""
+def goes_on_behind_kv(backbone: PreTrainedModel, padded: bool = False) -> bool:
+    """Whether a prompt, `padded` or not, can go on behind KV that `generate` is given: not on every family, nor with
+    positions in the image grid and transformers before 5.23, the oldest on which that was tried and holds."""
+    if family_of(backbone.config.model_type).prefix_kv not in ("always", "always" if padded else "unpadded"):
+        return False
     return not remembers(backbone) or Version(Version(transformers.__version__).base_version) >= Version("5.23")
 
 

@@ -42,6 +42,7 @@ from .demonstrations_aim import (
     kind_of,
     parse_demos,
 )
+from .families_aim import family_of
 from .features_aim import FeaturesMixin
 from .injection_aim import FusedPrompt, injected, own_tokens_only, watch_entries
 from .prefix_aim import FusedPrefix, check_continued, note_fused, prefilled, prefix_kv
@@ -50,7 +51,6 @@ from .processing_aim import AimProcessor
 from .projector_aim import AimProjector
 
 if TYPE_CHECKING:  # the rest of what a repository carries: transformers 5.5 copies only files that this one names
-    from .families_aim import FAMILIES  # noqa: F401
     from .files_aim import locate_file  # noqa: F401
     from .images_aim import open_image  # noqa: F401
 
@@ -156,6 +156,8 @@ class AimForConditionalGeneration(FeaturesMixin, AimPreTrainedModel, GenerationM
         """Number, hidden states and, where asked for, image features of each demonstration, as they are read."""
         lengths = self.processor.reading_lengths(demos)
         positions = CPU_POSITIONS if self.device.type == "cpu" else PASS_POSITIONS
+        if family_of(self.backbone.config.model_type).read_alone:
+            batch_size = 1
         for rows, alike in reading_batches(demos, lengths, batch_size, positions):
             inputs, kept = self.processor.encode_demonstrations([demos[i] for i in rows], self.config.read_span)
             self._check_length(inputs["input_ids"].shape[1], [demos[i].text for i in rows])

@@ -153,8 +153,15 @@ class AimProcessor(ProcessorMixin):
     def _encode(self, images: Any, text: Any, **kwargs: Any) -> BatchFeature:
         """The backbone's inputs; images stand between the words for a processor that takes them there."""
         images, texts = opened_images(images, self.image_rules), [text] if isinstance(text, str) else text
-        between_words = family_of_processor(self.processor).images_between_words
-        if not between_words or not texts or not all(isinstance(t, str) for t in texts):
+        family = family_of_processor(self.processor)
+        if family.words_alone is not None and images is None and texts is not None:
+            bos = self.tokenizer.bos_token or ""
+            texts = [family.words_alone.format(bos=bos, words=words) for words in texts]
+            kwargs["return_token_type_ids"] = "token_type_ids" in self.processor.model_input_names
+            return BatchFeature(dict(self.tokenizer(texts, **kwargs)))
+        if family.flat_images and images is not None:
+            images = _flat(images)
+        if not family.images_between_words or not texts or not all(isinstance(t, str) for t in texts):
             return self.processor(images=images, text=text, **kwargs)
         remaining = iter(_flat(images))
         prompts = []
@@ -408,13 +415,18 @@ class AimProcessor(ProcessorMixin):
         shown = [list(row) for row in images] if any(images) else None
         with _TOKENIZING:
             inputs = self._encode(shown, list(prompts), padding=True, padding_side="left", return_tensors="pt")
-        plain = self._tokenized(prompts)
-        mask = torch.zeros(inputs["input_ids"].shape, dtype=torch.bool)
-        # Images are expanded in the processor, so places are counted from the end, where the text is as it was given.
+        plain, ids = self._tokenized(prompts), inputs["input_ids"]
+        mask = torch.zeros(ids.shape, dtype=torch.bool)
+        # Images are expanded in the processor, so places are counted from the end, where the text is as it was given,
+        # but for what some processors put behind it.
         for row, span in enumerate(spans):
-            length = len(plain["input_ids"][row])
-            for place in self._kept_places(plain, row, span):
-                mask[row, place - length] = True
+            part = self._kept_places(plain, row, span)
+            if not part:
+                continue
+            words = torch.tensor(plain["input_ids"][row])
+            places = ids.shape[1] - len(words) + torch.tensor(part)
+            shifts = (n for n in range(int(places[0]) + 1) if torch.equal(ids[row, places - n], words[part]))
+            mask[row, places - next(shifts, 0)] = True
         return inputs, mask
 
     def _tokenized(self, prompts: Sequence[str]) -> Any:

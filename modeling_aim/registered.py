@@ -5,7 +5,6 @@ from .configuration_aim import AimConfig  # isort: skip  first of all: it says w
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from .backbone_aim import laptop_quantization_config
-from .bank import DemonstrationBank
 from .demonstrations_aim import Demonstration, FusedDemonstrations
 from .modeling_aim import AimForConditionalGeneration
 from .processing_aim import AimProcessor
@@ -17,7 +16,6 @@ __all__ = [
     "AimProcessor",
     "AimProjector",
     "Demonstration",
-    "DemonstrationBank",
     "FusedDemonstrations",
     "laptop_quantization_config",
 ]

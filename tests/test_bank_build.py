@@ -1,13 +1,9 @@
-"""Building a bank: streamed, each content once, killed at random moments, on a full disk, from data sets."""
+"""Building a bank: streamed, each content once, killed at counted events, on a full disk, from data sets."""
 
 from __future__ import annotations
 
-import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,16 +11,12 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from backbones import DEMOS, Plugin, picture, plugin
+from backbones import Plugin, picture, plugin
+from killed_builds import MANY, OPTIONS, UNIQUE, KilledBuilds
 
 from modeling_aim import DemonstrationBank
 from modeling_aim.bank.build import PARTS_FOLDER, _alone, open_rows
 from modeling_aim.bank.manifest import BANK_MANIFEST, read_manifest
-
-MANY: list[Any] = [(picture(seed), f"the thing number {seed}") for seed in range(40)]
-MANY += [MANY[3], *DEMOS, {"image": picture(0), "text": "dax"}, MANY[7]]  # three of them are there already
-UNIQUE = 45
-OPTIONS: dict[str, Any] = {"batch_size": 2, "shard_bytes": 60_000, "keep_states": True}
 
 
 def reads(aim: Plugin) -> list[int]:
@@ -70,56 +62,21 @@ def test_more_demonstrations_are_added(tmp_path: Path) -> None:
     assert torch.equal(bank[:5].vectors, vectors)
 
 
-def killed_while_building(folder: Path, log: Path, after: float) -> bool:
-    """Build in a process of its own and kill it after some seconds; whether it was still at work."""
-    child = os.fork()
-    if child == 0:  # no exception may get back into the tests
-        try:
-            aim = plugin("llava")
-            read = aim.model.read_fully
-
-            def noted(demos: Any, features: bool = True) -> Any:
-                with log.open("a") as file:
-                    file.write(f"{len(demos)}\n")
-                return read(demos, features)
-
-            aim.model.read_fully = noted  # type: ignore[method-assign]
-            log.with_suffix(".ready").touch()
-            DemonstrationBank.build(aim.model, MANY, folder, **OPTIONS)
-        finally:
-            os._exit(0)
-    while not log.with_suffix(".ready").exists():
-        time.sleep(0.002)
-    log.with_suffix(".ready").unlink()
-    time.sleep(after)
-    os.kill(child, signal.SIGKILL)
-    return os.waitpid(child, 0)[1] == signal.SIGKILL
-
-
 @pytest.mark.timeout(900)
-def test_killed_at_ten_random_moments_it_ends_in_the_same_files(whole: Path, tmp_path: Path, listing: Any) -> None:
-    moments = random.Random(4)
-    start = time.perf_counter()
-    DemonstrationBank.build(plugin("llava").model, MANY, tmp_path / "timed", **OPTIONS)
-    longest = time.perf_counter() - start
-    kills = 0
-    for attempt in range(20):
-        folder, log = tmp_path / f"bank{attempt}", tmp_path / f"log{attempt}"
-        killed = 0
-        while killed < 5 and killed_while_building(folder, log, moments.uniform(0, longest / 3)):
-            killed += 1
-            if (folder / BANK_MANIFEST).exists() and read_manifest(folder / BANK_MANIFEST)["shards"]:
-                assert len(DemonstrationBank.from_pretrained(folder)) > 0  # what is in shards can be used
-        aim = plugin("llava")
-        counted = reads(aim)
-        DemonstrationBank.build(aim.model, MANY, folder, **OPTIONS)
-        assert listing(folder) == listing(whole)
-        read = sum(map(int, log.read_text().split())) if log.exists() else 0
-        assert read + sum(counted) <= UNIQUE + 2 * killed  # at most the batch in work is read again
-        kills += killed
-        if kills >= 10:
-            break
-    assert kills >= 10
+def test_killed_at_counted_events_it_ends_in_the_same_files(whole: Path, tmp_path: Path, listing: Any) -> None:
+    with KilledBuilds() as builds:
+        for attempt, events in enumerate(([1, 2, 3, 4, 5], [9, 8, 7, 6], [21, 34, 13])):
+            folder, log = tmp_path / f"bank{attempt}", tmp_path / f"log{attempt}"
+            for event in events:
+                assert builds.killed(folder, log, event), f"the build has fewer than {event} events left"
+                if (folder / BANK_MANIFEST).exists() and read_manifest(folder / BANK_MANIFEST)["shards"]:
+                    assert len(DemonstrationBank.from_pretrained(folder)) > 0  # what is in shards can be used
+            aim = plugin("llava")
+            counted = reads(aim)
+            DemonstrationBank.build(aim.model, MANY, folder, **OPTIONS)
+            assert listing(folder) == listing(whole)
+            read = sum(map(int, log.read_text().split())) if log.exists() else 0
+            assert read + sum(counted) <= UNIQUE + 2 * len(events)  # at most the batch in work is read again
 
 
 def test_a_damaged_part_is_read_again(whole: Path, tmp_path: Path, listing: Any) -> None:

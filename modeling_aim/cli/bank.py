@@ -16,7 +16,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..bank import DemonstrationBank
 from ..data.jsonl import read_demonstrations
 from .loading import LoadingSettings
 from .options import check_least, command
@@ -70,6 +69,8 @@ class BuildSettings(LoadingSettings):
 @command(app, "aim bank build")
 def build(settings: BuildSettings) -> None:
     """Read demonstrations into a bank; rerun the same command to resume."""
+    from .. import DemonstrationBank
+
     stream: Iterable[Any]
     if settings.demos is None:
         stream = _streamed(settings.dataset, settings.split, settings.limit)
@@ -173,6 +174,7 @@ class SelectSettings(LoadingSettings):
 @command(app, "aim bank select", positional=("bank",))
 def select(settings: SelectSettings) -> None:
     """Select demonstrations for a query, and show them."""
+    from .. import DemonstrationBank
     from ..images_aim import open_image
 
     image = None if settings.image is None else open_image(settings.image)

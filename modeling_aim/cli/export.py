@@ -9,7 +9,6 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from ..bank import DemonstrationBank
 from ..data.jsonl import read_demonstrations
 from .loading import LoadingSettings
 from .options import check_least, command
@@ -57,6 +56,7 @@ def export_prompt_embeds(settings: ExportSettings) -> None:
     """
     from safetensors.torch import save_file
 
+    from .. import DemonstrationBank
     from ..images_aim import open_image
 
     model: Any = settings.load(settings.repo)

@@ -24,10 +24,11 @@ class InitSettings(LoadingSettings):
         output: folder of the new repository.
         preset: untrained (states return where they were read, no weights), trained (with a projector to train there)
             or paper (a projector for the input, to train).
-        read_layers: layers whose states are read, such as 12,24; by default the preset's.
-        entry_layers: layers that the states enter; by default the preset's.
-        projector_form: form of the projector: identity, linear, linear_norm, mlp, residual or residual_mlp; by default
-            the preset's.
+        read_layers: layers whose states are read, such as 12,24; by default two fifths of
+            the layers.
+        entry_layers: layers that the states enter, 0 for the input; by default where they were read.
+        projector_form: form of the projector: identity, residual or residual_mlp, and for the input also linear,
+            linear_norm or mlp; by default the preset's.
         max_fused_tokens: most fused tokens of a demonstration; by default one for each text token.
         include_backbone: copy the backbone too, for a repository that needs no other.
     """
@@ -44,9 +45,9 @@ class InitSettings(LoadingSettings):
 
 @command(app, "aim init", positional=("backbone",))
 def init(settings: InitSettings) -> None:
-    """Make an AIM repository for a backbone, with an untrained projector of the right size and scale."""
+    """Make an AIM repository for a backbone: without weights, or with a projector to train."""
     if settings.output.exists() and any(settings.output.iterdir()):
-        raise ValueError(f"{safe(settings.output)} is not empty; give a new folder with --output.")
+        raise ValueError(f"{settings.output} is not empty; give a new folder with --output.")
     from .. import AimForConditionalGeneration
 
     model = AimForConditionalGeneration.from_backbone(
@@ -60,7 +61,8 @@ def init(settings: InitSettings) -> None:
     )
     model.save_pretrained(settings.output, include_backbone=settings.include_backbone)
     parameters = sum(p.numel() for p in model.projector.parameters())
+    weights = f"an untrained projector of {parameters:,} parameters" if parameters else "no weights are needed"
     Console().print(
-        f"{safe(settings.output)}: an untrained projector of {parameters:,} parameters for {safe(settings.backbone)}.",
+        f"{safe(settings.output)}: AIM for {safe(settings.backbone)}, read at {safe(model.config.read_layers)}; {weights}.",
         soft_wrap=True,
     )

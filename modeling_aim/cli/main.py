@@ -14,7 +14,7 @@ from .. import __version__
 # Module of each command, and its line in `aim --help`.
 COMMANDS = {
     "answer": ("answer", "Answer a question about an image from demonstrations of your own."),
-    "init": ("init", "Make an AIM repository for a backbone, with an untrained projector."),
+    "init": ("init", "Make an AIM repository for a backbone: without weights, or with a projector to train."),
     "check": ("check", "Try what AIM promises on a backbone, before any training."),
     "train": ("train", "Train a projector for a frozen backbone."),
     "eval": ("eval", "Evaluate a model few-shot; compare runs; measure attention."),

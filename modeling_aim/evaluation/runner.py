@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,49 +28,19 @@ from transformers.utils import logging
 from .. import AimForConditionalGeneration, DemonstrationBank
 from ..cache_aim import LRUCache
 from ..files_aim import only_one, write_whole
-from .choosing import Chosen, check_pool, choose_all, own_shots, read_chosen
+from .asked import Asked, open_asked
+from .choosing import choose_all, read_chosen
 from .folder import RECORD, begin, claim
 from .methods import METHODS, Prompt, Shown
 from .report import write_report
 from .results import LEFT_OUT, PREDICTIONS, RESULTS, Cell, Kept, Key, PredictionRow, cell_figures, curves, write_rows
-from .seeds import open_seeded
 from .settings import EvalSettings
 from .subject import Answer, Reads, Subject, Unusable, load_subject
-from .task import Example, Task
+from .task import Example
 
 logger = logging.get_logger(__name__)
 
 GIB = 2**30
-
-
-@dataclass
-class Asked:
-    """A task as one run asks it.
-
-    Args:
-        spec: what the task was opened from.
-        task: the task.
-        examples: those of each seed, in their order.
-        chosen: demonstrations of every example.
-    """
-
-    spec: str
-    task: Task
-    examples: dict[int, list[Example]]
-    chosen: Chosen
-
-    def repeats(self, seed: int, count: int = 0) -> bool:
-        """Whether a seed has the examples and demonstrations of the first one."""
-        if seed == 0 or self.examples[seed] != self.examples[0]:
-            return False
-        names = [example.id for example in self.examples[0]] if count else []
-        return all(self.chosen[seed, count, name] == self.chosen[0, count, name] for name in names)
-
-    @property
-    def digest(self) -> str:
-        """Identity of the examples."""
-        said = [[seed, e.id, e.question, list(e.answers)] for seed, asked in self.examples.items() for e in asked]
-        return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 
 def evaluate(settings: EvalSettings) -> dict[str, Any]:
@@ -88,7 +57,7 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
     """
     # without cpu=True processes on CPUs would not know of each other; one of them may choose demonstrations for long
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
-    asked = [_asked(spec, settings) for spec in settings.tasks]
+    asked = [open_asked(spec, settings) for spec in settings.tasks]
     names = [one.task.name for one in asked]
     if len(set(names)) < len(names):
         raise ValueError(f"Two tasks have the same name ({', '.join(names)}); give one another: name=... in its spec.")
@@ -117,30 +86,6 @@ def _evaluate(settings: EvalSettings, asked: Sequence[Asked], state: PartialStat
         run.finish()
     state.wait_for_everyone()
     return json.loads((Path(settings.output) / RESULTS).read_text(encoding="utf-8"))
-
-
-def _asked(spec: str, settings: EvalSettings) -> Asked:
-    """Open a task and see whether it can be asked, before a model is loaded."""
-    task = open_seeded(spec, settings.seeds)
-    examples = {seed: _limited(task.examples(seed), settings.limit) for seed in range(settings.seeds)}
-    for seed, found in examples.items():
-        if not found:
-            raise ValueError(f"{task.name} has no examples for seed {seed}.")
-        if len({example.id for example in found}) < len(found):
-            raise ValueError(f"{task.name} gives several examples the same id.")
-    one = Asked(spec, task, examples, {})
-    if task.fixed:
-        one.chosen = own_shots(task, examples, settings.counts)
-    else:
-        check_pool(task, settings.counts, settings.choice)
-    return one
-
-
-def _limited(examples: Sequence[Example], limit: int | None) -> list[Example]:
-    """All, or as many of them, drawn with one seed, in their order."""
-    if limit is None or len(examples) <= limit:
-        return list(examples)
-    return [examples[place] for place in sorted(random.Random("limit").sample(range(len(examples)), limit))]
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,8 @@ class LinkedClasses(Source):
         logger.info(f"{self.name}: {self.counts(law)}.")
         rng = random.Random(f"{self.name} {seed}")
         for positive in rng.sample(range(len(self.classes)), len(self.classes)):
+            if not self.gives(self.classes[positive].key):
+                continue
             shots = self._draw(most, rng)
             make = self._ordinary if rng.random() < self.ordinary else self._linked
             for _ in range(TRIES):

@@ -18,6 +18,7 @@ from accelerate import PartialState
 from huggingface_hub import HfApi
 from torch.utils.data import Dataset
 from transformers import PreTrainedConfig, TrainingArguments
+from transformers.utils import logging
 
 from .. import AimConfig, AimForConditionalGeneration
 from ..backbone_aim import laptop_quantization_config
@@ -32,6 +33,8 @@ from .report import curves, training_section
 from .sources import open_source
 from .targets import PROMPTS, TEACHERS
 from .trainer import AimTrainer
+
+logger = logging.get_logger(__name__)
 
 RUN_FILE = "aim_training.json"
 GIB = 2**30
@@ -75,8 +78,9 @@ class TrainSettings:
         prompts: how questions are written: chat, plain or mixed.
         teacher: distil from the backbone that reads the demonstrations full, or as text.
         distillation: weight of the divergence to the teacher, in 0..1.
-        eval_data: held-out sources, given like `data`.
-        eval_episodes: episodes of them that are scored at every save.
+        eval_data: held-out sources, given like `data`; without them a share of `data` is held out.
+        held_out: share of the documents of `data` that are held out where there is no `eval_data`; 0 for none.
+        eval_episodes: held-out episodes that are scored before the first step and at every save.
         memory: GiB of hidden states that are kept in memory.
         keep_states: folder where all hidden states are kept.
         disk: GiB of hidden states that are kept in that folder.
@@ -115,6 +119,7 @@ class TrainSettings:
     teacher: str | None = None
     distillation: float = 0.5
     eval_data: tuple[str, ...] = ()
+    held_out: float = 0.02
     eval_episodes: int = 200
     memory: float = 1.0
     keep_states: str | None = None
@@ -137,6 +142,8 @@ class TrainSettings:
         for name, least in (*((name, 1) for name in counts), ("memory", 0), ("disk", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least {least}.")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out={self.held_out}: expected a share of the documents, from 0 to less than 1.")
         if not 0 <= self.distillation <= 1:
             raise ValueError(f"distillation={self.distillation} must lie in 0..1, the weight of the divergence.")
         if self.optimizer == "muon" and "optim" in self.arguments:
@@ -185,10 +192,15 @@ def train(settings: TrainSettings) -> AimTrainer:
         NotFinite: the loss is no number any more.
     """
     mixture = _mixture(settings.data, settings)
-    held = _mixture(settings.eval_data, settings, seed=10**6) if settings.eval_data else None
-    arguments = _arguments(settings, bool(held))
-    _check_processes(arguments)
     _check_data(mixture)
+    held: Mixture | None = None
+    if settings.eval_data:
+        held = _mixture(settings.eval_data, settings, seed=10**6)
+        _check_data(held)
+    elif settings.held_out:
+        mixture, held = _split(mixture, settings.held_out)
+    arguments = _arguments(settings, held is not None)
+    _check_processes(arguments)
     RECORD.earlier(settings)  # before a folder is made
     with only_one(settings.output, "aim train") if PartialState().is_main_process else nullcontext():
         return _train(settings, arguments, mixture, held)
@@ -222,10 +234,14 @@ def _train(
         train_dataset=mixture,
         eval_dataset=None if held is None else Held(list(itertools.islice(held, settings.eval_episodes))),
     )
+    untrained = {name: weight.clone() for name, weight in model.projector.state_dict().items()}
     try:
         trainer.train(resume_from_checkpoint=last)
     except pickle.UnpicklingError as error:
         raise ValueError(f"The checkpoint {last} holds something else than tensors and numbers: {error}") from error
+    if not trainer.improved:
+        logger.warning(trainer.verdict)
+        model.projector.load_state_dict(untrained)
     finish(trainer, settings)
     return trainer
 
@@ -298,6 +314,21 @@ def _mixture(specs: Sequence[str], settings: TrainSettings, seed: int = 0) -> Mi
     opened = [open_source(spec) for spec in specs]
     law = ShotLaw(settings.shots, settings.shot_law)
     return Mixture([source for source, _ in opened], [weight for _, weight in opened], law, settings.seed + seed)
+
+
+def _split(mixture: Mixture, share: float) -> tuple[Mixture, Mixture | None]:
+    """What is trained on and what is held out; `None` where the data is too little to hold some of it out."""
+    train, held = mixture.split(share)
+    try:
+        _check_data(train)
+        _check_data(held)
+    except ValueError:
+        logger.warning(
+            f"The data is too little to hold {share:.0%} of its documents out, so nothing tells whether training "
+            "helps, and the last weights are kept. Give held-out data with eval_data (--eval-data)."
+        )
+        return mixture, None
+    return train, held
 
 
 def _check_processes(arguments: TrainingArguments) -> None:
@@ -412,6 +443,11 @@ def _arguments(settings: TrainSettings, evaluates: bool) -> TrainingArguments:
         "logging_steps": settings.log_every,
         "eval_strategy": "steps" if evaluates else "no",
         "eval_steps": settings.save_every,
+        "eval_on_start": evaluates,
+        "load_best_model_at_end": evaluates,
+        "metric_for_best_model": "eval_loss" if evaluates else None,
+        "greater_is_better": False if evaluates else None,
+        "ddp_find_unused_parameters": False,
         "seed": settings.seed,
         "report_to": "none",
         "use_cpu": not torch.accelerator.is_available(),  # without it, several processes on CPUs train each alone

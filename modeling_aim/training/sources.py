@@ -229,6 +229,8 @@ class EpisodeFile(ShuffledSource):
 
     def episodes(self, law: ShotLaw, seed: int) -> Iterator[Episode]:
         for demos, queries in self._lines(seed):
+            if not self.gives([*demos, *queries]):
+                continue
             if len(demos) > law.most:
                 self.skipped["demonstration beyond the largest number of shots"] += len(demos) - law.most
                 demos = demos[-law.most :]
