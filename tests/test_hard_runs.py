@@ -24,6 +24,7 @@ from test_training import WORDS, data_on_disk, saved_backbone, settings, trainer
 
 from modeling_aim import Demonstration
 from modeling_aim.evaluation import Example, Shot, evaluate
+from modeling_aim.evaluation.compare import compare_runs
 from modeling_aim.evaluation.tasks.registry import TASKS
 from modeling_aim.files_aim import only_one
 from modeling_aim.training import Episode, EpisodeCollator, KeptStates, Mixture, ShotLaw, Source, TrainSettings, train
@@ -269,6 +270,19 @@ def test_the_lock_of_a_killed_run_keeps_nobody_out(tmp_path: Path) -> None:
     assert done.returncode == -9 and (tmp_path / "run/begun").exists()
     with only_one(tmp_path / "run", "aim train"):
         pass
+
+
+def test_a_damaged_run_to_compare_is_named(tmp_path: Path) -> None:
+    for results, rows, said in (
+        ('{"tasks"', "{}", "results.json is not JSON"),
+        ("[]", "{}", "no result of `aim eval`"),
+    ):
+        (tmp_path / "results.json").write_text(results)
+        (tmp_path / "predictions.jsonl").write_text(rows)
+        fails(lambda: compare_runs(tmp_path, tmp_path, ("full", "aim")), said)
+    (tmp_path / "results.json").write_text('{"tasks": [], "cells": [], "settings": {"seeds": 1}}')
+    (tmp_path / "predictions.jsonl").write_text('{"a": ')
+    fails(lambda: compare_runs(tmp_path, tmp_path, ("full", "aim")), "predictions.jsonl, line 1")
 
 
 def test_json_that_cannot_be_read_names_file_and_line(tmp_path: Path) -> None:
