@@ -264,7 +264,13 @@ class AimPreTrainedModel(PreTrainedModel):
         settings = preset_settings(preset, read_layers, entry_layers, projector_form)
         if isinstance(backbone, (str, os.PathLike)):
             check_place(backbone)
-            backbone = load_backbone(str(backbone), **kwargs)
+            given = str(backbone)
+            backbone = loaded = load_backbone(given, **kwargs)
+            if loaded.config.model_type == AimConfig.model_type:
+                raise ValueError(
+                    f"{given} is an AIM repository already. Load it with from_pretrained, train it further with "
+                    "`aim train --backbone`, or give the backbone itself for a new one."
+                )
         if not isinstance(backbone, PreTrainedModel) or backbone.config.model_type == AimConfig.model_type:
             raise TypeError(
                 f"backbone is a {type(backbone).__name__}; expected a Hub id, a folder, or a vision-language model of "
@@ -378,8 +384,7 @@ class AimPreTrainedModel(PreTrainedModel):
         weights = {key.removeprefix("projector."): value for key, value in read_safetensors(file).items()}
         own = {key: tuple(value.shape) for key, value in self.projector.state_dict().items()}
         shapes = {key: tuple(value.shape) for key, value in weights.items()}
-        stored = safetensors_metadata(file).get(FORM_KEY)
-        form = self.config.form if stored is None else json.loads(stored)
+        form = _stored_form(file) or self.config.form
         wrong = [
             f"{key}={form.get(key)} (here: {value})"
             for key, value in self.config.form.items()
@@ -403,11 +408,14 @@ class AimPreTrainedModel(PreTrainedModel):
                 "or one of them was replaced. Save the model again; or, if the weights are those you want, remove "
                 f"{DIGEST_KEY} from config.json."
             )
-        bad = sorted(key for key, value in weights.items() if not bool(torch.isfinite(value).all()))
+        bad = sorted(
+            key for key, value in weights.items()
+            if not value.is_floating_point() or not bool(torch.isfinite(value.float()).all())
+        )  # fmt: skip
         if bad:
             raise ValueError(
-                f"The {PROJECTOR_WEIGHTS} of {name} holds numbers that are not finite, in {bad}: every answer would "
-                "be empty or random. Take an earlier checkpoint, or train the projector again."
+                f"The {PROJECTOR_WEIGHTS} of {name} holds numbers that are not real or not finite, in {bad}: every "
+                "answer would be empty or random. Take an earlier checkpoint, or train the projector again."
             )
         self.projector.load_state_dict(weights)
         self._projector_id = (self._projector_state(), projector_digest(weights))
@@ -507,6 +515,18 @@ class AimPreTrainedModel(PreTrainedModel):
                     "include_backbone=True, or load the plug-in with a backbone from the Hub."
                 )
             return upload(folder, repo_id, **kwargs)
+
+
+def _stored_form(file: str) -> dict[str, Any] | None:
+    """What the weights in a safetensors file say that they are bound to; `None` where they say nothing."""
+    stored = safetensors_metadata(file).get(FORM_KEY)
+    try:
+        form = None if stored is None else json.loads(stored)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{FORM_KEY} in the metadata of {file} is no JSON ({error}); the file is damaged.") from error
+    if not isinstance(form, dict | None):
+        raise ValueError(f"{FORM_KEY} in the metadata of {file} is {form!r:.80}; expected an object.")
+    return form
 
 
 def _without_digest(config: AimConfig) -> tuple[AimConfig, str | None]:

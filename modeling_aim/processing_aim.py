@@ -13,6 +13,7 @@ import torch
 import transformers
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
+from .configuration_aim import usable
 from .demonstrations_aim import Demonstration, parse_demos
 from .families_aim import family_of_processor
 from .files_aim import check_place, copy_shipped_files, staged_folder
@@ -471,9 +472,13 @@ class AimProcessor(ProcessorMixin):
         name = str(pretrained_model_name_or_path)
         check_place(name)
         try:
-            stored = ProcessorMixin.get_processor_dict(name, **kwargs)[0]
+            with usable(f"The {PROCESSOR_FILE} of {name}"):
+                stored = dict(ProcessorMixin.get_processor_dict(name, **kwargs)[0])
         except OSError:
             stored = {}
+        saved = stored.get("aim", {})
+        if not isinstance(saved, dict) or not set(saved) <= set(SETTINGS):
+            raise ValueError(f"The {PROCESSOR_FILE} of {name} has aim={saved!r:.80}; expected some of {SETTINGS}.")
         inner_class = stored.get("backbone_processor_class")
         if inner_class is not None:
             wrapped = getattr(transformers, str(inner_class), None)
@@ -482,13 +487,20 @@ class AimProcessor(ProcessorMixin):
                     f"{PROCESSOR_FILE} of {name} wraps {inner_class!r}, which is no processor of transformers "
                     f"{transformers.__version__}. Upgrade transformers, or check where the repository comes from."
                 )
-            inner = wrapped.from_pretrained(name, **kwargs)
+            with usable(f"The processor of {name}"):
+                inner = wrapped.from_pretrained(name, **kwargs)
         elif "aim" in stored:
             kwargs.update(revision=stored.get("backbone_revision"), trust_remote_code=False)
-            inner = AutoProcessor.from_pretrained(stored["backbone_name_or_path"], **kwargs)
+            place = stored.get("backbone_name_or_path")
+            if not isinstance(place, str):
+                raise ValueError(f"The {PROCESSOR_FILE} of {name} has backbone_name_or_path={place!r:.80}, no text.")
+            check_place(place)
+            with usable(f"The processor of {place}"):
+                inner = AutoProcessor.from_pretrained(place, **kwargs)
         else:
-            inner = AutoProcessor.from_pretrained(name, **kwargs)
-        return cls(inner, **{**stored.get("aim", {}), **settings})
+            with usable(f"The processor of {name}"):
+                inner = AutoProcessor.from_pretrained(name, **kwargs)
+        return cls(inner, **{**saved, **settings})
 
 
 def _plain(value: Any) -> Any:

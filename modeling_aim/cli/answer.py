@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.table import Table
 from ..data.jsonl import read_demonstrations
 from .loading import LoadingSettings
 from .options import check_least, command
+from .terminal import print_json, safe
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -48,10 +48,10 @@ def answer(settings: AnswerSettings) -> None:
     """Answer a question about an image from demonstrations of your own."""
     result = answered(settings, list(read_demonstrations(settings.demos)))
     if settings.as_json:
-        typer.echo(json.dumps(result, ensure_ascii=False))
+        print_json(result)
         return
     table = Table("answer", "demonstrations", "prompt tokens", "of them fused", "read ms", "answer ms")
-    table.add_row(result["answer"], *(str(result[key]) for key in list(result)[1:]))
+    table.add_row(safe(result["answer"]), *(str(result[key]) for key in list(result)[1:]))
     Console().print(table)
 
 

@@ -28,7 +28,7 @@ from ..evaluation.task import Example, Shot
 from ..evaluation.tasks.registry import open_task
 from .loading import LoadingSettings
 from .options import check_least
-from .terminal import errors
+from .terminal import errors, safe
 
 PromptPlan = tuple[Example, list[Shown]]  # a query and the demonstrations in front of it
 
@@ -99,7 +99,7 @@ def attention(settings: AttentionSettings) -> None:
     drawn = picture(result, settings.output / "attention.png")
     Console().print(_table(summary))
     beside = "no picture: matplotlib is not installed" if drawn is None else drawn
-    Console().print(f"{path}, {beside}", soft_wrap=True, highlight=False)
+    Console().print(f"{safe(path)}, {safe(beside)}", soft_wrap=True, highlight=False)
 
 
 def _of_task(settings: AttentionSettings) -> list[PromptPlan]:

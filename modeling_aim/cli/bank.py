@@ -7,7 +7,6 @@ aim bank select my-bank --repo hub_configs/aim-tiny --image query.png --output c
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +14,12 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from ..data.jsonl import read_demonstrations
 from .loading import LoadingSettings
 from .options import check_least, command
-from .terminal import printable
+from .terminal import print_json, safe
 
 app = typer.Typer(
     help="Demonstrations read once: build, inspect and choose.",
@@ -97,7 +95,7 @@ def build(settings: BuildSettings) -> None:
         max_bad_rows=settings.max_bad_rows,
     )
     Console().print(
-        f"{settings.output}: {len(bank)} demonstrations, {bank.num_tokens} fused tokens, {_bytes(bank.nbytes)}"
+        f"{safe(settings.output)}: {len(bank)} demonstrations, {bank.num_tokens} fused tokens, {_bytes(bank.nbytes)}"
         + (f", merged duplicates: {bank.duplicates}" if bank.duplicates else "")
         + (f", bad rows left out: {len(bank.bad_rows)}" if bank.bad_rows else ""),
         soft_wrap=True,
@@ -135,16 +133,16 @@ def inspect(settings: InspectSettings) -> None:
         opened.verify()
     info = opened.info()
     if settings.as_json:
-        typer.echo(printable(json.dumps(info, ensure_ascii=False)))
+        print_json(info)
         return
-    table = Table("", "", title=escape(settings.bank), show_header=False)
+    table = Table("", "", title=safe(settings.bank), show_header=False)
     labels = info.pop("labels")
     for name, value in info.pop("source").items():
-        table.add_row(_words(name), _words(value))
+        table.add_row(safe(name), safe(str(value)))
     for name, value in info.items():
-        table.add_row(name.replace("_", " "), _bytes(value) if name == "bytes" else _words(_shown(value)))
+        table.add_row(name.replace("_", " "), _bytes(value) if name == "bytes" else safe(_shown(value)))
     more = ", ..." if len(labels) > 20 else ""
-    table.add_row(f"labels ({len(labels)})", _words(_shown(dict(list(labels.items())[:20])) + more))
+    table.add_row(f"labels ({len(labels)})", safe(_shown(dict(list(labels.items())[:20])) + more))
     Console().print(table)
 
 
@@ -204,12 +202,12 @@ def select(settings: SelectSettings) -> None:
         for (number, score), label, text in zip(chosen, labels, texts, strict=True)
     ]
     if settings.as_json:
-        typer.echo(printable(json.dumps(rows, ensure_ascii=False)))
+        print_json(rows)
         return
     title = f"{len(rows)} of {len(opened)} by {settings.select}, most alike last"
     table = Table("number", "score", "label", "text", title=title)
     for row in rows:
-        table.add_row(*(_words("" if value is None else value) for value in row.values()))
+        table.add_row(*(safe("" if value is None else str(value)) for value in row.values()))
     Console().print(table)
 
 
@@ -228,11 +226,6 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {number}" for name, number in value.items()) or "none"
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
-
-
-def _words(value: Any) -> str:
-    """A value of a bank, which anybody may have made, for a table."""
-    return escape(printable(str(value)))
 
 
 def _bytes(count: int) -> str:

@@ -24,7 +24,7 @@ from ..speed.prompts import RandomPrompts
 from ..speed.report import notes, rich_table, save, with_ratios
 from ..speed.shapes import picture_of, random_backbone, shape_config, shape_picture
 from .options import check_least, command
-from .terminal import errors
+from .terminal import errors, safe
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -86,12 +86,12 @@ def bench(settings: BenchSettings) -> None:
     title = f"{settings.backbone or settings.shape}, {about['visual_tokens']} visual tokens an image"
     title += ", counted" if settings.count_only else f", {about['dtype']} on {about['device_name']}"
     console = Console()
-    console.print(rich_table(rows, title))
+    console.print(rich_table(rows, safe(title)))
     for line in notes(rows):
         console.print(line)
     if settings.output is not None:
         save(settings.output, about, rows, title)
-        console.print(f"{settings.output}: bench.json, bench.md, bench.png")
+        console.print(f"{safe(settings.output)}: bench.json, bench.md, bench.png")
 
 
 def _run(settings: BenchSettings) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
 from .options import command
-from .terminal import errors
+from .terminal import errors, safe
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -44,11 +43,11 @@ def check(settings: CheckSettings) -> None:
     model = check_model(
         settings.backbone, settings.revision, settings.from_config, settings.load_in_4bit, settings.device_map
     )
-    table = Table("", "property", "", title=f"{settings.backbone} ({model.backbone.config.model_type})")
+    table = Table("", "property", "", title=f"{safe(settings.backbone)} ({model.backbone.config.model_type})")
     for statement, problem in track(run_checks(model), description="checking", transient=True, console=errors):
         failed += problem is not None
-        table.add_row("[red]no[/]" if problem else "[green]yes[/]", statement, escape(problem or ""))
+        table.add_row("[red]no[/]" if problem else "[green]yes[/]", statement, safe(problem or ""))
     Console().print(table)
     if failed:
-        errors.print(f"{failed} properties do not hold on {settings.backbone}.")
+        errors.print(f"{failed} properties do not hold on {safe(settings.backbone)}.")
         raise typer.Exit(1)

@@ -6,7 +6,6 @@ aim eval compare build/eval build/other
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +15,6 @@ from typing import Any
 import typer
 from accelerate import PartialState
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from ..evaluation import EvalSettings
@@ -26,7 +24,7 @@ from ..evaluation.compare import MCNEMAR, compare_runs
 from ..evaluation.report import cells_by_row
 from .attention import attention
 from .options import command
-from .terminal import errors
+from .terminal import errors, print_json, safe
 
 app = typer.Typer(
     help="Few-shot evaluation with demonstrations as fused tokens, in full, as text, and controls; and comparisons.",
@@ -49,7 +47,7 @@ def evaluate(settings: EvalSettings) -> None:
     if PartialState().is_main_process:
         _show(results)
         Console().print(
-            f"{settings.output}: results.md, results.json, predictions.jsonl and pictures.", soft_wrap=True
+            f"{safe(settings.output)}: results.md, results.json, predictions.jsonl and pictures.", soft_wrap=True
         )
 
 
@@ -75,7 +73,7 @@ def compare(settings: CompareSettings) -> None:
     """Compare two runs, or two methods, with paired tests on the examples that both answered."""
     found = compare_runs(settings.first, settings.second or settings.first, settings.between)
     if settings.as_json:
-        typer.echo(json.dumps(found, ensure_ascii=False))
+        print_json(found)
         return
     table = Table("task", "shots", "methods", "first", "second", "difference (95 %)", "p", "n")
     for row in found["rows"]:
@@ -85,13 +83,13 @@ def compare(settings: CompareSettings) -> None:
         scores = f"{row['first']:.3f}", f"{row['second']:.3f}"
         mark = "*" * (row["test"] == MCNEMAR)
         table.add_row(
-            escape(row["task"]), str(row["shots"]), shown, *scores, difference, f"{row['p']:.2g}{mark}",
+            safe(row["task"]), str(row["shots"]), shown, *scores, difference, f"{row['p']:.2g}{mark}",
             str(row["examples"]),
         )  # fmt: skip
     Console().print(table)
     Console().print(f"p: paired bootstrap over examples; *: {MCNEMAR}.")
     for note in found["notes"]:
-        Console().print(escape(note), soft_wrap=True)
+        Console().print(safe(note), soft_wrap=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +108,7 @@ class CardSettings:
 @command(app, "aim eval card", positional=("run", "repository"))
 def card(settings: CardSettings) -> None:
     """Put a run's table, pictures and figures on the model card of the repository that it evaluated."""
-    Console().print(f"{put_on_card(settings.run, settings.repository)}: has the evaluation now.", soft_wrap=True)
+    Console().print(f"{safe(put_on_card(settings.run, settings.repository))}: has the evaluation now.", soft_wrap=True)
 
 
 @contextmanager
@@ -119,7 +117,9 @@ def _interruptible(output: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        errors.print(f"Stopped. Rerun the same command to resume; what was answered is in {output}.", soft_wrap=True)
+        errors.print(
+            f"Stopped. Rerun the same command to resume; what was answered is in {safe(output)}.", soft_wrap=True
+        )
         raise typer.Exit(130) from None
 
 
@@ -129,7 +129,7 @@ def _show(results: dict[str, Any]) -> None:
     table = Table("task", "shots", *methods)
     for task, count, cells in rows:
         means = [None if cell is None else cell["mean"] for cell in cells.values()]
-        table.add_row(escape(task), str(count), *("–" if mean is None else f"{mean:.3f}" for mean in means))
+        table.add_row(safe(task), str(count), *("–" if mean is None else f"{mean:.3f}" for mean in means))
     Console().print(table)
     for note in results["notes"]:
-        Console().print(escape(note), soft_wrap=True)
+        Console().print(safe(note), soft_wrap=True)

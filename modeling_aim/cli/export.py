@@ -12,6 +12,7 @@ from rich.console import Console
 from ..data.jsonl import read_demonstrations
 from .loading import LoadingSettings
 from .options import check_least, command
+from .terminal import safe
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -67,5 +68,5 @@ def export_prompt_embeds(settings: ExportSettings) -> None:
     embeddings = model.prompt_embeds(model.query_inputs(query), demos=demos)[0]
     save_file({"prompt_embeds": embeddings.cpu().contiguous()}, settings.output)
     Console().print(
-        f"{settings.output}: {embeddings.shape[0]} positions of width {embeddings.shape[1]}", soft_wrap=True
+        f"{safe(settings.output)}: {embeddings.shape[0]} positions of width {embeddings.shape[1]}", soft_wrap=True
     )

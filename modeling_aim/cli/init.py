@@ -10,6 +10,7 @@ from rich.console import Console
 
 from .loading import LoadingSettings
 from .options import command
+from .terminal import safe
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -61,7 +62,8 @@ def init(settings: InitSettings) -> None:
     model.save_pretrained(settings.output, include_backbone=settings.include_backbone)
     parameters = sum(p.numel() for p in model.projector.parameters())
     weights = f"an untrained projector of {parameters:,} parameters" if parameters else "no weights are needed"
+    read = safe(model.config.read_layers)
     Console().print(
-        f"{settings.output}: AIM for {settings.backbone}, read at {model.config.read_layers}; {weights}.",
+        f"{safe(settings.output)}: AIM for {safe(settings.backbone)}, read at {read}; {weights}.",
         soft_wrap=True,
     )

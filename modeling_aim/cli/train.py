@@ -8,6 +8,7 @@ from rich.console import Console
 from ..training import TrainSettings
 from ..training import train as run
 from .options import command
+from .terminal import safe
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -22,5 +23,5 @@ def train(settings: TrainSettings) -> None:
     trainer = run(settings)
     if trainer.args.should_save:
         Console().print(
-            f"{settings.output}: trained for {trainer.state.global_step} steps; its README.md says how it went."
+            f"{safe(settings.output)}: trained for {trainer.state.global_step} steps; its README.md says how it went."
         )

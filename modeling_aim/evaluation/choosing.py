@@ -15,6 +15,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from ..bank.select import STRATEGIES, Groups, drawn, pick
+from ..data.jsonl import read_json
 from ..files_aim import write_whole
 from .methods import Shown
 from .subject import Unusable, open_images, open_pair
@@ -234,10 +235,13 @@ def _listed(task: Task, count: int, choice: Choice) -> list[int]:
     path = Path(choice.by.removeprefix(FIXED))
     if not path.is_file():
         raise ValueError(f"select={choice.by!r}: there is no file {path}.")
-    text = path.read_text(encoding="utf-8")
-    listed: Any = json.loads(text) if path.suffix == ".json" else text.split("\n")
+    listed: Any = read_json(path) if path.suffix == ".json" else path.read_text("utf-8", "replace").split("\n")
     if isinstance(listed, dict):
         listed = listed.get(task.name, [])
+    if not isinstance(listed, list):
+        raise ValueError(
+            f"{path} holds {listed!r:.60}; expected a JSON list of ids, or an object with one for each task."
+        )
     ids = [str(one).strip() for one in listed if str(one).strip()]
     places = {shot.id: place for place, shot in enumerate(task.pool())}
     wrong = [one for one in ids[:count] if one not in places]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.jsonl import numbered_json
 from ..files_aim import write_whole
 from .metrics import vl_icl_summary
 from .task import Example, Prediction, Task
@@ -90,9 +91,12 @@ def write_rows(path: Path, rows: Iterable[PredictionRow]) -> None:
 
 
 def read_rows(path: Path) -> list[PredictionRow]:
-    """Predictions of a finished run."""
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    """Predictions of a finished run.
+
+    Raises:
+        ValueError: a line is no JSON; the message names file and line.
+    """
+    return [row for _, row in numbered_json(path)]
 
 
 def prediction_of(row: PredictionRow) -> Prediction:

@@ -229,8 +229,10 @@ class Run:
                     left_out |= {place: bad[0]} if bad else {}
                 encoded = self._encode(cell, [place for place in kept if place not in left_out])
         for place, reason in left_out.items():
-            logger.warning(f"Left out: {reason}")
-            self.left_out[cell.task].add(one.examples[cell.seed][place].id)
+            name = one.examples[cell.seed][place].id
+            if name not in self.left_out[cell.task]:
+                logger.warning(f"Left out: {reason}")
+            self.left_out[cell.task].add(name)
         pairs: list[tuple[Example, Any]] = list(zip(examples, answers, strict=True))
         return pairs + [(one.examples[cell.seed][place], reason) for place, reason in left_out.items()]
 

@@ -153,6 +153,10 @@ class TrainSettings:
         unknown = set(self.arguments) - set(TrainingArguments.__dataclass_fields__)
         if unknown:
             raise ValueError(f"TrainingArguments of transformers has no {sorted(unknown)}; see its documentation.")
+        for name, value in self.arguments.items():
+            usual = TrainingArguments.__dataclass_fields__[name].default
+            if isinstance(usual, (int, float)) and not isinstance(usual, bool) and isinstance(value, str):
+                raise ValueError(f"{name}={value!r}: expected a number, such as {usual}.")
         if self.push_to_hub is not None and os.path.isdir(self.backbone):
             raise ValueError(
                 f"The backbone is the local folder {self.backbone}, which others do not have, so the result cannot be "
