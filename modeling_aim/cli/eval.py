@@ -29,7 +29,7 @@ eval_app = typer.Typer(
 def evaluate(
     context: typer.Context,
     repo: Annotated[str | None, typer.Option(help="AIM repository: a folder or a Hub id.")] = None,
-    backbone: Annotated[str | None, typer.Option(help="Instead of it: any model, evaluated without AIM.")] = None,
+    backbone: Annotated[str | None, typer.Option(help="Instead of it: any model, without a projector.")] = None,
     tasks: Annotated[
         list[str] | None,
         typer.Option(help="KIND[:PATH][,name=value...], several times; plain names may be a list with commas."),
@@ -38,7 +38,10 @@ def evaluate(
     shots: Annotated[str, typer.Option(help="Numbers of demonstrations.")] = "0,2,4,8,16",
     methods: Annotated[
         str | None,
-        typer.Option(help="Of zero, text, full, aim, aim-shuffled, aim-random; by default all it can."),
+        typer.Option(
+            help="Of zero, text, full, aim, aim-shuffled, aim-random, aim-untrained[:depth=K], "
+            "aim-untrained-shuffled[:depth=K]; by default all it can."
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many draws of demonstrations.")] = 3,
     select: Annotated[

@@ -30,7 +30,7 @@ from ..files_aim import write_whole
 from ..modeling_aim import AimForConditionalGeneration
 from .choosing import Chosen, check_pool, choose_all, own_shots, read_chosen
 from .folder import RECORD, begin, claim
-from .methods import METHODS, Prompt, Shown
+from .methods import Prompt, Shown, method_of
 from .report import write_report
 from .results import PREDICTIONS, RESULTS, Cell, Kept, Key, PredictionRow, cell_figures, curves, write_rows
 from .seeds import open_seeded
@@ -97,7 +97,7 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
     )  # fmt: skip
     state.wait_for_everyone()
     if state.is_main_process:
-        begin(settings, subject.identity, {one.task.name: one.digest for one in asked})
+        begin(settings, _model(settings, subject), {one.task.name: one.digest for one in asked})
     state.wait_for_everyone()
     run = Run(settings, subject, asked, state)
     run.choose()
@@ -185,24 +185,31 @@ class Run:
         """All settings of the run; a seed that changes nothing for a method is left out for it."""
         methods, found = self.settings.methods, []
         for name, one in self.asked.items():
-            bare = [m for m in methods if not METHODS[m].shots] or ["zero"] * (0 in self.settings.shots)
+            bare = [m for m in methods if not method_of(m).shots] or ["zero"] * (0 in self.settings.shots)
             for method in bare:
                 found += [Cell(name, method, 0, seed) for seed in one.examples if not one.repeats(seed)]
-            shown = [m for m in methods if METHODS[m].shots and m not in self._cannot]
+            shown = [m for m in methods if method_of(m).shots and m not in self._cannot]
             for seed in one.examples:
                 for count in self.settings.counts:
                     again = one.repeats(seed, count)
-                    found += [Cell(name, m, count, seed) for m in shown if METHODS[m].draws or not again]
+                    found += [Cell(name, m, count, seed) for m in shown if method_of(m).draws or not again]
         return found
 
     @cached_property
     def _cannot(self) -> set[str]:
         """Methods that this backbone cannot be shown demonstrations with."""
-        many = {m for m in self.settings.methods if METHODS[m].many_images and self.settings.counts}
-        why = self.subject.refuses_two_images() if many else ""
-        if why:
-            self.notes.append(f"{', '.join(many)}: left out, this backbone takes one image a prompt ({why}).")
-        return many if why else set()
+        methods = {m: method_of(m) for m in self.settings.methods if self.settings.counts}
+        many = [m for m, method in methods.items() if method.many_images]
+        untrained = [m for m, method in methods.items() if method.projector == "untrained"]
+        found: set[str] = set()
+        for names, refuses, what in (
+            (many, self.subject.refuses_two_images, "this backbone takes one image a prompt"),
+            (untrained, self.subject.refuses_states, "states cannot enter this backbone at depth"),
+        ):
+            if names and (why := refuses()):
+                self.notes.append(f"{', '.join(names)}: left out, {what} ({why}).")
+                found.update(names)
+        return found
 
     def batches(self, cell: Cell) -> list[list[int]]:
         """Places of a cell's examples that are answered together: prompts of about one length."""
@@ -228,13 +235,13 @@ class Run:
         """What is shown of an example in a cell."""
         shots = self.asked[cell.task].chosen[cell.seed, cell.shots, example.id] if cell.shots else ()
         shown = [Shown(shot, shot) for shot in shots]
-        return METHODS[cell.method].show(self.subject.prompt_builder, example, shown, cell.seed)
+        return method_of(cell.method).show(self.subject.prompt_builder, example, shown, cell.seed)
 
     def answer(self) -> None:
         """Answer this process's share of all batches, but for those that are done."""
         done = set(self.kept.rows())
         total = sum(len(self.asked[cell.task].examples[cell.seed]) for cell in self.cells) - len(done)
-        reads: tuple[str, Reads | None] = ("", None)
+        reads: tuple[str, dict[tuple[int, ...], Reads]] = ("", {})
         with _bar(total // self.state.num_processes, self.state) as told:
             for cell, places, missing, batch in self._ahead(self._work(done)):
                 one = self.asked[cell.task]
@@ -242,7 +249,9 @@ class Run:
                     reads = cell.task, self._reads(cell.task)
                 examples = [one.examples[cell.seed][place] for place in places]
                 options = [example.options for example in examples]
-                answers = self.subject.answer(batch, options, one.task.max_new_tokens, cell.seed, reads[1])
+                subject = self.subject.answering(batch.prompts[0])
+                new, read = one.task.max_new_tokens, reads[1].get(subject.read_layers)
+                answers = subject.answer(batch, options, new, cell.seed, read)
                 pairs = zip(examples, answers, strict=True)
                 self.kept.add(self._row(cell, e, a) for e, a in pairs if e.id in missing)
                 told(f"{cell.task}, {cell.method}, {cell.shots} shots, seed {cell.seed}", len(missing))
@@ -277,17 +286,17 @@ class Run:
         prompts = [self.prompt(cell, example) for example in examples]
         return self.subject.encode(prompts, [f"Example {e.id!r} of {cell.task}" for e in examples])
 
-    def _reads(self, name: str) -> Reads | None:
-        """Hidden states of a task's demonstrations, in the order in which all cells need them."""
-        if self.subject.plugin is None:
-            return None
-        cells = [cell for cell in self.cells if cell.task == name]
-        plan = [
-            one for cell in cells for example in self.asked[name].examples[cell.seed]
-            for one in self.prompt(cell, example).fused
-        ]  # fmt: skip
-        _check_names(plan, name)
-        return Reads(self.subject.plugin, plan, self.settings.batch_size, self.states, name)
+    def _reads(self, name: str) -> dict[tuple[int, ...], Reads]:
+        """Hidden states of a task's demonstrations, in the order in which all cells need them, by the layers read."""
+        plans: dict[tuple[int, ...], tuple[Any, list[Shown]]] = {}
+        for cell in (cell for cell in self.cells if cell.task == name):
+            for prompt in (self.prompt(cell, example) for example in self.asked[name].examples[cell.seed]):
+                if prompt.fused:
+                    subject = self.subject.answering(prompt)
+                    plans.setdefault(subject.read_layers, (subject.plugin, []))[1].extend(prompt.fused)
+        _check_names([one for _, plan in plans.values() for one in plan], name)
+        size = self.settings.batch_size
+        return {layers: Reads(plugin, plan, size, self.states, name) for layers, (plugin, plan) in plans.items()}
 
     def _row(self, cell: Cell, example: Example, answer: Answer) -> PredictionRow:
         task = self.asked[cell.task].task
@@ -388,7 +397,22 @@ def _check_names(plan: Sequence[Shown], task: str) -> None:
 
 def _about(settings: EvalSettings, subject: Subject) -> dict[str, Any]:
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return {"settings": RECORD.comparable(settings), "model": subject.identity, "versions": versions}
+    return {"settings": RECORD.comparable(settings), "model": _model(settings, subject), "versions": versions}
+
+
+def _model(settings: EvalSettings, subject: Subject) -> dict[str, str]:
+    """Identity of what answers, with the depths of methods without training.
+
+    Raises:
+        ValueError: states cannot enter at a depth that is asked for.
+    """
+    found = dict(subject.identity)
+    for name in settings.methods:
+        method = method_of(name)
+        if method.projector == "untrained" and (method.depth is not None or not subject.refuses_states()):
+            layers = subject.untrained(method.depth).read_layers
+            found[name] = f"states read after {', '.join(map(str, layers))} decoder layers and put back there"
+    return found
 
 
 def _slug(name: str) -> str:

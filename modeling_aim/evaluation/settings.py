@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..runs import PRECISIONS
 from .choosing import Choice
-from .methods import METHODS, PROMPTS, check_methods
+from .methods import METHODS, PROMPTS, check_methods, method_of
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class EvalSettings:
             can = [name for name, method in METHODS.items() if self.repo is not None or not method.needs_aim]
             object.__setattr__(self, "methods", tuple(can))
         check_methods(self.methods, self.repo is not None)
-        if not any(self.shots) and any(METHODS[name].shots for name in self.methods):
+        if not any(self.shots) and any(method_of(name).shots for name in self.methods):
             object.__setattr__(self, "methods", ("zero",))
 
     @property
@@ -91,5 +91,5 @@ class EvalSettings:
     @property
     def counts(self) -> list[int]:
         """Numbers of demonstrations that are shown, the smallest first."""
-        shown = any(METHODS[name].shots for name in self.methods)
+        shown = any(method_of(name).shots for name in self.methods)
         return sorted(count for count in self.shots if count) if shown else []
