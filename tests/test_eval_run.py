@@ -176,18 +176,6 @@ def test_a_demonstration_is_read_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(read) == len(set(read)) == len(shown)
 
 
-def test_a_model_without_aim(tmp_path: Path) -> None:
-    results = evaluate(settings(tmp_path, repo=None, backbone=f"{AIM_TINY}/backbone", shots=(0, 4), seeds=1))
-    untrained = ("aim-untrained", "aim-untrained-shuffled")
-    assert set(figures(results)) == {("zero", 0), *((method, 4) for method in ("text", "full", *untrained))}
-    methods = tuple(results["settings"]["methods"])
-    with_aim = evaluate(settings(tmp_path / "aim", shots=(0, 4), seeds=1, methods=methods))
-    assert [c["mean"] for c in with_aim["cells"]] == [c["mean"] for c in results["cells"]]
-    assert [row["prediction"] for row in predictions(tmp_path / "run")] == [
-        row["prediction"] for row in predictions(tmp_path / "aim" / "run")
-    ]
-
-
 def test_a_backbone_that_sees_one_image_is_not_shown_several(tmp_path: Path) -> None:
     """BLIP-2 takes two images without a word, and looks at the first."""
     torch.manual_seed(0)

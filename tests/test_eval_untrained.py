@@ -38,6 +38,18 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], str]]:
     return read
 
 
+def test_a_model_without_aim(tmp_path: Path) -> None:
+    results = evaluate(settings(tmp_path, repo=None, backbone=f"{AIM_TINY}/backbone", shots=(0, 4), seeds=1))
+    untrained = ("aim-untrained", "aim-untrained-shuffled")
+    assert set(figures(results)) == {("zero", 0), *((method, 4) for method in ("text", "full", *untrained))}
+    methods = tuple(results["settings"]["methods"])
+    with_aim = evaluate(settings(tmp_path / "aim", shots=(0, 4), seeds=1, methods=methods))
+    assert [c["mean"] for c in with_aim["cells"]] == [c["mean"] for c in results["cells"]]
+    assert [row["prediction"] for row in predictions(tmp_path / "run")] == [
+        row["prediction"] for row in predictions(tmp_path / "aim" / "run")
+    ]
+
+
 @pytest.mark.parametrize("entry", [0, 2])
 def test_methods_share_what_was_read_at_one_depth(
     entry: int, tmp_path: Path, read: list[tuple[tuple[int, ...], str]]

@@ -36,8 +36,8 @@ from words import BOS, IMAGE, PAD, ids, token_id
 from world import WORDINGS
 
 CELLS = {"2-way 2": (2, 1), "2-way 8": (2, 4), "2-way 16": (2, 8), "2-way 32": (2, 16), "5-way 5": (5, 1),
-         "5-way 10": (5, 2), "5-way 15": (5, 3), "5-way 30": (5, 6), "8-way 16": (8, 2), "16-way 32": (16, 2),
-         "16-way 64": (16, 4), "16-way 128": (16, 8)}  # fmt: skip
+         "5-way 10": (5, 2), "5-way 15": (5, 3), "5-way 30": (5, 6), "8-way 16": (8, 2), "16-way 16": (16, 1),
+         "16-way 32": (16, 2), "16-way 64": (16, 4), "16-way 128": (16, 8)}  # fmt: skip
 METHODS = ("zero_shot", "text_only", "full", "full_interleaved", "oracle_captions", "aim", "aim_paper", "aim_generic",
            "aim_shuffled_images", "aim_random_projector", "aim_untrained",
            "aim_untrained_shuffled_images")  # fmt: skip

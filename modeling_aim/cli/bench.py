@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from .terminal import errors, reported
 
-ALL = "zero,full,prefix-kv,cold,bank,bank-kv"
+ALL = "zero,full,prefix-kv,cold,bank,bank-kv,depth-cold,depth-bank,depth-bank-kv"
 
 
 def bench(
