@@ -31,7 +31,7 @@ bench: $(VENV)/.installed-demo  ## a bank of 100 000 demonstrations (2 GB of dis
 	$(BIN)/python -m modeling_aim.speed.bank
 	$(BIN)/python -m modeling_aim.speed.training
 	$(BIN)/aim bench --shape cpu-576 --shots 4,8,16 --repeats 3 \
-		--methods zero,overhead,full,prefix-kv,cold,cold-half,bank,bank-kv
+		--methods zero,overhead,full,prefix-kv,cold,cold-half,bank,bank-kv,depth-cold,depth-bank,depth-bank-kv
 
 aim-tiny: $(VENV)/.installed-dev  ## train hub_configs/aim-tiny again, from nothing; resumes where it was stopped
 	$(BIN)/python examples/aim_tiny/build.py

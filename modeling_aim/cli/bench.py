@@ -37,7 +37,7 @@ class BenchSettings:
         backbone: backbone, by its Hub id or folder.
         shape: instead of --backbone, random weights of a known size, such as smolvlm-256m.
         shots: numbers of demonstrations.
-        methods: methods to measure; also cold-half and overhead.
+        methods: methods to measure; also depth-cold, depth-bank, depth-bank-kv, cold-half and overhead.
         demo_tokens: text tokens of a demonstration.
         query_tokens: text tokens of the query.
         dtype: float32, bfloat16 or float16; by default bfloat16 on CUDA and float32 on a CPU.

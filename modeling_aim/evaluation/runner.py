@@ -31,7 +31,7 @@ from ..files_aim import only_one, write_whole
 from .asked import Asked, open_asked
 from .choosing import choose_all, read_chosen
 from .folder import RECORD, begin, claim
-from .methods import METHODS, Prompt, Shown
+from .methods import Prompt, Shown, method_of
 from .report import write_report
 from .results import LEFT_OUT, PREDICTIONS, RESULTS, Cell, Kept, Key, PredictionRow, cell_figures, curves, write_rows
 from .settings import EvalSettings
@@ -76,7 +76,7 @@ def _evaluate(settings: EvalSettings, asked: Sequence[Asked], state: PartialStat
     )  # fmt: skip
     state.wait_for_everyone()
     if state.is_main_process:
-        begin(settings, subject.identity, {one.task.name: one.digest for one in asked})
+        begin(settings, _model(settings, subject), {one.task.name: one.digest for one in asked})
     state.wait_for_everyone()
     run = Run(settings, subject, asked, state)
     run.choose()
@@ -149,24 +149,31 @@ class Run:
         """All settings of the run; a seed that changes nothing for a method is left out for it."""
         methods, found = self.settings.methods, []
         for name, one in self.asked.items():
-            bare = [m for m in methods if not METHODS[m].shots] or ["zero"] * (0 in self.settings.shots)
+            bare = [m for m in methods if not method_of(m).shots] or ["zero"] * (0 in self.settings.shots)
             for method in bare:
                 found += [Cell(name, method, 0, seed) for seed in one.examples if not one.repeats(seed)]
-            shown = [m for m in methods if METHODS[m].shots and m not in self._cannot]
+            shown = [m for m in methods if method_of(m).shots and m not in self._cannot]
             for seed in one.examples:
                 for count in self.settings.counts:
                     again = one.repeats(seed, count)
-                    found += [Cell(name, m, count, seed) for m in shown if METHODS[m].draws or not again]
+                    found += [Cell(name, m, count, seed) for m in shown if method_of(m).draws or not again]
         return found
 
     @cached_property
     def _cannot(self) -> set[str]:
         """Methods that this backbone cannot be shown demonstrations with."""
-        many = {m for m in self.settings.methods if METHODS[m].many_images and self.settings.counts}
-        why = self.subject.refuses_two_images() if many else ""
-        if why:
-            self.notes.append(f"{', '.join(many)}: left out, this backbone takes one image a prompt ({why}).")
-        return many if why else set()
+        methods = {m: method_of(m) for m in self.settings.methods if self.settings.counts}
+        many = [m for m, method in methods.items() if method.many_images]
+        untrained = [m for m, method in methods.items() if method.projector == "untrained"]
+        found: set[str] = set()
+        for names, refuses, what in (
+            (many, self.subject.refuses_two_images, "this backbone takes one image a prompt"),
+            (untrained, self.subject.refuses_states, "states cannot enter this backbone at depth"),
+        ):
+            if names and (why := refuses()):
+                self.notes.append(f"{', '.join(names)}: left out, {what} ({why}).")
+                found.update(names)
+        return found
 
     def batches(self, cell: Cell) -> list[list[int]]:
         """Places of a cell's examples that are answered together: prompts of about one length."""
@@ -192,13 +199,13 @@ class Run:
         """What is shown of an example in a cell."""
         shots = self.asked[cell.task].chosen[cell.seed, cell.shots, example.id] if cell.shots else ()
         shown = [Shown(shot, shot) for shot in shots]
-        return METHODS[cell.method].show(self.subject.prompt_builder, example, shown, cell.seed)
+        return method_of(cell.method).show(self.subject.prompt_builder, example, shown, cell.seed)
 
     def answer(self) -> None:
         """Answer this process's share of all batches, but for those that are done."""
         done = set(self.kept.rows())
         total = sum(len(self.asked[cell.task].examples[cell.seed]) for cell in self.cells) - len(done)
-        reads: tuple[str, Reads | None] = ("", None)
+        reads: tuple[str, dict[tuple[int, ...], Reads]] = ("", {})
         with _bar(total // self.state.num_processes, self.state) as told:
             for cell, places, missing, batch in self._ahead(self._work(done)):
                 one = self.asked[cell.task]
@@ -209,7 +216,9 @@ class Run:
                 self._check_left_out(one)
                 told(f"{cell.task}, {cell.method}, {cell.shots} shots, seed {cell.seed}", len(missing))
 
-    def _answered(self, cell: Cell, places: list[int], encoded: Encoded, reads: Any) -> list[tuple[Example, Any]]:
+    def _answered(
+        self, cell: Cell, places: list[int], encoded: Encoded, reads_by_layers: Mapping[tuple[int, ...], Reads]
+    ) -> list[tuple[Example, Any]]:
         """Each example of a batch with its answer, or with the words why it cannot be asked."""
         one = self.asked[cell.task]
         left_out: dict[int, str] = {}
@@ -218,10 +227,13 @@ class Run:
             kept = [place for place in places if place not in left_out]
             examples = [one.examples[cell.seed][place] for place in kept]
             options = [example.options for example in examples]
+            if not kept:
+                answers: list[Any] = []
+                break
+            subject = self.subject.answering(encoded.batch.prompts[0])
+            reads: Any = reads_by_layers.get(subject.read_layers)
             try:
-                answers = self.subject.answer(
-                    encoded.batch, options, one.task.max_new_tokens, cell.seed, reads
-                ) if kept else []  # fmt: skip
+                answers = subject.answer(encoded.batch, options, one.task.max_new_tokens, cell.seed, reads)
                 break
             except Unusable:  # a demonstration: rows that show it leave the batch
                 for place, prompt in zip(kept, encoded.batch.prompts, strict=True):
@@ -291,17 +303,17 @@ class Run:
         batch = self.subject.encode([prompts[i] for i in kept], [names[i] for i in kept]) if kept else None
         return Encoded(batch, left_out)
 
-    def _reads(self, name: str) -> Reads | None:
-        """Hidden states of a task's demonstrations, in the order in which all cells need them."""
-        if self.subject.plugin is None:
-            return None
-        cells = [cell for cell in self.cells if cell.task == name]
-        plan = [
-            one for cell in cells for example in self.asked[name].examples[cell.seed]
-            for one in self.prompt(cell, example).fused
-        ]  # fmt: skip
-        _check_names(plan, name)
-        return Reads(self.subject.plugin, plan, self.settings.batch_size, self.states, name)
+    def _reads(self, name: str) -> dict[tuple[int, ...], Reads]:
+        """Hidden states of a task's demonstrations, in the order in which all cells need them, by the layers read."""
+        plans: dict[tuple[int, ...], tuple[Any, list[Shown]]] = {}
+        for cell in (cell for cell in self.cells if cell.task == name):
+            for prompt in (self.prompt(cell, example) for example in self.asked[name].examples[cell.seed]):
+                if prompt.fused:
+                    subject = self.subject.answering(prompt)
+                    plans.setdefault(subject.read_layers, (subject.plugin, []))[1].extend(prompt.fused)
+        _check_names([one for _, plan in plans.values() for one in plan], name)
+        size = self.settings.batch_size
+        return {layers: Reads(plugin, plan, size, self.states, name) for layers, (plugin, plan) in plans.items()}
 
     def _row(self, cell: Cell, example: Example, answer: Answer | str) -> PredictionRow:
         """What is kept of an answer, or of the words why there is none."""
@@ -421,7 +433,22 @@ def _check_names(plan: Sequence[Shown], task: str) -> None:
 
 def _about(settings: EvalSettings, subject: Subject) -> dict[str, Any]:
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return {"settings": RECORD.comparable(settings), "model": subject.identity, "versions": versions}
+    return {"settings": RECORD.comparable(settings), "model": _model(settings, subject), "versions": versions}
+
+
+def _model(settings: EvalSettings, subject: Subject) -> dict[str, str]:
+    """Identity of what answers, with the depths of methods without training.
+
+    Raises:
+        ValueError: states cannot enter at a depth that is asked for.
+    """
+    found = dict(subject.identity)
+    for name in settings.methods:
+        method = method_of(name)
+        if method.projector == "untrained" and (method.depth is not None or not subject.refuses_states()):
+            layers = subject.untrained(method.depth).read_layers
+            found[name] = f"states read after {', '.join(map(str, layers))} decoder layers and put back there"
+    return found
 
 
 def _slug(name: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..runs import PRECISIONS
 from .choosing import Choice
-from .methods import METHODS, PROMPTS, check_methods
+from .methods import METHODS, PROMPTS, check_methods, method_of
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class EvalSettings:
         repo: AIM repository: a folder or a Hub id.
         backbone: instead of `repo`, a model to evaluate without AIM.
         shots: numbers of demonstrations. At 0 all methods are the same: that is answered once, as `zero`.
-        methods: of zero, text, full, aim, aim-shuffled and aim-random; by default all that the model can do.
+        methods: of zero, text, full, aim, aim-shuffled, aim-random, aim-untrained and aim-untrained-shuffled (the
+            last two also with :depth=K); by default all that the model can do.
         seeds: number of seeds: 0, 1, ... decide demonstrations, and examples where a task draws them.
         select: selection strategy for demonstrations: random, image, text, fused, mmices, or fixed:FILE.
         balanced: take labels in turn.
@@ -85,7 +86,7 @@ class EvalSettings:
             can = [name for name, method in METHODS.items() if self.repo is not None or not method.needs_aim]
             object.__setattr__(self, "methods", tuple(can))
         check_methods(self.methods, self.repo is not None)
-        if not any(self.shots) and any(METHODS[name].shots for name in self.methods):
+        if not any(self.shots) and any(method_of(name).shots for name in self.methods):
             object.__setattr__(self, "methods", ("zero",))
 
     @property
@@ -96,5 +97,5 @@ class EvalSettings:
     @property
     def counts(self) -> list[int]:
         """Numbers of demonstrations that are shown, the smallest first."""
-        shown = any(METHODS[name].shots for name in self.methods)
+        shown = any(method_of(name).shots for name in self.methods)
         return sorted(count for count in self.shots if count) if shown else []

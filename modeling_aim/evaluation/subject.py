@@ -6,7 +6,6 @@ seeds and numbers of demonstrations.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import time
 from collections import Counter
@@ -27,38 +26,10 @@ from ..configuration_aim import AimConfig
 from ..data.pairs import opened
 from ..demonstrations_aim import Demonstration, FusedDemonstrations
 from ..processing_aim import _TOKENIZING, AimProcessor
-from ..projector_aim import AimProjector
 from ..runs import PRECISIONS
 from .methods import Prompt, PromptBuilder, Shown
+from .random_projector import random_projector
 from .task import Prediction
-
-
-def random_projector(config: AimConfig, seed: int) -> nn.Module:
-    """An untrained projector with the weights of a seed: a control whose fused tokens say nothing.
-
-    Untrained residual forms pass the state on, which says much: at the input `linear` and `mlp` of the same size stand
-    for them, at depth a random rotation of the state.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if config.enters_at_depth:
-            return RandomRotation(config.hidden_size)
-        plain = copy.deepcopy(config)
-        plain.projector_form = config.projector_form.replace("residual_mlp", "mlp").replace("residual", "linear")
-        return AimProjector(plain).eval()
-
-
-class RandomRotation(nn.Module):
-    """Turns each state of a depth into a random direction, always the same for the same state, and keeps its size."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.register_buffer("rotation", nn.init.orthogonal_(torch.empty(width, width)))
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """States `(tokens, depths x width)`, each depth rotated."""
-        rotation = self.get_buffer("rotation").to(states)
-        return (states.unflatten(-1, (-1, len(rotation))) @ rotation).flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -134,12 +105,13 @@ class Reads:
         model: the plug-in.
         plan: all demonstrations of a task in the order in which they are needed.
         batch_size: demonstrations in one forward pass.
-        kept: where states are kept, bounded in bytes; tasks share it.
-        task: name of the task, for messages and as a part of the key.
+        kept: where states are kept, bounded in bytes; tasks and plug-ins share it.
+        task: name of the task, for messages and, with the read layers, as a part of the key.
     """
 
     def __init__(self, model: Any, plan: Sequence[Shown], batch_size: int, kept: LRUCache, task: str) -> None:
         self.model, self.kept, self.task = model, kept, task
+        self.layers = tuple(model.config.read_layers)
         unique = list({one.key: one for one in plan}.values())
         self.batches = [unique[start : start + batch_size] for start in range(0, len(unique), batch_size)]
         self.place = {one.key: number for number, batch in enumerate(self.batches) for one in batch}
@@ -154,7 +126,7 @@ class Reads:
         found: dict[tuple[str, str], Read] = {}
         for one in shown:
             if one.key not in found:
-                read = self.kept.get((self.task, *one.key))
+                read = self.kept.get((self.task, self.layers, *one.key))
                 found |= self._read(self.place[one.key]) if read is None else {one.key: read}
             if one.key not in found:
                 raise Unusable(self.unusable[one.key])
@@ -178,7 +150,7 @@ class Reads:
         states = [one.cpu() for one in self.model.read_states(demos, max(len(batch), 1))]
         found = {one.key: read for one, *read in zip(batch, states, self.model.word_ids(demos), strict=True)}
         for key, (kept, ids) in found.items():
-            self.kept.put((self.task, *key), (kept, ids), kept.numel() * kept.element_size())
+            self.kept.put((self.task, self.layers, *key), (kept, ids), kept.numel() * kept.element_size())
         return {key: (kept, ids) for key, (kept, ids) in found.items()}
 
 
@@ -198,7 +170,13 @@ class Subject:
         self.device = module_device(self.backbone)
         self.longest = longest_prompt(self.backbone.config)
         self._random: dict[int, nn.Module] = {}
+        self._untrained: dict[int | None, Subject] = {}
         self._keeps_logits = "logits_to_keep" in inspect.signature(self.backbone.forward).parameters
+
+    @property
+    def read_layers(self) -> tuple[int, ...]:
+        """What the plug-in reads of demonstrations; empty without one."""
+        return () if self.plugin is None else tuple(self.plugin.config.read_layers)
 
     @property
     def identity(self) -> dict[str, str]:
@@ -207,6 +185,31 @@ class Subject:
             return {**self.plugin.source, "dtype": str(self.model.dtype).removeprefix("torch.")}
         name = type(self.backbone).__name__
         return {"backbone": name, "dtype": str(self.model.dtype).removeprefix("torch.")}
+
+    def untrained(self, depth: int | None = None) -> Subject:
+        """The same backbone with a plug-in without weights: states are put back at the depth where they were read.
+
+        Args:
+            depth: which; when `None`, those of this plug-in where its states enter at depth, else the default one.
+
+        Raises:
+            ValueError: states cannot enter this backbone, or not there.
+        """
+        if depth not in self._untrained:
+            layers, reading = None if depth is None else [depth], {}
+            if self.plugin is not None:
+                own = self.plugin.config
+                reading = {"read_span": own.read_span, "max_fused_tokens": own.max_fused_tokens}
+                layers = own.read_layers if layers is None and own.enters_at_depth else layers
+            model = AimForConditionalGeneration.from_backbone(
+                self.backbone, self.processor, preset="untrained", read_layers=layers, **reading
+            )
+            self._untrained[depth] = Subject(model, self.processor, self.prompt_builder)
+        return self._untrained[depth]
+
+    def answering(self, prompt: Prompt) -> Subject:
+        """What answers a prompt: this, or the same backbone without a projector."""
+        return self.untrained(prompt.depth) if prompt.fused and prompt.projector == "untrained" else self
 
     # --- prompts in, answers out
 
@@ -227,7 +230,7 @@ class Subject:
             batch: from `encode`.
             options: of each row; empty where the answer is written.
             new: most tokens of a written answer.
-            seed: of an untrained projector.
+            seed: of a random projector.
             reads: has the demonstrations' hidden states; `None` where no prompt has fused tokens.
         """
         started = self._now()
@@ -254,13 +257,13 @@ class Subject:
             assert self.plugin is not None
             read = reads.states(prompt.fused)
             fused = self.plugin.fuse([states.to(self.device) for states, _ in read], [ids for _, ids in read])
-            if prompt.random_projector:
+            if prompt.projector == "random":
                 joined = torch.cat([states.to(self.device) for states, _ in read])
-                fused = replace(fused, vectors=self._untrained(seed)(joined))
+                fused = replace(fused, vectors=self._random_projector(seed)(joined))
             rows.append(replace(fused, source=self.plugin.source))
         return rows
 
-    def _untrained(self, seed: int) -> nn.Module:
+    def _random_projector(self, seed: int) -> nn.Module:
         assert self.plugin is not None
         if seed not in self._random:
             self._random[seed] = random_projector(self.plugin.config, seed).to(self.device)
@@ -357,6 +360,14 @@ class Subject:
         return ((said * here).sum(dim=1) / here.sum(dim=1)).tolist(), likeliest.tolist()
 
     # --- what it can do
+
+    def refuses_states(self) -> str:
+        """Why states cannot enter the decoder of this backbone at depth; empty where they can."""
+        try:
+            self.untrained()
+        except (ValueError, TypeError) as error:
+            return f"{type(error).__name__}: {error}"[:300]
+        return ""
 
     @torch.no_grad()
     def refuses_two_images(self) -> str:
