@@ -42,6 +42,7 @@ from .demonstrations_aim import (
     kind_of,
     parse_demos,
 )
+from .depth_aim import DepthMixin
 from .families_aim import family_of
 from .features_aim import FeaturesMixin
 from .injection_aim import FusedPrompt, injected, own_tokens_only, watch_entries
@@ -55,7 +56,7 @@ if TYPE_CHECKING:  # the rest of what a repository carries: transformers 5.5 cop
     from .images_aim import open_image  # noqa: F401
 
 
-class AimForConditionalGeneration(FeaturesMixin, AimPreTrainedModel, GenerationMixin):
+class AimForConditionalGeneration(DepthMixin, FeaturesMixin, AimPreTrainedModel, GenerationMixin):
     """A frozen vision-language backbone with a projector that fuses demonstrations into virtual tokens.
 
     Everywhere, `demos` is one of:
@@ -151,9 +152,14 @@ class AimForConditionalGeneration(FeaturesMixin, AimPreTrainedModel, GenerationM
         return [states[i] for i in range(len(demos))]
 
     def _read_batches(
-        self, demos: Sequence[Demonstration], batch_size: int | None = None, images: bool = False
+        self,
+        demos: Sequence[Demonstration],
+        batch_size: int | None = None,
+        images: bool = False,
+        layers: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
         """Number, hidden states and, where asked for, image features of each demonstration, as they are read."""
+        layers = self.config.read_layers if layers is None else layers
         lengths = self.processor.reading_lengths(demos)
         positions = CPU_POSITIONS if self.device.type == "cpu" else PASS_POSITIONS
         if family_of(self.backbone.config.model_type).read_alone:
@@ -165,9 +171,9 @@ class AimForConditionalGeneration(FeaturesMixin, AimPreTrainedModel, GenerationM
             seen: Any = [None] * len(rows)
             with injected(None):
                 if images:
-                    hidden, seen = read_with_images(self.backbone, inputs, self.config.read_layers, alike)
+                    hidden, seen = read_with_images(self.backbone, inputs, layers, alike)
                 else:
-                    hidden = read_hidden_states(self.backbone, inputs, self.config.read_layers, alike)
+                    hidden = read_hidden_states(self.backbone, inputs, layers, alike)
             for i, row, mask, image in zip(rows, hidden, kept.to(hidden.device), seen, strict=True):
                 yield i, self._within_budget(row[mask]), image
 

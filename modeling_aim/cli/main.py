@@ -15,6 +15,7 @@ from .. import __version__
 COMMANDS = {
     "answer": ("answer", "Answer a question about an image from demonstrations of your own."),
     "init": ("init", "Make an AIM repository for a backbone: without weights, or with a projector to train."),
+    "tune": ("tune", "Find the depth at which states answer best, on your own demonstrations."),
     "check": ("check", "Try what AIM promises on a backbone, before any training."),
     "train": ("train", "Train a projector for a frozen backbone."),
     "eval": ("eval", "Evaluate a model few-shot; compare runs; measure attention."),
