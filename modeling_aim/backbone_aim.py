@@ -39,6 +39,8 @@ SHARED = -5  # asked for where images of a batch are equal: the call of the visi
 STATE_NAMES = ("rope_deltas",)  # what some backbones remember of the last prompt, as attributes of their modules
 
 _TURNS: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()
+_RESTING: WeakKeyDictionary[PreTrainedModel, list[list[nn.Module]]] = WeakKeyDictionary()
+_SWITCHING = RLock()
 _READING: ContextVar[dict[int, Any] | None] = ContextVar("aim_reading", default=None)
 
 
@@ -382,17 +384,27 @@ def preserved_state(backbone: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def answering(backbone: PreTrainedModel) -> Iterator[None]:
-    """`one_at_a_time`, and layers that recompute in training mode rest: they would drop the KV cache."""
+    """`one_at_a_time`, in inference mode: dropout would change the answer, and recomputed layers drop the KV cache.
+
+    Calls in several threads share the mode; the last of them to end puts back what the first one found.
+    """
     modules = all_modules(backbone)
     with _turn(backbone, modules):
-        training = [module for module in modules if module.training]
-        try:
-            for module in training:
+        with _SWITCHING:
+            found = [module for module in modules if module.training]
+            _RESTING.setdefault(backbone, []).append(found)  # one entry a call
+            for module in found:
                 module.training = False
+        try:
             yield
         finally:
-            for module in training:
-                module.training = True
+            with _SWITCHING:
+                calls = _RESTING[backbone]
+                if len(calls) > 1:
+                    calls[0] += calls.pop()
+                else:
+                    for module in _RESTING.pop(backbone)[0]:
+                        module.training = True
 
 
 def embedding_weight(backbone: PreTrainedModel) -> torch.Tensor:
