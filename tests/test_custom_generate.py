@@ -18,7 +18,7 @@ from hub_server import HubServer
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, GenerationConfig, TextStreamer, set_seed
 from transformers.dynamic_module_utils import get_relative_imports
 
-from modeling_aim import AimForConditionalGeneration, AimProcessor, FusedDemonstrations
+from modeling_aim import AimForConditionalGeneration, AimProcessor, DemonstrationBank, FusedDemonstrations
 from modeling_aim.backbone_aim import answering
 from modeling_aim.files_aim import shipped_files
 
@@ -191,6 +191,15 @@ def test_fused_demonstrations_need_no_processor(family: str, tmp_path: Path) -> 
     assert torch.equal(found, model.generate(**inputs, demos=DEMOS, **GREEDY))
     kept = answer(stock, inputs, model.prefill(DEMOS))
     assert torch.equal(kept, model.generate(**inputs, demos=model.prefill(DEMOS), **GREEDY))
+
+
+def test_a_bank_serves_a_stock_class(tmp_path: Path) -> None:
+    stock, model = build("llava"), plugin_on(build("llava"))
+    bank = DemonstrationBank.build(model, list(DEMOS), tmp_path / "bank")
+    inputs = query(stock, "What is this?", "And what?")
+    chosen = {"shots": 2, "select": "image", **GREEDY}
+    assert torch.equal(answer(stock, inputs, bank, **chosen), model.generate(**inputs, demos=bank, **chosen))
+    assert torch.equal(answer(stock, inputs, bank), answer(stock, inputs))
 
 
 # --- what is kept between calls
