@@ -62,14 +62,13 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def query(backbone: Backbone, *questions: str, padding_side: str = "left") -> dict[str, Any]:
+def query(backbone: Backbone, *questions: str) -> dict[str, Any]:
     """A batch of questions with an image each, from the stock processor."""
     questions = questions or ("What is this?",)
     ask = AimProcessor(build(backbone.family).processor)
     texts = [ask.prompt(question) for question in questions]
     images = [[picture(9 + row)] for row in range(len(questions))]
-    options = {"padding": True, "padding_side": padding_side, "return_tensors": "pt"}
-    return dict(backbone.processor(images=images, text=texts, **options))
+    return dict(backbone.processor(images=images, text=texts, padding=True, padding_side="left", return_tensors="pt"))
 
 
 def answer(backbone: Backbone, inputs: dict[str, Any], demos: Any = DEMOS, **options: Any) -> Any:
@@ -255,8 +254,8 @@ def test_new_embeddings_after_the_first_call_are_found() -> None:
 def test_the_code_can_be_loaded_once_for_any_number_of_calls() -> None:
     stock = build("llava")
     inputs = query(stock)
-    generate = stock.model.load_custom_generate(str(FOLDER), trust_remote_code=True)
-    found = generate(model=stock.model, **inputs, demos=DEMOS, processor=stock.processor, **GREEDY)
+    ask = stock.model.load_custom_generate(str(FOLDER), trust_remote_code=True)
+    found = ask(model=stock.model, **inputs, demos=DEMOS, processor=stock.processor, **GREEDY)
     assert torch.equal(found, answer(stock, inputs))
 
 
@@ -288,14 +287,11 @@ def test_a_model_in_training_stays_as_it_is(family: str) -> None:
     assert flags(stock.model) == before
     after = stock.model.state_dict()
     assert after.keys() == weights.keys() and all(torch.equal(after[name], weights[name]) for name in weights)
-    gradients = []
     for backbone in (stock, other):
         set_seed(0)
         backbone.model(**inputs, labels=inputs["input_ids"]).loss.backward()
-        gradients.append({name: weight.grad for name, weight in backbone.model.named_parameters()})
-    for name, gradient in gradients[0].items():
-        same = gradients[1][name]
-        assert gradient is same is None or torch.equal(gradient, same), name
+    for one, two in zip(stock.model.parameters(), other.model.parameters(), strict=True):
+        assert one.grad is two.grad is None or torch.equal(one.grad, two.grad)
     with pytest.raises(ValueError, match="A demonstration needs words"):
         answer(stock, inputs, [{"image": picture(0)}])
     with pytest.raises(ValueError, match="positions"):
@@ -313,9 +309,6 @@ def test_calls_that_overlap_leave_the_training_mode_that_the_first_found() -> No
     first.close()
     assert not any(flags(model)[1].values())  # the second is still answering
     second.close()
-    assert flags(model) == before
-    with answering(model), answering(model):
-        pass
     assert flags(model) == before
 
 
@@ -392,7 +385,6 @@ def test_from_the_hub_by_id_and_revision_without_the_package(stored: Any, hub: H
     hub.requests.clear()
     assert run_without_package(ASK, {**given, "stock": pinned}, hub.env()) == wanted
     assert {revision for revision, _ in hub.asked("me/aim-generate")} == {sha}
-    assert {name for _, name in hub.asked("me/aim-generate")} >= {"custom_generate/generate.py"}
 
 
 def test_in_the_repository_of_a_model_it_becomes_its_generate(tmp_path: Path) -> None:
