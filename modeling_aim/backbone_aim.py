@@ -437,7 +437,10 @@ def set_recomputing(backbone: PreTrainedModel, mode: bool) -> None:
 
 @contextmanager
 def answering(backbone: PreTrainedModel) -> Iterator[None]:
-    """`one_at_a_time`, and layers that recompute in training mode rest: they would drop the KV cache."""
+    """`one_at_a_time`, in inference mode: dropout would change the answer, and recomputed layers drop the KV cache.
+
+    Calls in several threads share the mode; the last of them to end puts back what the first one found.
+    """
     modules = all_modules(backbone)
     with _turn(backbone, modules), _RESTS.setdefault(backbone, _Rest())(modules):
         yield

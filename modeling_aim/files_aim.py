@@ -246,6 +246,45 @@ def copy_shipped_files(folder: Path) -> None:
         (folder / path.name).write_bytes(path.read_bytes())
 
 
+USE = """No package of this project is needed: transformers loads the code beside this card.
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("this/repository", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("this/repository", trust_remote_code=True)
+
+demos = [{"image": "dax1.png", "label": "dax"}, {"image": "wug1.png", "label": "wug"}]
+inputs = processor(images="query.png", text=processor.prompt("What is this?"), return_tensors="pt")
+ids = model.generate(**inputs.to(model.device, model.dtype), demos=demos, max_new_tokens=8)
+print(processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+
+In a pipeline:
+
+```python
+from transformers import pipeline
+
+pipe = pipeline("image-text-to-text", model="this/repository", trust_remote_code=True)
+demos = [{"image": "dax1.png", "label": "dax"}, {"image": "wug1.png", "label": "wug"}]
+prompt = pipe.processor.prompt("What is this?")
+answers = pipe(images="query.png", text=prompt, demos=demos, max_new_tokens=8, return_full_text=False)
+print(answers[0]["generated_text"])
+```
+
+In 4-bit (`pip install bitsandbytes`), load the model by these lines; the rest stays:
+
+```python
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
+model = AutoModelForImageTextToText.from_pretrained(
+    "this/repository", trust_remote_code=True, quantization_config=four_bit
+)
+```
+"""
+
+
 def model_card(config: Any, projector: torch.nn.Module) -> str:
     """A model card that says what the repository holds and how to use it."""
     backbone = config.backbone_name_or_path or f"in the folder `{config.backbone_subfolder}`"
@@ -272,16 +311,7 @@ tags: [aim, multimodal-in-context-learning, few-shot, custom_code]
 | read | states after {config.read_layers} layers, span `{config.read_span}`{budget} |
 | enter | {enters} |
 
-```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-model = AutoModelForImageTextToText.from_pretrained("this/repository", trust_remote_code=True)
-processor = AutoProcessor.from_pretrained("this/repository", trust_remote_code=True)
-demos = [{{"image": "dax1.png", "label": "dax"}}, {{"image": "wug1.png", "label": "wug"}}]
-inputs = processor(images=query, text=processor.prompt("What is this?"), return_tensors="pt")
-answer = model.generate(**inputs, demos=demos, max_new_tokens=8)
-```
-"""
+{USE}"""
 
 
 def _what_it_is(config: Any, parameters: int) -> str:

@@ -72,10 +72,16 @@ class AimForConditionalGeneration(DepthMixin, FeaturesMixin, AimPreTrainedModel,
         config: the plug-in's settings.
         backbone: the backbone; built from `config.backbone_config` with random weights when `None`.
         processor: turns raw demonstrations into the backbone's inputs; loaded when it is first needed.
+        freeze: set the backbone to inference and let none of its weights have a gradient. Where `False`, its flags
+            stay as they are: it is the model of somebody who may train it.
     """
 
     def __init__(
-        self, config: AimConfig, backbone: PreTrainedModel | None = None, processor: AimProcessor | None = None
+        self,
+        config: AimConfig,
+        backbone: PreTrainedModel | None = None,
+        processor: AimProcessor | None = None,
+        freeze: bool = True,
     ) -> None:
         if backbone is None and config.backbone_config is None:
             raise ValueError(
@@ -91,7 +97,7 @@ class AimForConditionalGeneration(DepthMixin, FeaturesMixin, AimPreTrainedModel,
             config.check()
         if set(config.read_layers) - {-1, 0}:
             decoder_layers(backbone)  # raises where there is no stack of them
-        self.backbone = backbone.requires_grad_(False).eval()
+        self.backbone = backbone.requires_grad_(False).eval() if freeze else backbone
         self.projector = AimProjector(config)
         weight = embedding_weight(backbone)
         if not weight.is_meta:  # float32 whatever the backbone's precision: it is small, and trains

@@ -182,7 +182,8 @@ class AimPreTrainedModel(PreTrainedModel):
             if self._loaded_from is None:
                 raise ValueError(
                     "This model has no processor for raw demonstrations. Set model.processor = "
-                    "AimProcessor.from_pretrained(...), or pass processor= when you make the model."
+                    "AimProcessor.from_pretrained(...), or pass processor= when you make the model. With "
+                    "custom_generate, pass processor= to generate."
                 )
             name, options = self._loaded_from
             self._processor = AimProcessor.from_pretrained(name, **options)
