@@ -8,21 +8,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from modeling_aim import AimForConditionalGeneration, AimProcessor
 from modeling_aim.training import Mixture, ShotLaw, open_source
 
 ROOT = Path(__file__).resolve().parents[1]
+REPO = ROOT / "hub_configs" / "aim-tiny"
 CELL, EPISODES = "5-way 5", range(4)
+METHODS = ("zero_shot", "text_only", "full", "aim", "aim_untrained", "aim_untrained_shuffled_images")
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    repo = ROOT / "hub_configs" / "aim-tiny"
     return (
-        AutoModelForImageTextToText.from_pretrained(repo, trust_remote_code=True),
-        AutoProcessor.from_pretrained(repo, trust_remote_code=True),
+        AutoModelForImageTextToText.from_pretrained(REPO, trust_remote_code=True),
+        AutoProcessor.from_pretrained(REPO, trust_remote_code=True),
     )
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    """AIM without training on the same backbone."""
+    return AimForConditionalGeneration.from_backbone(str(REPO / "backbone"), AimProcessor.from_pretrained(REPO))
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +40,14 @@ def evaluation():
     import evaluate
     import world
 
-    yield evaluate, world, evaluate.Bench("test", methods=("zero_shot", "text_only", "full", "aim"))
+    yield evaluate, world, evaluate.Bench("test", methods=METHODS)
     sys.path.remove(str(ROOT / "examples" / "aim_tiny"))
 
 
 @pytest.mark.parametrize("wording", ["this", "qa", "chat"])
-@pytest.mark.parametrize("method", ["zero_shot", "text_only", "full", "aim"])
-def test_evaluation_says_what_generate_says(tiny, evaluation, method, wording):
-    model, processor = tiny
+@pytest.mark.parametrize("method", METHODS)
+def test_evaluation_says_what_generate_says(tiny, untrained, evaluation, method, wording):
+    model, processor = (untrained, untrained.processor) if "untrained" in method else tiny
     evaluate, world, bench = evaluation
     ways, shots = evaluate.CELLS[CELL]
     tasks = [evaluate.task(f"0.{e}", ways, shots, "test", wording) for e in EPISODES]
@@ -49,23 +58,74 @@ def test_evaluation_says_what_generate_says(tiny, evaluation, method, wording):
         query = world.join(form.head, "<image>", form.question)
         told = [world.join(form.head, "<image>", form.question, form.answer.format(name)) for name in names(world, e)]
         text, images, demos = query, [episode.image], None
-        if method == "aim":
+        if method.startswith("aim"):
             demos = episode.demos
+            if method.endswith("shuffled_images"):
+                shown = [world.pool_image("test", *demo.image) for demo in evaluate.shuffled(task).demos]
+                demos = [{**demo, "image": image} for demo, image in zip(demos, shown, strict=True)]
         elif method == "full":
             text, images = " ".join([*told, query]), [demo["image"] for demo in episode.demos] + images
         elif method == "text_only":
             text = " ".join([*(" ".join(words.replace("<image>", "").split()) for words in told), query])
         inputs = processor(images=images, text=text, return_tensors="pt")
-        gold = processor.tokenizer(task.query.answer, add_special_tokens=False).input_ids
-        new = model.generate(**inputs, demos=demos, max_new_tokens=len(gold), do_sample=False)
-        said.append(new[0, inputs["input_ids"].shape[1] :].tolist()[: len(gold)] == gold)
+        said.append(answered(model, processor, inputs, demos, task.query.answer))
     assert said == bench.right(method, tasks)
+
+
+def answered(model: Any, processor: Any, inputs: Any, demos: Any, answer: str) -> bool:
+    """Whether `generate` gives exactly an answer."""
+    gold = processor.tokenizer(answer, add_special_tokens=False).input_ids
+    new = model.generate(**inputs, demos=demos, max_new_tokens=len(gold), do_sample=False)
+    return new[0, inputs["input_ids"].shape[1] :].tolist()[: len(gold)] == gold
+
+
+PLACES = {  # read layers, entry layers, and how large a random projector is made: some answers stay right
+    "at the input": ([3], [0], 0.05),
+    "at a depth": ([2], [2], 1.0),
+    "at the input and a depth": ([0, 2], [0, 2], 1.0),
+    "at two depths": ([1, 3], [1, 3], 1.0),
+}
+
+
+@pytest.mark.parametrize("places", PLACES)
+def test_evaluation_of_a_projector_says_what_generate_says(untrained, evaluation, places, tmp_path, monkeypatch):
+    """Wherever its states enter."""
+    evaluate, world, bench = evaluation
+    read, entry, size = PLACES[places]
+    model = AimForConditionalGeneration.from_backbone(
+        untrained.backbone, untrained.processor, read_layers=read, entry_layers=entry, projector_form="residual"
+    )
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.projector.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * size * weight.shape[-1] ** -0.5)
+    model.save_pretrained(tmp_path)
+    changed = {"plugins": {"aim": evaluate.load_plugin("aim", bench.backbone, tmp_path)}, "kept": (None, None)}
+    for name, value in {**changed, "prefixes": []}.items():
+        monkeypatch.setattr(bench, name, value)
+    tasks = [evaluate.task(f"0.{e}", 2, 4, "test", "this") for e in range(12)]
+    said = []
+    for e, task in enumerate(tasks):
+        episode = world.episode(f"0.{e}", 2, 4, wording="this")
+        inputs = model.processor(images=[episode.image], text="<image> this is", return_tensors="pt")
+        said.append(answered(model, model.processor, inputs, episode.demos, task.query.answer))
+    assert said == bench.right("aim", tasks)
+    assert 0 < sum(said) < len(said)
 
 
 def names(world, episode: int) -> list[str]:
     """The name in each demonstration of an episode."""
     p = world.plan_of(f"0.{episode}", 5, 1, "test")
     return [p.bindings[way] for way, _ in p.demos]
+
+
+def test_a_prompt_that_is_too_long_has_no_accuracy(evaluation):
+    evaluate, _, bench = evaluation
+    found = evaluate.evaluate(bench, ["full", "aim_untrained"], ["16-way 64"], ["this"], episodes=1, seeds=1)
+    assert found["16-way 64"]["full"] is None and found["16-way 64"]["aim_untrained"] in (0, 1)
+    assert found["16-way 64"]["tokens"]["full"] > 4096 > found["16-way 64"]["tokens"]["aim_untrained"]
+    assert "| too long |" in evaluate.table(found, ["full", "aim_untrained"])
+    assert "16-way 64" not in evaluate.cells_of("validation")  # it has 8 concepts
 
 
 @pytest.mark.parametrize("task", ["operator", "attribute", "captions"])
@@ -78,9 +138,7 @@ def test_evaluation_of_the_tasks_says_what_generate_says(tiny, evaluation, task)
         query = episode.queries[0]
         demos = [shot.pair(shot.image) for shot in episode.demos]
         inputs = processor(images=query.image, text=world.join("<image>", query.question), return_tensors="pt")
-        gold = processor.tokenizer(query.answer, add_special_tokens=False).input_ids
-        new = model.generate(**inputs, demos=demos, max_new_tokens=len(gold), do_sample=False)
-        said.append(new[0, inputs["input_ids"].shape[1] :].tolist()[: len(gold)] == gold)
+        said.append(answered(model, processor, inputs, demos, query.answer))
     assert said == bench.right("aim", evaluate.tasks_of(f"{task} 4", "test", "", 0, len(EPISODES)))
 
 

@@ -14,8 +14,8 @@ from transformers import DynamicCache
 from modeling_aim import Demonstration, FusedDemonstrations
 from modeling_aim.backbone_aim import decoder_layers, goes_on_behind_kv
 from modeling_aim.prefix_aim import serves
-from modeling_aim.speed.counting import Twin, analytic, analytic_kv, count, count_flops, kv_bytes
-from modeling_aim.speed.shapes import shape_config
+from modeling_aim.speed.counting import COUNTED, Twin, analytic, analytic_kv, count, count_flops, kv_bytes
+from modeling_aim.speed.shapes import SHAPES, shape_config, shape_picture
 
 IMAGES = ("pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw")
 HYBRID = ("qwen3_5", "qwen3_5_moe")  # recurrent layers: the decoder alone is the measure, not a formula
@@ -241,3 +241,18 @@ def test_real_sizes(shape: str) -> None:
         formula = analytic(twin.backbone, one.new_tokens, past)
         causal = formula.other + formula.attention * (past + one.new_tokens / 2) / one.prompt_tokens
         assert twin.decoder(one.new_tokens, past)[0] == pytest.approx(causal, rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_states_at_depth_cost_no_more_than_the_form_of_the_paper(shape: str) -> None:
+    """Fused tokens cost the same wherever they enter; reading stops sooner, and there is no projector."""
+    twin = Twin(shape_config(shape), picture=shape_picture(shape))
+    twin.image = 1e9  # the same in all of them; not every release of transformers can count it
+    for shots in (1, 16):
+        found = {method: count(twin, method, shots) for method in COUNTED}
+        for method, other in (("depth-bank", "bank"), ("depth-bank-kv", "bank-kv"), ("depth-cold", "cold-half")):
+            one, paper = found[method], found[other]
+            assert one.flops <= paper.flops and one.kv_bytes <= paper.kv_bytes, method
+            assert (one.prompt_tokens, one.new_tokens) == (paper.prompt_tokens, paper.new_tokens)
+        costs = [found[method].flops for method in ("depth-bank-kv", "depth-bank", "depth-cold", "cold")]
+        assert costs == sorted(costs) and len(set(costs)) == 4

@@ -6,7 +6,11 @@
 
 An answer is right when greedy decoding gives exactly the gold name. That is so when every token of it is the most
 likely one after the gold tokens before it, so one forward pass tells, without generating. The episodes of a seed are
-the same for all methods and wordings.
+the same for all methods and wordings. Where a prompt has more tokens than the backbone has positions, a method has no
+accuracy (`null`; "too long" in the table).
+
+`aim` is the projector of `--repo`, wherever its states enter; `aim_untrained` has none: the states of `--depth` are
+put back at that depth. All AIM methods read what the configuration of `--repo` says of a demonstration (`read_span`).
 """
 
 from __future__ import annotations
@@ -23,23 +27,21 @@ import tasks as rules
 import torch
 import world
 from corpus import IMAGE_IDS
+from loading import load_backbone, load_interleaved, load_plugin
 from quick import run
-from safetensors.torch import load_file
-from support import CONTROLS, OUT, ROOT, progress, write
+from support import CONTROLS, OUT, progress, write
 from transformers import LlavaForConditionalGeneration
 from vision import pixels
 from words import BOS, IMAGE, PAD, ids, token_id
 from world import WORDINGS
 
-sys.path.insert(0, str(ROOT))
-from modeling_aim.configuration_aim import AimConfig
-from modeling_aim.evaluation.subject import random_projector
-from modeling_aim.projector_aim import AimProjector
-
 CELLS = {"2-way 2": (2, 1), "2-way 8": (2, 4), "2-way 16": (2, 8), "2-way 32": (2, 16), "5-way 5": (5, 1),
-         "5-way 10": (5, 2), "5-way 15": (5, 3), "5-way 30": (5, 6), "8-way 16": (8, 2)}  # fmt: skip
+         "5-way 10": (5, 2), "5-way 15": (5, 3), "5-way 30": (5, 6), "8-way 16": (8, 2), "16-way 16": (16, 1),
+         "16-way 32": (16, 2), "16-way 64": (16, 4), "16-way 128": (16, 8)}  # fmt: skip
 METHODS = ("zero_shot", "text_only", "full", "full_interleaved", "oracle_captions", "aim", "aim_paper", "aim_generic",
-           "aim_shuffled_images", "aim_random_projector")  # fmt: skip
+           "aim_shuffled_images", "aim_random_projector", "aim_untrained",
+           "aim_untrained_shuffled_images")  # fmt: skip
+SHUFFLED = "_shuffled_images"
 TRAINED = {  # controls that are no part of the shipped checkpoint
     "aim_paper": "python examples/aim_tiny/build.py --only aim_paper",
     "aim_generic": "python examples/aim_tiny/build.py --only aim_generic",
@@ -68,9 +70,10 @@ class Demo:
         return [token_id(BOS), *ids(self.head), *IMAGE_IDS, *ids(self.text)]
 
     @property
-    def fused(self) -> int:
-        """Fused tokens it becomes."""
-        return len(self.ids) - len(IMAGE_IDS) - 1 if self.kept is None else self.kept
+    def words(self) -> list[int]:
+        """The words under its fused tokens, as AIM reads it: with nothing before the image."""
+        text = ids(self.text)
+        return text if self.kept is None else text[len(text) - self.kept :]
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,11 @@ def tasks_of(cell: str, split: str, wording: str, seed: int, episodes: int, span
     return [task(f"{seed}.{e}", *CELLS[cell], split, wording, span) for e in range(episodes)]
 
 
+def cells_of(split: str) -> list[str]:
+    """The cells for which a split has concepts enough."""
+    return [cell for cell, (ways, _) in CELLS.items() if ways <= len(world.concepts(split))]
+
+
 def as_read(t: Task) -> Task:
     """The demonstrations as the package has them read: nothing stands before their images."""
     return replace(t, demos=[replace(demo, head="") for demo in t.demos])
@@ -156,11 +164,11 @@ def pad(rows: list[list[int]]) -> torch.Tensor:
 
 
 def prompt(method: str, t: Task) -> tuple[list[int], list[tuple[int, int]], int]:
-    """Token ids before the answer, the images they hold, and how many fused tokens stand after `<s>`."""
+    """Token ids before the answer, the images they hold, and how many of the ids, from the second on, are fused."""
     tokens, images, fused = [token_id(BOS)], [], 0
     if method.startswith("aim"):
-        fused = sum(demo.fused for demo in as_read(t).demos)
-        tokens += [0] * fused
+        tokens += [word for demo in t.demos for word in demo.words]
+        fused = len(tokens) - 1
     elif method != "zero_shot":
         for demo, caption in zip(t.demos, t.captions, strict=True):
             if method.startswith("full"):
@@ -179,12 +187,14 @@ class Bench:
     """The frozen backbone, the projectors, and what the vision tower says of every pool image."""
 
     def __init__(
-        self, split: str, load_in_4bit: bool = False, methods: tuple[str, ...] = METHODS, repo: Path = OUT
-    ) -> None:
+        self, split: str, load_in_4bit: bool = False, methods: tuple[str, ...] = METHODS, repo: Path = OUT,
+        depth: int | None = None,
+    ) -> None:  # fmt: skip
         self.split = split
+        self.span = json.loads((repo / "config.json").read_text())["read_span"]
         self.backbone = load_backbone(load_in_4bit)
         self.features = features(self.backbone, split)
-        self.projectors = {m: load_projector(m, self.backbone, repo) for m in methods if m.startswith("aim")}
+        self.plugins = {m: load_plugin(m, self.backbone, repo, depth) for m in methods if m.startswith("aim")}
         self.interleaved = load_interleaved(load_in_4bit) if "full_interleaved" in methods else None
         self.kept: tuple = (None, None)
         self.prefixes: list = []
@@ -194,20 +204,20 @@ class Bench:
         """Whether each task is answered right; tasks of one cell and wording, so of about one length."""
         model = self.interleaved if method == "full_interleaved" else self.backbone
         shown = [as_read(t) for t in tasks] if method.startswith("aim") else tasks
-        shown = [shuffled(t) for t in shown] if method == "aim_shuffled_images" else shown
+        shown = [shuffled(t) for t in shown] if method.endswith(SHUFFLED) else shown
         prompts = [prompt(method, t) for t in shown]
         golds = [ids(t.query.answer) for t in shown]
         tokens = pad([p + gold for (p, _, _), gold in zip(prompts, golds, strict=True)])
         vectors = insert(
             model.get_input_embeddings()(tokens), tokens, model, [i for p in prompts for i in p[1]], self.features
         )
+        entering, holes = {}, torch.zeros(tokens.shape, dtype=torch.bool)
         if method.startswith("aim"):
-            fused = self.projectors[method][0](self.states(method, shown))
-            holes = torch.zeros(tokens.shape, dtype=torch.bool)
+            entering = self.plugins[method].entering(self.states(method, shown))
             for row, (_, _, count) in enumerate(prompts):
                 holes[row, 1 : 1 + count] = True
-            vectors = vectors.masked_scatter(holes.unsqueeze(-1), fused.to(vectors.dtype))
-        hidden = run(model.model.language_model, vectors, torch.arange(tokens.shape[1]).expand(tokens.shape))
+        positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
+        hidden = run(model.model.language_model, vectors, positions, places=holes, entering=entering)
         verdicts = []
         for row, ((p, _, _), gold) in enumerate(zip(prompts, golds, strict=True)):
             said = model.lm_head(hidden[row, len(p) - 1 : len(p) + len(gold) - 1]).argmax(-1).tolist()
@@ -216,12 +226,12 @@ class Bench:
 
     def states(self, method: str, tasks: list[Task]) -> torch.Tensor:
         """What the projector of a method reads of all demonstrations; read once for the methods that read the same."""
-        layers = sorted({k for _, read_layers in self.projectors.values() for k in read_layers if k != -1})
-        layers += [-1] * any(-1 in read_layers for _, read_layers in self.projectors.values())
+        read = {layer for plugin in self.plugins.values() for layer in plugin.read_layers}
+        layers = sorted(read - {-1}) + [-1] * (-1 in read)
         demos = [demo for t in tasks for demo in t.demos]
         if self.kept[0] != demos:
             self.kept = demos, torch.stack(self.read(demos, layers), 1)
-        return torch.cat([self.kept[1][:, layers.index(k)] for k in self.projectors[method][1]], -1)
+        return torch.cat([self.kept[1][:, layers.index(k)] for k in self.plugins[method].read_layers], -1)
 
     def read(self, demos: list[Demo], layers: list[int]) -> list[torch.Tensor]:
         """The states that `projector.read` gives, sooner: an image is read once for all that show it."""
@@ -234,7 +244,7 @@ class Bench:
         seen = [(k[where], v[where]) for k, v in past]
         vectors = model.get_input_embeddings()(tokens)
         states = run(model.model.language_model, vectors, positions, layers=last, kept=tuple(layers), past=seen)
-        spans = [slice(len(text) - demo.fused, len(text)) for text, demo in zip(texts, demos, strict=True)]
+        spans = [slice(len(text) - len(demo.words), len(text)) for text, demo in zip(texts, demos, strict=True)]
         return [torch.cat([row[span] for row, span in zip(rows, spans, strict=True)]) for rows in states]
 
     def prefix(self, layers: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -256,49 +266,6 @@ class Bench:
         return self.prefixes
 
 
-def four_bit():
-    """NF4 for the linears of the language model alone."""
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32,
-                              llm_int8_skip_modules=["lm_head", "vision_tower", "multi_modal_projector"])  # fmt: skip
-
-
-def load_backbone(load_in_4bit: bool = False) -> LlavaForConditionalGeneration:
-    options = {"quantization_config": four_bit()} if load_in_4bit else {}
-    return LlavaForConditionalGeneration.from_pretrained(OUT / "backbone", **options).eval()
-
-
-def load_interleaved(load_in_4bit: bool = False) -> LlavaForConditionalGeneration:
-    """The control tuned on many images: the backbone with other weights of projection and language model."""
-    model = load_backbone()
-    weights = {k: v.float() for k, v in load_file(CONTROLS / "full_interleaved.safetensors").items()}
-    model.load_state_dict(weights, strict=False)
-    if not load_in_4bit:
-        return model
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return LlavaForConditionalGeneration.from_pretrained(folder, quantization_config=four_bit()).eval()
-
-
-def load_projector(
-    method: str, backbone: LlavaForConditionalGeneration, repo: Path = OUT
-) -> tuple[AimProjector, list[int]]:
-    """A projector and its read layers; shuffled images use that of `repo`, the random one is of its size."""
-    control = method in ("aim_paper", "aim_generic")
-    settings = json.loads((CONTROLS / f"{method}.json" if control else repo / "config.json").read_text())
-    form = {k: settings[k] for k in ("read_layers", "projector_form", "projector_intermediate_size", "projector_norm")}
-    config = AimConfig(backbone_config=backbone.config, **form)
-    projector = random_projector(config, seed=1)
-    if method != "aim_random_projector":
-        projector = AimProjector(config)
-        weights = load_file(CONTROLS / f"{method}.safetensors" if control else repo / "aim_projector.safetensors")
-        projector.load_state_dict({k.removeprefix("projector."): v.float() for k, v in weights.items()})
-    return projector.eval(), form["read_layers"]
-
-
 @torch.no_grad()
 def features(model: LlavaForConditionalGeneration, split: str) -> torch.Tensor:
     """Patch features of the split's pool, `(concepts, images, 64, width)`, computed once a run."""
@@ -316,11 +283,21 @@ def features(model: LlavaForConditionalGeneration, split: str) -> torch.Tensor:
 # --- the loop --------------------------------------------------------------------------------------------------------
 
 
+def too_long(bench: Bench, method: str, t: Task) -> bool:
+    """Whether a prompt with its answer has more tokens than the backbone has positions."""
+    longest = bench.backbone.config.text_config.max_position_embeddings
+    return len(prompt(method, t)[0]) + len(ids(t.query.answer)) > longest
+
+
 def verdicts(bench: Bench, methods: list[str], tasks: list[Task]) -> dict[str, list[bool]]:
-    """Right or wrong by method, in batches of about as many tokens; what reads the same goes together."""
+    """Right or wrong by method, in batches of about as many tokens; what reads the same goes together.
+
+    Methods whose prompts are too long are left out.
+    """
+    methods = [m for m in methods if not any(too_long(bench, m, t) for t in tasks)]
     groups = [[m] for m in methods if not m.startswith("aim")]
-    groups.append([m for m in methods if m.startswith("aim") and m != "aim_shuffled_images"])
-    groups.append([m for m in methods if m == "aim_shuffled_images"])
+    groups.append([m for m in methods if m.startswith("aim") and not m.endswith(SHUFFLED)])
+    groups.append([m for m in methods if m.endswith(SHUFFLED)])
     found: dict[str, list[bool]] = {m: [] for m in methods}
     for group in filter(None, groups):
         size = max(
@@ -335,40 +312,45 @@ def verdicts(bench: Bench, methods: list[str], tasks: list[Task]) -> dict[str, l
 def evaluate(
     bench: Bench, methods: list[str], cells: list[str], wordings: list[str], episodes: int, seeds: int
 ) -> dict:
-    """`{cell: {method: accuracy, "tokens": {method: mean prompt tokens}, "by_wording": {...}, "by_seed": {...}}}`."""
+    """`{cell: {method: accuracy, "tokens": {method: mean prompt tokens}, "by_wording": {...}, "by_seed": {...}}}`.
+
+    An accuracy is `None` where prompts are too long.
+    """
     report: dict = {}
     work = [(cell, wording, seed) for cell in cells for wording in wordings for seed in range(seeds)]
-    scores: dict = defaultdict(lambda: defaultdict(list))
+    scores: dict = {}
     lengths: dict = defaultdict(lambda: defaultdict(list))
     for cell, wording, seed in progress(work, "evaluate"):
-        tasks = tasks_of(cell, bench.split, wording, seed, episodes)
-        for method, right in verdicts(bench, methods, tasks).items():
-            scores[cell, method][wording, seed] = [sum(right) / len(right)]
+        tasks = tasks_of(cell, bench.split, wording, seed, episodes, bench.span)
+        found = verdicts(bench, methods, tasks)
+        for method in methods:
+            scores[cell, method, wording, seed] = sum(found[method]) / len(tasks) if method in found else None
             lengths[cell][method] += [len(prompt(method, t)[0]) for t in tasks[:20]]
     for cell in cells:
-        entry = report[cell] = {m: mean(v for [v] in scores[cell, m].values()) for m in methods}
+        by = {m: {(w, s): scores[cell, m, w, s] for w in wordings for s in range(seeds)} for m in methods}
+        entry = report[cell] = {m: mean(by[m].values()) for m in methods}
         entry["tokens"] = {m: mean(lengths[cell][m]) for m in methods}
-        entry["by_wording"] = {
-            m: {w: mean(scores[cell, m][w, s][0] for s in range(seeds)) for w in wordings} for m in methods
-        }
-        entry["by_seed"] = {
-            m: [mean(scores[cell, m][w, s][0] for w in wordings) for s in range(seeds)] for m in methods
-        }
+        entry["by_wording"] = {m: {w: mean(by[m][w, s] for s in range(seeds)) for w in wordings} for m in methods}
+        entry["by_seed"] = {m: [mean(by[m][w, s] for w in wordings) for s in range(seeds)] for m in methods}
     return report
 
 
-def mean(values) -> float:
+def mean(values) -> float | None:
     values = list(values)
-    return round(sum(values) / len(values), 4)
+    return None if None in values else round(sum(values) / len(values), 4)
+
+
+def shown(accuracy: float | None) -> str:
+    return "too long" if accuracy is None else f"{accuracy:.3f}"
 
 
 def table(report: dict, methods: list[str]) -> str:
     """Accuracies and, last, mean prompt tokens of the full prompt and of AIM's; markdown, as in the README."""
-    counted = [m for m in ("full", "aim") if m in methods]
+    counted = [m for m in methods if m in ("full", "aim") or (m == "aim_untrained" and "aim" not in methods)]
     heads = ["demonstrations", *(f"`{m}`" for m in methods), *(f"tokens: {m}" for m in counted)]
     lines = [heads, ["---"] * len(heads)]
     for cell, entry in report.items():
-        lines.append([cell, *(f"{entry[m]:.3f}" for m in methods), *(f"{entry['tokens'][m]:.0f}" for m in counted)])
+        lines.append([cell, *(shown(entry[m]) for m in methods), *(f"{entry['tokens'][m]:.0f}" for m in counted)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -392,16 +374,20 @@ def main() -> None:
         "--wordings", default="this", help=f"comma-separated, of {', '.join(WORDINGS)}; or 'all': {world.EVALUATED}"
     )
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--cells", default=",".join(CELLS), help=f"or a task of {rules.TASKS} and its demonstrations")
+    parser.add_argument(
+        "--cells", help=f"of {', '.join(CELLS)} (all by default); or a task of {rules.TASKS} and its demonstrations"
+    )
     parser.add_argument("--repo", type=Path, default=OUT, help="repository whose projector is `aim`")
+    parser.add_argument("--depth", type=int, help="of aim_untrained; by default two fifths of the layers")
     parser.add_argument("--load-in-4bit", action="store_true", help="bitsandbytes NF4 for the language model")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--out", help="write the JSON here too")
     args = parser.parse_args()
-    methods, cells = available(args.methods.split(",")), args.cells.split(",")
+    methods = available(args.methods.split(","))
+    cells = args.cells.split(",") if args.cells else cells_of(args.split)
     wordings = list(world.EVALUATED) if args.wordings == "all" else args.wordings.split(",")
     report = evaluate(
-        Bench(args.split, args.load_in_4bit, tuple(methods), args.repo),
+        Bench(args.split, args.load_in_4bit, tuple(methods), args.repo, args.depth),
         methods,
         cells,
         wordings,

@@ -28,37 +28,38 @@ READINGS = {"plain": WORDINGS["this"], "chat template": WORDINGS["chat"]}
 
 @torch.no_grad()
 def read(
-    model: LlavaForConditionalGeneration, demos: list[Demo], features: torch.Tensor, layers: list[int]
-) -> torch.Tensor:
-    """States of the text positions of all demonstrations, one after the other, `(fused tokens, layers x width)`."""
+    model: LlavaForConditionalGeneration, demos: list[Demo], features: torch.Tensor, layers: tuple[int, ...]
+) -> tuple[torch.Tensor, list[int]]:
+    """States of the text positions of all demonstrations, one after the other, `(fused tokens, layers x width)`, and
+    the words there."""
     tokens = pad([demo.ids for demo in demos])
     vectors = insert(model.get_input_embeddings()(tokens), tokens, model, [demo.image for demo in demos], features)
     positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
     last = None if -1 in layers else max(layers)
-    states = run(model.model.language_model, vectors, positions, layers=last, kept=tuple(layers))
+    states = run(model.model.language_model, vectors, positions, layers=last, kept=layers)
     text = (tokens != token_id(IMAGE)) & (tokens != token_id(PAD)) & (tokens != token_id(BOS))
-    return torch.cat([s[text] for s in states], -1).float()
+    return torch.cat([s[text] for s in states], -1).float(), tokens[text].tolist()
 
 
 @torch.no_grad()
 def accuracy(bench: Bench, tasks: list[Task], place: str, reading: str) -> float:
     """Part of the tasks answered right in one variant."""
     model, form = bench.backbone, READINGS[reading]
-    projector, layers = bench.projectors["aim"]
+    plugin = bench.plugins["aim"]
     right = 0
     for t in tasks:
         names = [demo.text for demo in t.demos]
         pairs = zip(t.demos, names, strict=True)
         demos = [replace(demo, head=form.head, text=form.demonstration(name)) for demo, name in pairs]
-        fused = projector(read(model, demos, bench.features, layers))
+        states, words = read(model, demos, bench.features, plugin.read_layers)
         head = ids(t.query.head) if place == "in the turn" else []
         rest = t.query.prompt[len(head) :]
         gold = ids(t.query.answer)
-        tokens = pad([[token_id(BOS), *head, *[0] * len(fused), *rest, *gold]])
+        tokens = pad([[token_id(BOS), *head, *words, *rest, *gold]])
         vectors = insert(model.get_input_embeddings()(tokens), tokens, model, [t.query.image], bench.features)
-        start = 1 + len(head)
-        vectors[0, start : start + len(fused)] = fused.to(vectors.dtype)
-        hidden = run(model.model.language_model, vectors, torch.arange(tokens.shape[1]).expand(tokens.shape))
+        positions, start = torch.arange(tokens.shape[1]).expand(tokens.shape), 1 + len(head)
+        places = (positions >= start) & (positions < start + len(words))
+        hidden = run(model.model.language_model, vectors, positions, places=places, entering=plugin.entering(states))
         said = model.lm_head(hidden[0, -len(gold) - 1 : -1]).argmax(-1).tolist()
         right += said == gold
     return right / len(tasks)

@@ -35,6 +35,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
 def run(
     model, vectors: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None = None, layers: int | None = None,
     kept: tuple[int, ...] = (), past: list | None = None, cache: list | None = None,
+    places: torch.Tensor | None = None, entering: dict[int, torch.Tensor] | None = None,
 ):  # fmt: skip
     """Hidden states of a SmolLM3.
 
@@ -44,18 +45,23 @@ def run(
         positions: `(batch, length)`; gaps are allowed.
         mask: additive attention mask; causal when left out.
         layers: stop after so many decoder layers (no final norm then).
-        kept: return a list with the outputs of these layers instead (-1: after the final norm).
+        kept: return a list with the outputs of these layers instead (0: the embeddings; -1: after the final norm).
         past: keys and values of each layer that come before `(batch, heads, length, size)`.
         cache: a list that gets the keys and values of each layer.
+        places: where fused tokens stand, `(batch, length)`.
+        entering: what replaces their states, by the layer at whose input it enters (0: the embeddings),
+            `(fused tokens, width)`.
     """
     batch, length, width = vectors.shape
     heads = model.config.num_attention_heads
     cos, sin = (t.unsqueeze(1).to(torch.bfloat16 if torch.is_autocast_enabled("cpu") else vectors.dtype)
                 for t in model.rotary_emb(vectors.float(), positions))  # fmt: skip
     stop = len(model.layers) if layers is None else layers
-    outputs = {}
-    x = vectors
+    x, entering = vectors, entering or {}
+    outputs = {0: x}
     for number, layer in enumerate(model.layers[:stop], 1):
+        if number - 1 in entering:
+            x = x.masked_scatter(places.unsqueeze(-1), entering[number - 1].to(x.dtype))
         h = F.rms_norm(x, (width,), layer.input_layernorm.weight, layer.input_layernorm.variance_epsilon)
         att = layer.self_attn
         q, k, v = (p(h).view(batch, length, heads, -1).transpose(1, 2) for p in (att.q_proj, att.k_proj, att.v_proj))

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from evaluate import Bench, load_projector, tasks_of, verdicts
+from evaluate import Bench, load_plugin, tasks_of, verdicts
 from projector import MIX
 from support import BUILD, OUT, ROOT, write
 from tasks import Episode, few_or_many, training_episodes, write_episodes
@@ -135,7 +135,7 @@ def trained(name: str, values: dict[str, Any], folder: Path, backbone: str) -> d
 
 def score(bench: Bench, repo: Path, span: str) -> dict[str, float]:
     """Accuracy by cell; demonstrations are read as the repository's projector was trained."""
-    bench.projectors["aim"] = load_projector("aim", bench.backbone, repo)
+    bench.plugins["aim"] = load_plugin("aim", bench.backbone, repo)
     bench.kept, bench.prefixes = (None, None), []  # of other layers
     found = {}
     for cell in CELLS:

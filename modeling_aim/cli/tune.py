@@ -10,68 +10,83 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from ..choice_aim import DepthChoice
 from ..data.jsonl import read_demonstrations, read_json
-from .terminal import errors, reported, whole_numbers
-
-if TYPE_CHECKING:
-    from ..choice_aim import DepthChoice
+from ..files_aim import write_whole
+from .loading import LoadingSettings
+from .options import check_least, command
+from .terminal import errors, print_json, safe
 
 BAR = 16  # characters of the longest bar
 
 
-def tune(
-    demos: Annotated[
-        list[Path],
-        typer.Option(help="Demonstrations: a jsonl file, or a folder with a folder a label; again for another task."),
-    ],
-    repo: Annotated[str | None, typer.Option(help="AIM repository without weights: a folder or a Hub id.")] = None,
-    backbone: Annotated[str | None, typer.Option(help="Instead of it: a backbone, a folder or a Hub id.")] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Write a repository with the depth here, rather than into that of --repo.")
-    ] = None,
-    picture: Annotated[Path | None, typer.Option(help="Draw the likelihood by depth (PNG).")] = None,
-    depths: Annotated[
-        str | None, typer.Option(help="Depths to compare, e.g. 8,12,16; by default up to a dozen.")
-    ] = None,
-    most: Annotated[int, typer.Option(min=2, help="Most demonstrations of a task that are used.")] = 32,
-    prompts: Annotated[str, typer.Option(help="How questions are put: chat or plain.")] = "chat",
-    seed: Annotated[int, typer.Option(help="Decides which are used where there are more.")] = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show, and write no configuration.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Revision of the repository or backbone.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Backbone's precision: bfloat16, float16 or float32.")] = None,
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="4-bit backbone, for a laptop.")] = False,
-    device_map: Annotated[str | None, typer.Option(help='Where the backbone goes, e.g. "auto" or "cuda".')] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
-) -> None:
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneSettings(LoadingSettings):
+    """What `aim tune` takes.
+
+    Args:
+        demos: demonstrations, a jsonl file or a folder with a folder for each label; several times for several tasks.
+        repo: AIM repository without weights, a folder or a Hub id.
+        backbone: instead of a repository, a backbone.
+        output: folder of a new repository with the depth; by default the configuration of the repository is changed.
+        picture: picture of the likelihood by depth (PNG).
+        depths: depths to compare, such as 8,12,16; by default up to a dozen.
+        most: most demonstrations of a task that are used.
+        prompts: how questions are written: chat or plain.
+        seed: decides which demonstrations are used where there are more.
+        dry_run: show the result and write no configuration.
+        as_json: print one JSON object instead of a table.
+    """
+
+    demos: tuple[Path, ...]
+    repo: str | None = None
+    backbone: str | None = None
+    output: Path | None = None
+    picture: Path | None = None
+    depths: tuple[int, ...] | None = None
+    most: int = 32
+    prompts: str = "chat"
+    seed: int = 0
+    dry_run: bool = False
+    as_json: bool = False
+
+    def __post_init__(self) -> None:
+        check_least(self, 2, "most")
+
+
+@command(app, "aim tune")
+def tune(settings: TuneSettings) -> None:
     """Find the depth at which states should enter: leave each demonstration out, and ask the others for its answer."""
-    with reported("aim tune"):
-        _check(repo, backbone, revision, output, picture, dry_run)
-        tasks = [_demonstrations(path) for path in demos]
-        model = _load(repo, backbone, revision, dtype, load_in_4bit, device_map)
-        before = model.config.read_layers
-        with _progress() as told:
-            choice = model.choose_depth(
-                tasks, whole_numbers("--depths", depths), most=most, prompts=prompts, seed=seed, progress=told
-            )
-        drawn = None if picture is None else draw(choice, picture)
-        said = "Nothing was written (--dry-run)." if dry_run else _keep(choice, model, repo, output, before)
-    if as_json:
-        about = {**choice.to_dict(), "picture": None if drawn is None else str(drawn), "config": said}
-        typer.echo(json.dumps(about, ensure_ascii=False))
+    repo, output = settings.repo, settings.output
+    _check(repo, settings.backbone, settings.revision, output, settings.picture, settings.dry_run)
+    tasks = [_demonstrations(path) for path in settings.demos]
+    model = _load(settings)
+    before = model.config.read_layers
+    with _progress() as told:
+        choice = model.choose_depth(
+            tasks, settings.depths, most=settings.most, prompts=settings.prompts, seed=settings.seed, progress=told
+        )
+    drawn = None if settings.picture is None else draw(choice, settings.picture)
+    kept = "Nothing was written (--dry-run)." if settings.dry_run else _keep(choice, model, repo, output, before)
+    if settings.as_json:
+        print_json({**choice.to_dict(), "picture": None if drawn is None else str(drawn), "config": kept})
         return
     console = Console()
     console.print(_table(choice))
-    for line in (choice.verdict, *choice.notes, said, *([] if drawn is None else [str(drawn)])):
-        console.print(escape(line), soft_wrap=True, highlight=False)
+    for line in (choice.verdict, *choice.notes, kept, *([] if drawn is None else [str(drawn)])):
+        console.print(safe(line), soft_wrap=True, highlight=False)
 
 
 def _check(
@@ -111,28 +126,12 @@ def _demonstrations(path: Path) -> list[dict[str, Any]]:
     return [{"image": image, "label": one.name} for one in class_folders(path) for image in one.images]
 
 
-def _load(
-    repo: str | None,
-    backbone: str | None,
-    revision: str | None,
-    dtype: str | None,
-    load_in_4bit: bool,
-    device_map: str | None,
-) -> Any:
-    import torch
+def _load(settings: TuneSettings) -> Any:
+    from .. import AimForConditionalGeneration
 
-    from .. import AimForConditionalGeneration, laptop_quantization_config
-    from ..runs import PRECISIONS
-
-    if dtype is not None and dtype not in PRECISIONS:
-        raise ValueError(f"--dtype {dtype}: expected one of {', '.join(PRECISIONS)}.")
-    options: dict[str, Any] = {"revision": revision} if revision else {}
-    options["device_map"] = device_map or ("cuda" if torch.cuda.is_available() else None)
-    options |= {"dtype": PRECISIONS[dtype]} if dtype else {}
-    options |= {"quantization_config": laptop_quantization_config()} if load_in_4bit else {}
-    if repo is not None:
-        return AimForConditionalGeneration.from_pretrained(repo, **options)
-    return AimForConditionalGeneration.from_backbone(str(backbone), **options)
+    if settings.repo is not None:
+        return settings.load(settings.repo)
+    return AimForConditionalGeneration.from_backbone(str(settings.backbone), **settings.options())
 
 
 @contextmanager
@@ -177,8 +176,6 @@ def write_depth(path: Path, depth: int) -> None:
         path: of the file, which is replaced as a whole.
         depth: the new one.
     """
-    from ..files_aim import write_whole
-
     config = read_json(path)
     config |= {"read_layers": [depth], "entry_layers": [depth]}
     write_whole(path, (json.dumps(config, indent=2) + "\n").encode())

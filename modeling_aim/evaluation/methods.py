@@ -1,7 +1,7 @@
 """Methods: ways to show demonstrations to a model. All of a run see the same examples with the same demonstrations.
 
 A method makes a `Prompt` of a query and its demonstrations. It never opens an image and never sees a model, so a new
-one is a function of a few lines with an entry in `METHODS`.
+one is a function of a few lines with an entry in `METHODS`. Its name may carry a setting: `aim-untrained:depth=12`.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from ..demonstrations_aim import Demonstration
 from ..processing_aim import AimProcessor
 from .task import Example, Shot
 
 PROMPTS = ("plain", "chat")
+Projector = Literal["own", "random", "untrained"]
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,16 @@ class Prompt:
         text: words with the backbone's placeholder for each image.
         images: unopened, in the order of their placeholders.
         fused: demonstrations that the plug-in reads; their fused tokens stand in front of `text`.
-        random_projector: read them through an untrained projector.
+        projector: what makes fused tokens of them: the repository's own projector, one with random weights, or none,
+            so that states are put back at the depth where they were read.
+        depth: where, of `"untrained"`; the repository's own depths or the default one when `None`.
     """
 
     text: str
     images: tuple[Any, ...]
     fused: tuple[Shown, ...] = ()
-    random_projector: bool = False
+    projector: Projector = "own"
+    depth: int | None = None
 
 
 class PromptBuilder:
@@ -162,28 +166,30 @@ def aim_shuffled(builder: PromptBuilder, example: Example, shown: Sequence[Shown
     return aim(builder, example, [replace(one, seen=other) for one, other in zip(shown, seen, strict=True)], seed)
 
 
-def aim_random(builder: PromptBuilder, example: Example, shown: Sequence[Shown], seed: int) -> Prompt:
-    """As `aim`, through an untrained projector: what is left does not come from training."""
-    return replace(aim(builder, example, shown, seed), random_projector=True)
-
-
 @dataclass(frozen=True)
 class Method:
     """A way to show demonstrations.
 
     Args:
-        show: makes the prompt of a query.
-        needs_aim: it needs a plug-in.
+        make: makes the prompt of a query.
+        needs_aim: it needs an AIM repository.
         many_images: it puts several images into one prompt.
         shots: it shows demonstrations at all.
         draws: it draws something by the seed beside the demonstrations.
+        projector, depth: of its prompts; see `Prompt`.
     """
 
-    show: Show
+    make: Show
     needs_aim: bool = False
     many_images: bool = False
     shots: bool = True
     draws: bool = False
+    projector: Projector = "own"
+    depth: int | None = None
+
+    def show(self, builder: PromptBuilder, example: Example, shown: Sequence[Shown], seed: int) -> Prompt:
+        """The prompt of a query with its demonstrations."""
+        return replace(self.make(builder, example, shown, seed), projector=self.projector, depth=self.depth)
 
 
 METHODS: dict[str, Method] = {
@@ -192,18 +198,37 @@ METHODS: dict[str, Method] = {
     "full": Method(full, many_images=True),
     "aim": Method(aim, needs_aim=True),
     "aim-shuffled": Method(aim_shuffled, needs_aim=True, draws=True),
-    "aim-random": Method(aim_random, needs_aim=True, draws=True),
+    "aim-random": Method(aim, needs_aim=True, draws=True, projector="random"),  # what is left is not from training
+    "aim-untrained": Method(aim, projector="untrained"),
+    "aim-untrained-shuffled": Method(aim_shuffled, draws=True, projector="untrained"),
 }
+
+
+def method_of(name: str) -> Method:
+    """A method by its name, with the setting behind it, as in `aim-untrained:depth=12`.
+
+    Raises:
+        ValueError: there is no such method, or it has no such setting.
+    """
+    plain, colon, setting = name.partition(":")
+    if plain not in METHODS:
+        raise ValueError(f"There is no method {name}; choose of {', '.join(METHODS)}.")
+    method, (key, _, value) = METHODS[plain], setting.partition("=")
+    if not colon:
+        return method
+    if key != "depth" or not value.isdecimal() or method.projector != "untrained":
+        raise ValueError(f"Method {name!r}: expected aim-untrained:depth=K or aim-untrained-shuffled:depth=K.")
+    return replace(method, depth=int(value))
 
 
 def check_methods(names: Sequence[str], has_aim: bool) -> None:
     """Raise `ValueError` unless all are methods that a model can be evaluated with."""
-    unknown = [name for name in names if name not in METHODS]
-    if unknown or not names:
-        raise ValueError(f"There is no method {', '.join(unknown) or 'given'}; choose of {', '.join(METHODS)}.")
+    if not names:
+        raise ValueError(f"There is no method given; choose of {', '.join(METHODS)}.")
+    methods = {name: method_of(name) for name in names}
     if len(set(names)) < len(names):
         raise ValueError(f"A method is given twice: {', '.join(names)}.")
-    needing = [name for name in names if METHODS[name].needs_aim]
+    needing = [name for name, method in methods.items() if method.needs_aim]
     if needing and not has_aim:
         can = ", ".join(name for name, method in METHODS.items() if not method.needs_aim)
         raise ValueError(

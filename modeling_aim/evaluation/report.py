@@ -20,7 +20,7 @@ SHOWN = (
 )  # fmt: skip
 COLOURS = {
     "zero": "0.55", "text": "tab:olive", "full": "tab:blue", "aim": "tab:red", "aim-shuffled": "tab:orange",
-    "aim-random": "tab:brown",
+    "aim-random": "tab:brown", "aim-untrained": "tab:green", "aim-untrained-shuffled": "tab:cyan",
 }  # fmt: skip
 Figures = Mapping[str, Any]
 
@@ -48,6 +48,8 @@ def report(results: Figures, pictures: Sequence[str] = ()) -> str:
                      f"{task['demonstrations']}.")  # fmt: skip
         lines += [f"  - {count} demonstrations: {note}" for count, note in task["shots_notes"].items()]
         lines += [f"  - {note}" for note in task["notes"]]
+    methods = {cell["method"] for cell in results["cells"]}
+    lines += [f"- {name}: {what}." for name, what in results["model"].items() if name in methods]
     lines += [f"- {note}" for note in results["notes"]]
     return "\n".join(lines) + "\n"
 
@@ -55,8 +57,9 @@ def report(results: Figures, pictures: Sequence[str] = ()) -> str:
 def table(results: Figures) -> str:
     """Task x shots x method, with what prompts cost, as a markdown table."""
     methods, lines = cells_by_row(results)
-    costed = [method for method in ("text", "full", "aim") if method in methods]
-    fused = [method for method in costed if method == "aim"]
+    aim = "aim" if "aim" in methods else "aim-untrained"
+    costed = [method for method in ("text", "full", aim) if method in methods]
+    fused = [method for method in costed if method == aim]
     heads = ["task", "shots", *(f"`{method}`" for method in methods), *(f"tokens: {method}" for method in costed)]
     heads += ["of them fused" for _ in fused]
     rows = [heads, ["---"] * len(heads)]
@@ -162,7 +165,8 @@ def _panels(results: Figures, path: Path, across: str, label: str) -> None:
         axes.grid(alpha=0.3)
     for number in range(len(tasks), lines * columns):
         grid[number // columns][number % columns].axis("off")
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=len(shown), frameon=False)
+    names = min(len(shown), 2 * columns)  # in a line
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=names, frameon=False)
     figure.savefig(path, dpi=130)
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -23,52 +23,24 @@ import transformers
 from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers.utils import logging
 
-from ..bank import DemonstrationBank
+from .. import AimForConditionalGeneration, DemonstrationBank
 from ..cache_aim import LRUCache
-from ..files_aim import write_whole
-from ..modeling_aim import AimForConditionalGeneration
-from .choosing import Chosen, check_pool, choose_all, own_shots, read_chosen
+from ..files_aim import only_one, write_whole
+from .asked import Asked, open_asked
+from .choosing import choose_all, read_chosen
 from .folder import RECORD, begin, claim
-from .methods import METHODS, Prompt, Shown
+from .methods import Prompt, Shown, method_of
 from .report import write_report
-from .results import PREDICTIONS, RESULTS, Cell, Kept, Key, PredictionRow, cell_figures, curves, write_rows
-from .seeds import open_seeded
+from .results import LEFT_OUT, PREDICTIONS, RESULTS, Cell, Kept, Key, PredictionRow, cell_figures, curves, write_rows
 from .settings import EvalSettings
-from .subject import Answer, Reads, Subject, load_subject
-from .task import Example, Task
+from .subject import Answer, Reads, Subject, Unusable, load_subject
+from .task import Example
+
+logger = logging.get_logger(__name__)
 
 GIB = 2**30
-
-
-@dataclass
-class Asked:
-    """A task as one run asks it.
-
-    Args:
-        spec: what the task was opened from.
-        task: the task.
-        examples: those of each seed, in their order.
-        chosen: demonstrations of every example.
-    """
-
-    spec: str
-    task: Task
-    examples: dict[int, list[Example]]
-    chosen: Chosen
-
-    def repeats(self, seed: int, count: int = 0) -> bool:
-        """Whether a seed has the examples and demonstrations of the first one."""
-        if seed == 0 or self.examples[seed] != self.examples[0]:
-            return False
-        names = [example.id for example in self.examples[0]] if count else []
-        return all(self.chosen[seed, count, name] == self.chosen[0, count, name] for name in names)
-
-    @property
-    def digest(self) -> str:
-        """Identity of the examples."""
-        said = [[seed, e.id, e.question, list(e.answers)] for seed, asked in self.examples.items() for e in asked]
-        return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 
 def evaluate(settings: EvalSettings) -> dict[str, Any]:
@@ -85,10 +57,17 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
     """
     # without cpu=True processes on CPUs would not know of each other; one of them may choose demonstrations for long
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
-    asked = [_asked(spec, settings) for spec in settings.tasks]
+    asked = [open_asked(spec, settings) for spec in settings.tasks]
     names = [one.task.name for one in asked]
     if len(set(names)) < len(names):
         raise ValueError(f"Two tasks have the same name ({', '.join(names)}); give one another: name=... in its spec.")
+    claim(settings)
+    with only_one(settings.output, "aim eval") if state.is_main_process else contextlib.nullcontext():
+        return _evaluate(settings, asked, state)
+
+
+def _evaluate(settings: EvalSettings, asked: Sequence[Asked], state: PartialState) -> dict[str, Any]:
+    """The run, after all that can be checked without a model."""
     claim(settings)
     subject = load_subject(
         settings.repo, settings.backbone, revision=settings.revision, dtype=settings.dtype,
@@ -97,7 +76,7 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
     )  # fmt: skip
     state.wait_for_everyone()
     if state.is_main_process:
-        begin(settings, subject.identity, {one.task.name: one.digest for one in asked})
+        begin(settings, _model(settings, subject), {one.task.name: one.digest for one in asked})
     state.wait_for_everyone()
     run = Run(settings, subject, asked, state)
     run.choose()
@@ -109,28 +88,12 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
     return json.loads((Path(settings.output) / RESULTS).read_text(encoding="utf-8"))
 
 
-def _asked(spec: str, settings: EvalSettings) -> Asked:
-    """Open a task and see whether it can be asked, before a model is loaded."""
-    task = open_seeded(spec, settings.seeds)
-    examples = {seed: _limited(task.examples(seed), settings.limit) for seed in range(settings.seeds)}
-    for seed, found in examples.items():
-        if not found:
-            raise ValueError(f"{task.name} has no examples for seed {seed}.")
-        if len({example.id for example in found}) < len(found):
-            raise ValueError(f"{task.name} gives several examples the same id.")
-    one = Asked(spec, task, examples, {})
-    if task.fixed:
-        one.chosen = own_shots(task, examples, settings.counts)
-    else:
-        check_pool(task, settings.counts, settings.choice)
-    return one
+@dataclass(frozen=True)
+class Encoded:
+    """A batch that is ready to be answered, and by place those examples that cannot be, with the reason."""
 
-
-def _limited(examples: Sequence[Example], limit: int | None) -> list[Example]:
-    """All, or as many of them, drawn with one seed, in their order."""
-    if limit is None or len(examples) <= limit:
-        return list(examples)
-    return [examples[place] for place in sorted(random.Random("limit").sample(range(len(examples)), limit))]
+    batch: Any
+    left_out: dict[int, str]
 
 
 class Run:
@@ -150,6 +113,7 @@ class Run:
         self.kept = Kept(self.output / "unfinished", state.process_index)
         self.states = LRUCache(int(settings.memory * GIB))
         self.notes: list[str] = []
+        self.left_out: defaultdict[str, set[str]] = defaultdict(set)  # by task, in this process
 
     # --- demonstrations
 
@@ -185,24 +149,31 @@ class Run:
         """All settings of the run; a seed that changes nothing for a method is left out for it."""
         methods, found = self.settings.methods, []
         for name, one in self.asked.items():
-            bare = [m for m in methods if not METHODS[m].shots] or ["zero"] * (0 in self.settings.shots)
+            bare = [m for m in methods if not method_of(m).shots] or ["zero"] * (0 in self.settings.shots)
             for method in bare:
                 found += [Cell(name, method, 0, seed) for seed in one.examples if not one.repeats(seed)]
-            shown = [m for m in methods if METHODS[m].shots and m not in self._cannot]
+            shown = [m for m in methods if method_of(m).shots and m not in self._cannot]
             for seed in one.examples:
                 for count in self.settings.counts:
                     again = one.repeats(seed, count)
-                    found += [Cell(name, m, count, seed) for m in shown if METHODS[m].draws or not again]
+                    found += [Cell(name, m, count, seed) for m in shown if method_of(m).draws or not again]
         return found
 
     @cached_property
     def _cannot(self) -> set[str]:
         """Methods that this backbone cannot be shown demonstrations with."""
-        many = {m for m in self.settings.methods if METHODS[m].many_images and self.settings.counts}
-        why = self.subject.refuses_two_images() if many else ""
-        if why:
-            self.notes.append(f"{', '.join(many)}: left out, this backbone takes one image a prompt ({why}).")
-        return many if why else set()
+        methods = {m: method_of(m) for m in self.settings.methods if self.settings.counts}
+        many = [m for m, method in methods.items() if method.many_images]
+        untrained = [m for m, method in methods.items() if method.projector == "untrained"]
+        found: set[str] = set()
+        for names, refuses, what in (
+            (many, self.subject.refuses_two_images, "this backbone takes one image a prompt"),
+            (untrained, self.subject.refuses_states, "states cannot enter this backbone at depth"),
+        ):
+            if names and (why := refuses()):
+                self.notes.append(f"{', '.join(names)}: left out, {what} ({why}).")
+                found.update(names)
+        return found
 
     def batches(self, cell: Cell) -> list[list[int]]:
         """Places of a cell's examples that are answered together: prompts of about one length."""
@@ -228,24 +199,63 @@ class Run:
         """What is shown of an example in a cell."""
         shots = self.asked[cell.task].chosen[cell.seed, cell.shots, example.id] if cell.shots else ()
         shown = [Shown(shot, shot) for shot in shots]
-        return METHODS[cell.method].show(self.subject.prompt_builder, example, shown, cell.seed)
+        return method_of(cell.method).show(self.subject.prompt_builder, example, shown, cell.seed)
 
     def answer(self) -> None:
         """Answer this process's share of all batches, but for those that are done."""
         done = set(self.kept.rows())
         total = sum(len(self.asked[cell.task].examples[cell.seed]) for cell in self.cells) - len(done)
-        reads: tuple[str, Reads | None] = ("", None)
+        reads: tuple[str, dict[tuple[int, ...], Reads]] = ("", {})
         with _bar(total // self.state.num_processes, self.state) as told:
             for cell, places, missing, batch in self._ahead(self._work(done)):
                 one = self.asked[cell.task]
                 if reads[0] != cell.task:
                     reads = cell.task, self._reads(cell.task)
-                examples = [one.examples[cell.seed][place] for place in places]
-                options = [example.options for example in examples]
-                answers = self.subject.answer(batch, options, one.task.max_new_tokens, cell.seed, reads[1])
-                pairs = zip(examples, answers, strict=True)
+                pairs = self._answered(cell, places, batch, reads[1])
                 self.kept.add(self._row(cell, e, a) for e, a in pairs if e.id in missing)
+                self._check_left_out(one)
                 told(f"{cell.task}, {cell.method}, {cell.shots} shots, seed {cell.seed}", len(missing))
+
+    def _answered(
+        self, cell: Cell, places: list[int], encoded: Encoded, reads_by_layers: Mapping[tuple[int, ...], Reads]
+    ) -> list[tuple[Example, Any]]:
+        """Each example of a batch with its answer, or with the words why it cannot be asked."""
+        one = self.asked[cell.task]
+        left_out: dict[int, str] = {}
+        while True:
+            left_out |= encoded.left_out
+            kept = [place for place in places if place not in left_out]
+            examples = [one.examples[cell.seed][place] for place in kept]
+            options = [example.options for example in examples]
+            if not kept:
+                answers: list[Any] = []
+                break
+            subject = self.subject.answering(encoded.batch.prompts[0])
+            reads: Any = reads_by_layers.get(subject.read_layers)
+            try:
+                answers = subject.answer(encoded.batch, options, one.task.max_new_tokens, cell.seed, reads)
+                break
+            except Unusable:  # a demonstration: rows that show it leave the batch
+                for place, prompt in zip(kept, encoded.batch.prompts, strict=True):
+                    bad = [reads.unusable[shown.key] for shown in prompt.fused if shown.key in reads.unusable]
+                    left_out |= {place: bad[0]} if bad else {}
+                encoded = self._encode(cell, [place for place in kept if place not in left_out])
+        for place, reason in left_out.items():
+            name = one.examples[cell.seed][place].id
+            if name not in self.left_out[cell.task]:
+                logger.warning(f"Left out: {reason}")
+            self.left_out[cell.task].add(name)
+        pairs: list[tuple[Example, Any]] = list(zip(examples, answers, strict=True))
+        return pairs + [(one.examples[cell.seed][place], reason) for place, reason in left_out.items()]
+
+    def _check_left_out(self, one: Asked) -> None:
+        """Raise `ValueError` where more than half of a task's examples cannot be asked: then its data is wrong."""
+        count, total = len(self.left_out[one.task.name]), len({e.id for asked in one.examples.values() for e in asked})
+        if 2 * count > total:
+            raise ValueError(
+                f"{count} of the {total} examples of {one.task.name} cannot be asked, such as "
+                f"{min(self.left_out[one.task.name])!r}; the log says why. Mend its data."
+            )
 
     def _work(self, done: set[Key]) -> Iterator[tuple[Cell, list[int], set[str]]]:
         """Cell, places and examples not yet answered of each batch of this process."""
@@ -272,24 +282,43 @@ class Run:
                 coming = thread.submit(encoded)
                 yield now
 
-    def _encode(self, cell: Cell, places: Sequence[int]) -> Any:
+    def _encode(self, cell: Cell, places: Sequence[int]) -> Encoded:
+        """A batch without examples that cannot be encoded; where one is among them each is tried alone."""
         examples = [self.asked[cell.task].examples[cell.seed][place] for place in places]
         prompts = [self.prompt(cell, example) for example in examples]
-        return self.subject.encode(prompts, [f"Example {e.id!r} of {cell.task}" for e in examples])
+        names = [f"Example {e.id!r} of {cell.task}" for e in examples]
+        try:
+            return Encoded(self.subject.encode(prompts, names) if places else None, {})
+        except Exception as error:
+            left_out = {}
+            for place, prompt, name in zip(places, prompts, names, strict=True):
+                try:
+                    self.subject.encode([prompt], [name])
+                except Exception as reason:
+                    said = str(reason).splitlines()[0][:200] if str(reason) else type(reason).__name__
+                    left_out[place] = said if name in said else f"{name}: {said}"
+            if not left_out:
+                raise error
+        kept = [row for row, place in enumerate(places) if place not in left_out]
+        batch = self.subject.encode([prompts[i] for i in kept], [names[i] for i in kept]) if kept else None
+        return Encoded(batch, left_out)
 
-    def _reads(self, name: str) -> Reads | None:
-        """Hidden states of a task's demonstrations, in the order in which all cells need them."""
-        if self.subject.plugin is None:
-            return None
-        cells = [cell for cell in self.cells if cell.task == name]
-        plan = [
-            one for cell in cells for example in self.asked[name].examples[cell.seed]
-            for one in self.prompt(cell, example).fused
-        ]  # fmt: skip
-        _check_names(plan, name)
-        return Reads(self.subject.plugin, plan, self.settings.batch_size, self.states, name)
+    def _reads(self, name: str) -> dict[tuple[int, ...], Reads]:
+        """Hidden states of a task's demonstrations, in the order in which all cells need them, by the layers read."""
+        plans: dict[tuple[int, ...], tuple[Any, list[Shown]]] = {}
+        for cell in (cell for cell in self.cells if cell.task == name):
+            for prompt in (self.prompt(cell, example) for example in self.asked[name].examples[cell.seed]):
+                if prompt.fused:
+                    subject = self.subject.answering(prompt)
+                    plans.setdefault(subject.read_layers, (subject.plugin, []))[1].extend(prompt.fused)
+        _check_names([one for _, plan in plans.values() for one in plan], name)
+        size = self.settings.batch_size
+        return {layers: Reads(plugin, plan, size, self.states, name) for layers, (plugin, plan) in plans.items()}
 
-    def _row(self, cell: Cell, example: Example, answer: Answer) -> PredictionRow:
+    def _row(self, cell: Cell, example: Example, answer: Answer | str) -> PredictionRow:
+        """What is kept of an answer, or of the words why there is none."""
+        if isinstance(answer, str):
+            return {**asdict(cell), "example": example.id, LEFT_OUT: answer}
         task = self.asked[cell.task].task
         scores = task.score(example, answer.prediction)
         shots = self.asked[cell.task].chosen[cell.seed, cell.shots, example.id] if cell.shots else []
@@ -315,6 +344,7 @@ class Run:
         rows = self.kept.rows()
         ordered: list[PredictionRow] = []
         by_cell: dict[Cell, list[PredictionRow]] = {}
+        self._leave_out(rows)
         for cell in self.cells:
             examples = self.asked[cell.task].examples[cell.seed]
             by_cell[cell] = [rows[cell.task, cell.method, cell.shots, cell.seed, e.id] for e in examples]
@@ -328,10 +358,25 @@ class Run:
             "curves": curves(cells),
             "notes": self.notes + self._too_long(ordered),
         }
-        write_whole(self.output / RESULTS, json.dumps(results, indent=1, ensure_ascii=False).encode())
+        write_whole(
+            self.output / RESULTS,
+            json.dumps(results, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace"),
+        )
         write_report(results, self.output)
         RECORD.write(self.output, {**RECORD.read(self.output), "finished": True})
         self.kept.remove()
+
+    def _leave_out(self, rows: Mapping[Key, PredictionRow]) -> None:
+        """Take examples that could not be asked in one cell out of all, so that methods are compared on the same."""
+        bad: dict[str, dict[str, str]] = {}
+        for (task, _, _, _, name), row in rows.items():
+            if LEFT_OUT in row:
+                bad.setdefault(task, {}).setdefault(name, row[LEFT_OUT])
+        for task, reasons in bad.items():
+            one = self.asked[task]
+            one.examples = {seed: [e for e in asked if e.id not in reasons] for seed, asked in one.examples.items()}
+            shown = "; ".join(list(reasons.values())[:3])
+            self.notes.append(f"{task}: {len(reasons)} examples are left out of all methods, as in: {shown}")
 
     def _figures(self, by_cell: dict[Cell, list[PredictionRow]]) -> list[dict[str, Any]]:
         found = []
@@ -388,7 +433,22 @@ def _check_names(plan: Sequence[Shown], task: str) -> None:
 
 def _about(settings: EvalSettings, subject: Subject) -> dict[str, Any]:
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return {"settings": RECORD.comparable(settings), "model": subject.identity, "versions": versions}
+    return {"settings": RECORD.comparable(settings), "model": _model(settings, subject), "versions": versions}
+
+
+def _model(settings: EvalSettings, subject: Subject) -> dict[str, str]:
+    """Identity of what answers, with the depths of methods without training.
+
+    Raises:
+        ValueError: states cannot enter at a depth that is asked for.
+    """
+    found = dict(subject.identity)
+    for name in settings.methods:
+        method = method_of(name)
+        if method.projector == "untrained" and (method.depth is not None or not subject.refuses_states()):
+            layers = subject.untrained(method.depth).read_layers
+            found[name] = f"states read after {', '.join(map(str, layers))} decoder layers and put back there"
+    return found
 
 
 def _slug(name: str) -> str:

@@ -6,7 +6,6 @@ seeds and numbers of demonstrations.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import time
 from collections import Counter
@@ -20,45 +19,17 @@ from PIL import Image
 from torch import nn
 from transformers import BatchFeature, PreTrainedConfig
 
+from .. import AimForConditionalGeneration
 from ..backbone_aim import laptop_quantization_config, load_backbone, longest_prompt, module_device
 from ..cache_aim import LRUCache
 from ..configuration_aim import AimConfig
 from ..data.pairs import opened
 from ..demonstrations_aim import Demonstration, FusedDemonstrations
-from ..modeling_aim import AimForConditionalGeneration
 from ..processing_aim import _TOKENIZING, AimProcessor
-from ..projector_aim import AimProjector
 from ..runs import PRECISIONS
 from .methods import Prompt, PromptBuilder, Shown
+from .random_projector import random_projector
 from .task import Prediction
-
-
-def random_projector(config: AimConfig, seed: int) -> nn.Module:
-    """An untrained projector with the weights of a seed: a control whose fused tokens say nothing.
-
-    Untrained residual forms pass the state on, which says much: at the input `linear` and `mlp` of the same size stand
-    for them, at depth a random rotation of the state.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if config.enters_at_depth:
-            return RandomRotation(config.hidden_size)
-        plain = copy.deepcopy(config)
-        plain.projector_form = config.projector_form.replace("residual_mlp", "mlp").replace("residual", "linear")
-        return AimProjector(plain).eval()
-
-
-class RandomRotation(nn.Module):
-    """Turns each state of a depth into a random direction, always the same for the same state, and keeps its size."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.register_buffer("rotation", nn.init.orthogonal_(torch.empty(width, width)))
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """States `(tokens, depths x width)`, each depth rotated."""
-        rotation = self.get_buffer("rotation").to(states)
-        return (states.unflatten(-1, (-1, len(rotation))) @ rotation).flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -102,7 +73,7 @@ def open_images(images: Sequence[Any], what: str) -> list[Any]:
     """Images opened as the backbone takes them.
 
     Raises:
-        ValueError: one cannot be read; the message begins with `what`.
+        Unusable: one cannot be read; the message begins with `what`.
     """
     return list(open_pair({"images": list(images), "text": "its images"}, what).images) if images else []
 
@@ -111,13 +82,17 @@ def open_pair(pair: Any, what: str) -> Demonstration:
     """A raw demonstration opened.
 
     Raises:
-        ValueError: it cannot be used; the message begins with `what`.
+        Unusable: it cannot be used; the message begins with `what`.
     """
     skipped: Counter[str] = Counter()
     found = list(opened([pair], skipped))
     if not found:
-        raise ValueError(f"{what} cannot be used: {', '.join(skipped)} in {str(dict(pair))[:200]}.")
+        raise Unusable(f"{what} cannot be used: {', '.join(skipped)} in {str(dict(pair))[:200]}.")
     return found[0]
+
+
+class Unusable(ValueError):
+    """An image or a text that is there, and cannot be shown to the model: a bad example, not the end of a run."""
 
 
 class Reads:
@@ -130,38 +105,52 @@ class Reads:
         model: the plug-in.
         plan: all demonstrations of a task in the order in which they are needed.
         batch_size: demonstrations in one forward pass.
-        kept: where states are kept, bounded in bytes; tasks share it.
-        task: name of the task, for messages and as a part of the key.
+        kept: where states are kept, bounded in bytes; tasks and plug-ins share it.
+        task: name of the task, for messages and, with the read layers, as a part of the key.
     """
 
     def __init__(self, model: Any, plan: Sequence[Shown], batch_size: int, kept: LRUCache, task: str) -> None:
         self.model, self.kept, self.task = model, kept, task
+        self.layers = tuple(model.config.read_layers)
         unique = list({one.key: one for one in plan}.values())
         self.batches = [unique[start : start + batch_size] for start in range(0, len(unique), batch_size)]
         self.place = {one.key: number for number, batch in enumerate(self.batches) for one in batch}
+        self.unusable: dict[tuple[str, str], str] = {}
 
     def states(self, shown: Sequence[Shown]) -> list[Read]:
-        """Hidden states `(tokens, read layers x hidden size)` and ids `(tokens,)` of the kept words of each."""
+        """Hidden states `(tokens, read layers x hidden size)` and ids `(tokens,)` of the kept words of each.
+
+        Raises:
+            Unusable: one cannot be read; `unusable` says which and why.
+        """
         found: dict[tuple[str, str], Read] = {}
         for one in shown:
             if one.key not in found:
-                read = self.kept.get((self.task, *one.key))
+                read = self.kept.get((self.task, self.layers, *one.key))
                 found |= self._read(self.place[one.key]) if read is None else {one.key: read}
+            if one.key not in found:
+                raise Unusable(self.unusable[one.key])
         return [found[one.key] for one in shown]
 
     def _read(self, number: int) -> dict[tuple[str, str], Read]:
-        batch = self.batches[number]
-        demos = [
-            open_pair(
-                {**{k: v for k, v in one.said.pair.items() if "image" not in k}, "images": list(one.images)},
-                f"Demonstration {one.said.id!r} of {self.task}",
-            )
-            for one in batch
-        ]
+        batch, demos = [], []
+        for one in self.batches[number]:
+            what = f"Demonstration {one.said.id!r} of {self.task}"
+            words = {k: v for k, v in one.said.pair.items() if "image" not in k}
+            try:
+                demo = open_pair({**words, "images": list(one.images)}, what)
+                reason = self.model.processor.why_unreadable(demo)
+                if reason is not None:
+                    raise Unusable(f"{what} cannot be used: {reason}.")
+            except Unusable as error:
+                self.unusable[one.key] = str(error)
+                continue
+            batch.append(one)
+            demos.append(demo)
         states = [one.cpu() for one in self.model.read_states(demos, max(len(batch), 1))]
         found = {one.key: read for one, *read in zip(batch, states, self.model.word_ids(demos), strict=True)}
         for key, (kept, ids) in found.items():
-            self.kept.put((self.task, *key), (kept, ids), kept.numel() * kept.element_size())
+            self.kept.put((self.task, self.layers, *key), (kept, ids), kept.numel() * kept.element_size())
         return {key: (kept, ids) for key, (kept, ids) in found.items()}
 
 
@@ -181,7 +170,13 @@ class Subject:
         self.device = module_device(self.backbone)
         self.longest = longest_prompt(self.backbone.config)
         self._random: dict[int, nn.Module] = {}
+        self._untrained: dict[int | None, Subject] = {}
         self._keeps_logits = "logits_to_keep" in inspect.signature(self.backbone.forward).parameters
+
+    @property
+    def read_layers(self) -> tuple[int, ...]:
+        """What the plug-in reads of demonstrations; empty without one."""
+        return () if self.plugin is None else tuple(self.plugin.config.read_layers)
 
     @property
     def identity(self) -> dict[str, str]:
@@ -190,6 +185,31 @@ class Subject:
             return {**self.plugin.source, "dtype": str(self.model.dtype).removeprefix("torch.")}
         name = type(self.backbone).__name__
         return {"backbone": name, "dtype": str(self.model.dtype).removeprefix("torch.")}
+
+    def untrained(self, depth: int | None = None) -> Subject:
+        """The same backbone with a plug-in without weights: states are put back at the depth where they were read.
+
+        Args:
+            depth: which; when `None`, those of this plug-in where its states enter at depth, else the default one.
+
+        Raises:
+            ValueError: states cannot enter this backbone, or not there.
+        """
+        if depth not in self._untrained:
+            layers, reading = None if depth is None else [depth], {}
+            if self.plugin is not None:
+                own = self.plugin.config
+                reading = {"read_span": own.read_span, "max_fused_tokens": own.max_fused_tokens}
+                layers = own.read_layers if layers is None and own.enters_at_depth else layers
+            model = AimForConditionalGeneration.from_backbone(
+                self.backbone, self.processor, preset="untrained", read_layers=layers, **reading
+            )
+            self._untrained[depth] = Subject(model, self.processor, self.prompt_builder)
+        return self._untrained[depth]
+
+    def answering(self, prompt: Prompt) -> Subject:
+        """What answers a prompt: this, or the same backbone without a projector."""
+        return self.untrained(prompt.depth) if prompt.fused and prompt.projector == "untrained" else self
 
     # --- prompts in, answers out
 
@@ -210,7 +230,7 @@ class Subject:
             batch: from `encode`.
             options: of each row; empty where the answer is written.
             new: most tokens of a written answer.
-            seed: of an untrained projector.
+            seed: of a random projector.
             reads: has the demonstrations' hidden states; `None` where no prompt has fused tokens.
         """
         started = self._now()
@@ -237,13 +257,13 @@ class Subject:
             assert self.plugin is not None
             read = reads.states(prompt.fused)
             fused = self.plugin.fuse([states.to(self.device) for states, _ in read], [ids for _, ids in read])
-            if prompt.random_projector:
+            if prompt.projector == "random":
                 joined = torch.cat([states.to(self.device) for states, _ in read])
-                fused = replace(fused, vectors=self._untrained(seed)(joined))
+                fused = replace(fused, vectors=self._random_projector(seed)(joined))
             rows.append(replace(fused, source=self.plugin.source))
         return rows
 
-    def _untrained(self, seed: int) -> nn.Module:
+    def _random_projector(self, seed: int) -> nn.Module:
         assert self.plugin is not None
         if seed not in self._random:
             self._random[seed] = random_projector(self.plugin.config, seed).to(self.device)
@@ -340,6 +360,14 @@ class Subject:
         return ((said * here).sum(dim=1) / here.sum(dim=1)).tolist(), likeliest.tolist()
 
     # --- what it can do
+
+    def refuses_states(self) -> str:
+        """Why states cannot enter the decoder of this backbone at depth; empty where they can."""
+        try:
+            self.untrained()
+        except (ValueError, TypeError) as error:
+            return f"{type(error).__name__}: {error}"[:300]
+        return ""
 
     @torch.no_grad()
     def refuses_two_images(self) -> str:

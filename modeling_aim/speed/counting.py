@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from transformers import AutoModelForImageTextToText, DynamicCache
 
 from ..backbone_aim import decoder_layers
-from ..configuration_aim import AimConfig
+from ..configuration_aim import PRESETS, AimConfig, default_depth
 from ..projector_aim import AimProjector
 from .shapes import Picture, picture_of
 
@@ -139,7 +139,7 @@ class Twin:
         self.picture = picture_of(config) if picture is None else picture
         with torch.device("meta"):
             self.backbone = AutoModelForImageTextToText.from_config(self.config, dtype=torch.bfloat16).eval()
-            self.projector = AimProjector(AimConfig(backbone_config=copy.deepcopy(config)))
+            self.projector = AimProjector(AimConfig(backbone_config=copy.deepcopy(config), **PRESETS["paper"]))
         self.decoder = lru_cache(self._decoder)
 
     @cached_property
@@ -187,7 +187,7 @@ class Twin:
         return found.other + found.attention * part, kv_bytes(cache)
 
     def fuse(self, tokens: int) -> float:
-        """FLOPs of the projector for so many fused tokens."""
+        """FLOPs of the paper's projector for so many fused tokens."""
         states = torch.empty(tokens, self.config.get_text_config().hidden_size, device="meta")
         return count_flops(lambda: self.projector(states)).total
 
@@ -228,25 +228,28 @@ def count(
         demo_tokens: text tokens of a demonstration, and so fused tokens of it.
         query_tokens: text tokens of the query.
     """
-    text = twin.config.get_text_config()
+    if method not in COUNTED:
+        raise ValueError(f"There is no method {method!r}; counted are {', '.join(COUNTED)}.")
+    kind, text = method.removeprefix("depth-"), twin.config.get_text_config()
     demo, query = twin.picture.tokens + demo_tokens, twin.picture.tokens + query_tokens
     bos, fused = int(getattr(text, "bos_token_id", None) is not None), shots * demo_tokens
     images, reads, past, new = 1, 0.0, 0, query
     if method == "full":
         images, new = shots + 1, shots * demo + query
-    elif method in ("prefix-kv", "bank-kv"):  # BOS is in the prefix
-        past = bos + (fused if method == "bank-kv" else shots * demo)
+    elif kind in ("prefix-kv", "bank-kv"):  # BOS is in the prefix
+        past = bos + (fused if kind == "bank-kv" else shots * demo)
         new = query - bos
-    elif method in ("cold", "cold-half", "bank"):
-        new = fused + query
     elif method != "zero":
-        raise ValueError(f"There is no method {method!r}; counted are {', '.join(COUNTED)}.")
-    if method.startswith("cold") and shots:
+        new = fused + query
+    if kind.startswith("cold") and shots:
         layers = text.num_hidden_layers
-        depth = max(layers // 2, 1) / layers if method == "cold-half" else 1  # layers that are not read do not run
-        reads = shots * (twin.image + depth * twin.decoder(bos + demo)[0]) + twin.fuse(fused)
+        read = {"cold": layers, "cold-half": max(layers // 2, 1), "depth-cold": default_depth(layers)}[method]
+        part = read / layers  # layers that are not read do not run
+        reads = shots * (twin.image + part * twin.decoder(bos + demo)[0])
+        reads += 0 if method == "depth-cold" else twin.fuse(fused)
     flops, kept = twin.decoder(new, past)
     return Counted(method, shots, new + past, new, reads + images * twin.image + flops, kept)
 
 
-COUNTED = ("zero", "full", "prefix-kv", "cold", "cold-half", "bank", "bank-kv")
+COUNTED = ("zero", "full", "prefix-kv", "cold", "cold-half", "bank", "bank-kv", "depth-cold", "depth-bank",
+           "depth-bank-kv")  # fmt: skip

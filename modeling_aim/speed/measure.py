@@ -214,7 +214,7 @@ class Measuring:
         longest = longest_prompt(self.bench.backbone.config)
         if longest is not None and row.counted.prompt_tokens > longest:
             row.positions = longest
-            if row.method.startswith(("bank", "cold")):  # which the plug-in refuses
+            if row.method.startswith(("bank", "cold", "depth")):  # which the plug-in refuses
                 row.failed = f"{row.counted.prompt_tokens} tokens, but the backbone has {longest} positions"
         needed = row.counted.kv_bytes * self.bench.backbone.dtype.itemsize // 2
         free = free_memory(self.device)
@@ -223,5 +223,5 @@ class Measuring:
 
     def _release(self) -> None:
         self._ready.clear()
-        self.bench.model.prefix_cache.clear()
+        self.bench.release()
         self.memory.settle()

@@ -7,19 +7,24 @@
 * `cold`: the plug-in reads the demonstrations, then answers; `cold-half`: it reads them up to half of the layers.
 * `bank`: fused tokens are ready.
 * `bank-kv`: the KV of the fused tokens is ready.
+* `depth-cold`, `depth-bank`, `depth-bank-kv`: the same without training: states are put back at the depth where they
+  were read, the default one.
+
+What the others have of AIM is the paper's form: a projector, and fused tokens at the input embeddings.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 
+from .. import AimForConditionalGeneration
 from ..backbone_aim import preserved_state
 from ..demonstrations_aim import FusedDemonstrations
-from ..modeling_aim import AimForConditionalGeneration
 from .prompts import RandomPrompts
 
 
@@ -75,29 +80,41 @@ class Bench:
 
     def __init__(self, backbone: Any, prompts: RandomPrompts) -> None:
         self.backbone, self.prompts = backbone, prompts
-        self.model = AimForConditionalGeneration.from_backbone(backbone, prompts)
+        self.model = self._plugin("paper")
         self.query = self._placed(prompts.query())
-        self._half: AimForConditionalGeneration | None = None
-        self._fused: FusedDemonstrations | None = None
+        self._fused: dict[int, FusedDemonstrations] = {}
+
+    def _plugin(self, preset: str, read_layers: Sequence[int] | None = None) -> AimForConditionalGeneration:
+        return AimForConditionalGeneration.from_backbone(
+            self.backbone, self.prompts, preset=preset, read_layers=read_layers
+        )
 
     def _placed(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return {name: value.to(self.model.device) for name, value in inputs.items()}
 
-    def fused(self, shots: int) -> FusedDemonstrations:
-        """What was read of so many demonstrations, each read once."""
-        if self._fused is None or len(self._fused) < shots:
-            self._fused = self.model.read(self.prompts.demos(shots))
-        return self._fused[:shots]
+    def fused(self, shots: int, model: AimForConditionalGeneration | None = None) -> FusedDemonstrations:
+        """What a plug-in (the paper's when `None`) read of so many demonstrations, each read once."""
+        model = self.model if model is None else model
+        fused = self._fused.get(id(model))
+        if fused is None or len(fused) < shots:
+            fused = self._fused[id(model)] = model.read(self.prompts.demos(shots))
+        return fused[:shots]
 
-    @property
+    @cached_property
     def half(self) -> AimForConditionalGeneration:
         """A plug-in that reads up to half of the layers."""
-        if self._half is None:
-            layers = self.backbone.config.get_text_config().num_hidden_layers
-            self._half = AimForConditionalGeneration.from_backbone(
-                self.backbone, self.prompts, read_layers=[max(layers // 2, 1)]
-            )
-        return self._half
+        return self._plugin("paper", [max(self.backbone.config.get_text_config().num_hidden_layers // 2, 1)])
+
+    @cached_property
+    def depth(self) -> AimForConditionalGeneration:
+        """A plug-in without weights, which puts states back at the default depth."""
+        return self._plugin("untrained")
+
+    def release(self) -> None:
+        """Forget what the plug-ins keep to answer sooner."""
+        self.model.prefix_cache.clear()
+        if "depth" in vars(self):
+            self.depth.prefix_cache.clear()
 
     def answer(self, generate: Any, inputs: dict[str, Any], clock: Clock, tokens: int, **options: Any) -> Any:
         """Greedy decoding of exactly so many tokens; the KV that it ends with."""
@@ -136,23 +153,33 @@ class Bench:
         inputs = self._placed(self.prompts.full(shots))
         return lambda clock, tokens: self.answer(self.backbone.generate, inputs, clock, tokens)
 
-    def cold(self, shots: int) -> Call:
+    def _reading(self, model: AimForConditionalGeneration, shots: int) -> Call:
         demos = self.prompts.demos(shots)
-        return lambda clock, tokens: self.answer(
-            self.model.generate, self.query, clock, tokens, demos=self.model.read(demos)
-        )
-
-    def cold_half(self, shots: int) -> Call:
-        demos, model = self.prompts.demos(shots), self.half
         return lambda clock, tokens: self.answer(model.generate, self.query, clock, tokens, demos=model.read(demos))
 
+    def _ready(self, model: AimForConditionalGeneration, demos: Any) -> Call:
+        return lambda clock, tokens: self.answer(model.generate, self.query, clock, tokens, demos=demos)
+
+    def cold(self, shots: int) -> Call:
+        return self._reading(self.model, shots)
+
+    def cold_half(self, shots: int) -> Call:
+        return self._reading(self.half, shots)
+
+    def depth_cold(self, shots: int) -> Call:
+        return self._reading(self.depth, shots)
+
     def bank(self, shots: int) -> Call:
-        fused = self.fused(shots)
-        return lambda clock, tokens: self.answer(self.model.generate, self.query, clock, tokens, demos=fused)
+        return self._ready(self.model, self.fused(shots))
+
+    def depth_bank(self, shots: int) -> Call:
+        return self._ready(self.depth, self.fused(shots, self.depth))
 
     def bank_kv(self, shots: int) -> Call:
-        prefix = self.model.prefill(self.fused(shots))
-        return lambda clock, tokens: self.answer(self.model.generate, self.query, clock, tokens, demos=prefix)
+        return self._ready(self.model, self.model.prefill(self.fused(shots)))
+
+    def depth_bank_kv(self, shots: int) -> Call:
+        return self._ready(self.depth, self.depth.prefill(self.fused(shots, self.depth)))
 
     @torch.no_grad()
     def prefix_kv(self, shots: int) -> Call:
@@ -201,5 +228,8 @@ METHODS: dict[str, Callable[[Bench, int], Call]] = {
     "cold-half": Bench.cold_half,
     "bank": Bench.bank,
     "bank-kv": Bench.bank_kv,
+    "depth-cold": Bench.depth_cold,
+    "depth-bank": Bench.depth_bank,
+    "depth-bank-kv": Bench.depth_bank_kv,
 }
 WITHOUT_DEMONSTRATIONS = ("zero", "overhead")

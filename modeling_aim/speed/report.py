@@ -17,6 +17,9 @@ MARKS = {
     "cold-half": "C9--",
     "bank": "C2-",
     "bank-kv": "C4-",
+    "depth-cold": "C0:",
+    "depth-bank": "C2:",
+    "depth-bank-kv": "C4:",
 }
 
 

@@ -1,12 +1,14 @@
-"""Steps a second of training a projector: reads kept, reads not kept, and the final pass alone; run by `make bench`.
+"""Steps a second of training a projector at depth and for the input; run by `make bench`.
 
     python -m modeling_aim.speed.training                     # aim-tiny on this machine's cores
     python -m modeling_aim.speed.training --backbone llava-hf/llava-1.5-7b-hf --device cuda
 
-The projector is the one that `aim train` makes by default. The floor is the final pass alone: fused tokens are given,
+The projector at depth is the one that `aim train` makes by default: gradient stops where states enter, and a step has
+no backward pass below. The one for the input reads the same layer. Each is timed with reads kept, with reads not kept,
+and as the final pass alone. The floor is the final pass alone: fused tokens are given,
 the backbone answers, and gradient comes back to them. The rest of a step is what training adds: opening and encoding
-the targets, reading demonstrations or finding what was read, the projector, the optimizer. All three take the same
-episodes in turn, in one run.
+the targets, reading demonstrations or finding what was read, the projector, the optimizer. All take the same episodes
+in turn, in one run.
 """
 
 from __future__ import annotations
@@ -25,11 +27,14 @@ import torch
 from PIL import Image
 from transformers import TrainingArguments
 
-from .. import AimForConditionalGeneration, Demonstration
+from .. import AimForConditionalGeneration, AimProcessor, Demonstration
+from ..backbone_aim import load_backbone
 from ..training import AimTrainer, Episode, KeptStates, TrainSettings
 
 AIM_TINY = str(Path(__file__).resolve().parents[2] / "hub_configs" / "aim-tiny" / "backbone")
 BOUND = 32 * 2**30
+NAMES = ("final pass alone", "reads kept", "reads not kept")
+PLACES: dict[str, dict[str, Any]] = {"at depth": {}, "at the input": {"entry_layers": [0]}}
 
 
 def episodes(count: int, shots: int, pixels: int) -> list[Episode]:
@@ -77,6 +82,29 @@ def step(trainer: Any, batch: list[Episode]) -> Callable[[], None]:
     return run
 
 
+def trainer_of(model: Any, folder: str, device: str, pixels: int) -> Any:
+    """A trainer at a rate of nothing: the fused tokens of the final pass alone stay those of this projector."""
+    options = TrainingArguments(folder, max_steps=1, learning_rate=0.0, report_to="none", use_cpu=device == "cpu")
+    trainer = AimTrainer(
+        model, options, optimizer=TrainSettings.optimizer, train_dataset=episodes(1, 1, pixels), group_by_length=False
+    )
+    trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1  # what `train` sets
+    model.train()
+    return trainer
+
+
+def steps(trainer: Any, batch: list[Episode], device: str) -> tuple[float, float]:
+    """Seconds of a step with reads kept, and with reads not kept."""
+    model = trainer.model
+    model.read_cache.max_bytes = BOUND
+    kept = timed(step(trainer, batch), device)
+    states, model.read_cache = model.read_cache, KeptStates(0)
+    unkept = timed(step(trainer, batch), device)
+    model.read_cache = states
+    return kept, unkept
+
+
 def timed(run: Callable[[], None], device: str) -> float:
     start = time.perf_counter()
     run()
@@ -97,47 +125,36 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
 
+    made = episodes(args.batches * args.batch_size, args.shots, args.pixels)
+    batches = [made[start : start + args.batch_size] for start in range(0, len(made), args.batch_size)]
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
-    model = AimForConditionalGeneration.from_backbone(
-        args.backbone,
-        dtype=dtype,
-        device_map=args.device,
-        preset="trained",
-    )
+    backbone = load_backbone(args.backbone, dtype=dtype, device_map=args.device)
+    processor = AimProcessor.from_pretrained(args.backbone)
     with tempfile.TemporaryDirectory() as folder:
-        # a rate of nothing: the fused tokens of the final pass alone stay those of this projector
-        options = TrainingArguments(
-            folder, max_steps=1, learning_rate=0.0, report_to="none", use_cpu=args.device == "cpu"
-        )
-        data = episodes(1, 1, args.pixels)
-        trainer = AimTrainer(
-            model, options, optimizer=TrainSettings.optimizer, train_dataset=data, group_by_length=False
-        )
-        trainer.create_optimizer()
-        trainer.current_gradient_accumulation_steps = 1  # what `train` sets
-        model.train()
-        made = episodes(args.batches * args.batch_size, args.shots, args.pixels)
-        batches = [made[start : start + args.batch_size] for start in range(0, len(made), args.batch_size)]
-        times: dict[str, list[float]] = {"final pass alone": [], "reads kept": [], "reads not kept": []}
-        floors = [final_pass(trainer, batch) for batch in batches]
+        turns = []
+        for place, entry in PLACES.items():
+            model = AimForConditionalGeneration.from_backbone(backbone, processor, preset="trained", **entry)
+            turns.append((place, trainer_of(model, folder, args.device, args.pixels)))
+        times: dict[str, list[float]] = {f"{place}: {name}": [] for place in PLACES for name in NAMES}
+        floors = {place: [final_pass(trainer, batch) for batch in batches] for place, trainer in turns}
         for repeat in range(args.repeats + 1):  # the first is for warming up, and fills the cache
-            for batch, floor in zip(batches, floors, strict=True):
-                model.read_cache.max_bytes = BOUND
-                kept = timed(step(trainer, batch), args.device)
-                states, model.read_cache = model.read_cache, KeptStates(0)
-                unkept = timed(step(trainer, batch), args.device)
-                model.read_cache = states
-                alone = timed(floor, args.device)
-                if repeat:
-                    for name, value in zip(times, (alone, kept, unkept), strict=True):
-                        times[name].append(value)
-    floor_time = statistics.median(times["final pass alone"])
+            for number, batch in enumerate(batches):
+                for place, trainer in turns:
+                    found = (timed(floors[place][number], args.device), *steps(trainer, batch, args.device))
+                    for name, value in zip(NAMES, found, strict=True):
+                        times[f"{place}: {name}"] += [value] if repeat else []
+    report(times, args)
+
+
+def report(times: dict[str, list[float]], args: argparse.Namespace) -> None:
+    """Print medians and quartiles, beside the final pass of the same place."""
+    floor_times = {place: statistics.median(times[f"{place}: {NAMES[0]}"]) for place in PLACES}
     found: dict[str, dict[str, Any]] = {
         name: {
             "steps a second": 1 / statistics.median(values),
             "milliseconds": 1000 * statistics.median(values),
             "quartiles": [1000 * value for value in statistics.quantiles(values, n=4, method="inclusive")[::2]],
-            "times the final pass": statistics.median(values) / floor_time,
+            "times the final pass": statistics.median(values) / floor_times[name.partition(":")[0]],
         }
         for name, values in times.items()
     }
@@ -145,11 +162,11 @@ def main() -> None:
         print(json.dumps(found))
         return
     print(f"training, {args.batch_size} episodes of {args.shots} demonstrations, all but the first pair are targets")
-    print(f"{'':20}{'steps/s':>9}{'ms':>9}{'quartiles':>18}{'x final pass':>14}")
+    print(f"{'':30}{'steps/s':>9}{'ms':>9}{'quartiles':>18}{'x final pass':>14}")
     for name, row in found.items():
         low, high = row["quartiles"]
         numbers = f"{row['steps a second']:9.2f}{row['milliseconds']:9.1f}{low:9.1f}{high:9.1f}"
-        print(f"{name:20}{numbers}{row['times the final pass']:14.2f}")
+        print(f"{name:30}{numbers}{row['times the final pass']:14.2f}")
 
 
 if __name__ == "__main__":
