@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -144,11 +145,19 @@ def test_what_all_texts_begin_with_is_given(tiny: Plugin) -> None:
         assert row.log_likelihood == pytest.approx(wanted.log_likelihood, rel=1e-5)
 
 
-def test_of_many_some_are_drawn_and_no_other_is_opened(tiny: Plugin, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[Any] = []
-    real = demonstrations_aim._open_image
-    monkeypatch.setattr(demonstrations_aim, "_open_image", lambda image: opened.append(image) or real(image))
-    many = [{"image": picture(i), "label": f"name{'abcdefghij'[i % 10]}"} for i in range(30)]
+def test_of_many_some_are_drawn_and_no_other_is_opened(tiny: Plugin, tmp_path: Path) -> None:
+    opened: set[int] = set()
+
+    class Watched(os.PathLike[str]):
+        def __init__(self, number: int) -> None:
+            self.number = number
+            picture(number).save(tmp_path / f"{number}.png")
+
+        def __fspath__(self) -> str:
+            opened.add(self.number)
+            return str(tmp_path / f"{self.number}.png")
+
+    many = [{"image": Watched(i), "label": f"name{'abcdefghij'[i % 10]}"} for i in range(30)]
     choice = tiny.model.choose_depth(many, [1], most=8)
     assert choice.demonstrations == choice.left_out == len(opened) == 8  # each has another one of its label
     assert "8 demonstrations were used, 22 not" in choice.notes[0]
