@@ -28,23 +28,15 @@ EPISODES = {  # how many are written, with at most how many demonstrations
 }
 QUERIES = 3
 MIX = {"link_context": 4.0, "operator": 0.8, "counting": 0.4, "attribute": 1.0, "captions": 0.7}
-INNER = {
-    "form": "residual_mlp",
-    "projector_size": 1024,
-    "read_layers": 3,
-    "optimizer": "muon",
-    "learning_rate": 1.5e-2,
-}
+AT_DEPTH = {"projector_size": 1024, "read_layers": "0,2", "optimizer": "adamw", "learning_rate": 3e-3}
+AT_INPUT = {
+    "form": "residual_mlp", "projector_size": 1024, "read_layers": 3, "entry_layers": 0,
+    "optimizer": "muon", "learning_rate": 1.5e-2,
+}  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
-    "aim": {**INNER, "steps": 5000},
-    "aim_paper": {
-        "form": "linear_norm",
-        "read_layers": -1,
-        "optimizer": "adamw",
-        "learning_rate": 8e-3,
-        "steps": 2000,
-    },
-    "aim_generic": {**INNER, "steps": 1000},
+    "aim": {**AT_DEPTH, "steps": 2500, "save_every": 250},
+    "aim_paper": {"preset": "paper", "optimizer": "adamw", "learning_rate": 8e-3, "steps": 2000},
+    "aim_generic": {**AT_INPUT, "steps": 1000},
 }
 SOURCES = {"aim": MIX, "aim_paper": {"link_context": 1.0}, "aim_generic": {"captions": 1.0}}
 
