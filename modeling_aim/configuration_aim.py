@@ -126,7 +126,8 @@ class AimConfig(PreTrainedConfig):
         backbone_fingerprint: some weights of the backbone the projector was made for, to refuse another one.
         read_layers: which hidden states are kept of a demonstration: `k >= 1` is the state after `k` decoder layers,
             `0` the input embedding, `-1` the last state, after the final norm (the paper's). Several are joined along
-            the feature axis. `None` is one depth, two fifths of the layers.
+            the feature axis. `None` is one depth, two fifths of the layers; with a projector at depth also 0: one map
+            changes the word at the input, which steers the query, and one the state at depth, which has seen the image.
         entry_layers: where fused tokens enter when a query is answered. `[0]` is the input embeddings (the paper's),
             `k` the input of decoder layer `k` (counted from 0). `None`, the default, puts each state back at the depth
             where it was read (entry_layers equals read_layers), which needs no training; for the forms that can only
@@ -230,9 +231,16 @@ class AimConfig(PreTrainedConfig):
             raise ValueError(f"backbone_fingerprint={prints!r:.80}: expected a list of finite numbers, or None.")
         layers = self.num_layers
         if self.read_layers is None and layers is not None:
-            self.read_layers = [default_depth(layers)] if self.entry_layers in (None, [0]) else list(self.entry_layers)
+            self.read_layers = self._default_layers(layers)
         if self.read_layers is not None:
             self._check_layers(layers)
+
+    def _default_layers(self, layers: int) -> list[int]:
+        """What is read where nobody says: one depth, and the input too where a projector is to change both."""
+        if self.entry_layers not in (None, [0]):
+            return list(self.entry_layers)
+        both = self.entry_layers is None and self.projector_form in DEPTH_FORMS and self.projector_form != "identity"
+        return [0, default_depth(layers)] if both else [default_depth(layers)]
 
     def _check_layers(self, layers: int | None) -> None:
         """Raise `ValueError` for layers that do not exist, or that states cannot enter."""
