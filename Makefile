@@ -2,20 +2,22 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
+PARALLEL = -n $(WORKERS) --dist loadfile
 
 .PHONY: demo test test-all test-lowest test-lmms-eval style bench aim-tiny clean
 
 demo: $(VENV)/.installed-demo  ## answer held-out queries from demonstrations; writes demo.png
 	$(BIN)/python examples/demo.py --output demo.png
 
-test: $(VENV)/.installed-dev  ## the tests, in minutes
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed-dev  ## the tests, in minutes, in two processes (make test WORKERS=4; 0: in this one)
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-all: $(VENV)/.installed-dev  ## the slow ones too
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest $(PARALLEL) -m ""
 
 test-lowest: $(VENV)-lowest/.installed  ## the tests on the oldest transformers and torch that are declared
-	$(VENV)-lowest/bin/python -m pytest
+	$(VENV)-lowest/bin/python -m pytest $(PARALLEL)
 
 test-lmms-eval: $(VENV)-lmms-eval/.installed  ## the adapter inside the real lmms-eval, in an environment of its own
 	$(VENV)-lmms-eval/bin/python -m pytest tests/test_lmms_eval.py

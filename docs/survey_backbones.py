@@ -34,7 +34,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 import families  # noqa: E402
+import further_families  # noqa: E402
 import more_families  # noqa: E402
+import popular_families  # noqa: E402
+import timm_families  # noqa: E402
 from backbones import plugin  # noqa: E402
 
 SMALL = {
@@ -51,13 +54,25 @@ SMALL = {
     "n_group": 1,
     "topk_group": 1,
 }
+WHY = {  # what the backbone itself, without AIM, does otherwise; tried on it alone
+    "blip-2": "the model takes no prompt without an image",
+    "emu3": "images of a batch are padded to one size, and padding changes the tokens they become",
+    "fuyu": "its processor takes one image a prompt",
+    "gemma3n": "its decoder layers hand on several streams of states, of which no inner layer is read",
+    "minimax_m3_vl": "padding moves its blocks of keys: once there are more than it chooses, a row of a padded batch "
+    "differs from the row alone",
+    "perception_lm": "its processor takes no images with different numbers of tiles at once",
+}
 LENGTH, FUSED = 9, 4  # of the words of the prompt, and of the fused tokens before them
 
 
 def survey(model_type: str) -> tuple[str, str]:
     """How far AIM goes with a model type, and a remark."""
     if model_type in families.FAMILIES:
-        return run_properties(model_type)
+        try:
+            return run_properties(model_type)
+        except ImportError as error:
+            return "not known", f"it needs the package {missing_package(error)}, which was not installed here"
     try:
         config = CONFIG_MAPPING[model_type]()
         with torch.device("meta"):
@@ -92,7 +107,8 @@ def run_properties(model_type: str) -> tuple[str, str]:
     remark = f"{len(results) - len(failed)} of {len(results)} properties"
     if len(failed) == len(results):
         return "cannot", failed[0]
-    return "works", remark + "".join(f"; not: {text}" for text in failed)
+    remark += "".join(f"; not: {text}" for text in failed)
+    return "works", remark + (f"; the backbone itself: {WHY[model_type]}" if model_type in WHY else "")
 
 
 class NotAnswered(Exception):
@@ -179,7 +195,9 @@ def main(chosen: list[str]) -> None:
     transformers.logging.set_verbosity_error()
     logging.getLogger("modeling_aim").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    families.FAMILIES.update({**families.MORE_FAMILIES, **more_families.BUILDERS})
+    for some in (more_families, popular_families, further_families, timm_families):
+        families.FAMILIES.update(some.BUILDERS)
+    families.FAMILIES.update(families.MORE_FAMILIES)
     rows = []
     for model_type in chosen or NAMES:
         status, remark = survey(model_type)

@@ -34,7 +34,7 @@ def shapes(
     return demos, queries
 
 
-def ask(model: Any, processor: Any, image: Any, **options: Any) -> str:
+def ask(model: Any, processor: Any, image: Any, /, **options: Any) -> str:
     """What the model calls an image."""
     inputs = processor(images=image, text="<image> this is", return_tensors="pt")
     ids = model.generate(**inputs, **options, max_new_tokens=4, do_sample=False)

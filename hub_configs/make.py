@@ -1,7 +1,8 @@
 """Write the folders of hub_configs/: for each backbone people use, an AIM repository that works without training.
 
 A folder can be loaded, or uploaded to the Hub, as it is: config.json, processor_config.json, a card, and the code as
-links to modeling_aim/. So can hub_configs/aim-tiny, which also has a trained projector and its backbone.
+links to modeling_aim/. So can hub_configs/aim-tiny, which also has a trained projector and its backbone, and
+hub_configs/aim-generate, which has no backbone: it serves any stock model by `generate(custom_generate=...)`.
 
     python hub_configs/make.py            # (re)write the folders and docs/HUB_CONFIGS.md
     python hub_configs/make.py --check    # only say whether they are up to date
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -29,6 +31,7 @@ from modeling_aim.speed.published import BACKBONES
 ROOT = Path(__file__).resolve().parents[1]
 HERE = ROOT / "hub_configs"
 TABLE = ROOT / "docs" / "HUB_CONFIGS.md"
+CODE = [*BACKBONES, "aim-tiny", "aim-generate/custom_generate"]  # folders with links to the code
 
 
 def aim_config(folder: str) -> AimConfig:
@@ -61,13 +64,13 @@ def write(folder: str, target: Path) -> None:
 
 def link_code(target: Path) -> None:
     """Put links to the code that a repository carries into its folder, and remove what is no longer shipped."""
-    shipped = {path.name for path in shipped_files()}
+    shipped = {path.name: path for path in shipped_files()}
     for path in target.glob("*_aim.py"):
         if path.name not in shipped or not path.is_symlink():
             path.unlink()
-    for name in sorted(shipped):
+    for name, path in shipped.items():
         if not (target / name).is_symlink():
-            (target / name).symlink_to(Path("..", "..", "modeling_aim", name))
+            (target / name).symlink_to(os.path.relpath(path, target))
 
 
 def table() -> str:
@@ -102,16 +105,15 @@ def table() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    folders = [*BACKBONES, "aim-tiny"]
     if not parser.parse_args().check:
         for folder in BACKBONES:
             write(folder, HERE / folder)
-        for folder in folders:
+        for folder in CODE:
             link_code(HERE / folder)
         TABLE.write_text(table())
         return
     shipped = {path.name for path in shipped_files()}
-    for folder in folders:
+    for folder in CODE:
         if {path.name for path in (HERE / folder).glob("*_aim.py") if path.is_symlink() and path.exists()} != shipped:
             sys.exit(f"{HERE / folder} has other code than is shipped: run python hub_configs/make.py")
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,15 +1,18 @@
 """AIM for Hugging Face: few-shot demonstrations for any vision-language model, at a few tokens each."""
 
-from .configuration_aim import AimConfig  # isort: skip  first of all: it says which releases are too old
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
-
-from .backbone_aim import laptop_quantization_config
-from .bank import DemonstrationBank
-from .demonstrations_aim import Demonstration, FusedDemonstrations
-from .modeling_aim import AimForConditionalGeneration
-from .processing_aim import AimProcessor
-from .projector_aim import AimProjector
+if TYPE_CHECKING:
+    from .bank import DemonstrationBank
+    from .registered import (
+        AimConfig,
+        AimForConditionalGeneration,
+        AimProcessor,
+        AimProjector,
+        Demonstration,
+        FusedDemonstrations,
+        laptop_quantization_config,
+    )
 
 __version__ = "0.1.0"
 
@@ -24,7 +27,15 @@ __all__ = [
     "laptop_quantization_config",
 ]
 
-AutoConfig.register(AimConfig.model_type, AimConfig)
-AutoModel.register(AimConfig, AimForConditionalGeneration)
-AutoModelForImageTextToText.register(AimConfig, AimForConditionalGeneration)
-AutoProcessor.register(AimConfig, AimProcessor)
+
+def __getattr__(name: str) -> Any:
+    """Import transformers and torch with the first public name that is used: `aim --help` needs neither."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import registered
+
+    if name == "DemonstrationBank":
+        from .bank import DemonstrationBank
+
+        return DemonstrationBank
+    return getattr(registered, name)

@@ -16,7 +16,7 @@ from functools import partial
 from importlib import import_module
 from threading import RLock
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import transformers
@@ -32,6 +32,7 @@ from transformers import (
 from transformers.quantizers import AutoQuantizationConfig
 
 from .batching_aim import repeat_images, shared_images
+from .families_aim import family_of
 from .files_aim import HUB_KWARGS
 
 INPUT, VISION, DECODER = -2, -3, -4  # what enters the first layer, leaves the vision tower, enters the decoder
@@ -39,6 +40,7 @@ SHARED = -5  # asked for where images of a batch are equal: the call of the visi
 STATE_NAMES = ("rope_deltas",)  # what some backbones remember of the last prompt, as attributes of their modules
 
 _TURNS: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()
+_RESTS: WeakKeyDictionary[PreTrainedModel, _Rest] = WeakKeyDictionary()
 _READING: ContextVar[dict[int, Any] | None] = ContextVar("aim_reading", default=None)
 
 
@@ -350,9 +352,11 @@ def remembers(backbone: PreTrainedModel) -> bool:
     return bool(_remembered(all_modules(backbone)))
 
 
-def goes_on_behind_kv(backbone: PreTrainedModel) -> bool:
-    """Whether a prompt finds its places behind KV that `generate` is given: not with positions in the image grid and
-    transformers before 5.23, the oldest on which that was tried and holds."""
+def goes_on_behind_kv(backbone: PreTrainedModel, padded: bool = False) -> bool:
+    """Whether a prompt, `padded` or not, can go on behind KV that `generate` is given: not on every family, nor with
+    positions in the image grid and transformers before 5.23, the oldest on which that was tried and holds."""
+    if family_of(backbone.config.model_type).prefix_kv not in ("always", "always" if padded else "unpadded"):
+        return False
     return not remembers(backbone) or Version(Version(transformers.__version__).base_version) >= Version("5.23")
 
 
@@ -380,19 +384,66 @@ def preserved_state(backbone: PreTrainedModel) -> Iterator[None]:
                 setattr(module, name, value)
 
 
-@contextmanager
-def answering(backbone: PreTrainedModel) -> Iterator[None]:
-    """`one_at_a_time`, and layers that recompute in training mode rest: they would drop the KV cache."""
-    modules = all_modules(backbone)
-    with _turn(backbone, modules):
-        training = [module for module in modules if module.training]
+class _Rest:
+    """Layers that recompute in training mode drop the KV cache: they rest while any thread answers.
+
+    Their flag is shared by all threads, so it is switched off by the first answer that begins and on again behind the
+    last one that ends. A loss computed in another thread meanwhile is the same, without recomputing.
+    """
+
+    def __init__(self) -> None:
+        self.lock = RLock()
+        self.answers = 0
+        self.resting: WeakSet[nn.Module] = WeakSet()  # weak: a value here must not keep its backbone alive
+
+    def set_training(self, training: set[nn.Module], modules: Sequence[nn.Module]) -> None:
+        """Have `training`, of all `modules`, in training mode: now, or when the last answer has ended."""
+        with self.lock:
+            self.resting = WeakSet(training if self.answers else ())
+            for module in modules:
+                wanted = module in training and not self.answers
+                if module.training != wanted:  # never on and off again, which another thread would see
+                    module.training = wanted
+
+    @contextmanager
+    def __call__(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        with self.lock:
+            if not self.answers:
+                self.resting = WeakSet(module for module in modules if module.training)
+                for module in self.resting:
+                    module.training = False
+            self.answers += 1
         try:
-            for module in training:
-                module.training = False
             yield
         finally:
-            for module in training:
-                module.training = True
+            with self.lock:
+                self.answers -= 1
+                if not self.answers:
+                    for module in self.resting:
+                        module.training = True
+
+
+def set_recomputing(backbone: PreTrainedModel, mode: bool) -> None:
+    """Put a frozen backbone in inference mode, but for layers that are to recompute their activations.
+
+    Args:
+        backbone: its layers recompute where gradient checkpointing is on; their own parts keep evaluating.
+        mode: whether what stands on it is trained.
+    """
+    modules = all_modules(backbone)
+    training = {module for module in modules if mode and getattr(module, "gradient_checkpointing", False)}
+    _RESTS.setdefault(backbone, _Rest()).set_training(training, modules)
+
+
+@contextmanager
+def answering(backbone: PreTrainedModel) -> Iterator[None]:
+    """`one_at_a_time`, in inference mode: dropout would change the answer, and recomputed layers drop the KV cache.
+
+    Calls in several threads share the mode; the last of them to end puts back what the first one found.
+    """
+    modules = all_modules(backbone)
+    with _turn(backbone, modules), _RESTS.setdefault(backbone, _Rest())(modules):
+        yield
 
 
 def embedding_weight(backbone: PreTrainedModel) -> torch.Tensor:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +13,7 @@ import transformers
 from packaging.version import Version
 
 MINIMUM_VERSIONS = {"transformers": "5.5", "torch": "2.10"}
+LARGEST_SIZE = 2**17  # inner width of a projector
 PROJECTOR_FORMS = ("identity", "linear", "linear_norm", "mlp", "residual", "residual_mlp")
 DEPTH_FORMS = ("identity", "residual", "residual_mlp")  # what can be put back at the depth where it was read
 OWN_SETTINGS = (
@@ -92,6 +96,24 @@ def default_depth(num_layers: int) -> int:
     return max(1, round(DEPTH * num_layers))
 
 
+@contextmanager
+def usable(what: str) -> Iterator[None]:
+    """Whatever a damaged file ends in is a `ValueError`, an `OSError` or an `ImportError`; `what` names the file."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{what} cannot be used ({type(error).__name__}: {error!s:.200}). It is damaged, or was written by "
+            f"another version than transformers {transformers.__version__}."
+        ) from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
+
+
 class AimConfig(PreTrainedConfig):
     """The settings of an AIM plug-in (arXiv 2406.07588): everything needed to rebuild it around its backbone.
 
@@ -104,7 +126,8 @@ class AimConfig(PreTrainedConfig):
         backbone_fingerprint: some weights of the backbone the projector was made for, to refuse another one.
         read_layers: which hidden states are kept of a demonstration: `k >= 1` is the state after `k` decoder layers,
             `0` the input embedding, `-1` the last state, after the final norm (the paper's). Several are joined along
-            the feature axis. `None` is one depth, two fifths of the layers.
+            the feature axis. `None` is one depth, two fifths of the layers; with a projector at depth also 0: one map
+            changes the word at the input, which steers the query, and one the state at depth, which has seen the image.
         entry_layers: where fused tokens enter when a query is answered. `[0]` is the input embeddings (the paper's),
             `k` the input of decoder layer `k` (counted from 0). `None`, the default, puts each state back at the depth
             where it was read (entry_layers equals read_layers), which needs no training; for the forms that can only
@@ -143,12 +166,18 @@ class AimConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         if isinstance(backbone_config, dict):
-            backbone_config = AutoConfig.for_model(**backbone_config)
+            with usable("backbone_config"):
+                backbone_config = AutoConfig.for_model(**backbone_config)
+        elif not isinstance(backbone_config, PreTrainedConfig | None):
+            raise ValueError(f"backbone_config={backbone_config!r:.80}: expected the configuration of a backbone.")
         self.backbone_config = copy.deepcopy(backbone_config)  # the parent class writes into the parts of a config
         self.backbone_name_or_path = backbone_name_or_path
         self.backbone_revision = backbone_revision
         self.backbone_subfolder = backbone_subfolder
         self.backbone_fingerprint = backbone_fingerprint
+        for name, layers in (("read_layers", read_layers), ("entry_layers", entry_layers)):
+            if not isinstance(layers, (list, tuple, range, None.__class__)):
+                raise ValueError(f"{name}={layers!r:.80}: expected a list of whole numbers, or None.")
         self.read_layers: Any = None if read_layers is None else list(read_layers)
         self.entry_layers: Any = None if entry_layers is None else list(entry_layers)
         self.read_span = read_span
@@ -164,6 +193,18 @@ class AimConfig(PreTrainedConfig):
         super().__init__(**kwargs)
         self.check()
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """As of every configuration of transformers; what cannot be used is a `ValueError` that says so."""
+        with usable(f"The config.json of {pretrained_model_name_or_path}"):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As of every configuration of transformers; what cannot be used is a `ValueError` that says so."""
+        with usable("This configuration"):
+            return super().from_dict(config_dict, **kwargs)
+
     def check(self) -> None:
         """Fill in the layers that were left open, and raise `ValueError` for a setting out of its range.
 
@@ -173,15 +214,33 @@ class AimConfig(PreTrainedConfig):
             raise ValueError(f"projector_form={self.projector_form!r}: expected one of {', '.join(PROJECTOR_FORMS)}.")
         if self.read_span not in READ_SPANS:
             raise ValueError(f"read_span={self.read_span!r}: expected one of {', '.join(READ_SPANS)}.")
-        if self.max_fused_tokens is not None and self.max_fused_tokens < 1:
-            raise ValueError(f"max_fused_tokens={self.max_fused_tokens}: expected at least 1, or None for no limit.")
-        if not self.projector_norm > 0:
-            raise ValueError(f"projector_norm={self.projector_norm}: expected a positive number.")
+        for name, most in (("max_fused_tokens", 2**31), ("projector_intermediate_size", LARGEST_SIZE)):
+            value = getattr(self, name)
+            if value is not None and not (type(value) is int and 1 <= value <= most):
+                raise ValueError(
+                    f"{name}={value!r:.80}: expected a whole number, at least 1, at most {most}, or None."
+                )
+        if not (_is_number(self.projector_norm) and self.projector_norm > 0):
+            raise ValueError(f"projector_norm={self.projector_norm!r:.80}: expected a positive number.")
+        for name in ("backbone_name_or_path", "backbone_revision", "backbone_subfolder"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and value.isprintable()):
+                raise ValueError(f"{name}={value!r:.80}: expected text, or None.")
+        prints = self.backbone_fingerprint
+        if prints is not None and not (isinstance(prints, (list, tuple)) and all(map(_is_number, prints))):
+            raise ValueError(f"backbone_fingerprint={prints!r:.80}: expected a list of finite numbers, or None.")
         layers = self.num_layers
         if self.read_layers is None and layers is not None:
-            self.read_layers = [default_depth(layers)] if self.entry_layers in (None, [0]) else list(self.entry_layers)
+            self.read_layers = self._default_layers(layers)
         if self.read_layers is not None:
             self._check_layers(layers)
+
+    def _default_layers(self, layers: int) -> list[int]:
+        """What is read where nobody says: one depth, and the input too where a projector is to change both."""
+        if self.entry_layers not in (None, [0]):
+            return list(self.entry_layers)
+        both = self.entry_layers is None and self.projector_form in DEPTH_FORMS and self.projector_form != "identity"
+        return [0, default_depth(layers)] if both else [default_depth(layers)]
 
     def _check_layers(self, layers: int | None) -> None:
         """Raise `ValueError` for layers that do not exist, or that states cannot enter."""

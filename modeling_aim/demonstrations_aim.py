@@ -12,14 +12,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from transformers.image_utils import load_image
 
 from .files_aim import as_bytes, locate_file, write_whole
+from .images_aim import ImageRules, open_image
 
 FUSED_FILE = "aim_fused.safetensors"
 FUSED_FORMAT = "aim_fused 1"
@@ -45,16 +44,18 @@ class Demonstration:
     is_label: bool = False
 
     @classmethod
-    def of(cls, value: Any) -> Demonstration:
+    def of(cls, value: Any, rules: ImageRules | None = None) -> Demonstration:
         """Make a demonstration of what a user has at hand.
 
         Args:
             value: a `Demonstration`, a tuple `(image, text)` or `(image, question, answer)`, or a dict with `image`
                 (or `images`) and `text`, `label`, or `question` and `answer`. An image is a PIL image, a path, a URL
                 or an array `(height, width[, 3])`, uint8 or float in 0..1.
+            rules: which images may be opened; those of the processor in the model's own calls.
 
         Raises:
-            ValueError: the example has no text or has unknown keys, or an image cannot be read.
+            ValueError: the example has no text or has unknown keys, its words are no Unicode, or an image cannot be
+                read.
         """
         if isinstance(value, cls):
             return value
@@ -94,8 +95,13 @@ class Demonstration:
         question = fields.get("question")
         if not isinstance(question, str | None):
             raise ValueError(f"The question of a demonstration is {question!r:.60}; expected text.")
+        for words in (fields[given[0]], question or ""):
+            if not _is_unicode(words):
+                raise ValueError(
+                    f"The words of a demonstration hold a lone surrogate, which no tokenizer takes: {words!r:.80}."
+                )
         return cls(
-            images=tuple(_open_image(image) for image in images),
+            images=tuple(open_image(image, rules) for image in images),
             text=fields[given[0]].strip(),
             question=question.strip() if isinstance(question, str) and question.strip() else None,
             is_label=given[0] == "label",
@@ -116,28 +122,12 @@ def _has_words(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _open_image(image: Any) -> Image.Image:
-    """Load one image as RGB, or say which one could not be read and why."""
+def _is_unicode(words: str) -> bool:
     try:
-        if isinstance(image, np.ndarray | torch.Tensor):
-            pixels = np.asarray(image)
-            if pixels.ndim == 3 and pixels.shape[-1] not in (1, 3, 4) and pixels.shape[0] in (1, 3, 4):
-                pixels = np.moveaxis(pixels, 0, -1)
-            top = 1 if pixels.dtype.kind in "fb" else 255
-            if pixels.size == 0 or pixels.min() < 0 or pixels.max() > top:
-                raise ValueError(
-                    f"pixels of type {pixels.dtype} must lie in 0..{top}, found {pixels.min()}..{pixels.max()}"
-                )
-            pixels = (pixels * (255 // top)).round().astype(np.uint8) if top == 1 else pixels.astype(np.uint8)
-            return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).convert("RGB")
-        if isinstance(image, os.PathLike):
-            image = os.fspath(image)
-        return load_image(image).convert("RGB")
-    except Exception as error:
-        raise ValueError(
-            f"Cannot read the image {image!r:.120} of a demonstration ({type(error).__name__}: {error}). "
-            "Give a PIL image, an image file, a URL or an array (height, width, 3)."
-        ) from error
+        words.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def kind_of(value: Any) -> str | None:
@@ -156,8 +146,8 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) in (2, 3) and isinstance(value[-1], str)
 
 
-def parse_demos(demos: Any) -> Any:
-    """What `generate` takes as `demos`, checked, with raw demonstrations opened.
+def parse_demos(demos: Any, rules: ImageRules | None = None) -> Any:
+    """What `generate` takes as `demos`, checked, with raw demonstrations opened as `rules` say.
 
     Returns:
         One part for all rows of a batch, or a list with a part (or `None`) for each row. A part is a tuple of
@@ -177,21 +167,21 @@ def parse_demos(demos: Any) -> Any:
         raise _unknown(demos)
     raw = [kind_of(entry) == "demonstration" for entry in demos]
     if all(raw):
-        return tuple(Demonstration.of(entry) for entry in demos) or None
+        return tuple(Demonstration.of(entry, rules) for entry in demos) or None
     if any(raw):
-        _parse_row(demos[raw.index(False)])  # raises where that is nothing at all
+        _parse_row(demos[raw.index(False)], rules)  # raises where that is nothing at all
         raise ValueError(
             "demos mixes demonstrations with other things; give one list of demonstrations, or one a row."
         )
-    return [_parse_row(entry) for entry in demos]
+    return [_parse_row(entry, rules) for entry in demos]
 
 
-def _parse_row(entry: Any) -> Any:
+def _parse_row(entry: Any, rules: ImageRules | None) -> Any:
     if isinstance(entry, (list, tuple)) and not all(kind_of(part) == "demonstration" for part in entry):
         raise _unknown(entry, " in its list")
     if entry is not None and kind_of(entry) is None and not isinstance(entry, (list, tuple)):
         raise _unknown(entry, " in its list")
-    return parse_demos(entry)
+    return parse_demos(entry, rules)
 
 
 def _unknown(value: Any, where: str = "") -> ValueError:
@@ -202,13 +192,13 @@ def _unknown(value: Any, where: str = "") -> ValueError:
     )
 
 
-def demos_by_row(demos: Any, batch: int) -> list[Any]:
+def demos_by_row(demos: Any, batch: int, rules: ImageRules | None = None) -> list[Any]:
     """The part, or `None`, of each of `batch` rows; see `parse_demos`.
 
     Raises:
         ValueError: there are entries for another number of rows.
     """
-    parsed = parse_demos(demos)
+    parsed = parse_demos(demos, rules)
     if not isinstance(parsed, list):
         return [parsed] * batch
     if len(parsed) != batch:

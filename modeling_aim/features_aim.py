@@ -33,7 +33,7 @@ class FeaturesMixin:
         Returns:
             `fused` and `states`: a tensor a demonstration; `features`: a tensor `(demonstrations, width)` a kind.
         """
-        demos = [Demonstration.of(demo) for demo in demos]
+        demos = [Demonstration.of(demo, self.image_rules) for demo in demos]
         read = sorted(self._read_batches(demos, images=features), key=lambda row: row[0])
         states = [row[1] for row in read]
         fused = [self.project(part) for part in states]
@@ -65,7 +65,7 @@ class FeaturesMixin:
             fields = dict(query) if isinstance(query, Mapping) else {"image": query}
         words = fields.get("question") or fields.get("text") or ""
         images = {k: v for k, v in fields.items() if k in ("image", "images")}
-        pictures = list(Demonstration.of({**images, "text": "query"}).images)
+        pictures = list(Demonstration.of({**images, "text": "query"}, self.image_rules).images)
         prompt = self.processor.prompt(words, images=len(pictures))
         inputs = self.processor(images=[pictures] if pictures else None, text=[prompt], return_tensors="pt")
         return dict(inputs.to(self.device, self.dtype))

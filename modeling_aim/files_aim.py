@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
+import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -16,7 +20,44 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers.utils import cached_file
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+STAGE = ".saving-"  # begins the names of folders in which a save is made
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def check_place(name_or_path: str | os.PathLike[str]) -> None:
+    """Raise `FileNotFoundError` for what is neither a folder here nor can be the name of a Hub repository."""
+    name = str(name_or_path)
+    if not os.path.isdir(name) and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
+        what = "is a file" if os.path.exists(name) else "does not exist"
+        raise FileNotFoundError(f"{name} {what}. Give a folder, or a Hub id such as owner/name.")
+
+
+def check_subfolder(subfolder: str) -> None:
+    """Raise `ValueError` for a subfolder that leaves its repository."""
+    parts = PurePosixPath(subfolder.replace("\\", "/"))
+    if parts.is_absolute() or ".." in parts.parts or ":" in subfolder:
+        raise ValueError(
+            f"backbone_subfolder={subfolder!r} leaves the repository. Give a folder in it, or name the backbone by "
+            "backbone_name_or_path."
+        )
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """sha256 of the bytes of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:
+    found = hashlib.sha256()
+    while block := file.read(2**20):
+        found.update(block)
+    return found.hexdigest()
 
 
 def locate_file(name_or_path: str | os.PathLike[str], filename: str, **hub_kwargs: Any) -> str:
@@ -74,7 +115,10 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 
 def write_whole(path: Path, payload: bytes) -> None:
     """Write a file under another name, then rename it: after a kill there is the old one or the new one, whole."""
-    handle, scratch = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
+    scratch = (
+        path.parent / f".writing-{secrets.token_hex(8)}"
+    )  # not by tempfile, whose files only their owner may read
+    handle = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(payload)
@@ -82,29 +126,95 @@ def write_whole(path: Path, payload: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(scratch, path)
     except BaseException:
-        Path(scratch).unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
         raise
 
 
 @contextmanager
+def only_one(folder: str | os.PathLike[str], work: str) -> Iterator[None]:
+    """Keep others from the same work in a folder while this block runs; a killed process keeps nobody out.
+
+    Args:
+        folder: made if it is not there, and removed again if it is empty in the end.
+        work: what is done there, for the message: "aim train".
+
+    Raises:
+        ValueError: another process, or another block of this one, is at it.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    handle = _locked(folder)
+    if handle is None:
+        raise ValueError(f"Another `{work}` is at work in {folder}. Wait for it, or give another folder.")
+    try:
+        yield
+    finally:
+        os.close(handle)
+        with suppress(OSError):
+            os.rmdir(folder)
+
+
+def _locked(folder: str | os.PathLike[str]) -> int | None:
+    """A handle that holds the lock of a folder; `None` where another has it."""
+    handle = os.open(folder if fcntl is not None else os.devnull, os.O_RDONLY)
+    try:
+        if fcntl is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+            os.close(handle)
+            return None  # else the file system has no locks
+    return handle
+
+
+@contextmanager
 def staged_folder(save_directory: str | os.PathLike[str]) -> Iterator[Path]:
-    """A scratch folder beside `save_directory`; its files move there together when the block ends without error."""
+    """A scratch folder in `save_directory`; its files move there together when the block ends without error.
+
+    `config.json` moves last, so that a first save that was cut short is no repository yet. What processes that died
+    left of theirs is removed.
+    """
     target = Path(save_directory)
     if target.is_file():
         raise ValueError(f"{target} is a file; give a folder to save to.")
     existed = target.exists()
     target.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))  # inside, so that files move within one disk
+    stage, handle = _stage(target)
     try:
+        _remove_left(target)
         yield stage
-        existed = True
-        for path in sorted(stage.rglob("*")):
-            if path.is_file():
-                final = target / path.relative_to(stage)
-                final.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, final)
+        files = [path for path in sorted(stage.rglob("*")) if path.is_file()]
+        for path in sorted(files, key=lambda path: path == stage / "config.json"):
+            final = target / path.relative_to(stage)
+            final.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, final)
     finally:
-        shutil.rmtree(stage if existed else target, ignore_errors=True)
+        shutil.rmtree(stage, ignore_errors=True)
+        os.close(handle)
+        if not existed:
+            with suppress(OSError):  # not where anything was saved, by this or by somebody else
+                target.rmdir()
+
+
+def _stage(target: Path) -> tuple[Path, int]:
+    """A new scratch folder in `target`, so that files move within one disk, and the handle that holds its lock."""
+    while True:
+        stage = Path(tempfile.mkdtemp(prefix=STAGE, dir=target))
+        with suppress(FileNotFoundError):  # taken for the remains of another process before it was locked
+            handle = _locked(stage)
+            if handle is not None and stage.exists():
+                return stage, handle
+            if handle is not None:
+                os.close(handle)
+
+
+def _remove_left(target: Path) -> None:
+    """Remove scratch folders in `target` whose process is dead."""
+    for left in target.glob(f"{STAGE}*") if fcntl is not None else ():
+        with suppress(OSError):
+            handle = _locked(left)
+            if handle is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(handle)
 
 
 def upload(folder: str | os.PathLike[str], repo_id: str, **kwargs: Any) -> Any:
@@ -136,6 +246,45 @@ def copy_shipped_files(folder: Path) -> None:
         (folder / path.name).write_bytes(path.read_bytes())
 
 
+USE = """No package of this project is needed: transformers loads the code beside this card.
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("this/repository", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("this/repository", trust_remote_code=True)
+
+demos = [{"image": "dax1.png", "label": "dax"}, {"image": "wug1.png", "label": "wug"}]
+inputs = processor(images="query.png", text=processor.prompt("What is this?"), return_tensors="pt")
+ids = model.generate(**inputs.to(model.device, model.dtype), demos=demos, max_new_tokens=8)
+print(processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+
+In a pipeline:
+
+```python
+from transformers import pipeline
+
+pipe = pipeline("image-text-to-text", model="this/repository", trust_remote_code=True)
+demos = [{"image": "dax1.png", "label": "dax"}, {"image": "wug1.png", "label": "wug"}]
+prompt = pipe.processor.prompt("What is this?")
+answers = pipe(images="query.png", text=prompt, demos=demos, max_new_tokens=8, return_full_text=False)
+print(answers[0]["generated_text"])
+```
+
+In 4-bit (`pip install bitsandbytes`), load the model by these lines; the rest stays:
+
+```python
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
+model = AutoModelForImageTextToText.from_pretrained(
+    "this/repository", trust_remote_code=True, quantization_config=four_bit
+)
+```
+"""
+
+
 def model_card(config: Any, projector: torch.nn.Module) -> str:
     """A model card that says what the repository holds and how to use it."""
     backbone = config.backbone_name_or_path or f"in the folder `{config.backbone_subfolder}`"
@@ -162,16 +311,7 @@ tags: [aim, multimodal-in-context-learning, few-shot, custom_code]
 | read | states after {config.read_layers} layers, span `{config.read_span}`{budget} |
 | enter | {enters} |
 
-```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-model = AutoModelForImageTextToText.from_pretrained("this/repository", trust_remote_code=True)
-processor = AutoProcessor.from_pretrained("this/repository", trust_remote_code=True)
-demos = [{{"image": "dax1.png", "label": "dax"}}, {{"image": "wug1.png", "label": "wug"}}]
-inputs = processor(images=query, text=processor.prompt("What is this?"), return_tensors="pt")
-answer = model.generate(**inputs, demos=demos, max_new_tokens=8)
-```
-"""
+{USE}"""
 
 
 def _what_it_is(config: Any, parameters: int) -> str:

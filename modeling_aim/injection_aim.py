@@ -161,12 +161,7 @@ class FusedPrompt:
         columns = (self.columns[here] - start).repeat(repeats)
         words = self.words[here].repeat(repeats)
         if not bool((ids[rows.to(ids.device), columns.to(ids.device)] == words.to(ids.device)).all()):
-            if self.seen >= self.width:  # many new tokens at once, as in assisted decoding
-                return
-            raise RuntimeError(
-                "The backbone rearranged the prompt before its input embeddings, so the places of the fused tokens "
-                "are lost. Please report this backbone."
-            )
+            return  # not the prompt: many new tokens at once (assisted decoding), or images as words of the vocabulary
         self.seen = end
         if len(rows):
             self._pass = _Pass((ids.shape[0], ids.shape[1]), rows, columns, here.nonzero()[:, 0].repeat(repeats))
@@ -211,8 +206,8 @@ class FusedPrompt:
         self._check_entered()
         if self.seen < self.width:
             raise RuntimeError(
-                "The backbone did not embed its prompt through get_input_embeddings(), so it never saw the fused "
-                "tokens. This backbone cannot be used with AIM."
+                "The backbone did not embed its prompt, as it is, through get_input_embeddings(), so it never saw the "
+                "fused tokens. This backbone cannot be used with AIM."
             )
 
 
@@ -261,8 +256,8 @@ def injected(prompt: FusedPrompt | None) -> Iterator[None]:
     """Let the fused tokens of `prompt` (or none) reach the backbone inside this block, in this thread only.
 
     Raises:
-        RuntimeError: the backbone never embedded the prompt through its input embeddings, or left out the layers at
-            which fused tokens enter.
+        RuntimeError: the backbone never embedded the prompt through its input embeddings, or did not run the layers
+            at whose inputs fused tokens enter.
     """
     with _replayed(prompt):
         yield

@@ -42,6 +42,8 @@ from .demonstrations_aim import (
     kind_of,
     parse_demos,
 )
+from .depth_aim import DepthMixin
+from .families_aim import family_of
 from .features_aim import FeaturesMixin
 from .injection_aim import FusedPrompt, injected, own_tokens_only, watch_entries
 from .prefix_aim import FusedPrefix, check_continued, note_fused, prefilled, prefix_kv
@@ -50,11 +52,11 @@ from .processing_aim import AimProcessor
 from .projector_aim import AimProjector
 
 if TYPE_CHECKING:  # the rest of what a repository carries: transformers 5.5 copies only files that this one names
-    from .families_aim import FAMILIES  # noqa: F401
     from .files_aim import locate_file  # noqa: F401
+    from .images_aim import open_image  # noqa: F401
 
 
-class AimForConditionalGeneration(FeaturesMixin, AimPreTrainedModel, GenerationMixin):
+class AimForConditionalGeneration(DepthMixin, FeaturesMixin, AimPreTrainedModel, GenerationMixin):
     """A frozen vision-language backbone with a projector that fuses demonstrations into virtual tokens.
 
     Everywhere, `demos` is one of:
@@ -70,10 +72,16 @@ class AimForConditionalGeneration(FeaturesMixin, AimPreTrainedModel, GenerationM
         config: the plug-in's settings.
         backbone: the backbone; built from `config.backbone_config` with random weights when `None`.
         processor: turns raw demonstrations into the backbone's inputs; loaded when it is first needed.
+        freeze: set the backbone to inference and let none of its weights have a gradient. Where `False`, its flags
+            stay as they are: it is the model of somebody who may train it.
     """
 
     def __init__(
-        self, config: AimConfig, backbone: PreTrainedModel | None = None, processor: AimProcessor | None = None
+        self,
+        config: AimConfig,
+        backbone: PreTrainedModel | None = None,
+        processor: AimProcessor | None = None,
+        freeze: bool = True,
     ) -> None:
         if backbone is None and config.backbone_config is None:
             raise ValueError(
@@ -89,7 +97,7 @@ class AimForConditionalGeneration(FeaturesMixin, AimPreTrainedModel, GenerationM
             config.check()
         if set(config.read_layers) - {-1, 0}:
             decoder_layers(backbone)  # raises where there is no stack of them
-        self.backbone = backbone.requires_grad_(False).eval()
+        self.backbone = backbone.requires_grad_(False).eval() if freeze else backbone
         self.projector = AimProjector(config)
         weight = embedding_weight(backbone)
         if not weight.is_meta:  # float32 whatever the backbone's precision: it is small, and trains
@@ -126,7 +134,7 @@ class AimForConditionalGeneration(FeaturesMixin, AimPreTrainedModel, GenerationM
             ValueError: a demonstration is malformed, is longer than the backbone can read, or was read by another
                 model.
         """
-        parsed = parse_demos(demos)
+        parsed = parse_demos(demos, self.image_rules)
         if isinstance(parsed, list):
             raise ValueError(f"read takes one list of demonstrations; got one for each of {len(parsed)} rows.")
         if kind_of(parsed) == "bank":
@@ -150,11 +158,18 @@ class AimForConditionalGeneration(FeaturesMixin, AimPreTrainedModel, GenerationM
         return [states[i] for i in range(len(demos))]
 
     def _read_batches(
-        self, demos: Sequence[Demonstration], batch_size: int | None = None, images: bool = False
+        self,
+        demos: Sequence[Demonstration],
+        batch_size: int | None = None,
+        images: bool = False,
+        layers: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
         """Number, hidden states and, where asked for, image features of each demonstration, as they are read."""
+        layers = self.config.read_layers if layers is None else layers
         lengths = self.processor.reading_lengths(demos)
         positions = CPU_POSITIONS if self.device.type == "cpu" else PASS_POSITIONS
+        if family_of(self.backbone.config.model_type).read_alone:
+            batch_size = 1
         for rows, alike in reading_batches(demos, lengths, batch_size, positions):
             inputs, kept = self.processor.encode_demonstrations([demos[i] for i in rows], self.config.read_span)
             self._check_length(inputs["input_ids"].shape[1], [demos[i].text for i in rows])
@@ -162,9 +177,9 @@ class AimForConditionalGeneration(FeaturesMixin, AimPreTrainedModel, GenerationM
             seen: Any = [None] * len(rows)
             with injected(None):
                 if images:
-                    hidden, seen = read_with_images(self.backbone, inputs, self.config.read_layers, alike)
+                    hidden, seen = read_with_images(self.backbone, inputs, layers, alike)
                 else:
-                    hidden = read_hidden_states(self.backbone, inputs, self.config.read_layers, alike)
+                    hidden = read_hidden_states(self.backbone, inputs, layers, alike)
             for i, row, mask, image in zip(rows, hidden, kept.to(hidden.device), seen, strict=True):
                 yield i, self._within_budget(row[mask]), image
 
@@ -419,7 +434,7 @@ class AimForConditionalGeneration(FeaturesMixin, AimPreTrainedModel, GenerationM
         select: Any = None,
     ) -> list[tuple[Any, ...]]:
         """What each row of the batch is given, in order: parts as `parse_demos` gives them."""
-        demos, chat_demos = parse_demos(demos), parse_demos(chat_demos)
+        demos, chat_demos = (parse_demos(given, self.image_rules) for given in (demos, chat_demos))
         ids = inputs.get("input_ids")
         if ids is None:
             if demos is None and chat_demos is None:

@@ -116,18 +116,18 @@ def _prefilled(
     unusual = [name for name in UNUSUAL if setting(name)]
     if unusual:
         return f"generate was called with {', '.join(unusual)}"
-    if not goes_on_behind_kv(model.backbone):
-        return "this release of transformers loses the places of prompts behind KV on this backbone (5.23 keeps them)"
-    prefix = prefixes[0]
+    prefix, mask = prefixes[0], options.get("attention_mask")
     check_source(prefix.fused.source, model.source)
-    mask = options.get("attention_mask")
+    padded = mask is not None and not bool(mask.all())
+    if not goes_on_behind_kv(model.backbone, padded):
+        return "on this backbone, or this release of transformers, a prompt (a padded one) cannot go on behind KV"
     begins = [0] * batch if mask is None else mask.long().argmax(dim=1).tolist()
     firsts = {tuple(model._bos_of(int(ids[row, begin]))) for row, begin in enumerate(begins)}
     if len(firsts) > 1:
         return "the prompts of the batch begin differently"
     bos = firsts.pop()
     cache = prefix_kv(model, prefix, bos)
-    if not serves(cache, padded=mask is not None and not bool(mask.all())):
+    if not serves(cache, padded):
         return "this backbone's cache cannot be continued from a prefix alone (or not in a padded batch)"
     prompt = model._fused_prompt(options, [prefix.fused] * batch, first=True)
     prompt.seen = len(bos) + prefix.num_tokens

@@ -25,13 +25,17 @@ from .backbone_aim import (
     has_fingerprint,
     load_backbone,
     module_device,
+    set_recomputing,
 )
 from .cache_aim import LRUCache
 from .configuration_aim import IMPLEMENTATIONS, OWN_SETTINGS, AimConfig, by_part, implementation, preset_settings
 from .families_aim import FAMILIES
 from .files_aim import (
     HUB_KWARGS,
+    check_place,
+    check_subfolder,
     copy_shipped_files,
+    file_digest,
     locate_file,
     model_card,
     read_safetensors,
@@ -39,6 +43,7 @@ from .files_aim import (
     staged_folder,
     upload,
 )
+from .images_aim import ImageRules
 from .injection_aim import recomputed, watch_embeddings
 from .processing_aim import AimProcessor
 from .projector_aim import AimProjector, projector_digest
@@ -51,6 +56,7 @@ logger = logging.get_logger(__name__)
 PROJECTOR_WEIGHTS = "aim_projector.safetensors"
 BACKBONE_FOLDER = "backbone"
 FORM_KEY = "aim_form"  # in the metadata of the weights: what they are bound to
+DIGEST_KEY = "projector_sha256"  # in config.json: digest of the weights' file, which belongs to it
 
 
 class AimPreTrainedModel(PreTrainedModel):
@@ -135,12 +141,12 @@ class AimPreTrainedModel(PreTrainedModel):
         """Nothing to do: backbone and projector draw or load their weights where they are made."""
 
     def train(self, mode: bool = True) -> Self:
-        """Set the projector's mode; the frozen backbone stays as in inference, without dropout."""
-        super().train(mode)
-        self.backbone.eval()
-        for module in self.backbone.modules():
-            if mode and getattr(module, "gradient_checkpointing", False):
-                module.training = True  # layers recompute only in training mode; their own parts keep evaluating
+        """Set the projector's mode; the frozen backbone stays as in inference, also while another thread answers."""
+        self.training = mode
+        for part in self.children():
+            if part is not self.backbone:
+                part.train(mode)
+        set_recomputing(self.backbone, mode)
         return self
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
@@ -176,7 +182,8 @@ class AimPreTrainedModel(PreTrainedModel):
             if self._loaded_from is None:
                 raise ValueError(
                     "This model has no processor for raw demonstrations. Set model.processor = "
-                    "AimProcessor.from_pretrained(...), or pass processor= when you make the model."
+                    "AimProcessor.from_pretrained(...), or pass processor= when you make the model. With "
+                    "custom_generate, pass processor= to generate."
                 )
             name, options = self._loaded_from
             self._processor = AimProcessor.from_pretrained(name, **options)
@@ -185,6 +192,13 @@ class AimPreTrainedModel(PreTrainedModel):
     @processor.setter
     def processor(self, processor: Any) -> None:
         self._processor = processor if hasattr(processor, "encode_demonstrations") else AimProcessor(processor)
+
+    @property
+    def image_rules(self) -> ImageRules:
+        """Which images of raw demonstrations may be opened: the processor's settings."""
+        if self._processor is None and self._loaded_from is None:
+            return ImageRules()
+        return getattr(self.processor, "image_rules", None) or ImageRules()
 
     @property
     def source(self) -> dict[str, str]:
@@ -250,7 +264,14 @@ class AimPreTrainedModel(PreTrainedModel):
         hub = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
         settings = preset_settings(preset, read_layers, entry_layers, projector_form)
         if isinstance(backbone, (str, os.PathLike)):
-            backbone = load_backbone(str(backbone), **kwargs)
+            check_place(backbone)
+            given = str(backbone)
+            backbone = loaded = load_backbone(given, **kwargs)
+            if loaded.config.model_type == AimConfig.model_type:
+                raise ValueError(
+                    f"{given} is an AIM repository already. Load it with from_pretrained, train it further with "
+                    "`aim train --backbone`, or give the backbone itself for a new one."
+                )
         if not isinstance(backbone, PreTrainedModel) or backbone.config.model_type == AimConfig.model_type:
             raise TypeError(
                 f"backbone is a {type(backbone).__name__}; expected a Hub id, a folder, or a vision-language model of "
@@ -311,12 +332,14 @@ class AimPreTrainedModel(PreTrainedModel):
             FileNotFoundError: the repository has no projector.
         """
         name = str(pretrained_model_name_or_path)
+        check_place(name)
         trusted = kwargs.pop("trust_remote_code", None)
         for handled in ("_from_auto", "_from_pipeline", "adapter_kwargs", "_commit_hash"):
             kwargs.pop(handled, None)
         hub = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
         settings = {key: kwargs.pop(key) for key in OWN_SETTINGS if key in kwargs}
         config = AimConfig.from_pretrained(name, **hub, **settings) if config is None else copy.deepcopy(config)
+        config, digest = _without_digest(config)
         said = config if config.backbone_config is None else config.backbone_config
         options = {"dtype": config.dtype, **{option: implementation(said, option) for option in IMPLEMENTATIONS}}
         for option, taken in options.items():
@@ -331,6 +354,7 @@ class AimPreTrainedModel(PreTrainedModel):
             elsewhere = config.backbone_name_or_path is not None
             place = {**hub, "revision": config.backbone_revision} if elsewhere else dict(hub)
             folder = config.backbone_subfolder or ""
+            check_subfolder(folder)
             place["subfolder"] = folder if elsewhere else os.path.join(hub.get("subfolder") or "", folder)
             if not elsewhere and config.backbone_subfolder is None:
                 raise ValueError(f"The config.json of {name} names no backbone. Pass a loaded one: backbone=model.")
@@ -344,20 +368,24 @@ class AimPreTrainedModel(PreTrainedModel):
             model.generation_config = GenerationConfig.from_pretrained(name, **hub)
         model._loaded_from = (name, {**hub, "trust_remote_code": trusted})
         if file is not None:
-            model._load_projector(file, name)
+            model._load_projector(file, name, digest)
         return model if info is None else (model, info)  # type: ignore[return-value]
 
-    def _load_projector(self, file: str, name: str) -> None:
+    def _load_projector(self, file: str, name: str, digest: str | None = None) -> None:
         """Take over the projector's weights in a safetensors file of the repository `name`.
 
+        Args:
+            file: path of the weights.
+            name: of the repository, for messages.
+            digest: what its config.json says of the file; `None` where it was saved before that was noted.
+
         Raises:
-            ValueError: they are of another form, of other shapes, or damaged.
+            ValueError: they are of another form, of other shapes, or damaged; or belong to another config.json.
         """
         weights = {key.removeprefix("projector."): value for key, value in read_safetensors(file).items()}
         own = {key: tuple(value.shape) for key, value in self.projector.state_dict().items()}
         shapes = {key: tuple(value.shape) for key, value in weights.items()}
-        stored = safetensors_metadata(file).get(FORM_KEY)
-        form = self.config.form if stored is None else json.loads(stored)
+        form = _stored_form(file) or self.config.form
         wrong = [
             f"{key}={form.get(key)} (here: {value})"
             for key, value in self.config.form.items()
@@ -374,6 +402,21 @@ class AimPreTrainedModel(PreTrainedModel):
                 f"(projector_form={self.config.projector_form!r}, hidden size {self.config.hidden_size}, "
                 f"read_layers={self.config.read_layers}, entry_layers={self.config.entry_layers}) asks for {own}. "
                 "Files of two repositories may be mixed."
+            )
+        if digest is not None and file_digest(file) != digest:
+            raise ValueError(
+                f"The {PROJECTOR_WEIGHTS} and the config.json of {name} were not saved together: a save was cut short "
+                "or one of them was replaced. Save the model again; or, if the weights are those you want, remove "
+                f"{DIGEST_KEY} from config.json."
+            )
+        bad = sorted(
+            key for key, value in weights.items()
+            if not value.is_floating_point() or not bool(torch.isfinite(value.float()).all())
+        )  # fmt: skip
+        if bad:
+            raise ValueError(
+                f"The {PROJECTOR_WEIGHTS} of {name} holds numbers that are not real or not finite, in {bad}: every "
+                "answer would be empty or random. Take an earlier checkpoint, or train the projector again."
             )
         self.projector.load_state_dict(weights)
         self._projector_id = (self._projector_state(), projector_digest(weights))
@@ -411,10 +454,11 @@ class AimPreTrainedModel(PreTrainedModel):
         weights = self.projector.state_dict(prefix="projector.") if state_dict is None else state_dict
         tensors = {key: value.cpu().contiguous() for key, value in weights.items() if key.startswith("projector.")}
         with staged_folder(save_directory) as folder:
-            config.save_pretrained(folder)
             if tensors:
                 metadata = {"format": "pt", FORM_KEY: json.dumps(config.form, sort_keys=True)}
                 (folder / PROJECTOR_WEIGHTS).write_bytes(save(tensors, metadata=metadata))
+                setattr(config, DIGEST_KEY, file_digest(folder / PROJECTOR_WEIGHTS))
+            config.save_pretrained(folder)
             self.generation_config.save_pretrained(folder)
             if self._processor is not None or self._loaded_from is not None:
                 self.processor.save_pretrained(folder)
@@ -472,6 +516,26 @@ class AimPreTrainedModel(PreTrainedModel):
                     "include_backbone=True, or load the plug-in with a backbone from the Hub."
                 )
             return upload(folder, repo_id, **kwargs)
+
+
+def _stored_form(file: str) -> dict[str, Any] | None:
+    """What the weights in a safetensors file say that they are bound to; `None` where they say nothing."""
+    stored = safetensors_metadata(file).get(FORM_KEY)
+    try:
+        form = None if stored is None else json.loads(stored)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{FORM_KEY} in the metadata of {file} is no JSON ({error}); the file is damaged.") from error
+    if not isinstance(form, dict | None):
+        raise ValueError(f"{FORM_KEY} in the metadata of {file} is {form!r:.80}; expected an object.")
+    return form
+
+
+def _without_digest(config: AimConfig) -> tuple[AimConfig, str | None]:
+    """A configuration without the digest of the weights that it was saved with, and the digest."""
+    digest = vars(config).pop(DIGEST_KEY, None)
+    if not isinstance(digest, str | None):
+        raise ValueError(f"{DIGEST_KEY}={digest!r} of config.json: expected text.")
+    return config, digest
 
 
 def _renamed(backbone: PreTrainedModel, name: str) -> Any:

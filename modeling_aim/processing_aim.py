@@ -12,14 +12,17 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
-from transformers.image_utils import load_image
 
+from .configuration_aim import usable
 from .demonstrations_aim import Demonstration, parse_demos
 from .families_aim import family_of_processor
-from .files_aim import copy_shipped_files, staged_folder
+from .files_aim import check_place, copy_shipped_files, staged_folder
+from .images_aim import ImageRules, block_images, opened_chat, opened_images
 
 PROCESSOR_FILE = "processor_config.json"
-SETTINGS = ("label_template", "question_template", "image_prompt", "few_shot_chats")
+SETTINGS = (
+    "label_template", "question_template", "image_prompt", "few_shot_chats", "max_image_pixels", "image_sources",
+)  # fmt: skip
 IMAGE_SETTINGS = (
     "size", "crop_size", "do_resize", "do_center_crop", "do_rescale", "rescale_factor", "do_normalize", "image_mean",
     "image_std", "do_pad", "do_image_splitting", "max_image_size", "image_grid_pinpoints", "min_pixels", "max_pixels",
@@ -41,6 +44,11 @@ class AimProcessor(ProcessorMixin):
         image_prompt: what stands for one image in a prompt of this backbone. Found out from its chat template, or
             its image token, when `None`.
         few_shot_chats: whether earlier (user with image, assistant) turns of a chat become demonstrations.
+        max_image_pixels, image_sources: which images may be opened; see `ImageRules`. Who answers for others sets
+            `image_sources="given"`, or `"public"` with URLs.
+
+    Raises:
+        ValueError: a setting is wrong; the message has what was given and what is expected.
     """
 
     def __init__(
@@ -50,16 +58,25 @@ class AimProcessor(ProcessorMixin):
         question_template: str = "{question} {answer}",
         image_prompt: str | None = None,
         few_shot_chats: bool = True,
+        max_image_pixels: int = ImageRules.max_pixels,
+        image_sources: str = ImageRules.sources,
     ) -> None:
         for name, template, needed in (
             ("label_template", label_template, ("{label}",)),
             ("question_template", question_template, ("{question}", "{answer}")),
         ):
-            if any(field not in template for field in needed):
+            if not isinstance(template, str) or any(field not in template for field in needed):
                 raise ValueError(f"{name}={template!r} must contain {' and '.join(needed)}.")
         if question_template.index("{question}") > question_template.index("{answer}"):
             raise ValueError(f"question_template={question_template!r} must have {{question}} before {{answer}}.")
+        if not isinstance(image_prompt, str | None) or not isinstance(few_shot_chats, bool):
+            raise ValueError(
+                f"image_prompt={image_prompt!r}, few_shot_chats={few_shot_chats!r}: expected text or None, and true "
+                "or false."
+            )
+        ImageRules(max_image_pixels, image_sources)
         self.processor = processor
+        self.max_image_pixels, self.image_sources = max_image_pixels, image_sources
         self.label_template = label_template
         self.question_template = question_template
         self.image_prompt = image_prompt
@@ -75,6 +92,11 @@ class AimProcessor(ProcessorMixin):
         if inner is None:
             raise AttributeError(name)
         return getattr(inner, name)
+
+    @property
+    def image_rules(self) -> ImageRules:
+        """Which images may be opened, of queries and of demonstrations."""
+        return ImageRules(self.max_image_pixels, self.image_sources)
 
     @property
     def tokenizer(self) -> Any:
@@ -125,14 +147,21 @@ class AimProcessor(ProcessorMixin):
         with _TOKENIZING:
             inputs = self._encode(images, text, **kwargs)
         if demos is not None:
-            inputs["demos"] = parse_demos(demos)
+            inputs["demos"] = parse_demos(demos, self.image_rules)
         return inputs
 
     def _encode(self, images: Any, text: Any, **kwargs: Any) -> BatchFeature:
         """The backbone's inputs; images stand between the words for a processor that takes them there."""
-        images, texts = _opened(images), [text] if isinstance(text, str) else text
-        between_words = family_of_processor(self.processor).images_between_words
-        if not between_words or not texts or not all(isinstance(t, str) for t in texts):
+        images, texts = opened_images(images, self.image_rules), [text] if isinstance(text, str) else text
+        family = family_of_processor(self.processor)
+        if family.words_alone is not None and images is None and texts is not None:
+            bos = self.tokenizer.bos_token or ""
+            texts = [family.words_alone.format(bos=bos, words=words) for words in texts]
+            kwargs["return_token_type_ids"] = "token_type_ids" in self.processor.model_input_names
+            return BatchFeature(dict(self.tokenizer(texts, **kwargs)))
+        if family.flat_images and images is not None:
+            images = _flat(images)
+        if not family.images_between_words or not texts or not all(isinstance(t, str) for t in texts):
             return self.processor(images=images, text=text, **kwargs)
         remaining = iter(_flat(images))
         prompts = []
@@ -235,16 +264,22 @@ class AimProcessor(ProcessorMixin):
         if not (kwargs.get("tokenize") and kwargs.get("return_dict")):
             if demos is not None:
                 raise ValueError("apply_chat_template takes demos only with tokenize=True and return_dict=True.")
+            if kwargs.get("tokenize"):  # then the backbone's processor would open images
+                batched = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "content")
+                chats = [getattr(chat, "messages", chat) for chat in conversation] if batched else [conversation]
+                chats = [opened_chat(chat, self.image_rules) for chat in chats]
+                conversation = chats if batched else chats[0]
             return self.processor.apply_chat_template(conversation, *args, **kwargs)
         batched = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "content")
         chats = [getattr(chat, "messages", chat) for chat in conversation] if batched else [conversation]
         found = []
         if few_shot:
-            split = [split_few_shot_chat(chat) for chat in chats]
+            split = [split_few_shot_chat(chat, self.image_rules) for chat in chats]
             found, chats = [s[0] for s in split], [s[1] for s in split]
+        chats = [opened_chat(chat, self.image_rules) for chat in chats]
         inputs = self.processor.apply_chat_template(chats if batched else chats[0], *args, **kwargs)
         if demos is not None:
-            inputs["demos"] = parse_demos(demos)
+            inputs["demos"] = parse_demos(demos, self.image_rules)
         if few_shot:  # also when empty: a pipeline batches only chats with the same keys
             inputs["chat_demos"] = found if batched else found[0]
         return inputs
@@ -295,6 +330,18 @@ class AimProcessor(ProcessorMixin):
         name = len(text.split()) <= 2 and text.isascii() and text[-1].isalnum()
         return name and not (worded and text.lower().startswith(worded))
 
+    def why_unreadable(self, demonstration: Demonstration) -> str | None:
+        """Why a backbone cannot read a demonstration, in a few words; `None` where nothing speaks against it."""
+        words = self.word(demonstration)[0]
+        for token in {self._image_token, self.image_text.strip(), getattr(self.processor, "video_token", None)}:
+            if isinstance(token, str) and token and token in words:
+                return f"text that holds the placeholder {token}"
+        try:
+            self.reading_lengths([demonstration])
+        except Exception as error:  # of the backbone's processor, for an image of an extreme shape
+            return f"image that the processor refuses ({type(error).__name__})"
+        return None
+
     def reading_lengths(self, demonstrations: Sequence[Demonstration]) -> list[int]:
         """About how many positions each demonstration takes when it is read, rather too many than too few.
 
@@ -335,6 +382,9 @@ class AimProcessor(ProcessorMixin):
         """The prompt of each demonstration when it is read, and the characters of it that are kept."""
         prompts, spans = [], []
         for demonstration in demonstrations:
+            reason = self.why_unreadable(demonstration)
+            if reason is not None:
+                raise ValueError(f"A demonstration cannot be read: {reason}. Its text is {demonstration.text!r:.80}.")
             front = self.image_text * len(demonstration.images)
             words, *answer = self.word(demonstration)
             prompts.append(front + words)
@@ -365,13 +415,18 @@ class AimProcessor(ProcessorMixin):
         shown = [list(row) for row in images] if any(images) else None
         with _TOKENIZING:
             inputs = self._encode(shown, list(prompts), padding=True, padding_side="left", return_tensors="pt")
-        plain = self._tokenized(prompts)
-        mask = torch.zeros(inputs["input_ids"].shape, dtype=torch.bool)
-        # Images are expanded in the processor, so places are counted from the end, where the text is as it was given.
+        plain, ids = self._tokenized(prompts), inputs["input_ids"]
+        mask = torch.zeros(ids.shape, dtype=torch.bool)
+        # Images are expanded in the processor, so places are counted from the end, where the text is as it was given,
+        # but for what some processors put behind it.
         for row, span in enumerate(spans):
-            length = len(plain["input_ids"][row])
-            for place in self._kept_places(plain, row, span):
-                mask[row, place - length] = True
+            part = self._kept_places(plain, row, span)
+            if not part:
+                continue
+            words = torch.tensor(plain["input_ids"][row])
+            places = ids.shape[1] - len(words) + torch.tensor(part)
+            shifts = (n for n in range(int(places[0]) + 1) if torch.equal(ids[row, places - n], words[part]))
+            mask[row, places - next(shifts, 0)] = True
         return inputs, mask
 
     def _tokenized(self, prompts: Sequence[str]) -> Any:
@@ -415,10 +470,15 @@ class AimProcessor(ProcessorMixin):
         """
         settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
         name = str(pretrained_model_name_or_path)
+        check_place(name)
         try:
-            stored = ProcessorMixin.get_processor_dict(name, **kwargs)[0]
+            with usable(f"The {PROCESSOR_FILE} of {name}"):
+                stored = dict(ProcessorMixin.get_processor_dict(name, **kwargs)[0])
         except OSError:
             stored = {}
+        saved = stored.get("aim", {})
+        if not isinstance(saved, dict) or not set(saved) <= set(SETTINGS):
+            raise ValueError(f"The {PROCESSOR_FILE} of {name} has aim={saved!r:.80}; expected some of {SETTINGS}.")
         inner_class = stored.get("backbone_processor_class")
         if inner_class is not None:
             wrapped = getattr(transformers, str(inner_class), None)
@@ -427,13 +487,20 @@ class AimProcessor(ProcessorMixin):
                     f"{PROCESSOR_FILE} of {name} wraps {inner_class!r}, which is no processor of transformers "
                     f"{transformers.__version__}. Upgrade transformers, or check where the repository comes from."
                 )
-            inner = wrapped.from_pretrained(name, **kwargs)
+            with usable(f"The processor of {name}"):
+                inner = wrapped.from_pretrained(name, **kwargs)
         elif "aim" in stored:
             kwargs.update(revision=stored.get("backbone_revision"), trust_remote_code=False)
-            inner = AutoProcessor.from_pretrained(stored["backbone_name_or_path"], **kwargs)
+            place = stored.get("backbone_name_or_path")
+            if not isinstance(place, str):
+                raise ValueError(f"The {PROCESSOR_FILE} of {name} has backbone_name_or_path={place!r:.80}, no text.")
+            check_place(place)
+            with usable(f"The processor of {place}"):
+                inner = AutoProcessor.from_pretrained(place, **kwargs)
         else:
-            inner = AutoProcessor.from_pretrained(name, **kwargs)
-        return cls(inner, **{**stored.get("aim", {}), **settings})
+            with usable(f"The processor of {name}"):
+                inner = AutoProcessor.from_pretrained(name, **kwargs)
+        return cls(inner, **{**saved, **settings})
 
 
 def _plain(value: Any) -> Any:
@@ -445,8 +512,10 @@ def _plain(value: Any) -> Any:
     return float(value) if isinstance(value, (int, float)) else None if value is None else str(value)
 
 
-def split_few_shot_chat(chat: Sequence[Mapping[str, Any]]) -> tuple[list[Demonstration], list[Mapping[str, Any]]]:
-    """Take a few-shot chat apart into demonstrations and the chat that is left to answer.
+def split_few_shot_chat(
+    chat: Sequence[Mapping[str, Any]], rules: ImageRules | None = None
+) -> tuple[list[Demonstration], list[Mapping[str, Any]]]:
+    """Take a few-shot chat apart into demonstrations, their images opened, and the chat that is left to answer.
 
     Returns:
         The demonstrations (none for an ordinary chat), and the system turns with the last user turn and, when the
@@ -470,7 +539,7 @@ def split_few_shot_chat(chat: Sequence[Mapping[str, Any]]) -> tuple[list[Demonst
     for user, answer in zip(users, answers, strict=True):
         question, images = _chat_text(user), _chat_images(user)
         fields = {"question": question, "answer": _chat_text(answer)} if question else {"text": _chat_text(answer)}
-        demonstrations.append(Demonstration.of({"images": images, **fields}))
+        demonstrations.append(Demonstration.of({"images": images, **fields}, rules))
     return demonstrations, [*system, *query]
 
 
@@ -484,21 +553,7 @@ def _chat_text(turn: Mapping[str, Any]) -> str:
 
 
 def _chat_images(turn: Mapping[str, Any]) -> list[Any]:
-    images = []
-    for block in _blocks(turn):
-        if block["type"] == "image":
-            images += [block[key] for key in ("image", "url", "path", "base64") if key in block]
-        elif block["type"] == "image_url":
-            address = block["image_url"]
-            images.append(address["url"] if isinstance(address, Mapping) else address)
-    return images
-
-
-def _opened(images: Any) -> Any:
-    """Images with those that are a path or URL opened, for processors that take neither."""
-    if isinstance(images, (list, tuple)):
-        return [_opened(image) for image in images]
-    return load_image(images) if isinstance(images, str) else images
+    return [image for block in _blocks(turn) for image in block_images(block)]
 
 
 def _flat(images: Any) -> list[Any]:

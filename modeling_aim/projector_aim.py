@@ -35,8 +35,9 @@ class AimProjector(nn.Module):
       maps from above. They presume that hidden states and input embeddings share directions.
 
     The inner width `m` is `config.projector_intermediate_size`, or `2 * h`, or less where that is over 2**24 weights.
-    The constant `s` is `config.projector_norm / sqrt(h)`, the size of a number in an input embedding: what is learned is measured in embeddings (at depth, in the
-    size of the state itself), so a learning rate means the same where these are small.
+    The constant `s` is `config.projector_norm / sqrt(h)`, the size of a number in an input embedding: what is learned
+    is measured in embeddings (at depth, in the size of the state itself), so a learning rate means the same where
+    these are small.
 
     At the input, an untrained projector gives vectors whose norm is about `config.projector_norm`: a LayerNorm of gain
     1 would give `sqrt(h)`, tens of times the norm of an input embedding, so its gain starts at `s`.

@@ -34,8 +34,22 @@ class RunRecord:
         return json.loads(json.dumps({k: v for k, v in asdict(settings).items() if k not in self.changeable}))
 
     def read(self, output: Path) -> dict[str, Any]:
-        """What the run in a folder says of itself."""
-        return json.loads((output / self.file).read_text(encoding="utf-8"))
+        """What the run in a folder says of itself.
+
+        Raises:
+            ValueError: its record is damaged.
+        """
+        path = output / self.file
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is no JSON ({error}). {self._mend(output)}") from error
+        if not (isinstance(record, dict) and isinstance(record.get("settings"), dict) and "finished" in record):
+            raise ValueError(f"{path} is no record of a run of `{self.command}`. {self._mend(output)}")
+        return record
+
+    def _mend(self, output: Path) -> str:
+        return f"Choose another folder than {output}, or overwrite=True (--overwrite)."
 
     def write(self, output: Path, content: Mapping[str, Any]) -> None:
         """Write what a run says of itself."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import ipaddress
 import os
+import random
 import shutil
 import socket
 import sys
@@ -25,11 +26,25 @@ sys.path.insert(0, str(Path(__file__).parent))  # subprocesses and workers impor
 
 import backbones  # noqa: E402
 import hub_server  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+SEED = int(os.environ.get("AIM_TEST_SEED", "0"))
 torch.set_num_threads(1)
 hub = hub_server.hub  # the fixture: a Hub that this process uses too
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Seed every test alike, so that it does not depend on the tests before it or on the process that runs it."""
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.write_line(f"seed {SEED} (another one: AIM_TEST_SEED=1)")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -67,9 +67,12 @@ TILES = [f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(
 
 
 def make_tokenizer(
-    special: list[str], bos: str | None, chat_template: str | None = None
+    special: list[str], bos: str | None, chat_template: str | None = None, adds_bos: bool = True
 ) -> hf.PreTrainedTokenizerFast:
-    """A byte-level tokenizer with `special` tokens; nothing is out of its vocabulary."""
+    """A byte-level tokenizer with `special` tokens; nothing is out of its vocabulary.
+
+    With `adds_bos=False`, it has a BOS token that only a chat template writes, if at all.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -83,7 +86,7 @@ def make_tokenizer(
         additional_special_tokens=special,
         chat_template=chat_template,
     )
-    if bos is not None:
+    if bos is not None and adds_bos:
         fast.backend_tokenizer.post_processor = TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, fast.convert_tokens_to_ids(bos))]
         )
@@ -341,13 +344,13 @@ def idefics3(**text: Any) -> Pair:
 
 def smolvlm(**text: Any) -> Pair:
     """Idefics3 in small."""
-    return _tiled("SmolVLM", SMOLVLM_CHAT, None, text)
+    return _tiled("SmolVLM", SMOLVLM_CHAT, "<|im_start|>", text)
 
 
-def _tiled(name: str, chat: str, bos: str | None, text: dict[str, Any]) -> Pair:
-    special = [*IDEFICS_SPECIAL, "<global-img>", *TILES]
-    special += [] if bos else ["<|im_start|>", "<video>"]
-    tokenizer = make_tokenizer(special, bos, chat)
+def _tiled(name: str, chat: str, bos: str, text: dict[str, Any]) -> Pair:
+    smol = name == "SmolVLM"  # its BOS is written by the chat template alone
+    special = [*IDEFICS_SPECIAL, "<global-img>", *TILES, *(["<|im_start|>", "<video>"] if smol else [])]
+    tokenizer = make_tokenizer(special, bos, chat, adds_bos=not smol)
     config = getattr(hf, name + "Config")(
         vision_config=vision_settings(image_size=32, patch_size=8),
         text_config=hf.LlamaConfig(**text_settings(tokenizer, **text)),
@@ -361,7 +364,7 @@ def _tiled(name: str, chat: str, bos: str | None, text: dict[str, Any]) -> Pair:
     )  # what a reload gives
     images = getattr(hf, name + kind)(size={"longest_edge": 64}, max_image_size=tile)
     parts = [images, tokenizer]
-    if not bos:
+    if smol:
         sampling = {"fps": 1, "max_frames": 4, "video_size": tile}
         parts.append(hf.SmolVLMVideoProcessor(size=tile, max_image_size=tile, video_sampling=sampling))
     processor = getattr(hf, name + "Processor")(*parts, image_seq_len=4, chat_template=chat)

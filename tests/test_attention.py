@@ -10,13 +10,12 @@ import more_families
 import numpy as np
 import pytest
 import torch
-import typer
 from backbones import DEMOS, build, picture
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 from modeling_aim import AimProcessor
-from modeling_aim.cli.attention import attention
+from modeling_aim.cli import app
 from modeling_aim.evaluation.attention import (
     DEMO_IMAGES,
     DEMO_TEXT,
@@ -178,9 +177,7 @@ def test_a_part_that_no_prompt_has_is_left_out_of_means() -> None:
 
 def run(*arguments: Any) -> Any:
     """Run `aim eval attention`."""
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(attention)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, ["eval", "attention", *map(str, arguments)])
 
 
 def episodes(folder: Path, count: int = 3) -> Path:

@@ -148,7 +148,9 @@ def test_a_file_that_is_no_image(llava: Plugin, tmp_path: Path) -> None:
     fails(lambda: llava.model.read([(half, "dax")]), "half.png")
 
 
-@pytest.mark.parametrize("single", [(picture(0), "dax"), {"text": "dax"}, Demonstration((), "dax")], ids=str)
+@pytest.mark.parametrize(
+    "single", [(picture(0), "dax"), {"text": "dax"}, Demonstration((), "dax")], ids=["tuple", "dict", "object"]
+)
 def test_one_demonstration_where_a_list_belongs(llava: Plugin, single: Any) -> None:
     inputs = llava.query()
     for action in (
@@ -160,7 +162,11 @@ def test_one_demonstration_where_a_list_belongs(llava: Plugin, single: Any) -> N
         fails(action, "list", "demonstration")
 
 
-@pytest.mark.parametrize("given", ["dax", 3, [3], ["dax"], [picture(0)], {1, 2}], ids=str)
+@pytest.mark.parametrize(
+    "given",
+    ["dax", 3, [3], ["dax"], [picture(0)], {1, 2}],
+    ids=["text", "number", "numbers", "texts", "images", "set"],
+)
 def test_demonstrations_that_are_none(llava: Plugin, given: Any) -> None:
     inputs = llava.query()
     fails(lambda: llava.model.generate(**inputs, demos=given), "demos")

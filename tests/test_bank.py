@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from modeling_aim import DemonstrationBank
 from modeling_aim.bank.manifest import BANK_MANIFEST, read_manifest, write_manifest
-from modeling_aim.bank.shards import VERSION, write_whole
+from modeling_aim.bank.shards import VERSION
+from modeling_aim.files_aim import write_whole
 
 
 @pytest.fixture
@@ -185,11 +186,11 @@ def test_a_bank_of_another_plug_in_is_refused_and_the_difference_named(saved: Pa
         lambda: DemonstrationBank.from_pretrained(saved, other.model),
         lambda: other.model.generate(**other.query(), demos=DemonstrationBank.from_pretrained(saved), shots=2),
     ):
-        with pytest.raises(ValueError, match=r"another model: projector [0-9a-f]{12} \(this model: .*model\.read"):
+        with pytest.raises(ValueError, match=r"another model: .*projector [0-9a-f]{12} \(this model: .*model\.read"):
             use()
     other = plugin("llava", read_span="answer")
-    other.model._load_projector(plugin("llava").model.projector.state_dict(), "there")
-    with pytest.raises(ValueError, match=r"another model: read layers \[-1\], text,"):
+    other.model.projector.load_state_dict(plugin("llava").model.projector.state_dict())
+    with pytest.raises(ValueError, match=r"another model: read layers \[\d+\], text,"):
         DemonstrationBank.from_pretrained(saved, other.model)
     other = plugin("llava")
     other.processor.label_template = "That is {label}."
@@ -203,7 +204,6 @@ def test_a_bank_of_another_plug_in_is_refused_and_the_difference_named(saved: Pa
 
 def test_a_bank_of_another_backbone_is_refused_and_the_backbone_named(saved: Path) -> None:
     other = plugin("qwen2_5_vl")
-    assert other.model.source["projector"] != read_manifest(saved / BANK_MANIFEST)["source"]["projector"]
     bank = DemonstrationBank.from_pretrained(saved)
     for use in (
         lambda: DemonstrationBank.from_pretrained(saved, other.model),

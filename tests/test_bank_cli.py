@@ -52,12 +52,12 @@ def test_build_inspect_and_select(folder: Path, tmp_path: Path) -> None:
     assert all(word in shown for word in ("dax 2", "backbone", "projector", "fused tokens", "yes", "image 64"))
     sheet = tmp_path / "chosen.png"
     command = ["bank", "select", bank, "--repo", folder / "repo", "--image", folder / "1.png"]
-    chosen = json.loads(run(*command, "-k", 3, "--output", sheet, "--json"))
+    chosen = json.loads(run(*command, "--shots", 3, "--output", sheet, "--json"))
     assert chosen[-1]["number"] == 1 and [row["label"] for row in chosen][-1] == "wug"
     assert {row["label"] for row in chosen} == {"dax", "wug", "blicket"}
     with Image.open(sheet) as drawn:
         assert drawn.width > 300 and len(drawn.convert("RGB").getcolors(10**6) or ()) > 100
-    assert "most alike last" in run(*command, "-k", 2, "--by", "mmices", "--question", "What is this?")
+    assert "most alike last" in run(*command, "--shots", 2, "--select", "mmices", "--question", "What is this?")
 
 
 def test_errors_are_one_message(folder: Path, tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_errors_are_one_message(folder: Path, tmp_path: Path) -> None:
     repo = folder / "repo"
     for command in (
         ["bank", "build", "--repo", repo, "--output", bank],
-        ["bank", "select", bank, "--repo", repo, "--image", folder / "1.png", "-k", 9],
+        ["bank", "select", bank, "--repo", repo, "--image", folder / "1.png", "--shots", 9],
         ["bank", "select", bank, "--repo", repo, "--question", "What is this?"],
         ["bank", "inspect", tmp_path / "nowhere"],
         ["export-prompt-embeds", "--repo", repo, "--question", "a", "--output", bank, "--bank", bank, "--demos", bank],

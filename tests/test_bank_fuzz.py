@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import pickle
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +20,43 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from modeling_aim import DemonstrationBank, FusedDemonstrations
-from modeling_aim.bank.shards import VERSION, BankDamaged, as_bytes, blob, fused_columns, make_shard
+from modeling_aim.bank.manifest import PARTS_FOLDER, new_manifest, part_path, write_manifest, write_numbered
+from modeling_aim.bank.shard_files import shard_content
+from modeling_aim.bank.shards import VERSION, BankDamaged, Shard, as_bytes, blob, fused_columns, make_shard
 from modeling_aim.demonstrations_aim import FusedDemonstrations as Fused
 
 NAMES = ("aim_bank.json", "0", "1")  # the manifest and the two shards
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_fsync() -> Iterator[None]:
+    """Thousands of files are written here; what a power cut does to them is not what is tested."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
+def used(bank: DemonstrationBank) -> None:
+    """Everything that is done with a bank, each ending in a result or in an error that names the file."""
+    query = {kind: torch.ones(width) for kind, width in bank.features.items()}
+    with tempfile.TemporaryDirectory() as copy:
+        for use in (
+            bank.info,
+            bank.card,
+            bank.verify,
+            bank.thumbnails,
+            bank.states,
+            lambda: bank.choose(query, 2, "image"),
+            lambda: bank.choose(query, 2, "mmices"),
+            lambda: bank.choose({"fused": torch.ones(bank.width)}, 1, "fused"),
+            lambda: bank.choose(k=3),
+            lambda: bank[[0, -1]],
+            lambda: bank.save_pretrained(copy, storage="int8"),
+            lambda: bank.save_pretrained(copy, storage="float16", shard_bytes=1),
+            lambda: pickle.loads(pickle.dumps(bank)),
+        ):
+            with suppress(ValueError, OSError, IndexError if not len(bank) else ValueError):
+                use()
 
 
 def content(bank: DemonstrationBank) -> list[tuple[Any, ...]]:
@@ -40,7 +77,9 @@ def demonstration_bank() -> DemonstrationBank:
         vectors = torch.randn(9, 4, generator=generator)
         texts = tuple(f"the text {start + i}" for i in range(3))
         keys = tuple(f"{start + i:064x}" for i in range(3))
-        columns, about = fused_columns(Fused(vectors, (2, 4, 3), keys, texts, {"backbone": "tiny", "read": "last"}))
+        columns, about = fused_columns(
+            Fused(vectors, (2, 4, 3), torch.arange(9), keys, texts, {"backbone": "tiny", "read": "last"})
+        )
         columns["labels"], columns["label_lengths"] = blob([b"dax", b"", b"wug"])
         columns["thumbnails"], columns["thumbnail_lengths"] = blob([b"one", b"two", b""])
         columns["feature.image"] = torch.randn(3, 4, generator=generator).half()
@@ -126,6 +165,8 @@ def test_a_damaged_bank_is_an_error_or_right(bank: tuple[Path, Any], data: st.Da
         else:
             assert found == wanted
         try:
+            if data.draw(st.integers(0, 4)) == 0:  # a dear one
+                used(DemonstrationBank.from_pretrained(copy, damaged="skip"))
             rest = content(DemonstrationBank.from_pretrained(copy, damaged="skip"))
         except (BankDamaged, FileNotFoundError):
             return
@@ -193,8 +234,84 @@ def test_a_column_of_any_other_shape_or_type_is_refused(
         found = DemonstrationBank.from_pretrained(tmp_path, damaged="skip")
     except BankDamaged:
         return
+    used(found)
     widths = {"vectors": found.width, **{f"feature.{kind}": width for kind, width in found.features.items()}}
     assert widths[name] == shape[1], "only widths may be others"
+
+
+@settings(max_examples=120, deadline=None)
+@given(data=st.data())
+def test_content_of_a_stranger_is_an_error_or_used(data: st.DataObject) -> None:
+    """Two shards of the right layout, with any values in any column and every digest right."""
+    shards = []
+    for number in range(2):
+        shard = demonstration_bank()._shards[number]
+        columns, about = shard.content, dict(shard.facts)
+        for name in data.draw(st.lists(st.sampled_from(sorted(columns)), max_size=3, unique=True)):
+            column = columns[name]
+            if column.is_floating_point():
+                value = data.draw(st.sampled_from([torch.nan, torch.inf, -torch.inf, 0.0, 65_504.0, -1.0]))
+            else:
+                limits = torch.iinfo(column.dtype)
+                value = data.draw(st.integers(limits.min, limits.max))
+            columns[name] = column.clone()
+            columns[name].view(-1)[data.draw(st.integers(0, column.numel() - 1))] = value
+        change = data.draw(st.sampled_from(["", "", "drop", "narrow", "dtype", "source"]))
+        if change == "drop":
+            columns.pop(data.draw(st.sampled_from(["feature.image", "thumbnails", "has_question", "labels", "ids"])))
+        elif change == "narrow":
+            name = data.draw(st.sampled_from(["vectors", "feature.image", "feature.text"]))
+            columns[name] = columns[name][:, : data.draw(st.integers(0, 3))]
+        elif change == "dtype":
+            about["dtype"] = data.draw(st.sampled_from(["float16", "bfloat16", "int64", 3, None]))
+        elif change == "source":
+            about["source"] = data.draw(st.sampled_from([{"backbone": "other"}, {"backbone": 1}, [], None, "tiny"]))
+        shards.append((columns, about))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, listed = Path(scratch), []
+        for number, (columns, about) in enumerate(shards, 1):
+            try:
+                shard = make_shard(columns, about)
+            except (ValueError, LookupError, RuntimeError):  # no such shard can be made
+                continue
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Shard, "check_finite", lambda self: None)
+                listed.append(write_numbered(shard, folder, number))
+        manifest = new_manifest({"backbone": "tiny", "read": "last"}, shards=listed, complete=True, duplicates=0)
+        for complete in (True, False):
+            write_manifest(folder, {**manifest, "complete": complete})
+            for damaged in ("raise", "skip"):
+                try:
+                    bank = DemonstrationBank.from_pretrained(folder, damaged=damaged)
+                except (ValueError, OSError):
+                    continue
+                used(bank)
+        (folder / "aim_bank.json").unlink()
+        with suppress(ValueError, OSError):
+            used(DemonstrationBank.from_pretrained(folder, damaged="skip"))
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_damaged_parts_of_a_build_are_an_error_or_right(data: st.DataObject) -> None:
+    """A build that was stopped: what is whole is opened, in order, and nothing else."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, shards = Path(scratch), demonstration_bank()._shards
+        wanted = content(demonstration_bank())
+        manifest = new_manifest(dict(shards[0].about["source"]), shards=[], complete=False, duplicates=0)
+        write_manifest(folder, manifest)
+        (folder / PARTS_FOLDER).mkdir()
+        for number, shard in enumerate(shards):
+            part_path(folder, number).write_bytes(shard_content(shard)[0])
+        assert content(DemonstrationBank.from_pretrained(folder)) == wanted
+        for _ in range(data.draw(st.integers(1, 2))):
+            path = part_path(folder, data.draw(st.integers(0, 1)))
+            kind, how = data.draw(harm())
+            path.write_bytes(harmed(path.read_bytes(), kind, how))
+        bank = DemonstrationBank.from_pretrained(folder)
+        found = content(bank) if len(bank) else []
+        assert found == wanted[: len(found)]
+        used(bank)
 
 
 @settings(max_examples=50, deadline=None)

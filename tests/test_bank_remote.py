@@ -86,7 +86,7 @@ def test_a_bank_serves_a_model_that_was_loaded_as_remote_code(repo: Path, tmp_pa
 
 def test_the_shipped_files_do_not_have_banks(repo: Path) -> None:
     assert not [path.name for path in repo.glob("*.py") if "bank" in path.name]
-    assert len(list(repo.glob("*.py"))) <= 14
+    assert len(list(repo.glob("*.py"))) <= 16
 
 
 def test_a_kept_prefix_is_no_bank(llava: Plugin) -> None:
@@ -98,7 +98,7 @@ def test_a_kept_prefix_is_no_bank(llava: Plugin) -> None:
         llava.answer(llava.query(), prefix, shots=2)
     with pytest.raises(ValueError, match="choose from a DemonstrationBank, but demos is"):
         llava.answer(llava.query("What?", "Who?"), [prefix, bank], shots=2)
-    with pytest.raises(ValueError, match="banks for 3 rows, but the batch has 2 rows"):
+    with pytest.raises(ValueError, match="for 3 rows, but the batch has 2 rows"):
         llava.answer(llava.query("What?", "Who?"), [bank, bank, None], shots=2)
 
 
@@ -132,7 +132,7 @@ def test_fused_demonstrations_are_kept_without_the_package(repo: Path, tmp_path:
 def test_fused_demonstrations_of_another_model_are_refused(tmp_path: Path, llava: Plugin) -> None:
     llava.model.read(DEMOS).save_pretrained(tmp_path)
     other = plugin("llava", projector_form="mlp")
-    with pytest.raises(ValueError, match="another model: projector"):
+    with pytest.raises(ValueError, match=r"another model: .*projector"):
         other.answer(other.query(), FusedDemonstrations.from_pretrained(tmp_path))
 
 

@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-import typer
 from backbones import build
 from packaging.version import Version
 from PIL import Image
 from typer.testing import CliRunner
 
 from modeling_aim.backbone_aim import decoder_layers, goes_on_behind_kv
-from modeling_aim.cli.bench import bench
+from modeling_aim.cli.bench import app
 from modeling_aim.prefix_aim import prefix_kv, serves
 from modeling_aim.speed import measure
 from modeling_aim.speed.counting import COUNTED, Twin, analytic_kv, count, count_flops, kv_bytes
@@ -25,8 +24,6 @@ from modeling_aim.speed.methods import METHODS, Bench, Clock
 from modeling_aim.speed.prompts import RandomPrompts
 from modeling_aim.speed.shapes import PICTURES, SHAPES, random_backbone, shape_config, shape_picture
 
-app = typer.Typer()
-app.command()(bench)
 WIDE = {"COLUMNS": "250"}
 CURRENT = Version(transformers.__version__) >= Version("5.23")
 
@@ -43,7 +40,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """A run on the smallest shape, with all methods."""
     folder = tmp_path_factory.mktemp("bench") / "new"
     options = ["--shape", "tiny", "--shots", "2,0", "--methods", ",".join(METHODS), "--repeats", "2"]
-    result = run(*options, "--tokens", "3", "--device", "cpu", "--output", str(folder))
+    result = run(*options, "--max-new-tokens", "3", "--device", "cpu", "--output", str(folder))
     assert result.exit_code == 0, result.output
     return result.output, folder
 
@@ -103,7 +100,7 @@ def test_a_folder_of_settings_can_be_counted() -> None:
         (("--shape", "gpt-5"), "There is no shape 'gpt-5'; there are llava-1.5-7b"),
         (("--shape", "tiny", "--methods", "zero,fast"), "--methods has 'fast'; there are zero"),
         (("--shape", "tiny", "--methods", "overhead", "--count-only"), "--methods has 'overhead'"),
-        (("--shape", "tiny", "--shots", "0,many"), "--shots '0,many': expected numbers of demonstrations"),
+        (("--shape", "tiny", "--shots", "0,many"), "--shots 'many': expected a whole number"),
         (("--shape", "tiny", "--shots", "-1"), "--shots '-1': expected numbers of demonstrations"),
         (("--shape", "tiny", "--dtype", "int8"), "--dtype 'int8': expected float32, bfloat16 or float16"),
     ],

@@ -11,7 +11,7 @@ import pytest
 from eval_tasks import Naming, Pictures, predictions, settings
 from typer.testing import CliRunner
 
-from modeling_aim.cli.eval import eval_app
+from modeling_aim.cli import app
 from modeling_aim.evaluation import Example, Prediction, Task, evaluate
 from modeling_aim.evaluation.compare import MCNEMAR, compare_runs, mcnemar
 from modeling_aim.evaluation.report import eval_results
@@ -89,7 +89,7 @@ def test_runs_and_methods_are_compared_on_what_they_share(tmp_path: Path) -> Non
     assert {row["methods"][0] for row in found["rows"]} == {"zero", "aim"}
     assert all(row["difference"] == 0 and row["examples"] == 9 and row["p"] == 1 for row in found["rows"])
     assert any("do not share all examples; 9 answers" in note for note in found["notes"])
-    shown = CliRunner().invoke(eval_app, ["compare", str(run), "--between", "full,aim"])
+    shown = CliRunner().invoke(app, ["eval", "compare", str(run), "--between", "full,aim"])
     assert shown.exit_code == 0 and "naming" in shown.output
     with pytest.raises(ValueError, match="holds no finished run"):
         compare_runs(run, tmp_path)

@@ -15,6 +15,7 @@ EXAMPLES = {  # script: (arguments, what it prints)
     "bank_retrieval.py": ("--concepts 4 --queries 1", "random"),
     "bank_on_the_hub.py": ("", "read by another model: projector"),
     "export_to_vllm.py": ("--output {folder}/prompt.safetensors", "same logits"),
+    "stock_class.py": ("", "of 5 right"),
     "evaluate.py": (
         "--output {folder}/eval --tasks link_context,captions --shots 0,2 --seeds 1 --episodes 3",
         "results.md",

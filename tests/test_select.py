@@ -330,7 +330,7 @@ def test_faiss_can_be_asked_for_and_is_taken_for_large_banks(
         assert bank.similarity(by).index is not None and numbers(found) == numbers(exact)
         assert [score for _, score in found] == pytest.approx([score for _, score in exact], abs=1e-4)
         bank.similarity(by).index = None
-    monkeypatch.setattr("modeling_aim.bank.bank.FAISS_FROM", 9)
+    monkeypatch.setattr("modeling_aim.bank.choosing.FAISS_FROM", 9)
     large = bank.choose(query, by="image", **options)
     assert numbers(large) == numbers(bank.choose(query, by="image", search="torch", **options))
     assert bank.similarity("image").index is not None
@@ -357,7 +357,7 @@ def test_faiss_that_cannot_be_used_is_an_error_only_when_asked_for(
     partly = DemonstrationBank.build(llava.model, words, tmp_path)
     with pytest.raises(ValueError, match=r"cannot be used .*have no such feature"):
         partly.choose(query, 1, by="image", **options)
-    monkeypatch.setattr("modeling_aim.bank.bank.FAISS_FROM", 1)
+    monkeypatch.setattr("modeling_aim.bank.choosing.FAISS_FROM", 1)
     assert numbers(partly.choose(query, 2, by="image")) == [0, 1]
     monkeypatch.setitem(sys.modules, "faiss", None)  # as where it is not installed
     with pytest.raises(ValueError, match=r"cannot be used .*faiss.*modeling-aim\[bank\]"):

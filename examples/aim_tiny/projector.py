@@ -20,38 +20,30 @@ from tasks import few_or_many, training_episodes, write_episodes
 from tqdm import tqdm
 
 EPISODES = {  # how many are written, with at most how many demonstrations
-    "link_context": (30_000, 32),
-    "operator": (6000, 16),
-    "counting": (3000, 16),
-    "attribute": (6000, 16),
-    "captions": (5000, 16),
+    "link_context": (12_000, 32),
+    "operator": (3000, 16),
+    "counting": (1500, 16),
+    "attribute": (4000, 16),
+    "captions": (3000, 16),
 }
 QUERIES = 3
 MIX = {"link_context": 4.0, "operator": 0.8, "counting": 0.4, "attribute": 1.0, "captions": 0.7}
-INNER = {
-    "form": "residual_mlp",
-    "projector_size": 1024,
-    "read_layers": 3,
-    "optimizer": "muon",
-    "learning_rate": 1.5e-2,
-}
+AT_DEPTH = {"projector_size": 1024, "read_layers": "0,2", "optimizer": "adamw", "learning_rate": 3e-3}
+AT_INPUT = {
+    "form": "residual_mlp", "projector_size": 1024, "read_layers": 3, "entry_layers": 0,
+    "optimizer": "muon", "learning_rate": 1.5e-2,
+}  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
-    "aim": {**INNER, "steps": 5000},
-    "aim_paper": {
-        "form": "linear_norm",
-        "read_layers": -1,
-        "optimizer": "adamw",
-        "learning_rate": 8e-3,
-        "steps": 2000,
-    },
-    "aim_generic": {**INNER, "steps": 1000},
+    "aim": {**AT_DEPTH, "steps": 2500, "save_every": 250},
+    "aim_paper": {"preset": "paper", "optimizer": "adamw", "learning_rate": 8e-3, "steps": 2000},
+    "aim_generic": {**AT_INPUT, "steps": 1000},
 }
 SOURCES = {"aim": MIX, "aim_paper": {"link_context": 1.0}, "aim_generic": {"captions": 1.0}}
 
 
 def data(folder: Path, task: str, weight: float) -> str:
     """The training episodes of a task below `folder`, written where they are not there yet, as `--data` takes them."""
-    path = folder / task / "episodes.jsonl"
+    path = folder / f"{task}.jsonl"  # all share their images
     if not path.exists():
         count, most = EPISODES[task]
         made = training_episodes(task, count, few_or_many(most), QUERIES)

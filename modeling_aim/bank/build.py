@@ -7,54 +7,55 @@ shards: so a bank that was killed at any moment goes on from there and ends in t
 
 from __future__ import annotations
 
-import io
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers.utils import logging
 
-from ..demonstrations_aim import DEMONSTRATION_KEYS, Demonstration
+from ..demonstrations_aim import Demonstration
+from ..files_aim import write_whole
 from .card import bank_card
 from .contents import BankContents
 from .manifest import (
     BANK_MANIFEST,
     BANK_SHARDS,
     new_manifest,
+    only_writer,
+    open_parts,
+    part_path,
+    parts_folder,
     read_manifest,
     remove_unlisted,
     write_bank,
     write_manifest,
     write_numbered,
 )
+from .pictures import thumbnail
+from .rows import BadRow, BadRows, open_rows
 from .select import sketched
+from .shard_files import open_shard, shard_content
 from .shards import (
     FEATURE,
     HAS_QUESTION,
     STORAGES,
+    UNREADABLE,
     BankDamaged,
     Shard,
+    StorageOverflow,
     blob,
+    is_finite,
     joined,
     key_column,
     make_shard,
-    open_shard,
     stored_as,
-    write_shard,
 )
-
-try:
-    import fcntl
-except ImportError:  # not on Windows: two processes that build one bank are not noticed there
-    fcntl = None  # type: ignore[assignment]
 
 logger = logging.get_logger(__name__)
 
-PARTS_FOLDER = ".aim_bank_parts"
+Row = tuple[int, str, Demonstration]  # number in the stream, key, and what it is
 
 
 def build_bank(
@@ -71,7 +72,9 @@ def build_bank(
     thumbnails: int = 96,
     shard_bytes: int = 256 * 2**20,
     total: int | None = None,
-) -> None:
+    on_bad_row: str = "skip",
+    max_bad_rows: int = 100,
+) -> list[BadRow]:
     """Read a stream of demonstrations into a bank on disk; see `DemonstrationBank.build`.
 
     Args:
@@ -92,9 +95,15 @@ def build_bank(
         thumbnails: largest side in pixels of a small picture that is kept of each first image; 0 keeps none.
         shard_bytes: about how large a file may be.
         total: how many demonstrations come, for the progress bar, where `demos` does not say.
+        on_bad_row: what becomes of a row that is no demonstration, or that the model cannot read: `"skip"` leaves it
+            out with a warning that names it, `"raise"` makes it an error. What was read is kept in either case.
+        max_bad_rows: with more bad rows than this, the build stops with an error; so it does when all rows are bad.
+
+    Returns:
+        The bad rows that were left out.
 
     Raises:
-        ValueError: a row is no demonstration, or the folder holds a bank of another model or other settings.
+        ValueError: there are too many bad rows, or the folder holds a bank of another model or other settings.
         OSError: the disk is full; what was read is safe.
     """
     folder = Path(save_directory)
@@ -104,96 +113,43 @@ def build_bank(
         raise ValueError(f"storage={storage!r}: expected one of {', '.join(STORAGES)}.")
     for name, value, least in (
         ("batch_size", batch_size, 1), ("feature_size", feature_size, 1), ("thumbnails", thumbnails, 0),
+        ("shard_bytes", shard_bytes, 1), ("max_bad_rows", max_bad_rows, 0),
     ):  # fmt: skip
-        if value < least:
-            raise ValueError(f"{name}={value}: expected {least} or more.")
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}={value!r:.40}: expected a whole number, {least} or more.")
+    bad = BadRows(on_bad_row, max_bad_rows)
     folder.mkdir(parents=True, exist_ok=True)
     if storage == "auto":
         storage = str(model.dtype).removeprefix("torch.")
     settings = {"storage": storage, "keep_states": keep_states, "thumbnails": thumbnails}
     settings["features"] = feature_size if features else 0
-    with _alone(folder):
-        builder = _Builder(model, folder, settings, shard_bytes)
-        for batch in _batches(_progress(open_rows(demos, columns), demos, total), builder, batch_size):
+    with only_writer(folder):
+        builder = _Builder(model, folder, settings, shard_bytes, bad)
+        for batch in _batches(_progress(open_rows(demos, columns, bad), demos, total), builder, batch_size):
             builder.add(batch)
         builder.finish()
+    return sorted(bad.rows)
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep another process from building in the same folder; a killed process keeps nobody out."""
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(
-                f"Another process is building a bank in {folder}. Wait for it, or give another folder."
-            ) from error
-        yield
-    finally:
-        os.close(handle)
-
-
-def open_rows(demos: Iterable[Any], columns: Mapping[str, str] | None) -> Iterator[Demonstration]:
-    """Demonstrations of a stream, opened one at a time.
-
-    Of a row of a `datasets` dataset (or any row, where `columns` are given) the named columns are taken, numbers of
-    classes as the classes' names.
-
-    Raises:
-        ValueError: a row is no demonstration, or a dataset has no column that is part of one; the message says
-            which.
-    """
-    if isinstance(demos, (str, bytes, Mapping)):
-        raise ValueError(f"A bank is built from a stream of demonstrations; got {demos!r:.80}.")
-    kinds = getattr(demos, "features", None)
-    kinds = kinds if isinstance(kinds, Mapping) else {}
-    if columns is None and kinds:
-        columns = {name: name for name in kinds if name in DEMONSTRATION_KEYS}
-        if not columns:
-            raise ValueError(
-                f"The dataset has the columns {sorted(kinds)}, none of {sorted(DEMONSTRATION_KEYS)}. Say which is "
-                'which, e.g. columns={"image": "img", "label": "fine_label"}.'
-            )
-    for number, row in enumerate(demos):
-        try:
-            if columns is not None and isinstance(row, Mapping):
-                row = {to: _named(kinds.get(name), row[name]) for to, name in columns.items()}
-            demo = Demonstration.of(row)
-        except KeyError as error:
-            raise ValueError(f"Row {number} has no column {error}; it has {sorted(row)}. Check columns=.") from error
-        except ValueError as error:
-            taken = f" Of each row {columns} were taken; columns= takes others." if columns is not None else ""
-            raise ValueError(f"Row {number}: {error}{taken} What came before it is kept in the bank.") from error
-        yield demo
-
-
-def _named(kind: Any, value: Any) -> Any:
-    """The name of a class where a column holds its number."""
-    return kind.int2str(value) if hasattr(kind, "int2str") and isinstance(value, int) else value
-
-
-def _progress(demos: Iterator[Demonstration], given: Any, total: int | None) -> Iterable[Demonstration]:
+def _progress(
+    demos: Iterator[tuple[int, Demonstration]], given: Any, total: int | None
+) -> Iterable[tuple[int, Demonstration]]:
     if total is None and hasattr(given, "__len__"):
         total = len(given)
     return logging.tqdm(demos, total=total, desc="Reading demonstrations", unit="demo")
 
 
-def _batches(
-    demos: Iterable[Demonstration], builder: _Builder, batch_size: int
-) -> Iterator[list[tuple[str, Demonstration]]]:
+def _batches(demos: Iterable[tuple[int, Demonstration]], builder: _Builder, batch_size: int) -> Iterator[list[Row]]:
     """Those that are new to the bank, in batches, in the order in which they first come."""
-    batch: list[tuple[str, Demonstration]] = []
+    batch: list[Row] = []
     walked: set[str] = set()
-    for demo in demos:
+    for number, demo in demos:
         key = demo.key
         builder.duplicates += key in walked
-        if key not in walked and key not in builder.known:
-            batch.append((key, demo))
+        if key not in walked and key in builder.unreadable:
+            builder.bad.add(number, builder.unreadable[key])
+        elif key not in walked and key not in builder.known:
+            batch.append((number, key, demo))
         walked.add(key)
         if len(batch) == batch_size:
             yield batch
@@ -205,14 +161,18 @@ def _batches(
 class _Builder:
     """A bank on its way: finished shards, parts that wait to become one, and what is known of both."""
 
-    def __init__(self, model: Any, folder: Path, settings: dict[str, Any], shard_bytes: int) -> None:
-        self.model, self.folder, self.settings, self.shard_bytes = model, folder, settings, shard_bytes
-        self.parts_folder = folder / PARTS_FOLDER
+    def __init__(self, model: Any, folder: Path, settings: dict[str, Any], shard_bytes: int, bad: BadRows) -> None:
+        self.model, self.folder, self.settings, self.shard_bytes, self.bad = model, folder, settings, shard_bytes, bad
+        self.parts_folder = parts_folder(folder)
         self.duplicates = 0
         self.manifest = self._begun()
         shards = [open_shard(folder / listed["file"], listed) for listed in self.manifest["shards"]]
         self.parts = self._open_parts()
         self.known = {bytes(row).hex() for one in [*shards, *self.parts] for row in one.columns["keys"].tolist()}
+        # rows that the model cannot read: kept with each part and shard, so that a resumed build has the same batches
+        self.unreadable: dict[str, str] = dict(self.manifest.get(UNREADABLE, {}))
+        for part in self.parts:
+            self.unreadable.update(part.about.get(UNREADABLE, {}))
         self._make_full_shard()  # it was killed before it came to that
 
     def _begun(self) -> dict[str, Any]:
@@ -245,36 +205,28 @@ class _Builder:
         remove_unlisted(self.folder, manifest)
         return manifest
 
-    def _part(self, number: int) -> Path:
-        return self.parts_folder / f"part-{number:07d}.safetensors"
-
     def _open_parts(self) -> list[Shard]:
         """Parts that are in no shard yet. Behind a damaged one everything is read again, in the same order."""
-        found: list[Shard] = []
         for stale in self.parts_folder.glob(".writing-*"):
             stale.unlink()
-        for path in sorted(self.parts_folder.glob("part-*.safetensors")):
-            number = int(path.stem.removeprefix("part-"))
-            if number < self.manifest["parts"]:
-                path.unlink()
-                continue
-            try:
-                if number != self.manifest["parts"] + len(found):
-                    raise BankDamaged(f"a part before {path} is missing")
-                part = open_shard(path)
-                for name in ("vectors", "texts", "labels"):
-                    part.rows(name, range(len(part)))
-                found.append(in_memory(part))
-            except BankDamaged as error:
+        found, left_out = open_parts(self.folder, self.manifest)
+        for path, error in left_out.items():
+            if error is not None:
                 logger.warning(f"Reading again what was in {path.name}: {error}")
-                path.unlink()
-        return found
+            path.unlink()
+        return [in_memory(part) for part in found]
 
-    def add(self, batch: list[tuple[str, Demonstration]]) -> None:
+    def add(self, batch: list[Row]) -> None:
         """Read a batch and keep it on disk."""
-        part = self._read(batch)
+        part = self._read_good(batch)
+        if part is None:
+            return
         try:
-            write_shard(part, self._part(self.manifest["parts"] + len(self.parts)))
+            if self.manifest["complete"]:
+                self._commit()  # from here on it is not: parts belong to it
+            number = self.manifest["parts"] + len(self.parts)
+            payload, _ = shard_content(part, **{UNREADABLE: self.unreadable})
+            write_whole(part_path(self.folder, number), payload)
             self.parts.append(part)
             self._make_full_shard()
         except OSError as error:
@@ -282,9 +234,24 @@ class _Builder:
             raise OSError(
                 error.errno,
                 f"{error.strerror or error} in {self.folder}. {count} demonstrations are safe there; make room and "
-                "build again with the same demonstrations to go on",
+                "build again with the same demonstrations to resume",
             ) from error
-        self.known.update(key for key, _ in batch)
+        self.known.update(bytes(row).hex() for row in part.columns["keys"].tolist())
+
+    def _read_good(self, batch: list[Row]) -> Shard | None:
+        """Read a batch; where that fails, read one at a time and leave out those that the model cannot read."""
+        try:
+            return self._read(batch)
+        except StorageOverflow:
+            raise
+        except (ValueError, TypeError, LookupError) as error:
+            if len(batch) == 1:
+                number, key, _ = batch[0]
+                self.bad.add(number, str(error), error)
+                self.unreadable[key] = str(error)
+                return None
+        parts = [part for part in (self._read_good([row]) for row in batch) if part is not None]
+        return joined(parts) if parts else None
 
     def _make_full_shard(self) -> None:
         if self.parts and sum(one.nbytes for one in self.parts) >= self.shard_bytes:
@@ -293,7 +260,8 @@ class _Builder:
     def _make_shard(self) -> None:
         """Put the waiting parts into one shard, say so in the manifest, and only then forget them."""
         listed = write_numbered(joined(self.parts), self.folder, len(self.manifest["shards"]) + 1)
-        self._commit(shards=[*self.manifest["shards"], listed], parts=self.manifest["parts"] + len(self.parts))
+        shards = [*self.manifest["shards"], listed]
+        self._commit(shards=shards, parts=self.manifest["parts"] + len(self.parts), unreadable=self.unreadable)
         self.parts = []
         for path in self.parts_folder.glob("part-*.safetensors"):
             path.unlink()
@@ -307,20 +275,24 @@ class _Builder:
         if self.parts:
             self._make_shard()
         shards = [open_shard(self.folder / listed["file"], listed) for listed in self.manifest["shards"]]
-        card = bank_card(BankContents.of_shards(shards, self.manifest["source"]), self.manifest["source"])
+        self.bad.finish(good=any(len(shard) for shard in shards))
+        source = self.manifest["source"]
+        card = bank_card(BankContents.of_shards(shards, source), source)
+        self.manifest.pop(UNREADABLE, None)  # tried again when more is added
         write_bank(self.folder, {**self.manifest, "complete": True, "duplicates": self.duplicates}, card)
         if not any(self.parts_folder.iterdir()):
             self.parts_folder.rmdir()
 
-    def _read(self, batch: list[tuple[str, Demonstration]]) -> Shard:
+    def _read(self, batch: Sequence[Row]) -> Shard:
         """Read some demonstrations into a part."""
-        model, demos = self.model, [demo for _, demo in batch]
+        model, demos = self.model, [demo for _, _, demo in batch]
         reading = model.read_fully(demos, features=bool(self.settings["features"]))
+        _check_read(reading)
         columns: dict[str, torch.Tensor] = {
             "vectors": torch.cat(reading["fused"]),
             "lengths": torch.tensor([len(part) for part in reading["fused"]], dtype=torch.int32),
             "ids": torch.cat(model.word_ids(demos)).int(),
-            "keys": key_column(key for key, _ in batch),
+            "keys": key_column(key for _, key, _ in batch),
         }
         words = [model.processor.word(demo)[0] for demo in demos]
         columns["texts"], columns["text_lengths"] = blob([text.encode() for text in words])
@@ -343,17 +315,19 @@ class _Builder:
         return stored_as(part, storage)
 
 
+def _check_read(reading: Mapping[str, Any]) -> None:
+    """Raise `ValueError` where what the model gave is not finite."""
+    for what, parts in (("hidden states", reading["states"]), ("fused tokens", reading["fused"])):
+        if not all(is_finite(part) for part in parts):
+            raise ValueError(
+                f"Its {what} are not finite (NaN or infinite). Check the weights of the projector, or load the "
+                "backbone in bfloat16 or float32."
+            )
+    for kind, features in reading["features"].items():
+        if not is_finite(features):
+            raise ValueError(f"Its {kind} features are not finite (NaN or infinite): the backbone overflows.")
+
+
 def in_memory(shard: Shard) -> Shard:
     """A shard that does not depend on its file any more."""
     return Shard({name: column.clone() for name, column in shard.columns.items()}, shard.facts)
-
-
-def thumbnail(demo: Demonstration, size: int) -> bytes:
-    """A JPEG of the first image, at most `size` pixels wide and high; empty where there is no image."""
-    if not demo.images:
-        return b""
-    small = demo.images[0].convert("RGB")
-    small.thumbnail((size, size), Image.Resampling.BICUBIC)
-    file = io.BytesIO()
-    small.save(file, "JPEG", quality=85)
-    return file.getvalue()

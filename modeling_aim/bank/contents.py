@@ -60,7 +60,7 @@ class BankContents:
         chosen = range(len(self))[index] if isinstance(index, (int, slice)) else [range(len(self))[i] for i in index]
         numbers = [chosen] if isinstance(chosen, int) else list(chosen)
         vectors = self._gather(numbers, lambda shard, rows: shard.vectors(rows))
-        ids = [part.long() for part in self._gather(numbers, lambda shard, rows: shard.rows("ids", rows))]
+        ids = self._gather(numbers, lambda shard, rows: shard.ids(rows))
         dtype = DTYPES[self._shards[0].about["dtype"]] if self._shards else torch.float32
         return FusedDemonstrations(
             vectors=torch.cat(vectors) if vectors else torch.empty(0, self.width, dtype=dtype),
@@ -153,7 +153,7 @@ class BankContents:
     def features(self) -> dict[str, int]:
         """Kinds of features by which demonstrations can be chosen, and how wide they are."""
         shared = [shard.features for shard in self._shards]
-        return {k: v for k, v in shared[0].items() if all(k in other for other in shared)} if shared else {}
+        return {k: v for k, v in shared[0].items() if all(other.get(k) == v for other in shared)} if shared else {}
 
     @property
     def nbytes(self) -> int:

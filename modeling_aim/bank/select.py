@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib import import_module
@@ -27,12 +28,21 @@ BLOCK = 2**17  # numbers that are compared at a time: in float32 they stay in th
 
 def check_strategy(by: Any, search: str = "auto") -> None:
     """Raise `ValueError` unless `by` is a selection strategy that `search` can search for."""
-    if by not in STRATEGIES if isinstance(by, str) else not hasattr(by, "__len__"):
+    listed = all(hasattr(by, name) for name in ("__len__", "__getitem__")) and not isinstance(by, (bytes, Mapping))
+    if by not in STRATEGIES if isinstance(by, str) else not listed:
         raise ValueError(f"by={by!r:.80}: expected one of {', '.join(STRATEGIES)}, or a list of numbers or keys.")
     if search not in SEARCHES:
         raise ValueError(f"search={search!r:.80}: expected one of {', '.join(SEARCHES)}.")
     if search == "faiss" and not (isinstance(by, str) and by in SEARCHED):
         raise ValueError(f"search='faiss' finds the most alike by one of {', '.join(SEARCHED)}; got by={by!r:.80}.")
+
+
+def is_whole(value: Any) -> bool:
+    """Whether `value` is a whole number; a bool is none."""
+    try:
+        return not isinstance(value, bool) and operator.index(value) is not None
+    except TypeError:
+        return False
 
 
 @lru_cache(maxsize=4)

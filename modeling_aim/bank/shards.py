@@ -1,6 +1,5 @@
-"""Files of a demonstration bank: shards of safetensors that check themselves, mapped into memory, never unpickled.
-
-A shard holds columns. Fixed columns have one row a demonstration: its key, its features, whether it has a question,
+"""Shards of a demonstration bank: columns that check themselves.
+Fixed columns have one row a demonstration: its key, its features, whether it has a question,
 and how long it is in each ragged column. Ragged columns (fused tokens, hidden states, words, thumbnails) hold one
 demonstration after another, with a digest each, so that what is used is checked when it is used, and nothing else need
 be loaded.
@@ -9,25 +8,19 @@ be loaded.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from ..demonstrations_aim import FusedDemonstrations
-from ..files_aim import as_bytes, write_whole
+from ..files_aim import as_bytes
 from .select import sketched
 
 FORMAT, VERSION = "aim_bank", 4
 SEAL = "about_sha256"
 KEY_BYTES, DIGEST_BYTES = 32, 16
-HEADER_LIMIT = 100_000_000  # bytes: what safetensors itself refuses
 RAGGED = {
     "vectors": "lengths",
     "ids": "lengths",
@@ -39,17 +32,31 @@ RAGGED = {
 }
 NEEDED = ("keys", "lengths", "vectors", "ids", "texts", "text_lengths", "labels", "label_lengths")
 FEATURE = "feature."
+UNREADABLE = "unreadable"  # said of a part: keys of rows that the model could not read, and why
 HAS_QUESTION = "has_question"  # 1 where a demonstration answers a question; there with features of texts
 STORAGES = ("auto", "float32", "bfloat16", "float16", "int8")
-TYPES = {  # of columns, as safetensors calls them
-    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I32": torch.int32, "I8": torch.int8,
-    "U8": torch.uint8,
-}  # fmt: skip
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
 class BankDamaged(ValueError):
     """A file of a bank is damaged, foreign, or not the one its manifest names."""
+
+
+class StorageOverflow(ValueError):
+    """Values are too large for the precision in which they are to be kept."""
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether there is no NaN and no infinity among `values`; no copy is made."""
+    if not values.numel() or not values.is_floating_point():
+        return True
+    least, most = torch.aminmax(values)  # NaN where one value is NaN
+    return bool(torch.isfinite(least) & torch.isfinite(most))
+
+
+def is_words(value: Any) -> bool:
+    """Whether `value` is a dict of strings."""
+    return isinstance(value, dict) and all(isinstance(word, str) for pair in value.items() for word in pair)
 
 
 def blob(parts: Sequence[bytes]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,6 +88,7 @@ class Shard:
     def __init__(self, columns: Mapping[str, torch.Tensor], about: Mapping[str, Any], name: str = "this bank") -> None:
         self.columns, self.about, self.name = columns, about, name
         self._checked: set[str] = set()
+        self.reopen: tuple[Any, ...] | None = None  # a function and its arguments, for a shard that was opened
         problem = self._problem()
         if problem is not None:
             raise BankDamaged(f"{name} is no shard of a demonstration bank: {problem}. Copy or build it again.")
@@ -89,6 +97,11 @@ class Shard:
 
     def __len__(self) -> int:
         return int(self.columns["keys"].shape[0])
+
+    def __reduce__(self) -> Any:  # a copy opens the same file, and checks that it is the same
+        if self.reopen is not None:
+            return self.reopen
+        return Shard, (self.columns, self.about, self.name)
 
     @property
     def tokens(self) -> int:
@@ -113,7 +126,7 @@ class Shard:
     @property
     def facts(self) -> dict[str, Any]:
         """What is said of the demonstrations, without the digests of a file."""
-        return {name: value for name, value in self.about.items() if name not in ("digests", SEAL)}
+        return {name: value for name, value in self.about.items() if name not in ("digests", SEAL, UNREADABLE)}
 
     @property
     def content(self) -> dict[str, torch.Tensor]:
@@ -153,9 +166,13 @@ class Shard:
         for name, (shape, dtype) in expected.items():
             if tuple(found[name].shape) != shape or (dtype is not None and found[name].dtype != dtype):
                 return f"{name} is {found[name].dtype} {tuple(found[name].shape)}, expected {dtype} {shape}"
+        if found["vectors"].numel() == 0 and found["vectors"].shape[0]:
+            return f"its fused tokens have the shape {tuple(found['vectors'].shape)}"
         known = [*DTYPES.values(), *([torch.int8] if "scales" in found else [])]
         if found["vectors"].dtype not in known or self.about.get("dtype") not in DTYPES:
             return f"its fused tokens are {found['vectors'].dtype}, to be used as {self.about.get('dtype')!r:.40}"
+        if not is_words(self.about.get("source")) or not is_words(self.about.get(UNREADABLE, {})):
+            return f"it was read by {self.about.get('source')!r:.80}"
         return None
 
     def rows(self, name: str, index: Iterable[int]) -> list[torch.Tensor]:
@@ -180,22 +197,59 @@ class Shard:
         """Fused tokens of the demonstrations at `index`, in the type in which they are used."""
         dtype = DTYPES[self.about["dtype"]]
         found = self.rows("vectors", index)
-        if "scales" not in self.columns:
-            return [part.to(dtype) for part in found]
-        scales = self.rows("scales", index)
-        return [(part.float() * scale[:, None]).to(dtype) for part, scale in zip(found, scales, strict=True)]
+        if "scales" in self.columns:
+            scales = self.rows("scales", index)
+            found = [part.float() * scale[:, None] for part, scale in zip(found, scales, strict=True)]
+        found = [part.to(dtype) for part in found]
+        for i, part in zip(index, found, strict=True):
+            if not is_finite(part):
+                raise BankDamaged(
+                    f"Fused tokens of demonstration {i} of {self.name} are not finite; the others can still be used. "
+                    "Build the bank again."
+                )
+        return found
+
+    def ids(self, index: Sequence[int]) -> list[torch.Tensor]:
+        """The word under each fused token of the demonstrations at `index`."""
+        found = [part.long() for part in self.rows("ids", index)]
+        for i, part in zip(index, found, strict=True):
+            if bool((part < 0).any()):
+                raise BankDamaged(
+                    f"ids of demonstration {i} of {self.name} are negative. Copy or build the bank again."
+                )
+        return found
 
     def words(self, name: str, index: Iterable[int]) -> list[str]:
         """`texts` or `labels` of the demonstrations at `index`."""
-        return [bytes(as_bytes(part)).decode() for part in self.rows(name, index)]
+        index = list(index)
+        found = []
+        for i, part in zip(index, self.rows(name, index), strict=True):
+            try:
+                found.append(bytes(as_bytes(part)).decode())
+            except UnicodeDecodeError as error:
+                raise BankDamaged(
+                    f"{name} of demonstration {i} of {self.name} are not UTF-8 ({error.reason})."
+                ) from error
+        return found
 
     def feature(self, kind: str) -> torch.Tensor:
         """Features of all demonstrations `(demonstrations, width)`, checked when they are first used."""
         name = FEATURE + kind
         if name not in self._checked and "digests" in self.about:
-            _check_digest(as_bytes(self.columns[name]), name, self.about["digests"].get(name), self.name)
+            check_digest(as_bytes(self.columns[name]), name, self.about["digests"].get(name), self.name)
+        if name not in self._checked and not is_finite(self.columns[name]):
+            raise BankDamaged(
+                f"{kind} features of {self.name} are not finite (NaN or infinite), so nothing can be chosen by them. "
+                'Build the bank again, or choose with by="random" and near_duplicate=None.'
+            )
         self._checked.add(name)
         return self.columns[name]
+
+    def check_finite(self) -> None:
+        """Raise `ValueError` where a column holds NaN or an infinity."""
+        wrong = [name for name, column in self.columns.items() if not is_finite(column)]
+        if wrong:
+            raise BankDamaged(f"{', '.join(wrong)} of {self.name} hold NaN or infinite values. Build the bank again.")
 
 
 def make_shard(columns: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> Shard:
@@ -215,6 +269,11 @@ def joined(shards: Sequence[Shard]) -> Shard:
     names = shards[0].columns
     columns = {name: torch.cat([shard.columns[name] for shard in shards]) for name in names}
     return Shard(columns, shards[0].facts)
+
+
+def check_digest(content: bytes | memoryview, name: str, expected: Any, file: str) -> None:
+    if hashlib.sha256(content).hexdigest() != expected:
+        raise BankDamaged(f"{name} of {file} are damaged (their sha256 is another one). Copy or build it again.")
 
 
 # --- what is made of shards
@@ -248,6 +307,12 @@ def key_column(keys: Iterable[str]) -> torch.Tensor:
     return blob(rows)[0].reshape(-1, KEY_BYTES)
 
 
+def mean_tokens(parts: Sequence[torch.Tensor], width: int) -> torch.Tensor:
+    """The mean fused token of each demonstration, `(demonstrations, width)`; zeros where one has none."""
+    means = [part.float().sum(dim=0) / max(len(part), 1) for part in parts]
+    return torch.stack(means) if means else torch.empty(0, width)
+
+
 def slice_of(shard: Shard, start: int, stop: int) -> Shard:
     """The demonstrations `start` to `stop` of a shard."""
     columns = {}
@@ -264,10 +329,10 @@ def with_vectors(shard: Shard, vectors: torch.Tensor, source: Mapping[str, str])
     """A shard with other fused tokens, kept in the way in which the old ones are."""
     columns = shard.content
     if FEATURE + "fused" in columns:
-        means = torch.stack([part.float().mean(dim=0) for part in vectors.split(columns["lengths"].tolist())])
+        means = mean_tokens(vectors.split(columns["lengths"].tolist()), vectors.shape[1])
         columns[FEATURE + "fused"] = sketched(means, columns[FEATURE + "fused"].shape[1]).half()
     storage = "int8" if columns.pop("scales", None) is not None else shard.about["dtype"]
-    columns["vectors"] = vectors.to("cpu", DTYPES[shard.about["dtype"]])
+    columns["vectors"] = cast(vectors.cpu(), shard.about["dtype"])
     return stored_as(make_shard(columns, {**shard.about, "source": dict(source)}), storage)
 
 
@@ -285,140 +350,21 @@ def stored_as(shard: Shard, storage: str) -> Shard:
     if storage == "int8":
         columns["vectors"], columns["scales"] = quantized(vectors)
         return make_shard(columns, shard.about)
-    columns["vectors"] = vectors.to(DTYPES[storage])
+    columns["vectors"] = cast(vectors, storage)
     return make_shard(columns, {**shard.about, "dtype": storage})
 
 
-# --- files
-
-
-def write_shard(shard: Shard, path: Path) -> dict[str, Any]:
-    """Write a shard, whole or not at all; equal shards give equal files.
-
-    Returns:
-        What the manifest says of it.
-    """
-    columns = {name: column.contiguous() for name, column in shard.columns.items()}
-    small = [name for name in columns if name not in RAGGED]
-    about = {**shard.facts, "format": FORMAT, "version": VERSION}
-    about["digests"] = {name: hashlib.sha256(as_bytes(columns[name])).hexdigest() for name in sorted(small)}
-    about[SEAL] = _seal(about, columns)
-    payload = save(columns, metadata={FORMAT: json.dumps(about, sort_keys=True)})  # one entry: their order is random
-    write_whole(path, payload)
-    return {
-        "file": path.name,
-        "bytes": len(payload),
-        "sha256": hashlib.sha256(payload).hexdigest(),
-        "header_sha256": hashlib.sha256(payload[: 8 + int.from_bytes(payload[:8], "little")]).hexdigest(),
-        "demonstrations": len(shard),
-        "tokens": shard.tokens,
-    }
-
-
-def open_shard(path: str | os.PathLike[str], listed: Mapping[str, Any] | None = None) -> Shard:
-    """Map a shard into memory; fixed columns but features are checked now, the others when they are used.
-
-    Args:
-        path: the file.
-        listed: what the manifest says of it, where there is a manifest.
+def cast(vectors: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Fused tokens in another precision.
 
     Raises:
-        BankDamaged: the file is cut short, foreign, damaged, or another one than the manifest names.
+        StorageOverflow: a value is larger than this precision can hold.
     """
-    path = Path(path)
-    try:
-        header = _header(path, listed)
-        with safe_open(path, framework="pt") as tensors:  # checks that they fill the file, one after another
-            about = json.loads((tensors.metadata() or {})[FORMAT])
-        check_version(about, path)
-        if listed is not None and hashlib.sha256(header).hexdigest() != listed["header_sha256"]:
-            raise ValueError("its header has another sha256 than the manifest says")
-        columns, starts = _mapped(path, header)
-        if about.get(SEAL) != _seal(about, columns):
-            raise ValueError("what it says of itself has another sha256")
-        with path.open("rb") as file:  # what is read here is not kept, and leaves the mapping untouched
-            for name in [name for name in columns if name not in RAGGED and not name.startswith(FEATURE)]:
-                file.seek(starts[name])
-                content = file.read(columns[name].numel() * columns[name].element_size())
-                _check_digest(content, name, about["digests"].get(name), path.name)
-                if name in RAGGED.values() and content:
-                    columns[name] = torch.frombuffer(bytearray(content), dtype=columns[name].dtype)
-        shard = Shard(columns, about, path.name)
-    except BankDamaged:
-        raise
-    except FileNotFoundError:
-        raise BankDamaged(f"{path} is missing. Copy the bank again, whole.") from None
-    except (  # what a header written by somebody else can bring about
-        SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError,
-    ) as error:  # fmt: skip
-        raise BankDamaged(
-            f"{path} does not belong to a demonstration bank, or is damaged ({error!r:.200}). Copy or build it again."
-        ) from error
-    if listed is not None and (len(shard), shard.tokens) != (listed["demonstrations"], listed["tokens"]):
-        raise BankDamaged(f"{path} has {len(shard)} demonstrations; its manifest says {listed['demonstrations']}.")
-    return shard
-
-
-def _seal(about: Mapping[str, Any], columns: Mapping[str, torch.Tensor]) -> str:
-    """Digest of all that a shard says of itself, so that one whose manifest is lost can be trusted as well."""
-    said = {name: value for name, value in about.items() if name != SEAL}
-    layout = {name: [str(column.dtype), list(column.shape)] for name, column in columns.items()}
-    return hashlib.sha256(json.dumps([said, layout], sort_keys=True).encode()).hexdigest()
-
-
-def check_version(about: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Raise `BankDamaged` where a file is of another version of the format, `ValueError` where it is no bank's."""
-    if about["format"] != FORMAT:
-        raise ValueError(f"its format is {about['format']!r:.40}")
-    if about["version"] != VERSION:
-        raise BankDamaged(
-            f"{path} is of version {about['version']!r:.40} of demonstration banks; this release of modeling_aim "
-            f"reads version {VERSION}. Build the bank again, or take the release that wrote it."
+    stored = vectors.to(DTYPES[dtype])
+    if not is_finite(stored) and is_finite(vectors):
+        raise StorageOverflow(
+            f"Fused tokens reach {float(vectors.float().abs().max()):.4g}, but {dtype} holds no more than "
+            f"{torch.finfo(DTYPES[dtype]).max:.4g}. Keep them with storage='bfloat16' or 'float32' (int8 is used in "
+            "the precision of the backbone: load that in bfloat16)."
         )
-
-
-def _header(path: Path, listed: Mapping[str, Any] | None) -> bytes:
-    """The header of a safetensors file, with the file's size and the header's checked."""
-    size = path.stat().st_size
-    if listed is not None and size != listed["bytes"]:
-        raise BankDamaged(
-            f"{path} has {size} bytes, its manifest says {listed['bytes']}: it is cut short or another file. Copy it "
-            "again, or build the bank again."
-        )
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > min(size - 8, HEADER_LIMIT):
-            raise BankDamaged(f"{path} has {size} bytes, but its header claims {length}. Copy or build it again.")
-        return start + file.read(length)
-
-
-def _mapped(path: Path, header: bytes) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-    """The tensors of a safetensors file as views of one mapping, of which no page is touched, and where they begin.
-
-    `safe_open.get_tensor` touches the first page of each, for which Linux may map 2 MB.
-    """
-    size = path.stat().st_size
-    mapping: Any = torch.UntypedStorage.from_file(os.fspath(path), shared=False, nbytes=size)
-    content = torch.empty(0, dtype=torch.uint8).set_(mapping)
-    entries = {name: entry for name, entry in json.loads(header[8:]).items() if name != "__metadata__"}
-    places = {name: [len(header) + at for at in entry["data_offsets"]] for name, entry in entries.items()}
-    columns = {
-        name: content[start:end].view(TYPES[entries[name]["dtype"]]).reshape(entries[name]["shape"])
-        for name, (start, end) in places.items()
-    }
-    return columns, {name: start for name, (start, _) in places.items()}
-
-
-def _check_digest(content: bytes | memoryview, name: str, expected: Any, file: str) -> None:
-    if hashlib.sha256(content).hexdigest() != expected:
-        raise BankDamaged(f"{name} of {file} are damaged (their sha256 is another one). Copy or build it again.")
-
-
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """sha256 of a file of any size."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return stored

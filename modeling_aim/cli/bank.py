@@ -1,4 +1,4 @@
-"""The `aim bank` commands, and `aim export-prompt-embeds`.
+"""The `aim bank` commands.
 
 aim bank build --repo hub_configs/aim-tiny --demos demos.jsonl --output my-bank
 aim bank inspect my-bank
@@ -7,204 +7,211 @@ aim bank select my-bank --repo hub_configs/aim-tiny --image query.png --output c
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from ..data.jsonl import read_demonstrations
-from .terminal import reported
+from .loading import LoadingSettings
+from .options import check_least, command
+from .terminal import print_json, safe
 
-bank_app = typer.Typer(help="Demonstrations read once: build, inspect and choose.", no_args_is_help=True)
+app = typer.Typer(
+    help="Demonstrations read once: build, inspect and choose.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 
-Repo = Annotated[str, typer.Option(help="AIM repository: a folder or a Hub id.")]
-Revision = Annotated[str | None, typer.Option(help="Revision of the AIM repository.")]
-FourBit = Annotated[bool, typer.Option("--load-in-4bit", help="4-bit backbone, for a laptop.")]
-DeviceMap = Annotated[str | None, typer.Option(help='Where the backbone goes, e.g. "auto" or "cuda".')]
-Bank = Annotated[str, typer.Argument(help="The bank: a folder or a Hub id.")]
 
+@dataclass(frozen=True, kw_only=True)
+class BuildSettings(LoadingSettings):
+    """What `aim bank build` takes.
 
-@bank_app.command()
-def build(
-    repo: Repo,
-    output: Annotated[Path, typer.Option(help="Folder of the bank; one that was interrupted is gone on with.")],
-    demos: Annotated[
-        Path | None, typer.Option(help="One demonstration a line: image, and text, label or question+answer.")
-    ] = None,
-    dataset: Annotated[str | None, typer.Option(help="Instead of --demos: a dataset of the Hub, streamed.")] = None,
-    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
-    columns: Annotated[
-        str | None, typer.Option(help="Columns of the dataset, e.g. image=img,label=fine_label.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Read no more than this many.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Demonstrations read and put on disk together.")] = 8,
-    storage: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or int8.")] = "auto",
-    keep_states: Annotated[
-        bool, typer.Option("--keep-states", help="Keep hidden states, to put another projector on them later.")
-    ] = False,
-    thumbnails: Annotated[int, typer.Option(min=0, help="Side of the small pictures that are kept; 0: none.")] = 96,
-    revision: Revision = None,
-    load_in_4bit: FourBit = False,
-    device_map: DeviceMap = None,
-) -> None:
-    """Read demonstrations into a bank. Interrupted, the same command goes on where it stopped."""
-    with reported("aim bank build"):
-        from .. import DemonstrationBank
+    Args:
+        repo: AIM repository: a folder or a Hub id.
+        output: folder of the bank; an interrupted build is resumed.
+        demos: file with one demonstration a line: image, and text, label or question and answer.
+        dataset: instead of --demos, a dataset of the Hub, streamed.
+        split: split of the dataset.
+        columns: columns of the dataset, such as image=img,label=fine_label.
+        limit: most demonstrations to read.
+        batch_size: demonstrations read and written together.
+        storage: auto, float32, bfloat16, float16 or int8.
+        keep_states: keep hidden states, to put another projector on them later.
+        thumbnails: side of the small images that are kept, in pixels; 0 keeps none.
+        on_bad_row: what becomes of a bad row: skip (and name it) or raise.
+        max_bad_rows: bad rows after which the build stops.
+    """
 
-        if (demos is None) == (dataset is None):
+    repo: str
+    output: Path
+    demos: Path | None = None
+    dataset: str | None = None
+    split: str = "train"
+    columns: dict[str, str] = field(default_factory=dict)
+    limit: int | None = None
+    batch_size: int = 8
+    storage: str = "auto"
+    keep_states: bool = False
+    thumbnails: int = 96
+    on_bad_row: str = "skip"
+    max_bad_rows: int = 100
+
+    def __post_init__(self) -> None:
+        check_least(self, 1, "limit", "batch_size")
+        check_least(self, 0, "thumbnails", "max_bad_rows")
+        if (self.demos is None) == (self.dataset is None):
             raise ValueError("Give --demos FILE or --dataset NAME, one of them.")
-        stream: Iterable[Any] = _rows(dataset, split, limit) if demos is None else read_demonstrations(demos)
-        if demos is not None:
-            stream = list(stream)[:limit]
-        pairs = [pair.split("=", 1) for pair in columns.split(",")] if columns else []
-        if any(len(pair) != 2 for pair in pairs):
-            raise ValueError(f"--columns {columns}: expected pairs such as image=img,label=fine_label.")
-        bank = DemonstrationBank.build(
-            _load(repo, revision, load_in_4bit, device_map),
-            stream,
-            output,
-            columns=dict(pairs) or None,
-            batch_size=batch_size,
-            storage=storage,
-            keep_states=keep_states,
-            thumbnails=thumbnails,
-            total=limit,
-        )
+
+
+@command(app, "aim bank build")
+def build(settings: BuildSettings) -> None:
+    """Read demonstrations into a bank; rerun the same command to resume."""
+    from .. import DemonstrationBank
+
+    stream: Iterable[Any]
+    if settings.demos is None:
+        stream = _streamed(settings.dataset, settings.split, settings.limit)
+    else:
+        stream = list(read_demonstrations(settings.demos))[: settings.limit]
+    model: Any = settings.load(settings.repo)
+    bank = DemonstrationBank.build(
+        model,
+        stream,
+        settings.output,
+        columns=settings.columns or None,
+        batch_size=settings.batch_size,
+        storage=settings.storage,
+        keep_states=settings.keep_states,
+        thumbnails=settings.thumbnails,
+        total=settings.limit,
+        on_bad_row=settings.on_bad_row,
+        max_bad_rows=settings.max_bad_rows,
+    )
     Console().print(
-        f"{output}: {len(bank)} demonstrations, {bank.num_tokens} fused tokens, {_bytes(bank.nbytes)}"
-        + (f", merged duplicates: {bank.duplicates}" if bank.duplicates else ""),
+        f"{safe(settings.output)}: {len(bank)} demonstrations, {bank.num_tokens} fused tokens, {_bytes(bank.nbytes)}"
+        + (f", merged duplicates: {bank.duplicates}" if bank.duplicates else "")
+        + (f", bad rows left out: {len(bank.bad_rows)}" if bank.bad_rows else ""),
         soft_wrap=True,
     )
 
 
-@bank_app.command()
-def inspect(
-    bank: Bank,
-    verify: Annotated[bool, typer.Option("--verify", help="Read every file whole and compare its sha256.")] = False,
-    skip_damaged: Annotated[bool, typer.Option("--skip-damaged", help="Show what is left of a damaged bank.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Revision of the bank.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
-) -> None:
-    """Show what is in a bank: counts, labels, tokens, bytes, and what read it."""
-    with reported("aim bank inspect"):
-        from .. import DemonstrationBank
+@dataclass(frozen=True, kw_only=True)
+class InspectSettings:
+    """What `aim bank inspect` takes.
 
-        place = {"revision": revision} if revision else {}
-        opened = DemonstrationBank.from_pretrained(bank, damaged="skip" if skip_damaged else "raise", **place)
-        if verify:
-            opened.verify()
-        info = opened.info()
-    if as_json:
-        typer.echo(json.dumps(info, ensure_ascii=False))
+    Args:
+        bank: the bank: a folder or a Hub id.
+        verify: read every file whole and compare its sha256.
+        skip_damaged: show what is left of a damaged bank.
+        revision: revision of the bank.
+        as_json: print one JSON object instead of a table.
+    """
+
+    bank: str
+    verify: bool = False
+    skip_damaged: bool = False
+    revision: str | None = None
+    as_json: bool = False
+
+
+@command(app, "aim bank inspect", positional=("bank",))
+def inspect(settings: InspectSettings) -> None:
+    """Show what is in a bank: counts, labels, tokens, bytes, and what read it."""
+    from .. import DemonstrationBank
+
+    revision = {"revision": settings.revision} if settings.revision else {}
+    damaged = "skip" if settings.skip_damaged else "raise"
+    opened = DemonstrationBank.from_pretrained(settings.bank, damaged=damaged, **revision)
+    if settings.verify:
+        opened.verify()
+    info = opened.info()
+    if settings.as_json:
+        print_json(info)
         return
-    table = Table("", "", title=escape(bank), show_header=False)
+    table = Table("", "", title=safe(settings.bank), show_header=False)
     labels = info.pop("labels")
     for name, value in info.pop("source").items():
-        table.add_row(escape(name), escape(str(value)))
+        table.add_row(safe(name), safe(str(value)))
     for name, value in info.items():
-        table.add_row(name.replace("_", " "), _bytes(value) if name == "bytes" else escape(_shown(value)))
+        table.add_row(name.replace("_", " "), _bytes(value) if name == "bytes" else safe(_shown(value)))
     more = ", ..." if len(labels) > 20 else ""
-    table.add_row(f"labels ({len(labels)})", escape(_shown(dict(list(labels.items())[:20])) + more))
+    table.add_row(f"labels ({len(labels)})", safe(_shown(dict(list(labels.items())[:20])) + more))
     Console().print(table)
 
 
-@bank_app.command()
-def select(
-    bank: Bank,
-    repo: Repo,
-    image: Annotated[str | None, typer.Option(help="The query's image: a file or a URL.")] = None,
-    question: Annotated[str | None, typer.Option(help="The query's words.")] = None,
-    k: Annotated[int, typer.Option("-k", "--shots", min=1, help="How many.")] = 8,
-    by: Annotated[str, typer.Option(help="random, image, text, fused or mmices.")] = "image",
-    seed: Annotated[int, typer.Option(help="Seed of random.")] = 0,
-    balanced: Annotated[bool, typer.Option(help="Take labels in turn.")] = True,
-    output: Annotated[Path | None, typer.Option(help="Picture of the query and what was chosen (PNG).")] = None,
-    revision: Revision = None,
-    load_in_4bit: FourBit = False,
-    device_map: DeviceMap = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
-    """Choose demonstrations for a query, and show them."""
-    with reported("aim bank select"):
-        from transformers.image_utils import load_image
+@dataclass(frozen=True, kw_only=True)
+class SelectSettings(LoadingSettings):
+    """What `aim bank select` takes.
 
-        from .. import DemonstrationBank
+    Args:
+        bank: the bank: a folder or a Hub id.
+        repo: AIM repository: a folder or a Hub id.
+        image: image of the query: a file or a URL.
+        question: question about the query.
+        shots: demonstrations to select.
+        select: selection strategy: random, image, text, fused or mmices.
+        seed: seed of random.
+        balanced: take labels in turn.
+        output: picture of the query and the selected demonstrations (PNG).
+        as_json: print JSON instead of a table.
+    """
 
-        picture = None if image is None else load_image(image).convert("RGB")
-        opened = DemonstrationBank.from_pretrained(bank, _load(repo, revision, load_in_4bit, device_map))
-        query = {**({} if picture is None else {"image": picture}), **({"question": question} if question else {})}
-        chosen = opened.choose(query, k, by, seed=seed, balanced=balanced)
-        numbers = [number for number, _ in chosen]
-        texts, labels = opened.texts(numbers), opened.labels(numbers)
-        if output is not None:
-            says = [f"{score:.2f}  {text}" for (_, score), text in zip(chosen, texts, strict=True)]
-            contact_sheet(picture, question or "", opened.thumbnails(numbers), says).save(output)
+    bank: str
+    repo: str
+    image: str | None = None
+    question: str | None = None
+    shots: int = 8
+    select: str = "image"
+    seed: int = 0
+    balanced: bool = True
+    output: Path | None = None
+    as_json: bool = False
+
+    def __post_init__(self) -> None:
+        check_least(self, 1, "shots")
+
+
+@command(app, "aim bank select", positional=("bank",))
+def select(settings: SelectSettings) -> None:
+    """Select demonstrations for a query, and show them."""
+    from .. import DemonstrationBank
+    from ..images_aim import open_image
+
+    image = None if settings.image is None else open_image(settings.image)
+    model: Any = settings.load(settings.repo)
+    opened = DemonstrationBank.from_pretrained(settings.bank, model)
+    query = {
+        **({} if image is None else {"image": image}),
+        **({"question": settings.question} if settings.question else {}),
+    }
+    chosen = opened.choose(query, settings.shots, settings.select, seed=settings.seed, balanced=settings.balanced)
+    numbers = [number for number, _ in chosen]
+    texts, labels = opened.texts(numbers), opened.labels(numbers)
+    if settings.output is not None:
+        captions = [f"{score:.2f}  {text}" for (_, score), text in zip(chosen, texts, strict=True)]
+        contact_sheet(image, settings.question or "", opened.thumbnails(numbers), captions).save(settings.output)
     rows = [
         {"number": number, "score": round(score, 4), "label": label, "text": text}
         for (number, score), label, text in zip(chosen, labels, texts, strict=True)
     ]
-    if as_json:
-        typer.echo(json.dumps(rows, ensure_ascii=False))
+    if settings.as_json:
+        print_json(rows)
         return
-    table = Table("number", "score", "label", "text", title=f"{len(rows)} of {len(opened)} by {by}, most alike last")
+    title = f"{len(rows)} of {len(opened)} by {settings.select}, most alike last"
+    table = Table("number", "score", "label", "text", title=title)
     for row in rows:
-        table.add_row(*(escape("" if value is None else str(value)) for value in row.values()))
+        table.add_row(*(safe("" if value is None else str(value)) for value in row.values()))
     Console().print(table)
 
 
-def export_prompt_embeds(
-    repo: Repo,
-    output: Annotated[Path, typer.Option(help="File to write (safetensors, with one tensor prompt_embeds).")],
-    question: Annotated[str, typer.Option(help="What is asked of the query.")],
-    demos: Annotated[Path | None, typer.Option(help="One demonstration a line.")] = None,
-    bank: Annotated[str | None, typer.Option(help="Instead of --demos: a bank, a folder or a Hub id.")] = None,
-    shots: Annotated[int, typer.Option(min=1, help="How many to choose from the bank.")] = 8,
-    by: Annotated[str, typer.Option(help="How: random, image, text, fused or mmices.")] = "random",
-    image: Annotated[str | None, typer.Option(help="The query's image: a file or a URL.")] = None,
-    revision: Revision = None,
-    load_in_4bit: FourBit = False,
-    device_map: DeviceMap = None,
-) -> None:
-    """Write the assembled prompt as embeddings, for an engine that takes them (vLLM's prompt_embeds).
-
-    Backbones whose decoder needs more than embeddings are refused; docs/BANK.md says which. An engine
-    believes what it is sent: let only callers you trust send embeddings.
-    """
-    with reported("aim export-prompt-embeds"):
-        from safetensors.torch import save_file
-        from transformers.image_utils import load_image
-
-        from .. import DemonstrationBank
-
-        if demos is not None and bank is not None:
-            raise ValueError("Give --demos FILE or --bank BANK, not both.")
-        model = _load(repo, revision, load_in_4bit, device_map)
-        picture = None if image is None else load_image(image).convert("RGB")
-        query = {**({} if picture is None else {"image": picture}), "question": question}
-        given: Any = None if demos is None else list(read_demonstrations(demos))
-        if bank is not None:
-            given = DemonstrationBank.from_pretrained(bank, model).select(query, shots, by)
-        embeddings = model.prompt_embeds(model.query_inputs(query), demos=given)[0]
-        save_file({"prompt_embeds": embeddings.cpu().contiguous()}, output)
-    Console().print(f"{output}: {embeddings.shape[0]} positions of width {embeddings.shape[1]}", soft_wrap=True)
-
-
-def _load(repo: str, revision: str | None, load_in_4bit: bool, device_map: str | None) -> Any:
-    from .. import AimForConditionalGeneration, laptop_quantization_config
-
-    options: dict[str, Any] = {"revision": revision} if revision else {}
-    if load_in_4bit:
-        options["quantization_config"] = laptop_quantization_config()
-    return AimForConditionalGeneration.from_pretrained(repo, device_map=device_map, **options)
-
-
-def _rows(dataset: str | None, split: str, limit: int | None) -> Any:
+def _streamed(dataset: str | None, split: str, limit: int | None) -> Any:
     """A streamed dataset of the Hub."""
     try:
         from datasets import load_dataset
@@ -241,6 +248,8 @@ def contact_sheet(query: Any, question: str, thumbnails: Sequence[bytes], says: 
     """
     from PIL import Image, ImageDraw, ImageFont
 
+    from ..bank.pictures import open_thumbnail
+
     columns = min(6, max(len(thumbnails), 1))
     rows = -(-len(thumbnails) // columns)
     cell_width, cell_height, edge = side + 32, side + 46, 10
@@ -259,6 +268,6 @@ def contact_sheet(query: Any, question: str, thumbnails: Sequence[bytes], says: 
 
     place(query, f"query  {question}", 0, 0, "#c03020")
     for i, (small, text) in enumerate(zip(thumbnails, says, strict=True)):
-        picture = Image.open(io.BytesIO(small)) if small else None
+        picture = open_thumbnail(small) if small else None
         place(picture, text, i % columns, 1 + i // columns, "#b0b0b0")
     return sheet

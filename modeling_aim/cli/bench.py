@@ -3,102 +3,102 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
+import torch
+import transformers
 import typer
 from rich.console import Console
 from rich.progress import Progress
+from transformers import AutoConfig
 
-from .terminal import errors, reported
+from .. import laptop_quantization_config
+from ..backbone_aim import load_backbone
+from ..runs import PRECISIONS
+from ..speed.counting import COUNTED, Twin, count
+from ..speed.measure import Measuring
+from ..speed.methods import METHODS, Bench
+from ..speed.prompts import RandomPrompts
+from ..speed.report import notes, rich_table, save, with_ratios
+from ..speed.shapes import picture_of, random_backbone, shape_config, shape_picture
+from .options import check_least, command
+from .terminal import errors, safe
 
-ALL = "zero,full,prefix-kv,cold,bank,bank-kv,depth-cold,depth-bank,depth-bank-kv"
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-def bench(
-    backbone: Annotated[str | None, typer.Option(help="Backbone, by its Hub id or folder.")] = None,
-    shape: Annotated[str | None, typer.Option(help="Or random weights of a known size, e.g. smolvlm-256m.")] = None,
-    shots: Annotated[str, typer.Option(help="Numbers of demonstrations.")] = "0,1,4,8,16,32",
-    methods: Annotated[str, typer.Option(help="Which ways to answer; also cold-half and overhead.")] = ALL,
-    demo_tokens: Annotated[int, typer.Option(min=1, help="Text tokens of a demonstration.")] = 30,
-    query_tokens: Annotated[int, typer.Option(min=2, help="Text tokens of the query.")] = 40,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; by the device if not given.")
-    ] = None,
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="4-bit decoder layers.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Times that each method is measured.")] = 5,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 9,
-    output: Annotated[Path | None, typer.Option(help="Folder for bench.json, bench.md and bench.png.")] = None,
-    count_only: Annotated[
-        bool, typer.Option("--count-only", help="Count FLOPs and KV; no weights are needed.")
-    ] = False,
-) -> None:
-    """What few-shot answers cost on a backbone: counted, and measured beside zero-shot and beside kept prefix KV."""
-    with reported("aim bench"):
-        numbers, names = _numbers(shots), _names(methods, count_only)
-        if (backbone is None) == (shape is None):
+@dataclass(frozen=True, kw_only=True)
+class BenchSettings:
+    """What `aim bench` takes.
+
+    Args:
+        backbone: backbone, by its Hub id or folder.
+        shape: instead of --backbone, random weights of a known size, such as smolvlm-256m.
+        shots: numbers of demonstrations.
+        methods: methods to measure; also depth-cold, depth-bank, depth-bank-kv, cold-half and overhead.
+        demo_tokens: text tokens of a demonstration.
+        query_tokens: text tokens of the query.
+        dtype: float32, bfloat16 or float16; by default bfloat16 on CUDA and float32 on a CPU.
+        load_in_4bit: load the decoder layers in 4-bit.
+        device: cpu or cuda; by default cuda where there is one.
+        repeats: how often each method is measured.
+        max_new_tokens: tokens of an answer.
+        output: folder for bench.json, bench.md and bench.png.
+        count_only: count FLOPs and KV only; no weights are needed.
+    """
+
+    backbone: str | None = None
+    shape: str | None = None
+    shots: tuple[int, ...] = (0, 1, 4, 8, 16, 32)
+    methods: tuple[str, ...] = ("zero", "full", "prefix-kv", "cold", "bank", "bank-kv")
+    demo_tokens: int = 30
+    query_tokens: int = 40
+    dtype: str | None = None
+    load_in_4bit: bool = False
+    device: str | None = None
+    repeats: int = 5
+    max_new_tokens: int = 9
+    output: Path | None = None
+    count_only: bool = False
+
+    def __post_init__(self) -> None:
+        check_least(self, 1, "demo_tokens", "repeats", "max_new_tokens")
+        check_least(self, 2, "query_tokens")
+        if (self.backbone is None) == (self.shape is None):
             raise ValueError("Give one of --backbone and --shape.")
-        about, rows = _run(
-            backbone, shape, numbers, names, (demo_tokens, query_tokens), dtype, load_in_4bit, device, repeats, tokens,
-            count_only,
-        )  # fmt: skip
-        from ..speed.report import notes, rich_table, save
-
-        title = f"{backbone or shape}, {about['visual_tokens']} visual tokens an image"
-        title += ", counted" if count_only else f", {about['dtype']} on {about['device_name']}"
-        console = Console()
-        console.print(rich_table(rows, title))
-        for line in notes(rows):
-            console.print(line)
-        if output is not None:
-            save(output, about, rows, title)
-            console.print(f"{output}: bench.json, bench.md, bench.png")
+        if not self.shots or min(self.shots) < 0:
+            given = ",".join(map(str, self.shots))
+            raise ValueError(f"--shots {given!r}: expected numbers of demonstrations, as in 0,1,4,8.")
+        known = COUNTED if self.count_only else tuple(METHODS)
+        for name in self.methods:
+            if name not in known:
+                raise ValueError(f"--methods has {name!r}; there are {', '.join(known)}.")
+        if self.dtype not in (None, *PRECISIONS):
+            raise ValueError(f"--dtype {self.dtype!r}: expected float32, bfloat16 or float16.")
 
 
-def _numbers(shots: str) -> list[int]:
-    """Different numbers, ascending."""
-    try:
-        found = sorted({int(one) for one in shots.split(",")})
-    except ValueError:
-        found = [-1]
-    if found[0] < 0:
-        raise ValueError(f"--shots {shots!r}: expected numbers of demonstrations, as in 0,1,4,8.")
-    return found
+@command(app, "aim bench")
+def bench(settings: BenchSettings) -> None:
+    """Count and measure what few-shot answers cost on a backbone, beside zero-shot and beside kept prefix KV."""
+    about, rows = _run(settings)
+    title = f"{settings.backbone or settings.shape}, {about['visual_tokens']} visual tokens an image"
+    title += ", counted" if settings.count_only else f", {about['dtype']} on {about['device_name']}"
+    console = Console()
+    console.print(rich_table(rows, safe(title)))
+    for line in notes(rows):
+        console.print(line)
+    if settings.output is not None:
+        save(settings.output, about, rows, title)
+        console.print(f"{safe(settings.output)}: bench.json, bench.md, bench.png")
 
 
-def _names(methods: str, count_only: bool) -> list[str]:
-    """Known methods, each once."""
-    from ..speed.counting import COUNTED
-    from ..speed.methods import METHODS
-
-    known = COUNTED if count_only else tuple(METHODS)
-    found = list(dict.fromkeys(methods.split(",")))
-    wrong = [name for name in found if name not in known]
-    if wrong:
-        raise ValueError(f"--methods has {wrong[0]!r}; there are {', '.join(known)}.")
-    return found
-
-
-def _run(
-    backbone: str | None, shape: str | None, shots: list[int], methods: list[str], lengths: tuple[int, int],
-    dtype: str | None, load_in_4bit: bool, device: str | None, repeats: int, tokens: int, count_only: bool,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
+def _run(settings: BenchSettings) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What the run was, and its rows with ratios."""
-    import torch
-    import transformers
-    from transformers import AutoConfig
-
-    from .. import laptop_quantization_config
-    from ..backbone_aim import load_backbone
-    from ..runs import PRECISIONS
-    from ..speed.counting import Twin, count
-    from ..speed.measure import Measuring
-    from ..speed.methods import Bench
-    from ..speed.prompts import RandomPrompts
-    from ..speed.report import with_ratios
-    from ..speed.shapes import picture_of, random_backbone, shape_config, shape_picture
-
+    backbone, shape = settings.backbone, settings.shape
+    shots, methods = sorted(set(settings.shots)), list(dict.fromkeys(settings.methods))
+    lengths = settings.demo_tokens, settings.query_tokens
     config = shape_config(shape) if shape is not None else AutoConfig.from_pretrained(str(backbone))
     config = getattr(config, "backbone_config", None) or config  # of an AIM repository, its backbone's
     picture = picture_of(config) if shape is None else shape_picture(shape)
@@ -108,29 +108,29 @@ def _run(
         "demo_tokens": lengths[0], "query_tokens": lengths[1], "torch": torch.__version__,
         "transformers": transformers.__version__,
     }  # fmt: skip
-    if count_only:
+    if settings.count_only:
         return about, with_ratios(
             [count(twin, name, n, *lengths).as_dict() for n in shots for name in methods if n or name == "zero"]
         )
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: torch finds no CUDA device here.")
-    dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-    if dtype not in PRECISIONS:
-        raise ValueError(f"--dtype {dtype!r}: expected float32, bfloat16 or float16.")
+    dtype = settings.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     kind = PRECISIONS[dtype]
     if shape is not None:
-        model = random_backbone(config, kind, device, load_in_4bit)
+        model = random_backbone(config, kind, device, settings.load_in_4bit)
     else:
-        quantization = {"quantization_config": laptop_quantization_config()} if load_in_4bit else {}
+        quantization = {"quantization_config": laptop_quantization_config()} if settings.load_in_4bit else {}
         model = load_backbone(str(backbone), dtype=kind, device_map=device, **quantization)
     about.update(
-        device=device, dtype=dtype + (", 4-bit decoder" if load_in_4bit else ""), repeats=repeats, tokens=tokens,
+        device=device, dtype=dtype + (", 4-bit decoder" if settings.load_in_4bit else ""), repeats=settings.repeats,
+        tokens=settings.max_new_tokens,
         device_name=torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine(),
         threads=torch.get_num_threads(),
     )  # fmt: skip
     prompts = RandomPrompts(config, max(shots), *lengths, device, kind, picture)
-    measuring = Measuring(Bench(model, prompts), twin, methods, repeats, tokens, *lengths)
+    bench_of = Bench(model, prompts)
+    measuring = Measuring(bench_of, twin, methods, settings.repeats, settings.max_new_tokens, *lengths)
     with Progress(console=errors, transient=True) as progress:
         rows = measuring.run(shots, progress)
     return about, with_ratios([row.as_dict() for row in rows])

@@ -1,34 +1,53 @@
-"""What the `aim` commands share: an error is one message instead of a traceback."""
+"""What the `aim` commands share: an error is one line instead of a traceback, and no text steers the terminal."""
 
 from __future__ import annotations
 
+import json
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 errors = Console(stderr=True)
+# control characters but line breaks, marks that turn the direction of text round, lone surrogates
+STEERING = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\U000e0000-\U000e007f]")
+# of click itself or of the one inside typer, by version
+CLICK: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+EXPECTED = (ValueError, OSError, ImportError)  # whose messages are made for people
 
 
 @contextmanager
 def reported(command: str) -> Iterator[None]:
-    """Show an expected error as one message instead of a traceback."""
+    """Show whatever fails as one line, with a non-zero exit code; with AIM_TRACEBACK=1 set, as a traceback."""
     try:
         yield
-    except (ValueError, OSError, ImportError) as error:
-        errors.print(f"[red]{command}:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+    except (typer.Exit, typer.Abort, CLICK):
+        raise
+    except KeyboardInterrupt:
+        errors.print(f"[red]{command}:[/red] stopped.", highlight=False)
+        raise typer.Exit(130) from None
+    except Exception as error:
+        if os.environ.get("AIM_TRACEBACK", "0") not in ("", "0"):
+            raise
+        said = str(error).strip()
+        if not isinstance(error, EXPECTED) or not said:
+            said = f"{type(error).__name__}: {said} (AIM_TRACEBACK=1 shows where)"
+        line = " ".join(part.strip() for part in said.splitlines() if part.strip())
+        errors.print(f"[red]{command}:[/red] {safe(line)}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
 
 
-def whole_numbers(option: str, given: str | None) -> tuple[int, ...] | None:
-    """The numbers of an option such as `--read-layers 12,24`.
+def safe(value: object) -> str:
+    """A text as rich can print it: markup, terminal escapes and what is no Unicode are shown, not obeyed."""
+    return escape(STEERING.sub(lambda found: ascii(found[0])[1:-1], str(value)))
 
-    Raises:
-        ValueError: one of them is none.
-    """
-    try:
-        return None if given is None else tuple(int(number) for number in given.split(","))
-    except ValueError:
-        raise ValueError(f"{option} {given!r}: expected whole numbers, as in -1 or 12,24.") from None
+
+def print_json(value: object) -> None:
+    """Print a value as JSON on one line."""
+    text = json.dumps(value, ensure_ascii=False)  # which escapes the other control characters itself
+    typer.echo(STEERING.sub(lambda found: json.dumps(found[0])[1:-1], text))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..images_aim import is_address, is_readable
 from .pairs import located
 
 
@@ -93,16 +93,11 @@ def is_image(image: Any) -> bool:
     try:
         if isinstance(image, Mapping):
             image = image.get("bytes") or image.get("path")
-        if isinstance(image, Image.Image):
-            return True
-        if isinstance(image, str) and image.startswith(("http://", "https://", "data:")):
-            return True
-        if not isinstance(image, (bytes, str, os.PathLike)) or not image:
-            return False
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image):
-            return True
-    except (OSError, ValueError, Image.DecompressionBombError):
+    except (OSError, ValueError):
         return False
+    if isinstance(image, Image.Image) or is_address(image) or (isinstance(image, str) and image.startswith("data:")):
+        return True
+    return bool(image) and isinstance(image, (bytes, str, os.PathLike)) and is_readable(image)
 
 
 def image_key(image: Any) -> str:

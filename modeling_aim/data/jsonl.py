@@ -33,13 +33,15 @@ def numbered_json(path: Path) -> Iterator[tuple[int, Any]]:
     Raises:
         ValueError: a line is not JSON; the message names file and line.
     """
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
+                value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                if b"\\u" in line:
+                    json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate is no text
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error}). Expected one object a line.") from error
             yield number, value
 

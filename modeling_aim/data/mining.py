@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.utils import logging
 
 from ..files_aim import write_whole
+from ..images_aim import open_image
 
 logger = logging.get_logger(__name__)
 
@@ -240,9 +241,8 @@ def _unit(outputs: Any) -> torch.Tensor:
 def _readable(paths: Sequence[str]) -> Iterator[Image.Image]:
     for path in paths:
         try:
-            with Image.open(path) as image:
-                yield image.convert("RGB")
-        except OSError as error:
+            yield open_image(path)
+        except ValueError as error:
             logger.warning(f"Left out of the class features: {path} ({error})")
 
 

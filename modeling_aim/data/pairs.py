@@ -2,32 +2,60 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-from transformers.image_utils import load_image
+from transformers.utils import logging
 
 from ..demonstrations_aim import Demonstration
 
+logger = logging.get_logger(__name__)
+
 Pair = Mapping[str, Any]  # a raw demonstration as a dict; `image` may also be bytes, or {"bytes": ..., "path": ...}
-DOWNLOAD_SECONDS = 20.0
+NAMED_AT_MOST = 5  # of each reason, in the log; all are counted
+NO_UNICODE = "text that is no Unicode"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 
 
-def opened(pairs: Iterable[Pair], skipped: Counter[str]) -> Iterator[Demonstration]:
-    """Pairs with their images opened; what cannot be is left out and counted in `skipped`."""
+_NAMED: Counter[str] = Counter()
+
+
+def opened(
+    pairs: Iterable[Pair], skipped: Counter[str], unusable: Callable[[Demonstration], str | None] | None = None
+) -> Iterator[Demonstration]:
+    """Pairs with their images opened; what cannot be used is left out and counted in `skipped`.
+
+    Args:
+        pairs: raw demonstrations.
+        skipped: counts reasons.
+        unusable: says why a model cannot read a demonstration, if it cannot (`AimProcessor.why_unreadable`).
+    """
     for pair in pairs:
         try:
-            yield Demonstration.of({key: _image(value) if "image" in key else value for key, value in pair.items()})
+            demo = Demonstration.of({key: _image(value) if "image" in key else value for key, value in pair.items()})
+            reason = None if unusable is None else unusable(demo)
         except (ValueError, OSError) as error:
             words = any(isinstance(pair.get(key), str) and pair[key].strip() for key in ("text", "label", "answer"))
             image = "read the image" in str(error).lower()
-            skipped["no text" if not words else "unreadable or missing image" if image else "other bad pair"] += 1
+            other = NO_UNICODE if "lone surrogate" in str(error) else "other bad pair"
+            reason = "no text" if not words else "unreadable or missing image" if image else other
+        if reason is None:
+            yield demo
+            continue
+        skipped[reason] += 1
+        if is_refused(reason):
+            _NAMED[reason] += 1
+            if _NAMED[reason] <= NAMED_AT_MOST:
+                shown = {key: value for key, value in pair.items() if isinstance(value, str)}
+                logger.warning(f"Left out, {reason}: {str(shown)[:200]!a}")
+
+
+def is_refused(reason: str) -> bool:
+    """Whether a reason to leave a pair out speaks of words or images that are there, and no model can read."""
+    return reason == NO_UNICODE or reason.startswith(("text that holds", "image that the processor"))
 
 
 def _image(value: Any) -> Any:
@@ -38,13 +66,6 @@ def _image(value: Any) -> Any:
         value = value.get("bytes") or value.get("path")
     if value is None or value == []:
         raise ValueError("Cannot read the image: there is none.")
-    try:
-        if isinstance(value, (bytes, bytearray)):
-            return Image.open(io.BytesIO(value))
-        if isinstance(value, str) and value.startswith(("http://", "https://")):
-            return load_image(value, timeout=DOWNLOAD_SECONDS)  # without one, a dead server holds up the training
-    except Exception as error:
-        raise ValueError(f"Cannot read the image {value!r:.120} ({type(error).__name__}: {error}).") from error
     return value
 
 

@@ -15,9 +15,10 @@ from PIL import Image
 from transformers.utils import logging
 
 from ..bank.select import STRATEGIES, Groups, drawn, pick
+from ..data.jsonl import read_json
 from ..files_aim import write_whole
 from .methods import Shown
-from .subject import open_images, open_pair
+from .subject import Unusable, open_images, open_pair
 from .task import Example, Shot, Task
 
 logger = logging.get_logger(__name__)
@@ -109,7 +110,11 @@ def choose_all(
             for count in counts:
                 key = (seed if drawn_anew else 0, count, example.id)
                 if key not in known:
-                    known[key] = [task.pool()[place].id for place in finder.find(example, count, seed)]
+                    try:
+                        places = finder.find(example, count, seed)
+                    except Unusable:  # its own image: it is left out when it is to be answered
+                        places = list(range(count))
+                    known[key] = [task.pool()[place].id for place in places]
                 chosen = known[key]
                 lines.append({"seed": seed, "shots": count, "example": example.id, "demonstrations": chosen})
             if told is not None:
@@ -152,7 +157,11 @@ class _Finder:
 
         def stream() -> Iterator[Any]:
             for place, shot in enumerate(self.pool):
-                demo = open_pair(shot.pair, f"Demonstration {shot.id!r} of {self.task.name}")
+                try:
+                    demo = open_pair(shot.pair, f"Demonstration {shot.id!r} of {self.task.name}")
+                except Unusable as error:
+                    logger.warning(f"Never chosen: {error}")
+                    continue
                 keys.setdefault(demo.key, place)
                 yield demo
 
@@ -192,7 +201,10 @@ class _Finder:
         repeats = []
         for place in reversed(found):
             shot = self.pool[place]
-            own = self._hashed(f"shot {shot.id}", Shown(shot, shot).images)
+            try:
+                own = self._hashed(f"shot {shot.id}", Shown(shot, shot).images)
+            except Unusable:
+                own = []
             if any((a ^ b).bit_count() <= ALIKE_BITS for a in own for b in seen):
                 repeats.append(place)
             else:
@@ -223,10 +235,13 @@ def _listed(task: Task, count: int, choice: Choice) -> list[int]:
     path = Path(choice.by.removeprefix(FIXED))
     if not path.is_file():
         raise ValueError(f"select={choice.by!r}: there is no file {path}.")
-    text = path.read_text(encoding="utf-8")
-    listed: Any = json.loads(text) if path.suffix == ".json" else text.split("\n")
+    listed: Any = read_json(path) if path.suffix == ".json" else path.read_text("utf-8", "replace").split("\n")
     if isinstance(listed, dict):
         listed = listed.get(task.name, [])
+    if not isinstance(listed, list):
+        raise ValueError(
+            f"{path} holds {listed!r:.60}; expected a JSON list of ids, or an object with one for each task."
+        )
     ids = [str(one).strip() for one in listed if str(one).strip()]
     places = {shot.id: place for place, shot in enumerate(task.pool())}
     wrong = [one for one in ids[:count] if one not in places]

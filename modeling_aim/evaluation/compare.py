@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.jsonl import read_json
 from .results import COSTLY_RESAMPLES, PREDICTIONS, RESULTS, PredictionRow, prediction_of, read_rows, resamples
 from .seeds import open_seeded
 from .task import Task
@@ -76,7 +76,9 @@ def _open(folder: Path) -> dict[str, Any]:
     for name in (RESULTS, PREDICTIONS):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} holds no finished run of `aim eval`: there is no {name}.")
-    results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    results = read_json(folder / RESULTS)
+    if not (isinstance(results, dict) and {"tasks", "cells", "settings"} <= set(results)):
+        raise ValueError(f"{folder / RESULTS} is no result of `aim eval`; run it again with --overwrite.")
     return {"results": results, "rows": read_rows(folder / PREDICTIONS)}
 
 

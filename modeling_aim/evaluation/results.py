@@ -11,12 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from ..data.jsonl import numbered_json
 from ..files_aim import write_whole
 from .metrics import vl_icl_summary
 from .task import Example, Prediction, Task
 
 PREDICTIONS = "predictions.jsonl"
 RESULTS = "results.json"
+AS_JSON = ("utf-8", "backslashreplace")  # a lone surrogate becomes the escape that JSON has for it
+LEFT_OUT = "left_out"  # in a row that is kept: why there is no answer
 RESAMPLES = 2000  # of examples, where a metric is a mean over them
 COSTLY_RESAMPLES = 500  # where it is computed anew over each sample
 Key = tuple[str, str, int, int, str]  # task, method, shots, seed, example
@@ -69,7 +72,7 @@ class Kept:
 
     def add(self, rows: Iterable[PredictionRow]) -> None:
         """Append predictions; they are safe when this returns."""
-        payload = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        payload = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(*AS_JSON)
         with self.path.open("ab") as file:
             file.write(payload)
             file.flush()
@@ -84,13 +87,16 @@ class Kept:
 
 def write_rows(path: Path, rows: Iterable[PredictionRow]) -> None:
     """Write predictions to one file."""
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(*AS_JSON))
 
 
 def read_rows(path: Path) -> list[PredictionRow]:
-    """Predictions of a finished run."""
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    """Predictions of a finished run.
+
+    Raises:
+        ValueError: a line is no JSON; the message names file and line.
+    """
+    return [row for _, row in numbered_json(path)]
 
 
 def prediction_of(row: PredictionRow) -> Prediction:

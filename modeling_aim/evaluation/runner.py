@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -23,52 +23,24 @@ import transformers
 from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers.utils import logging
 
-from ..bank import DemonstrationBank
+from .. import AimForConditionalGeneration, DemonstrationBank
 from ..cache_aim import LRUCache
-from ..files_aim import write_whole
-from ..modeling_aim import AimForConditionalGeneration
-from .choosing import Chosen, check_pool, choose_all, own_shots, read_chosen
+from ..files_aim import only_one, write_whole
+from .asked import Asked, open_asked
+from .choosing import choose_all, read_chosen
 from .folder import RECORD, begin, claim
 from .methods import Prompt, Shown, method_of
 from .report import write_report
-from .results import PREDICTIONS, RESULTS, Cell, Kept, Key, PredictionRow, cell_figures, curves, write_rows
-from .seeds import open_seeded
+from .results import LEFT_OUT, PREDICTIONS, RESULTS, Cell, Kept, Key, PredictionRow, cell_figures, curves, write_rows
 from .settings import EvalSettings
-from .subject import Answer, Reads, Subject, load_subject
-from .task import Example, Task
+from .subject import Answer, Reads, Subject, Unusable, load_subject
+from .task import Example
+
+logger = logging.get_logger(__name__)
 
 GIB = 2**30
-
-
-@dataclass
-class Asked:
-    """A task as one run asks it.
-
-    Args:
-        spec: what the task was opened from.
-        task: the task.
-        examples: those of each seed, in their order.
-        chosen: demonstrations of every example.
-    """
-
-    spec: str
-    task: Task
-    examples: dict[int, list[Example]]
-    chosen: Chosen
-
-    def repeats(self, seed: int, count: int = 0) -> bool:
-        """Whether a seed has the examples and demonstrations of the first one."""
-        if seed == 0 or self.examples[seed] != self.examples[0]:
-            return False
-        names = [example.id for example in self.examples[0]] if count else []
-        return all(self.chosen[seed, count, name] == self.chosen[0, count, name] for name in names)
-
-    @property
-    def digest(self) -> str:
-        """Identity of the examples."""
-        said = [[seed, e.id, e.question, list(e.answers)] for seed, asked in self.examples.items() for e in asked]
-        return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 
 def evaluate(settings: EvalSettings) -> dict[str, Any]:
@@ -85,10 +57,17 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
     """
     # without cpu=True processes on CPUs would not know of each other; one of them may choose demonstrations for long
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
-    asked = [_asked(spec, settings) for spec in settings.tasks]
+    asked = [open_asked(spec, settings) for spec in settings.tasks]
     names = [one.task.name for one in asked]
     if len(set(names)) < len(names):
         raise ValueError(f"Two tasks have the same name ({', '.join(names)}); give one another: name=... in its spec.")
+    claim(settings)
+    with only_one(settings.output, "aim eval") if state.is_main_process else contextlib.nullcontext():
+        return _evaluate(settings, asked, state)
+
+
+def _evaluate(settings: EvalSettings, asked: Sequence[Asked], state: PartialState) -> dict[str, Any]:
+    """The run, after all that can be checked without a model."""
     claim(settings)
     subject = load_subject(
         settings.repo, settings.backbone, revision=settings.revision, dtype=settings.dtype,
@@ -109,28 +88,12 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
     return json.loads((Path(settings.output) / RESULTS).read_text(encoding="utf-8"))
 
 
-def _asked(spec: str, settings: EvalSettings) -> Asked:
-    """Open a task and see whether it can be asked, before a model is loaded."""
-    task = open_seeded(spec, settings.seeds)
-    examples = {seed: _limited(task.examples(seed), settings.limit) for seed in range(settings.seeds)}
-    for seed, found in examples.items():
-        if not found:
-            raise ValueError(f"{task.name} has no examples for seed {seed}.")
-        if len({example.id for example in found}) < len(found):
-            raise ValueError(f"{task.name} gives several examples the same id.")
-    one = Asked(spec, task, examples, {})
-    if task.fixed:
-        one.chosen = own_shots(task, examples, settings.counts)
-    else:
-        check_pool(task, settings.counts, settings.choice)
-    return one
+@dataclass(frozen=True)
+class Encoded:
+    """A batch that is ready to be answered, and by place those examples that cannot be, with the reason."""
 
-
-def _limited(examples: Sequence[Example], limit: int | None) -> list[Example]:
-    """All, or as many of them, drawn with one seed, in their order."""
-    if limit is None or len(examples) <= limit:
-        return list(examples)
-    return [examples[place] for place in sorted(random.Random("limit").sample(range(len(examples)), limit))]
+    batch: Any
+    left_out: dict[int, str]
 
 
 class Run:
@@ -150,6 +113,7 @@ class Run:
         self.kept = Kept(self.output / "unfinished", state.process_index)
         self.states = LRUCache(int(settings.memory * GIB))
         self.notes: list[str] = []
+        self.left_out: defaultdict[str, set[str]] = defaultdict(set)  # by task, in this process
 
     # --- demonstrations
 
@@ -247,14 +211,51 @@ class Run:
                 one = self.asked[cell.task]
                 if reads[0] != cell.task:
                     reads = cell.task, self._reads(cell.task)
-                examples = [one.examples[cell.seed][place] for place in places]
-                options = [example.options for example in examples]
-                subject = self.subject.answering(batch.prompts[0])
-                new, read = one.task.max_new_tokens, reads[1].get(subject.read_layers)
-                answers = subject.answer(batch, options, new, cell.seed, read)
-                pairs = zip(examples, answers, strict=True)
+                pairs = self._answered(cell, places, batch, reads[1])
                 self.kept.add(self._row(cell, e, a) for e, a in pairs if e.id in missing)
+                self._check_left_out(one)
                 told(f"{cell.task}, {cell.method}, {cell.shots} shots, seed {cell.seed}", len(missing))
+
+    def _answered(
+        self, cell: Cell, places: list[int], encoded: Encoded, reads_by_layers: Mapping[tuple[int, ...], Reads]
+    ) -> list[tuple[Example, Any]]:
+        """Each example of a batch with its answer, or with the words why it cannot be asked."""
+        one = self.asked[cell.task]
+        left_out: dict[int, str] = {}
+        while True:
+            left_out |= encoded.left_out
+            kept = [place for place in places if place not in left_out]
+            examples = [one.examples[cell.seed][place] for place in kept]
+            options = [example.options for example in examples]
+            if not kept:
+                answers: list[Any] = []
+                break
+            subject = self.subject.answering(encoded.batch.prompts[0])
+            reads: Any = reads_by_layers.get(subject.read_layers)
+            try:
+                answers = subject.answer(encoded.batch, options, one.task.max_new_tokens, cell.seed, reads)
+                break
+            except Unusable:  # a demonstration: rows that show it leave the batch
+                for place, prompt in zip(kept, encoded.batch.prompts, strict=True):
+                    bad = [reads.unusable[shown.key] for shown in prompt.fused if shown.key in reads.unusable]
+                    left_out |= {place: bad[0]} if bad else {}
+                encoded = self._encode(cell, [place for place in kept if place not in left_out])
+        for place, reason in left_out.items():
+            name = one.examples[cell.seed][place].id
+            if name not in self.left_out[cell.task]:
+                logger.warning(f"Left out: {reason}")
+            self.left_out[cell.task].add(name)
+        pairs: list[tuple[Example, Any]] = list(zip(examples, answers, strict=True))
+        return pairs + [(one.examples[cell.seed][place], reason) for place, reason in left_out.items()]
+
+    def _check_left_out(self, one: Asked) -> None:
+        """Raise `ValueError` where more than half of a task's examples cannot be asked: then its data is wrong."""
+        count, total = len(self.left_out[one.task.name]), len({e.id for asked in one.examples.values() for e in asked})
+        if 2 * count > total:
+            raise ValueError(
+                f"{count} of the {total} examples of {one.task.name} cannot be asked, such as "
+                f"{min(self.left_out[one.task.name])!r}; the log says why. Mend its data."
+            )
 
     def _work(self, done: set[Key]) -> Iterator[tuple[Cell, list[int], set[str]]]:
         """Cell, places and examples not yet answered of each batch of this process."""
@@ -281,10 +282,26 @@ class Run:
                 coming = thread.submit(encoded)
                 yield now
 
-    def _encode(self, cell: Cell, places: Sequence[int]) -> Any:
+    def _encode(self, cell: Cell, places: Sequence[int]) -> Encoded:
+        """A batch without examples that cannot be encoded; where one is among them each is tried alone."""
         examples = [self.asked[cell.task].examples[cell.seed][place] for place in places]
         prompts = [self.prompt(cell, example) for example in examples]
-        return self.subject.encode(prompts, [f"Example {e.id!r} of {cell.task}" for e in examples])
+        names = [f"Example {e.id!r} of {cell.task}" for e in examples]
+        try:
+            return Encoded(self.subject.encode(prompts, names) if places else None, {})
+        except Exception as error:
+            left_out = {}
+            for place, prompt, name in zip(places, prompts, names, strict=True):
+                try:
+                    self.subject.encode([prompt], [name])
+                except Exception as reason:
+                    said = str(reason).splitlines()[0][:200] if str(reason) else type(reason).__name__
+                    left_out[place] = said if name in said else f"{name}: {said}"
+            if not left_out:
+                raise error
+        kept = [row for row, place in enumerate(places) if place not in left_out]
+        batch = self.subject.encode([prompts[i] for i in kept], [names[i] for i in kept]) if kept else None
+        return Encoded(batch, left_out)
 
     def _reads(self, name: str) -> dict[tuple[int, ...], Reads]:
         """Hidden states of a task's demonstrations, in the order in which all cells need them, by the layers read."""
@@ -298,7 +315,10 @@ class Run:
         size = self.settings.batch_size
         return {layers: Reads(plugin, plan, size, self.states, name) for layers, (plugin, plan) in plans.items()}
 
-    def _row(self, cell: Cell, example: Example, answer: Answer) -> PredictionRow:
+    def _row(self, cell: Cell, example: Example, answer: Answer | str) -> PredictionRow:
+        """What is kept of an answer, or of the words why there is none."""
+        if isinstance(answer, str):
+            return {**asdict(cell), "example": example.id, LEFT_OUT: answer}
         task = self.asked[cell.task].task
         scores = task.score(example, answer.prediction)
         shots = self.asked[cell.task].chosen[cell.seed, cell.shots, example.id] if cell.shots else []
@@ -324,6 +344,7 @@ class Run:
         rows = self.kept.rows()
         ordered: list[PredictionRow] = []
         by_cell: dict[Cell, list[PredictionRow]] = {}
+        self._leave_out(rows)
         for cell in self.cells:
             examples = self.asked[cell.task].examples[cell.seed]
             by_cell[cell] = [rows[cell.task, cell.method, cell.shots, cell.seed, e.id] for e in examples]
@@ -337,10 +358,25 @@ class Run:
             "curves": curves(cells),
             "notes": self.notes + self._too_long(ordered),
         }
-        write_whole(self.output / RESULTS, json.dumps(results, indent=1, ensure_ascii=False).encode())
+        write_whole(
+            self.output / RESULTS,
+            json.dumps(results, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace"),
+        )
         write_report(results, self.output)
         RECORD.write(self.output, {**RECORD.read(self.output), "finished": True})
         self.kept.remove()
+
+    def _leave_out(self, rows: Mapping[Key, PredictionRow]) -> None:
+        """Take examples that could not be asked in one cell out of all, so that methods are compared on the same."""
+        bad: dict[str, dict[str, str]] = {}
+        for (task, _, _, _, name), row in rows.items():
+            if LEFT_OUT in row:
+                bad.setdefault(task, {}).setdefault(name, row[LEFT_OUT])
+        for task, reasons in bad.items():
+            one = self.asked[task]
+            one.examples = {seed: [e for e in asked if e.id not in reasons] for seed, asked in one.examples.items()}
+            shown = "; ".join(list(reasons.values())[:3])
+            self.notes.append(f"{task}: {len(reasons)} examples are left out of all methods, as in: {shown}")
 
     def _figures(self, by_cell: dict[Cell, list[PredictionRow]]) -> list[dict[str, Any]]:
         found = []

@@ -14,22 +14,28 @@ class EvalSettings:
     """What `aim eval` takes.
 
     Args:
-        tasks: specs, `KIND[:PATH][,name=value...]`; see `open_seeded`.
-        output: folder for predictions and results.
+        tasks: tasks to evaluate on, `KIND[:PATH][,name=value...]`; plain names may stand in one list with commas.
+        output: folder for predictions, results, table and pictures.
         repo: AIM repository: a folder or a Hub id.
-        backbone: instead of it, a model to evaluate without AIM.
+        backbone: instead of `repo`, a model to evaluate without AIM.
         shots: numbers of demonstrations. At 0 all methods are the same: that is answered once, as `zero`.
-        methods: of `METHODS`; all that the model can do when empty.
-        seeds: how many: 0, 1, ... decide demonstrations, and examples where a task draws them.
-        select, balanced, drop_duplicates: see `Choice`.
-        prompts, separator: see `PromptBuilder`.
-        limit: examples of a task that are answered, drawn once for all seeds; all when `None`.
-        revision: of the repository or backbone.
-        dtype, load_in_4bit, device_map: of the backbone.
+        methods: of zero, text, full, aim, aim-shuffled, aim-random, aim-untrained and aim-untrained-shuffled (the
+            last two also with :depth=K); by default all that the model can do.
+        seeds: number of seeds: 0, 1, ... decide demonstrations, and examples where a task draws them.
+        select: selection strategy for demonstrations: random, image, text, fused, mmices, or fixed:FILE.
+        balanced: take labels in turn.
+        drop_duplicates: leave out images that are nearly the query's, or another demonstration's.
+        prompts: how prompts are written: plain, or chat, through the backbone's chat template.
+        separator: what ends a demonstration of a plain prompt.
+        limit: examples of each task that are answered, drawn once for all seeds; by default all.
+        revision: revision of the repository or backbone.
+        dtype: precision of the backbone: bfloat16, float16 or float32; by default its own.
+        load_in_4bit: load the backbone in 4-bit, for a laptop.
+        device_map: where the backbone goes, such as "auto" or "cuda".
         batch_size: prompts answered together.
-        images_at_once: images in one batch, at most, unless one prompt alone has more.
+        images_at_once: most images in one batch, unless one prompt alone has more.
         memory: GiB of demonstrations' hidden states that are kept.
-        overwrite: replace another run in `output`.
+        overwrite: replace another run in the output folder.
 
     Raises:
         ValueError: a setting is wrong; the message has what was given and what is expected.
@@ -66,7 +72,7 @@ class EvalSettings:
             raise ValueError(f"tasks={self.tasks}: expected one or more, each once.")
         if not self.shots or min(self.shots) < 0 or len(set(self.shots)) < len(self.shots):
             raise ValueError(f"shots={self.shots}: expected numbers from 0 up, each once.")
-        for name, least in (("seeds", 1), ("batch_size", 1), ("images_at_once", 1), ("limit", 1)):
+        for name, least in (("seeds", 1), ("batch_size", 1), ("images_at_once", 1), ("limit", 1), ("memory", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}={value}: expected at least {least}.")

@@ -19,12 +19,12 @@ from PIL import Image
 from torch import nn
 from transformers import BatchFeature, PreTrainedConfig
 
+from .. import AimForConditionalGeneration
 from ..backbone_aim import laptop_quantization_config, load_backbone, longest_prompt, module_device
 from ..cache_aim import LRUCache
 from ..configuration_aim import AimConfig
 from ..data.pairs import opened
 from ..demonstrations_aim import Demonstration, FusedDemonstrations
-from ..modeling_aim import AimForConditionalGeneration
 from ..processing_aim import _TOKENIZING, AimProcessor
 from ..runs import PRECISIONS
 from .methods import Prompt, PromptBuilder, Shown
@@ -73,7 +73,7 @@ def open_images(images: Sequence[Any], what: str) -> list[Any]:
     """Images opened as the backbone takes them.
 
     Raises:
-        ValueError: one cannot be read; the message begins with `what`.
+        Unusable: one cannot be read; the message begins with `what`.
     """
     return list(open_pair({"images": list(images), "text": "its images"}, what).images) if images else []
 
@@ -82,13 +82,17 @@ def open_pair(pair: Any, what: str) -> Demonstration:
     """A raw demonstration opened.
 
     Raises:
-        ValueError: it cannot be used; the message begins with `what`.
+        Unusable: it cannot be used; the message begins with `what`.
     """
     skipped: Counter[str] = Counter()
     found = list(opened([pair], skipped))
     if not found:
-        raise ValueError(f"{what} cannot be used: {', '.join(skipped)} in {str(dict(pair))[:200]}.")
+        raise Unusable(f"{what} cannot be used: {', '.join(skipped)} in {str(dict(pair))[:200]}.")
     return found[0]
+
+
+class Unusable(ValueError):
+    """An image or a text that is there, and cannot be shown to the model: a bad example, not the end of a run."""
 
 
 class Reads:
@@ -111,25 +115,38 @@ class Reads:
         unique = list({one.key: one for one in plan}.values())
         self.batches = [unique[start : start + batch_size] for start in range(0, len(unique), batch_size)]
         self.place = {one.key: number for number, batch in enumerate(self.batches) for one in batch}
+        self.unusable: dict[tuple[str, str], str] = {}
 
     def states(self, shown: Sequence[Shown]) -> list[Read]:
-        """Hidden states `(tokens, read layers x hidden size)` and ids `(tokens,)` of the kept words of each."""
+        """Hidden states `(tokens, read layers x hidden size)` and ids `(tokens,)` of the kept words of each.
+
+        Raises:
+            Unusable: one cannot be read; `unusable` says which and why.
+        """
         found: dict[tuple[str, str], Read] = {}
         for one in shown:
             if one.key not in found:
                 read = self.kept.get((self.task, self.layers, *one.key))
                 found |= self._read(self.place[one.key]) if read is None else {one.key: read}
+            if one.key not in found:
+                raise Unusable(self.unusable[one.key])
         return [found[one.key] for one in shown]
 
     def _read(self, number: int) -> dict[tuple[str, str], Read]:
-        batch = self.batches[number]
-        demos = [
-            open_pair(
-                {**{k: v for k, v in one.said.pair.items() if "image" not in k}, "images": list(one.images)},
-                f"Demonstration {one.said.id!r} of {self.task}",
-            )
-            for one in batch
-        ]
+        batch, demos = [], []
+        for one in self.batches[number]:
+            what = f"Demonstration {one.said.id!r} of {self.task}"
+            words = {k: v for k, v in one.said.pair.items() if "image" not in k}
+            try:
+                demo = open_pair({**words, "images": list(one.images)}, what)
+                reason = self.model.processor.why_unreadable(demo)
+                if reason is not None:
+                    raise Unusable(f"{what} cannot be used: {reason}.")
+            except Unusable as error:
+                self.unusable[one.key] = str(error)
+                continue
+            batch.append(one)
+            demos.append(demo)
         states = [one.cpu() for one in self.model.read_states(demos, max(len(batch), 1))]
         found = {one.key: read for one, *read in zip(batch, states, self.model.word_ids(demos), strict=True)}
         for key, (kept, ids) in found.items():

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
+from .. import AimForConditionalGeneration
 from ..backbone_aim import preserved_state
 from ..demonstrations_aim import FusedDemonstrations
-from ..modeling_aim import AimForConditionalGeneration
 from .prompts import RandomPrompts
 
 

@@ -7,17 +7,22 @@ and says how many could not be.
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import os
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ..data.pairs import Pair, opened
+from ..data.pairs import Pair, is_refused, opened
 from ..demonstrations_aim import Demonstration
 
+MOST_REFUSED = 0.1  # of a source's pairs, from the first hundred that were refused on
 LAWS = ("uniform", "exponential", "fixed")
 
 
@@ -74,19 +79,53 @@ class Source:
         name: for messages, logs and the model card.
         interleaved: a document is a whole whose order has a meaning (a web page): it is cut into episodes, and every
             pair after the first is a target. Otherwise pairs are independent, and an episode takes the next few.
+        unusable: says why the model that is trained cannot read a demonstration, if it cannot; `None` before there is
+            a model.
+        part: a share of the documents that is held out, and whether this source gives that or the others; `None` for
+            all documents.
     """
 
     name: str = ""
     interleaved: bool = False
+    part: tuple[float, bool] | None = None
+    unusable: Callable[[Demonstration], str | None] | None = None
 
     @cached_property
     def skipped(self) -> Counter[str]:
         """What was left out since the last episode, by reason."""
         return Counter()
 
+    @cached_property
+    def counted(self) -> Counter[bool]:
+        """Pairs so far: those refused (`is_refused`), and those given."""
+        return Counter()
+
+    def opened(self, pairs: Iterable[Pair]) -> Iterator[Demonstration]:
+        """Pairs with their images opened, without those that cannot be used."""
+        return opened(pairs, self.skipped, self.unusable)
+
     def documents(self, seed: int) -> Iterator[Sequence[Pair]]:
-        """One pass over the data set, in an order that depends on `seed` alone."""
+        """One pass over the dataset, in an order that depends on `seed` alone."""
         raise NotImplementedError
+
+    def split(self, share: float) -> tuple[Source, Source]:
+        """This source without a share of its documents, and with these alone; a document's content decides."""
+        parts = []
+        for held_out in (False, True):
+            part = copy.copy(self)
+            for name in ("skipped", "counted"):
+                part.__dict__.pop(name, None)
+            part.part = (share, held_out)
+            parts.append(part)
+        return parts[0], parts[1]
+
+    def gives(self, document: Any) -> bool:
+        """Whether a document (or what identifies it) is of this part of the source."""
+        if self.part is None:
+            return True
+        share, held_out = self.part
+        digest = hashlib.sha256(_identity(document).encode("utf-8", "replace")).digest()
+        return (int.from_bytes(digest[:8], "big") < share * 2**64) == held_out
 
     def episodes(self, law: ShotLaw, seed: int) -> Iterator[Episode]:
         """One pass over the data set, cut into episodes.
@@ -99,10 +138,12 @@ class Source:
         pairs: list[Demonstration] = []
         shots = law.draw(rng)
         for document in self.documents(seed):
+            if not self.gives(document):
+                continue
             if self.interleaved:
                 pairs = []
             usable = 0
-            for pair in opened(document, self.skipped):
+            for pair in self.opened(document):
                 usable += 1
                 pairs.append(pair)
                 if len(pairs) == shots + 1:
@@ -120,7 +161,25 @@ class Source:
         """An episode that takes along what was left out before it; every pair but the first is a target by default."""
         taken = Counter(self.skipped)
         self.skipped.clear()
+        self.counted[False] += len(pairs)
+        self.counted[True] += sum(count for reason, count in taken.items() if is_refused(reason))
+        if self.counted[True] > max(100, MOST_REFUSED * self.counted.total()):
+            raise ValueError(
+                f"{self.counted[True]} of the first {self.counted.total()} pairs of {self.name} cannot be read by "
+                f"this model, such as {next(filter(is_refused, taken), 'those in the log')}. Mend the data."
+            )
         return Episode(tuple(pairs), tuple(range(1, len(pairs)) if targets is None else targets), self.name, taken)
+
+
+def _identity(document: Any) -> str:
+    """What a document is known by: its words, and its images where they are named or are bytes."""
+    if isinstance(document, Mapping):
+        return "{" + ",".join(f"{name}:{_identity(value)}" for name, value in sorted(document.items())) + "}"
+    if isinstance(document, bytes):
+        return hashlib.sha256(document).hexdigest()
+    if isinstance(document, (list, tuple)):
+        return "[" + ",".join(_identity(part) for part in document) + "]"
+    return str(document) if isinstance(document, (str, os.PathLike)) else ""
 
 
 class Mixture(IterableDataset):
@@ -148,6 +207,11 @@ class Mixture(IterableDataset):
             raise ValueError(f"{len(sources)} sources need as many weights, each above 0; got {list(weights)}.")
         self.sources, self.weights, self.law, self.seed = list(sources), list(weights), law, seed
 
+    def check_with(self, unusable: Callable[[Demonstration], str | None]) -> None:
+        """Leave out demonstrations for which `unusable` gives a reason: those that a model cannot read."""
+        for source in self.sources:
+            source.unusable = unusable
+
     def __iter__(self) -> Iterator[Episode]:
         worker = get_worker_info()
         seed = self.seed + (0 if worker is None else 1_000_003 * worker.id)
@@ -155,6 +219,14 @@ class Mixture(IterableDataset):
         streams = [self._endless(source, seed) for source in self.sources]
         while True:
             yield next(rng.choices(streams, self.weights)[0])
+
+    def split(self, share: float) -> tuple[Mixture, Mixture]:
+        """This mixture without a share of the documents of each source, and with these alone."""
+        parts = [source.split(share) for source in self.sources]
+        return (
+            Mixture([train for train, _ in parts], self.weights, self.law, self.seed),
+            Mixture([held for _, held in parts], self.weights, self.law, self.seed + 10**6),
+        )
 
     def _endless(self, source: Source, seed: int) -> Iterator[Episode]:
         passes = 0

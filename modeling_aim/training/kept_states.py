@@ -35,6 +35,7 @@ class KeptStates(LRUCache):
         folder: where entries are kept beyond memory; nowhere when `None`.
         max_disk_bytes: bound on disk.
         reader: what reads, as JSON values.
+        width: numbers in a state; entries of another shape, or that are not finite, are removed and read again.
     """
 
     def __init__(
@@ -43,11 +44,13 @@ class KeptStates(LRUCache):
         folder: str | os.PathLike[str] | None = None,
         max_disk_bytes: int = 20 * 2**30,
         reader: Mapping[str, Any] | None = None,
+        width: int | None = None,
     ) -> None:
         super().__init__(max_bytes)
         self.folder = None if folder is None else Path(folder)
         self.max_disk_bytes = max_disk_bytes
         self.hits = self.misses = 0
+        self.width = width
         self._reader = hashlib.sha256(json.dumps(reader, sort_keys=True, default=str).encode()).hexdigest()
         self._on_disk = 0
         if self.folder is not None:
@@ -83,13 +86,22 @@ class KeptStates(LRUCache):
     def _load(self, path: Path) -> torch.Tensor | None:
         try:
             value = load_file(path)["states"]
+            self._check(value)
             os.utime(path)  # it was used now
         except FileNotFoundError:
             return None
-        except (SafetensorError, KeyError, OSError):  # half-written by a crash of the machine, or foreign: read again
+        except (SafetensorError, KeyError, OSError, ValueError):  # half-written by a crash, or foreign: read again
             path.unlink(missing_ok=True)
             return None
         return value
+
+    def _check(self, value: torch.Tensor) -> None:
+        """Raise `ValueError` for what cannot be states of this backbone."""
+        shaped = value.ndim == 2 and len(value) > 0 and value.is_floating_point()
+        if not shaped or (self.width is not None and value.shape[1] != self.width):
+            raise ValueError(f"Kept states have the shape {tuple(value.shape)}; expected (tokens, {self.width}).")
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError("Kept states hold numbers that are not finite.")
 
     def _store(self, path: Path, value: torch.Tensor, size: int) -> None:
         """Write an entry under a temporary name and rename it; a full disk is no reason to stop."""

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from ..data.link_context import Wording, class_folders, class_rows, image_paths, random_name
 from ..data.mining import ClassFeatures, ImageClass, clip_features, mined_neighbours, similarity
-from ..data.pairs import Pair, opened
+from ..data.pairs import Pair
 from ..demonstrations_aim import Demonstration
 from .episodes import Episode, ShotLaw, Source
 
@@ -158,6 +158,8 @@ class LinkedClasses(Source):
         logger.info(f"{self.name}: {self.counts(law)}.")
         rng = random.Random(f"{self.name} {seed}")
         for positive in rng.sample(range(len(self.classes)), len(self.classes)):
+            if not self.gives(self.classes[positive].key):
+                continue
             shots = self._draw(most, rng)
             make = self._ordinary if rng.random() < self.ordinary else self._linked
             for _ in range(TRIES):
@@ -226,7 +228,7 @@ class LinkedClasses(Source):
         word: Callable[[Any, str], Pair],
     ) -> list[Demonstration]:
         """The next images that can be read, `count` at most; the iterator goes on behind them."""
-        return list(islice(opened((word(image, name) for image in images), self.skipped), count))
+        return list(islice(self.opened(word(image, name) for image in images), count))
 
     def _ordinary(self, number: int, shots: int, rng: random.Random) -> list[Demonstration] | None:
         """Images of any class under their true names, and one of class `number` to be named."""
@@ -240,7 +242,7 @@ class LinkedClasses(Source):
             image = rng.choice(other.images)
             if other is not one or image in own:
                 drawn[image] = other.name
-        demos = list(islice(opened((self.wording.shown(*pair) for pair in drawn.items()), self.skipped), count))
+        demos = list(islice(self.opened(self.wording.shown(*pair) for pair in drawn.items()), count))
         return [*demos, *query] if len(demos) == count and query else None
 
 

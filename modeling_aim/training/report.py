@@ -62,9 +62,12 @@ def training_section(settings: Mapping[str, Any], trainer: AimTrainer, picture: 
         rows = [row for row in rows if row[0] != "distillation"]
     table = "\n".join(f"| {name} | {_worded(value)} |" for name, value in rows)
     trained = [row["loss"] for row in state.log_history if "loss" in row]
-    held = [row["eval_loss"] for row in state.log_history if "eval_loss" in row]
+    right = {row["step"]: row["eval_accuracy"] for row in state.log_history if "eval_accuracy" in row}
     losses = f"Loss a target token: {trained[-1]:.4f} at the last report" if trained else "No loss was reported"
-    losses += f"; {held[-1]:.4f} on {settings['eval_episodes']} held-out episodes.\n" if held else ".\n"
+    losses += f". {trainer.verdict}\n"
+    if right:
+        answered = ", ".join(f"{share:.3f} (step {step})" for step, share in sorted(right.items()))
+        losses += f"\nHeld-out targets answered token for token: {answered}.\n"
     skipped = ", ".join(f"{reason}: {count}" for reason, count in sorted(trainer.skipped.items())) or "nothing"
     image = f"\n![Loss over steps]({picture.name})\n" if picture else ""
     return f"""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import os
+import pickle
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from accelerate import PartialState
 from huggingface_hub import HfApi
 from torch.utils.data import Dataset
 from transformers import PreTrainedConfig, TrainingArguments
+from transformers.utils import logging
 
 from .. import AimConfig, AimForConditionalGeneration
 from ..backbone_aim import laptop_quantization_config
 from ..configuration_aim import PRESETS, preset_settings
-from ..files_aim import model_card
+from ..files_aim import model_card, only_one
 from ..runs import PRECISIONS, RunRecord
+from .checkpoints import last_checkpoint
 from .episodes import Episode, Mixture, ShotLaw
 from .kept_states import KeptStates
 from .optimizer import OPTIMIZERS, usual_rate
@@ -30,6 +33,8 @@ from .report import curves, training_section
 from .sources import open_source
 from .targets import PROMPTS, TEACHERS
 from .trainer import AimTrainer
+
+logger = logging.get_logger(__name__)
 
 RUN_FILE = "aim_training.json"
 GIB = 2**30
@@ -45,29 +50,46 @@ class TrainSettings:
 
     Args:
         backbone: Hub id or folder of the backbone, or of an AIM repository whose projector is trained further.
-        data: sources, `KIND:PATH[,name=value...]`; see docs/TRAINING.md.
+        data: sources of training data, `KIND:PATH[,name=value...]`; see docs/TRAINING.md.
         output: folder of the Hub repository that comes out.
         steps: optimizer steps.
-        batch_size: episodes of one process in one forward pass.
+        batch_size: episodes of one process in one forward pass, with up to `shots` targets each.
         accumulation: forward passes of one step.
-        learning_rate, warmup: peak, reached after this share of the steps; it falls as a cosine. `None`: `usual_rate`.
-        optimizer: `"adamw"`, or `"muon"` for the projector's matrices (AdamW, at a third of the rate, for the rest).
-            With adamw, `arguments={"optim": ...}` reaches all that Trainer has.
-        shots, shot_law: demonstrations of an episode, 1 to `shots`; see `ShotLaw`.
-        preset: of a new projector: `"trained"`, at the depth where states are read, or `"paper"`; see `PRESETS`.
-        projector_form, read_layers, entry_layers: in place of the preset's.
-        projector_size, read_span, max_fused_tokens: see `AimConfig`.
-        revision: of the backbone.
-        dtype, load_in_4bit, device_map: of the backbone.
+        learning_rate: peak of the learning rate, which falls as a cosine; by default 1e-3 (adamw) or 0.6 / sqrt(the
+            longest side) (muon).
+        warmup: share of the steps after which the peak is reached.
+        optimizer: adamw (for which `arguments` may name another `optim`) or muon (for the projector's matrices; AdamW, at
+            a third of the rate, for the rest).
+        shots: most demonstrations of an episode.
+        shot_law: distribution of their number: exponential, which favours many, uniform or fixed.
+        preset: trained (a projector at the depth where states are read) or paper (one for the input).
+        projector_form: form of a new projector, in place of the preset's: residual_mlp or residual; for the input mlp,
+            linear or linear_norm too.
+        projector_size: inner width of the mlp forms.
+        read_layers: depths whose states are read, such as 13 or 0,13; by default the input and two fifths of the layers.
+        entry_layers: depths that the states enter, 0 for the input; by default those where they were read.
+        read_span: tokens of a demonstration that are kept: text or answer.
+        max_fused_tokens: most fused tokens of a demonstration.
+        revision: revision of the backbone.
+        dtype: precision of the backbone: bfloat16, float16 or float32.
+        load_in_4bit: load the backbone in 4-bit, for a laptop.
+        device_map: where the backbone goes; by default one device.
         gradient_checkpointing: recompute the backbone's layers in the backward pass, for memory.
-        prompts, teacher, distillation: see `AimTrainer`.
-        eval_data, eval_episodes: held-out sources, and how many of their episodes are scored at every save.
-        memory, keep_states, disk: GiB of hidden states kept in memory; a folder where all are kept; GiB there.
-        save_every, log_every: steps.
-        seed: of order, episodes, and the projector's first weights.
-        overwrite: replace another run in `output`.
-        push_to_hub: repository id to push to in the end.
-        arguments: further `TrainingArguments` by name, as in `{"report_to": "wandb"}`.
+        prompts: how questions are written: chat, plain or mixed.
+        teacher: distil from the backbone that reads the demonstrations full, or as text.
+        distillation: weight of the divergence to the teacher, in 0..1.
+        eval_data: held-out sources, given like `data`; without them a share of `data` is held out.
+        held_out: share of the documents of `data` that are held out where there is no `eval_data`; 0 for none.
+        eval_episodes: held-out episodes that are scored before the first step and at every save.
+        memory: GiB of hidden states that are kept in memory.
+        keep_states: folder where all hidden states are kept.
+        disk: GiB of hidden states that are kept in that folder.
+        save_every: steps from one checkpoint to the next.
+        log_every: steps from one report to the next.
+        seed: seed of the order, the episodes, and the projector's first weights.
+        overwrite: replace another run in the output folder.
+        push_to_hub: repository to push the result to.
+        arguments: further `TrainingArguments` of transformers by name, such as report_to=wandb.
     """
 
     backbone: str
@@ -78,7 +100,7 @@ class TrainSettings:
     accumulation: int = 1
     learning_rate: float | None = None
     warmup: float = 0.03
-    optimizer: str = "muon"
+    optimizer: str = "adamw"
     shots: int = 8
     shot_law: str = "exponential"
     preset: str = "trained"
@@ -97,6 +119,7 @@ class TrainSettings:
     teacher: str | None = None
     distillation: float = 0.5
     eval_data: tuple[str, ...] = ()
+    held_out: float = 0.02
     eval_episodes: int = 200
     memory: float = 1.0
     keep_states: str | None = None
@@ -115,6 +138,12 @@ class TrainSettings:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {known}.")
+        counts = ("steps", "batch_size", "accumulation", "shots", "eval_episodes", "save_every", "log_every")
+        for name, least in (*((name, 1) for name in counts), ("memory", 0), ("disk", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least {least}.")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out={self.held_out}: expected a share of the documents, from 0 to less than 1.")
         if not 0 <= self.distillation <= 1:
             raise ValueError(f"distillation={self.distillation} must lie in 0..1, the weight of the divergence.")
         if self.optimizer == "muon" and "optim" in self.arguments:
@@ -124,6 +153,10 @@ class TrainSettings:
         unknown = set(self.arguments) - set(TrainingArguments.__dataclass_fields__)
         if unknown:
             raise ValueError(f"TrainingArguments of transformers has no {sorted(unknown)}; see its documentation.")
+        for name, value in self.arguments.items():
+            usual = TrainingArguments.__dataclass_fields__[name].default
+            if isinstance(usual, (int, float)) and not isinstance(usual, bool) and isinstance(value, str):
+                raise ValueError(f"{name}={value!r}: expected a number, such as {usual}.")
         if self.push_to_hub is not None and os.path.isdir(self.backbone):
             raise ValueError(
                 f"The backbone is the local folder {self.backbone}, which others do not have, so the result cannot be "
@@ -159,18 +192,37 @@ def train(settings: TrainSettings) -> AimTrainer:
         NotFinite: the loss is no number any more.
     """
     mixture = _mixture(settings.data, settings)
-    held = _mixture(settings.eval_data, settings, seed=10**6) if settings.eval_data else None
-    arguments = _arguments(settings, bool(held))
-    _check_processes(arguments)
     _check_data(mixture)
+    held: Mixture | None = None
+    if settings.eval_data:
+        held = _mixture(settings.eval_data, settings, seed=10**6)
+        _check_data(held)
+    elif settings.held_out:
+        mixture, held = _split(mixture, settings.held_out)
+    arguments = _arguments(settings, held is not None)
+    _check_processes(arguments)
+    RECORD.earlier(settings)  # before a folder is made
+    with only_one(settings.output, "aim train") if PartialState().is_main_process else nullcontext():
+        return _train(settings, arguments, mixture, held)
+
+
+def _train(
+    settings: TrainSettings, arguments: TrainingArguments, mixture: Mixture, held: Mixture | None
+) -> AimTrainer:
+    """The run, after all that can be checked without a model."""
     last = claim(settings)
     model = _model(settings)
+    for data in (mixture, held):
+        if data is not None:
+            data.check_with(model.processor.why_unreadable)
     if settings.learning_rate is None and "learning_rate" not in settings.arguments:
         arguments.learning_rate = usual_rate(settings.optimizer, model.projector.parameters())
     if last is None:
         _begin(settings)
     reader = _reader(model, settings)
-    kept = KeptStates(int(settings.memory * GIB), settings.keep_states, int(settings.disk * GIB), reader)
+    kept = KeptStates(
+        int(settings.memory * GIB), settings.keep_states, int(settings.disk * GIB), reader, read_width(model)
+    )
     trainer = AimTrainer(
         model,
         arguments,
@@ -182,7 +234,14 @@ def train(settings: TrainSettings) -> AimTrainer:
         train_dataset=mixture,
         eval_dataset=None if held is None else Held(list(itertools.islice(held, settings.eval_episodes))),
     )
-    trainer.train(resume_from_checkpoint=last)
+    untrained = {name: weight.clone() for name, weight in model.projector.state_dict().items()}
+    try:
+        trainer.train(resume_from_checkpoint=last)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"The checkpoint {last} holds something else than tensors and numbers: {error}") from error
+    if not trainer.improved:
+        logger.warning(trainer.verdict)
+        model.projector.load_state_dict(untrained)
     finish(trainer, settings)
     return trainer
 
@@ -241,18 +300,6 @@ def _begin(settings: TrainSettings) -> None:
             shutil.rmtree(path)
 
 
-def last_checkpoint(output: Path) -> str | None:
-    """The newest checkpoint that was written to its end: Trainer writes `trainer_state.json` last."""
-    found = {int(path.name.rpartition("-")[2]): path for path in output.glob("checkpoint-*[0-9]")}
-    for _, path in sorted(found.items(), reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
-            continue
-        return str(path)
-    return None
-
-
 def _write_run(output: Path, settings: TrainSettings, finished: bool, **more: Any) -> None:
     RECORD.write(output, {"settings": RECORD.comparable(settings), **more, "finished": finished})
 
@@ -267,6 +314,21 @@ def _mixture(specs: Sequence[str], settings: TrainSettings, seed: int = 0) -> Mi
     opened = [open_source(spec) for spec in specs]
     law = ShotLaw(settings.shots, settings.shot_law)
     return Mixture([source for source, _ in opened], [weight for _, weight in opened], law, settings.seed + seed)
+
+
+def _split(mixture: Mixture, share: float) -> tuple[Mixture, Mixture | None]:
+    """What is trained on and what is held out; `None` where the data is too little to hold some of it out."""
+    train, held = mixture.split(share)
+    try:
+        _check_data(train)
+        _check_data(held)
+    except ValueError:
+        logger.warning(
+            f"The data is too little to hold {share:.0%} of its documents out, so nothing tells whether training "
+            "helps, and the last weights are kept. Give held-out data with eval_data (--eval-data)."
+        )
+        return mixture, None
+    return train, held
 
 
 def _check_processes(arguments: TrainingArguments) -> None:
@@ -350,6 +412,11 @@ def _check_form(settings: TrainSettings, config: AimConfig) -> None:
         )
 
 
+def read_width(model: Any) -> int:
+    """Numbers in what is read of one token."""
+    return model.config.hidden_size * len(model.config.read_layers)
+
+
 def _reader(model: Any, settings: TrainSettings) -> dict[str, Any]:
     """What decides the hidden states of a demonstration, beside the demonstration."""
     return {**model.reader, "dtype": settings.dtype, "4-bit": settings.load_in_4bit}
@@ -376,6 +443,11 @@ def _arguments(settings: TrainSettings, evaluates: bool) -> TrainingArguments:
         "logging_steps": settings.log_every,
         "eval_strategy": "steps" if evaluates else "no",
         "eval_steps": settings.save_every,
+        "eval_on_start": evaluates,
+        "load_best_model_at_end": evaluates,
+        "metric_for_best_model": "eval_loss" if evaluates else None,
+        "greater_is_better": False if evaluates else None,
+        "ddp_find_unused_parameters": False,
         "seed": settings.seed,
         "report_to": "none",
         "use_cpu": not torch.accelerator.is_available(),  # without it, several processes on CPUs train each alone

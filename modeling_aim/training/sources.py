@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..data.pairs import IMAGE_SUFFIXES, Pair, located, opened
+from ..data.pairs import IMAGE_SUFFIXES, Pair, located
 from ..data.rows import (
     LINES,
     NO_IMAGE,
@@ -229,14 +229,16 @@ class EpisodeFile(ShuffledSource):
 
     def episodes(self, law: ShotLaw, seed: int) -> Iterator[Episode]:
         for demos, queries in self._lines(seed):
+            if not self.gives([*demos, *queries]):
+                continue
             if len(demos) > law.most:
                 self.skipped["demonstration beyond the largest number of shots"] += len(demos) - law.most
                 demos = demos[-law.most :]
-            shown = list(opened(demos, self.skipped))
+            shown = list(self.opened(demos))
             if len(shown) < len(demos):
                 self.skipped["episode with a demonstration that cannot be read"] += 1
                 continue
-            for query in opened(queries, self.skipped):
+            for query in self.opened(queries):
                 yield self._episode([*shown, query], targets=(len(shown),))
 
     def _lines(self, seed: int) -> Iterator[tuple[list[Pair], list[Pair]]]:

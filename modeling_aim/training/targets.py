@@ -128,7 +128,7 @@ class EpisodeCollator:
         """Inputs, `labels`, `demos` (a list for each row), `sources`, what was `skipped`, and the teacher's inputs."""
         skipped: Counter[str] = sum((episode.skipped for episode in episodes), Counter())
         rows = [(episode.pairs[:place], episode.pairs[place]) for episode in episodes for place in episode.targets]
-        rows, inputs, labels = self._fitting(rows, skipped)
+        rows, inputs, labels = self._fitting(self._readable(rows, skipped), skipped)
         batch: dict[str, Any] = {
             **inputs.to(self.dtype),
             "labels": labels,
@@ -141,6 +141,18 @@ class EpisodeCollator:
             full, known = encode_targets(self.processor, self.frame, [target for _, target in rows], fronts)
             batch["teacher"] = {**full.to(self.dtype), "labels": known}
         return batch
+
+    def _readable(self, rows: Sequence[Any], skipped: Counter[str]) -> list[Any]:
+        """Rows without the demonstrations and targets that the backbone cannot read; these are counted."""
+        pairs = {id(pair): pair for demos, target in rows for pair in (*demos, target)}
+        reasons = {name: self.processor.why_unreadable(pair) for name, pair in pairs.items()}
+        skipped.update(reason for reason in reasons.values() if reason is not None)
+        kept = [
+            ([pair for pair in demos if reasons[id(pair)] is None], target)
+            for demos, target in rows
+            if reasons[id(target)] is None
+        ]
+        return [(demos, target) for demos, target in kept if demos]
 
     def _front(self, demos: Sequence[Demonstration]) -> tuple[str, list[Any]]:
         """Demonstrations as the teacher reads them: words, and images where it sees them."""

@@ -22,7 +22,7 @@ from transformers import Trainer, TrainingArguments
 
 from ..backbone_aim import check_backbone, longest_prompt
 from ..configuration_aim import AimConfig
-from ..pretrained_aim import PROJECTOR_WEIGHTS
+from ..pretrained_aim import DIGEST_KEY, PROJECTOR_WEIGHTS
 from .episodes import Episode
 from .kept_states import KeptStates
 from .optimizer import OPTIMIZERS, MuonAndAdamW
@@ -130,6 +130,7 @@ class AimTrainer(Trainer):
                 "DeepSpeed cuts weights into flat pieces, and Muon needs matrices: use optimizer='adamw'."
             )
         self.teacher, self.distillation, self.temperature = teacher, distillation, temperature
+        self._verdicts: list[torch.Tensor] = []
         self.skipped: Counter[str] = Counter()
         taken = inspect.signature(model.backbone.forward).parameters
         self._keeps_logits = "logits_to_keep" in taken
@@ -147,6 +148,8 @@ class AimTrainer(Trainer):
             inputs["logits_to_keep"] = int((scored.shape[1] - scored.argmax(dim=1)).max()) + 1
         labels = inputs["labels"]
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if not model.training:
+            self._verdicts.append(_right(outputs.logits, labels))
         if taught is not None:
             divergence = self._divergence(outputs.logits, labels, taught, num_items_in_batch)
             loss = (1 - self.distillation) * loss + self.distillation * divergence
@@ -180,6 +183,42 @@ class AimTrainer(Trainer):
                 "positions. Distil from text (teacher='text'), or with fewer shots."
             )
         return _at_targets(model(**inputs).logits, labels)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Trainer's evaluation, with the share of targets of which every token is the most likely one."""
+        self._verdicts = []
+        metrics = super().evaluate(*args, **kwargs)
+        right = torch.cat(self._verdicts) if self._verdicts else torch.zeros(0, device=self.args.device)
+        counts = self.accelerator.reduce(torch.stack([right.sum(), right.new_tensor(len(right))]).to(self.args.device))
+        accuracy = {"eval_accuracy": round(float(counts[0] / counts[1].clamp(min=1)), 4)}
+        self.log(accuracy)
+        return {**metrics, **accuracy}
+
+    @property
+    def held_out_losses(self) -> dict[int, float]:
+        """Loss on held-out data by step; step 0 is before training."""
+        return {int(row["step"]): row["eval_loss"] for row in self.state.log_history if "eval_loss" in row}
+
+    @property
+    def improved(self) -> bool:
+        """Whether training brought the held-out loss below that of step 0; `True` where nothing is held out."""
+        losses = self.held_out_losses
+        return 0 not in losses or len(losses) < 2 or min(losses.values()) < losses[0]
+
+    @property
+    def verdict(self) -> str:
+        """In one sentence what training did on held-out data."""
+        losses = self.held_out_losses
+        if 0 not in losses or len(losses) < 2:
+            return "Nothing was held out, so nothing tells whether training helped."
+        best = min((step for step in losses if step), key=losses.__getitem__)
+        if self.improved:
+            return f"Held-out loss {losses[0]:.4f} before training, {losses[best]:.4f} at step {best}, which is kept."
+        return (
+            f"Training never got below the held-out loss of step 0 ({losses[0]:.4f}; the best after it is "
+            f"{losses[best]:.4f}, at step {best}), so the untrained projector is kept. Train on other data, longer, "
+            "or at a lower rate."
+        )
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One step; a loss that is not finite stops the run before it reaches the weights."""
@@ -226,12 +265,20 @@ def load_projector(model: Any, checkpoint: str) -> None:
     """
     config = AimConfig.from_pretrained(checkpoint)
     check_backbone(model.backbone, config.backbone_config, config.backbone_fingerprint)
-    model._load_projector(str(Path(checkpoint) / PROJECTOR_WEIGHTS), checkpoint)
+    digest = getattr(config, DIGEST_KEY, None)
+    model._load_projector(str(Path(checkpoint) / PROJECTOR_WEIGHTS), checkpoint, digest)
 
 
 def _muon() -> Any:
     """A factory as Trainer takes it for optimizers that choose the weights themselves."""
     return lambda model, **options: MuonAndAdamW((p for p in model.parameters() if p.requires_grad), **options)
+
+
+def _right(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """For each row whether every target token is the most likely one, as 0 or 1; `logits` may lack first positions."""
+    labels = labels[:, -logits.shape[1] :][:, 1:].to(logits.device)
+    same = logits[:, :-1].argmax(dim=-1) == labels
+    return (same | (labels == -100)).all(dim=1).float()
 
 
 def _at_targets(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,1 @@
+../../modeling_aim/images_aim.py

@@ -1,0 +1,1 @@
+../../modeling_aim/choice_aim.py

@@ -1,0 +1,1 @@
+../../../modeling_aim/backbone_aim.py

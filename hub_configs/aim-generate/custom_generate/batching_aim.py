@@ -1,0 +1,1 @@
+../../../modeling_aim/batching_aim.py

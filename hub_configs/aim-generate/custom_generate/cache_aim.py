@@ -1,0 +1,1 @@
+../../../modeling_aim/cache_aim.py

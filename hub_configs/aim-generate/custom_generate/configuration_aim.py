@@ -1,0 +1,1 @@
+../../../modeling_aim/configuration_aim.py

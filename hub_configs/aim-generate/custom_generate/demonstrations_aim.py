@@ -1,0 +1,1 @@
+../../../modeling_aim/demonstrations_aim.py

@@ -1,0 +1,1 @@
+../../../modeling_aim/families_aim.py

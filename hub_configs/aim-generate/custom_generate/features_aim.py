@@ -1,0 +1,1 @@
+../../../modeling_aim/features_aim.py

@@ -1,0 +1,1 @@
+../../../modeling_aim/files_aim.py

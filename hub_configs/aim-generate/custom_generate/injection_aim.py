@@ -1,0 +1,1 @@
+../../../modeling_aim/injection_aim.py

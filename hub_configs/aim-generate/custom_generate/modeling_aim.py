@@ -1,0 +1,1 @@
+../../../modeling_aim/modeling_aim.py

@@ -1,0 +1,1 @@
+../../../modeling_aim/prefix_aim.py

@@ -1,0 +1,1 @@
+../../../modeling_aim/pretrained_aim.py

@@ -1,0 +1,1 @@
+../../../modeling_aim/processing_aim.py

@@ -1,0 +1,1 @@
+../../../modeling_aim/projector_aim.py

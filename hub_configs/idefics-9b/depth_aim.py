@@ -1,0 +1,1 @@
+../../modeling_aim/depth_aim.py

@@ -1,0 +1,318 @@
+"""Leaving demonstrations out: which ones, what answers them, and what their scores say of the depth of states."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from .configuration_aim import AimConfig, default_depth
+from .demonstrations_aim import Demonstration, kind_of, parse_demos
+
+CHANCE = 0.05  # how likely a difference this large may be where there is none
+FEW = 20  # with fewer answers, a difference that chance explains may still be one
+NEGLIGIBLE = 0.02  # nats a token: a fiftieth of an answer's probability is no reason to leave the default
+FLIPS = 4096  # draws of signs; all of them where there are no more
+
+
+@dataclass(frozen=True)
+class DepthScore:
+    """How likely the left-out answers are in one way to show the other demonstrations.
+
+    Args:
+        name: `"zero-shot"`, `"words only"` or `"depth 13"`.
+        depth: where states enter; 0 is words only, `None` no demonstrations.
+        log_likelihood: mean log-likelihood of a token of the answer, in nats; each answer counts the same.
+        error: its standard error.
+        over_words: mean difference to words only, answer by answer.
+        over_words_error: standard error of that difference.
+        accuracy: share of answers of which every token is the most likely one after those before it.
+    """
+
+    name: str
+    depth: int | None
+    log_likelihood: float
+    error: float
+    over_words: float
+    over_words_error: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class DepthChoice:
+    """What `choose_depth` found. Nothing is changed before `apply`.
+
+    Args:
+        depth: the best depth, or, where the demonstrations do not tell, the one that the model has.
+        beats_words: whether states at that depth are better than the demonstrations' words alone, beyond chance.
+        verdict: what was found, in a sentence.
+        rows: zero-shot, words only, and each depth.
+        left_out: answers that were asked for.
+        demonstrations: how many were read.
+        notes: what else there is to know: what was not left out, what did not fit, and the like.
+    """
+
+    depth: int
+    beats_words: bool
+    verdict: str
+    rows: tuple[DepthScore, ...]
+    left_out: int
+    demonstrations: int
+    notes: tuple[str, ...] = ()
+
+    def apply(self, model: Any) -> Any:
+        """Have `model` read and put back states at this depth from now on (`model.set_depth`), and return it."""
+        model.set_depth(self.depth)
+        return model
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON takes it."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"{'':12}{'log-likelihood':>18}{'over words only':>20}{'accuracy':>10}"]
+        for row in self.rows:
+            likelihood = f"{row.log_likelihood:.3f} ± {row.error:.3f}"
+            over = "" if row.depth == 0 else f"{row.over_words:+.3f} ± {row.over_words_error:.3f}"
+            chosen = "  <" if self.beats_words and row.depth == self.depth else ""
+            lines.append(f"{row.name:12}{likelihood:>18}{over:>20}{row.accuracy:>10.2f}{chosen}")
+        return "\n".join([*lines, self.verdict, *self.notes])
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A demonstration that is asked for.
+
+    Args:
+        number: its own among those that are read.
+        others: numbers of those that may answer it, first those that are shown first where not all fit.
+        known: characters with which all texts of its task begin ("this is"), and which are given with the question.
+    """
+
+    number: int
+    others: tuple[int, ...]
+    known: int = 0
+
+
+# --- what is left out
+
+
+def raw_tasks(demos: Any) -> list[list[Any]]:
+    """The raw demonstrations of each task, none of them opened."""
+
+    def are_raw(value: Any) -> bool:
+        return isinstance(value, (list, tuple)) and all(kind_of(one) == "demonstration" for one in value)
+
+    if kind_of(demos) is None and isinstance(demos, (list, tuple)):
+        if are_raw(demos):
+            return [list(demos)]
+        if all(kind_of(task) is None and are_raw(task) for task in demos):
+            return [list(task) for task in demos]
+    parsed = parse_demos(demos)  # raises where that is nothing at all
+    read = parsed if isinstance(parsed, list) else [parsed]
+    kinds = sorted({str(kind_of(one)) for one in read})
+    raise ValueError(
+        "choose_depth reads demonstrations at many depths, so it takes raw ones: a list of (image, text), (image, "
+        f"question, answer) or dicts with these, or one such list a task. Got {', '.join(kinds)}."
+    )
+
+
+def _bare(demo: Any) -> Demonstration:
+    """A raw demonstration without its images, which are not opened."""
+    if isinstance(demo, Mapping):
+        return Demonstration.of({key: value for key, value in demo.items() if key not in ("image", "images")})
+    return Demonstration.of((None, *demo[1:]) if isinstance(demo, (list, tuple)) else demo)
+
+
+def drawn_demonstrations(
+    tasks: Sequence[Sequence[Any]], processor: Any, most: int, seed: int
+) -> tuple[list[Demonstration], list[LeftOut], list[str]]:
+    """The demonstrations that are read, what is left out of them, and what a user must know about it."""
+    used: list[Demonstration] = []
+    left_out: list[LeftOut] = []
+    open_ended = not_drawn = 0
+    for number, task in enumerate(tasks):
+        rng = random.Random(f"{seed} {number}")
+        bare = [_bare(demo) for demo in task]
+        named = _is_naming(bare, processor)
+        drawn = [Demonstration.of(task[i]) for i in _pool(bare, most, named, rng)]
+        not_drawn += len(task) - len(drawn)
+        pool = list({demo.key: demo for demo in drawn}.values())  # an equal one would give the answer away
+        says = Counter(map(_says, pool))
+        known = _shared_words(pool) if named and not any(map(processor.is_label, pool)) else 0
+        first = len(used)
+        used += pool
+        for place, demo in enumerate(pool):
+            asked = bool(demo.images) or demo.question is not None
+            if not asked or len(pool) < 2 or (named and says[_says(demo)] < 2):
+                continue
+            open_ended += not named
+            others = [other for other in range(len(pool)) if other != place]
+            rng.shuffle(others)
+            others.sort(key=lambda other: _says(pool[other]) != _says(demo))  # its own label must be shown
+            left_out.append(LeftOut(first + place, tuple(first + other for other in others), known))
+    if not left_out:
+        raise ValueError(_nothing_left_out(used, max(map(len, tasks), default=0)))
+    notes = []
+    if not_drawn:
+        notes.append(f"{len(used)} demonstrations were used, {not_drawn} not (most={most} a task, drawn at random).")
+    if len(left_out) < len(used):
+        notes.append(
+            f"{len(used) - len(left_out)} demonstrations were shown but not asked for: no other one has their label, "
+            "or they have neither image nor question."
+        )
+    if open_ended:
+        notes.append(
+            f"{open_ended} answers are captions or sentences that do not come again: what the others tell of them is "
+            "their style more than their content, so this is weak evidence. Labels tell more."
+        )
+    return used, left_out, notes
+
+
+def _is_naming(demos: Sequence[Demonstration], processor: Any) -> bool:
+    """Whether what demonstrations say are labels: bare names, or words of which at least half come again."""
+    says = Counter(map(_says, demos))
+    again = sum(count for count in says.values() if count > 1)
+    return all(processor.is_label(demo) for demo in demos) or 2 * again >= len(demos)
+
+
+def _shared_words(demos: Sequence[Demonstration]) -> int:
+    """Characters of the words with which all texts begin, where they answer no question; at least one word is left."""
+    if not demos or any(demo.question is not None for demo in demos):
+        return 0
+    words = [demo.text.split(" ") for demo in demos]
+    shared = 0
+    while all(len(row) > shared + 1 and row[: shared + 1] == words[0][: shared + 1] for row in words):
+        shared += 1
+    return len(" ".join([*words[0][:shared], ""]))
+
+
+def _says(demo: Demonstration) -> tuple[str | None, str]:
+    return demo.question, demo.text
+
+
+def _pool(task: Sequence[Demonstration], most: int, named: bool, rng: random.Random) -> list[int]:
+    """Numbers of at most `most` demonstrations, in their order; labels in turn, of each at least two."""
+    if len(task) <= most:
+        return list(range(len(task)))
+    order = rng.sample(range(len(task)), len(task))
+    if not named:
+        return sorted(order[:most])
+    groups: dict[Any, list[int]] = {}
+    for i in order:
+        groups.setdefault(_says(task[i]), []).append(i)
+    several = [group for group in groups.values() if len(group) > 1][: max(most // 2, 1)]
+    turns = [
+        group[turn] for turn in range(max(map(len, several), default=0)) for group in several if turn < len(group)
+    ]
+    rest = [i for i in order if i not in set(turns)]
+    return sorted([*turns, *rest][:most])
+
+
+def _nothing_left_out(used: Sequence[Demonstration], most: int) -> str:
+    """Why nothing can be left out of the demonstrations, of which a task has at most `most`."""
+    if most < 2 or len(used) < 2:
+        return (
+            f"choose_depth got {len(used)} demonstration{'s' * (len(used) != 1)} a task (equal ones count once): when "
+            "one is left out, no other is there to answer it from. Give at least 2 of one task, better 16 or more."
+        )
+    return (
+        f"Each of the {len(used)} demonstrations says something else ({', '.join(d.text[:20] for d in used[:4])}, "
+        "...), or has neither image nor question: when one is left out, no other tells its label, so leaving out "
+        "cannot tell a depth. Give at least two demonstrations of a label."
+    )
+
+
+# --- the verdict
+
+
+def _mean_and_error(values: torch.Tensor) -> tuple[float, float]:
+    error = values.std() / len(values) ** 0.5 if len(values) > 1 else torch.tensor(0.0)
+    return float(values.mean()), float(error)
+
+
+def chosen_depth(
+    config: AimConfig,
+    scores: Mapping[int | None, Sequence[float]],
+    right: Mapping[int | None, Sequence[bool]],
+    demonstrations: int,
+    notes: list[str],
+) -> DepthChoice:
+    """The choice that the scores of all answers give."""
+    exact = {source: torch.tensor(row, dtype=torch.float64) for source, row in scores.items()}
+    rows = []
+    for source, values in exact.items():
+        name = {None: "zero-shot", 0: "words only"}.get(source, f"depth {source}")
+        figures = (*_mean_and_error(values), *_mean_and_error(values - exact[0]))
+        rows.append(DepthScore(name, source, *figures, sum(right[source]) / len(values)))
+    zero, words, *deep = rows
+    start = default_depth(config.num_layers or 1)
+    own = config.entry_layers[0] if len(config.entry_layers) == 1 and config.entry_layers[0] > 0 else start
+    chance = chance_of_best(torch.stack([exact[row.depth] - exact[0] for row in deep]))
+    better = [row for row, likely in zip(deep, chance, strict=True) if likely <= CHANCE]
+    level = _level_with_best(better, exact)
+    pick = min(level, key=lambda row: abs((row.depth or 0) - start), default=None)  # the first is the best
+    best = max(deep, key=lambda row: row.log_likelihood)
+    count = len(exact[0])
+    over = f"{(pick or best).over_words:+.3f} ± {(pick or best).over_words_error:.3f} nats a token"
+    if pick is not None:
+        verdict = f"Depth {pick.depth} beats words only by {over[1:]} ({count} answers)."
+        if pick is not level[0]:
+            verdict += f" Depth {level[0].depth} is level with it, but further from the default."
+    elif (count < FEW and best.over_words > 0) or 2.0**-count > CHANCE:
+        verdict = (
+            f"Too few demonstrations to tell ({count} answers): the best depth, {best.depth}, is at {over} to words "
+            f"only, which may be chance. Depth {own} stays."
+        )
+    else:
+        verdict = (
+            f"No depth beats words only: the best, {best.depth}, is at {over} to it ({count} answers). What the "
+            f"images of the demonstrations show does not help here. Depth {own} stays."
+        )
+    if zero.log_likelihood > max(best.log_likelihood, words.log_likelihood):
+        notes = [*notes, "Zero-shot is better than all of them: these demonstrations do not help this backbone."]
+    depth = own if pick is None else pick.depth or start
+    return DepthChoice(depth, pick is not None, verdict, tuple(rows), count, demonstrations, tuple(notes))
+
+
+def _level_with_best(rows: Sequence[DepthScore], scores: Mapping[int | None, torch.Tensor]) -> list[DepthScore]:
+    """Best first, the depths that are no further behind the best than the standard error of the difference.
+
+    A difference of less than `NEGLIGIBLE` is none.
+    """
+    level: list[DepthScore] = []
+    for row in sorted(rows, key=lambda row: -row.log_likelihood):
+        behind, error = _mean_and_error(scores[(level or [row])[0].depth] - scores[row.depth])
+        if behind <= max(error, NEGLIGIBLE):
+            level.append(row)
+    return level
+
+
+def chance_of_best(differences: torch.Tensor) -> list[float]:
+    """How likely a mean difference as large as each depth's is for the best of all depths, were there none.
+
+    The differences of an answer to words only would then have either sign, the same for all depths. What is compared
+    is the mean over its standard error, of the best depth for each draw of signs.
+
+    Args:
+        differences: `(depths, answers)`.
+
+    Returns:
+        A probability a depth, corrected for there being several depths.
+    """
+    count = differences.shape[1]
+    if 2**count <= FLIPS:
+        signs = 1.0 - 2.0 * (torch.arange(2**count)[:, None] >> torch.arange(count) & 1).to(differences)
+    else:
+        drawn = torch.randint(0, 2, (FLIPS, count), generator=torch.Generator().manual_seed(0))
+        signs = torch.cat([torch.ones(1, count), 1.0 - 2.0 * drawn]).to(differences)
+    means = signs @ differences.T / count
+    squares = differences.square().mean(dim=1)  # whatever the signs
+    spread = (squares - means.square()).clamp(min=1e-12)
+    best = (means / spread.sqrt()).amax(dim=1)
+    own = means[0] / spread[0].sqrt()  # the first draw turns no sign
+    return [float((best >= one - 1e-9).double().mean()) for one in own]

@@ -1,0 +1,49 @@
+"""Options of every command that loads a model, and loading it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .. import AimForConditionalGeneration
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadingSettings:
+    """How a model is loaded.
+
+    Args:
+        revision: revision of the repository.
+        dtype: precision of the backbone: bfloat16, float16 or float32; by default its own.
+        load_in_4bit: load the backbone in 4-bit, for a laptop.
+        device_map: where the backbone goes, such as "auto" or "cuda".
+    """
+
+    revision: str | None = None
+    dtype: str | None = None
+    load_in_4bit: bool = False
+    device_map: str | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of `from_pretrained`.
+
+        Raises:
+            ValueError: there is no such precision.
+        """
+        from .. import laptop_quantization_config
+        from ..runs import PRECISIONS
+
+        if self.dtype not in (None, *PRECISIONS):
+            raise ValueError(f"--dtype {self.dtype!r}: expected one of {', '.join(PRECISIONS)}.")
+        options: dict[str, Any] = {"device_map": self.device_map}
+        options |= {"revision": self.revision} if self.revision else {}
+        options |= {"dtype": PRECISIONS[self.dtype]} if self.dtype else {}
+        options |= {"quantization_config": laptop_quantization_config()} if self.load_in_4bit else {}
+        return options
+
+    def load(self, repo: str) -> AimForConditionalGeneration:
+        """The model of an AIM repository."""
+        from .. import AimForConditionalGeneration
+
+        return AimForConditionalGeneration.from_pretrained(repo, **self.options())

@@ -1,0 +1,271 @@
+"""The depth at which states enter, chosen on the user's own demonstrations: leave one out, and ask for its answer.
+
+What it asks of a model's hooks is a method of the model, since a class loaded as remote code has context variables of
+its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .backbone_aim import decoder_layers, longest_prompt, preserved_state
+from .batching_aim import CPU_POSITIONS, PASS_POSITIONS
+from .choice_aim import DepthChoice, LeftOut, chosen_depth, drawn_demonstrations, raw_tasks
+from .configuration_aim import AimConfig, default_depth
+from .demonstrations_aim import Demonstration, FusedDemonstrations
+from .injection_aim import FusedPrompt, injected
+
+MOST_DEPTHS = 12  # of a deep decoder, evenly spread; the default depth and the model's own come on top
+ASKED = ("chat", "plain")
+
+
+class DepthMixin:
+    """What `AimForConditionalGeneration` does to choose a depth; `self` is the model."""
+
+    @torch.no_grad()
+    def choose_depth(
+        self: Any,
+        demos: Any,
+        depths: Sequence[int] | None = None,
+        *,
+        most: int = 32,
+        prompts: str = "chat",
+        seed: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> DepthChoice:
+        """Find out at which depth states should enter, from demonstrations alone; the model is not changed.
+
+        Each demonstration is left out in turn and asked for as a query, from the others of its task. What is compared
+        is the likelihood of its answer: of its label, of the answer to its question, or of the whole text of a
+        caption (where texts come again, of what they do not all begin with). Of labels only those are left out that
+        another demonstration has too.
+
+        All demonstrations are read once, for all depths together. Their states are kept in memory (not on the
+        accelerator) until this returns: words x depths x hidden size numbers. The pass that reads them holds those of
+        at most 8192 positions (1024 on a CPU) on the accelerator.
+
+        Args:
+            demos: raw demonstrations of a task, or a list of such lists, one a task: several tasks tell more.
+            depths: the candidates, from 1 to one less than the decoder's layers; all of these when `None`, of a deep
+                decoder a dozen, evenly spread.
+            most: demonstrations of each task that are used, drawn with `seed` where there are more, labels in turn.
+            prompts: how the left-out question is put: `"chat"`, in the backbone's chat template where it has one, or
+                `"plain"`, as demonstrations are read. Labels and captions are always put as they are read.
+            seed: decides what is drawn.
+            progress: called after each pass with how many prompts have been computed, and how many there are.
+
+        Raises:
+            ValueError: the model has weights, which are bound to their depth; the backbone has no stack of decoder
+                layers; there are fewer than two demonstrations, or no label comes twice; a demonstration is too long
+                for the backbone; or a setting is out of its range.
+        """
+        decoder_layers(self.backbone)  # raises where there is no stack of them
+        check_weightless(self.config)
+        candidates = _candidates(self.config, depths)
+        if prompts not in ASKED or most < 2:
+            raise ValueError(f"prompts={prompts!r}, most={most}: expected one of {', '.join(ASKED)}, and at least 2.")
+        used, left_out, notes = drawn_demonstrations(raw_tasks(demos), self.processor, most, seed)
+        total, done = len(used) + len(left_out) * (len(candidates) + 2), 0
+
+        def computed(prompts: int) -> None:
+            nonlocal done
+            done += prompts
+            if progress is not None:
+                progress(done, total)
+
+        states: dict[int, torch.Tensor] = {}
+        for number, read, _ in self._read_batches(used, layers=candidates):
+            states[number] = read.cpu().unflatten(-1, (len(candidates), -1))
+            computed(1)
+        words = self.word_ids(used)
+        sources = [None, 0, *candidates]
+        scores: dict[int | None, list[float]] = {source: [] for source in sources}
+        right: dict[int | None, list[bool]] = {source: [] for source in sources}
+        shown: list[int] = []
+        for batch in _batches(self, used, left_out, words):
+            inputs, mask = _encoded(self.processor, [(used[one.number], one.known) for one in batch], prompts)
+            contexts = [_fitting(self, one, used, words, inputs["input_ids"].shape[1]) for one in batch]
+            shown += map(len, contexts)
+            inputs = inputs.to(self.device, self.dtype)
+            for source in sources:
+                fused = [_fused(self, one, source, candidates, states, words) for one in contexts]
+                found = _answer_scores(self, inputs, mask, fused, source)
+                scores[source] += found[0]
+                right[source] += found[1]
+                computed(len(batch))
+        others = [len(one.others) for one in left_out]
+        if sum(shown) < sum(others):
+            notes.append(
+                f"Of up to {max(others)} other demonstrations {min(shown)} to {max(shown)} were shown: more do not "
+                f"fit into the backbone's {longest_prompt(self.backbone.config)} positions."
+            )
+        return chosen_depth(self.config, scores, right, len(used), notes)
+
+    def set_depth(self: Any, depth: int) -> None:
+        """Read and put back states at another depth from now on; no other thread may be answering meanwhile.
+
+        What was read at the depth before is refused then, by its source. Save the model to keep the new depth.
+
+        Args:
+            depth: from 1 to one less than the decoder's layers; 0 puts the words' own embeddings there.
+
+        Raises:
+            ValueError: the model has weights, which are bound to their depth; or there is no such depth.
+        """
+        decoder_layers(self.backbone)  # raises where there is no stack of them
+        check_weightless(self.config)
+        if isinstance(depth, bool) or not isinstance(depth, int) or not 0 <= depth < self.config.num_layers:
+            raise ValueError(f"depth={depth!r}: expected a whole number from 0 to {self.config.num_layers - 1}.")
+        self.config.read_layers, self.config.entry_layers = [depth], [depth]
+        self.read_cache.clear()
+        self.prefix_cache.clear()
+
+
+def check_weightless(config: AimConfig) -> None:
+    """Raise `ValueError` where a model has weights, so that its depth is not free to choose."""
+    if config.projector_form == "identity":
+        return
+    name = config.backbone_name_or_path or "BACKBONE"
+    raise ValueError(
+        f"This model has weights ({config.projector_form}, read at {config.read_layers}, entering at "
+        f"{config.entry_layers}), and they are bound to their depth. To choose a depth for its backbone without "
+        "weights: type(model).from_backbone(model.backbone, model.processor).choose_depth(demos), or aim tune "
+        f"--backbone {name}. Weights for another depth are trained there: aim train --read-layers K."
+    )
+
+
+def _candidates(config: AimConfig, depths: Sequence[int] | None) -> list[int]:
+    """The depths that are compared, in order."""
+    layers = config.num_layers or 0
+    inner = list(range(1, layers))
+    if depths is None:
+        if not inner:
+            raise ValueError(f"The decoder has {layers} layers; to choose a depth between layers takes two or more.")
+        if len(inner) <= MOST_DEPTHS:
+            return inner
+        spread = {inner[i * (len(inner) - 1) // (MOST_DEPTHS - 1)] for i in range(MOST_DEPTHS)}
+        return sorted(spread | {default_depth(layers)} | set(config.entry_layers).intersection(inner))
+    if not depths or not set(depths) <= set(inner) or len(set(depths)) < len(depths):
+        raise ValueError(f"depths={list(depths)}: expected different whole numbers from 1 to {layers - 1}.")
+    return sorted(depths)
+
+
+def _batches(
+    model: Any, used: Sequence[Demonstration], left_out: Sequence[LeftOut], words: Sequence[torch.Tensor]
+) -> Iterator[list[LeftOut]]:
+    """What is asked for in one pass: with images or without, of about one length, bounded in positions."""
+    lengths = dict(enumerate(model.processor.reading_lengths(used)))
+    shown = {one.number: sum(len(words[other]) for other in one.others) for one in left_out}
+    positions = CPU_POSITIONS if model.device.type == "cpu" else PASS_POSITIONS
+    order = sorted(left_out, key=lambda one: (bool(used[one.number].images), lengths[one.number], one.number))
+    batch: list[LeftOut] = []
+    longest = 0
+    for one in order:
+        longest = max(longest, lengths[one.number] + shown[one.number])
+        other = batch and bool(used[one.number].images) != bool(used[batch[0].number].images)
+        if batch and (other or (len(batch) + 1) * longest > positions):
+            yield batch
+            batch, longest = [], lengths[one.number] + shown[one.number]
+        batch.append(one)
+    yield batch
+
+
+# --- one pass
+
+
+def _encoded(processor: Any, asked: Sequence[tuple[Demonstration, int]], prompts: str) -> tuple[Any, torch.Tensor]:
+    """Queries with their answers behind them, and a mask of the answers' tokens.
+
+    Args:
+        processor: the model's.
+        asked: demonstrations, and how many characters of what they say is given with the question.
+        prompts: as for `choose_depth`.
+    """
+    texts, spans = [], []
+    for demo, known in asked:
+        front = processor.image_text * len(demo.images)
+        words, start, end = processor.word(demo)
+        question = words[: start + known]
+        if demo.question is not None and prompts == "chat" and processor.chat_template is not None:
+            front, question = "", processor.prompt(demo.question, images=len(demo.images))
+            question += "" if question[-1:].isspace() else " "
+        texts.append(front + question + words[start + known : end])
+        spans.append((len(front + question), len(texts[-1])))
+    inputs, mask = processor.encode_spans([list(demo.images) for demo, _ in asked], texts, spans)
+    empty = [demo.text for (demo, _), row in zip(asked, mask, strict=True) if not bool(row.any())]
+    if empty:
+        raise ValueError(f"The tokenizer finds no token in the answers of these demonstrations: {empty[:3]}.")
+    return inputs, mask
+
+
+def _fitting(
+    model: Any, one: LeftOut, used: Sequence[Demonstration], words: Sequence[torch.Tensor], length: int
+) -> list[int]:
+    """The other demonstrations that fit before a prompt of `length` tokens, in their order."""
+    longest = longest_prompt(model.backbone.config)
+    room = None if longest is None else longest - length
+    chosen: list[int] = []
+    for other in one.others:
+        if room is None or len(words[other]) <= room:
+            chosen.append(other)
+            room = None if room is None else room - len(words[other])
+    if not chosen:
+        shortest = min(len(words[other]) for other in one.others)
+        raise ValueError(
+            f"The demonstration {used[one.number].text[:40]!r} takes {length} tokens as a query, and the shortest of "
+            f"the others {shortest}, but the backbone has {longest} positions: none fits before it. Give shorter "
+            "demonstrations, or fewer or smaller images in each."
+        )
+    return sorted(chosen)
+
+
+def _fused(
+    model: Any,
+    context: Sequence[int],
+    depth: int | None,
+    candidates: Sequence[int],
+    states: Mapping[int, torch.Tensor],
+    words: Sequence[torch.Tensor],
+) -> FusedDemonstrations | None:
+    """Demonstrations as they enter at a depth; at 0 their words' embeddings, which is the prompt with their words."""
+    if depth is None:
+        return None
+    ids = torch.cat([words[i] for i in context])
+    if depth == 0:
+        vectors = model.backbone.get_input_embeddings()(ids.to(model.device)[None])[0]
+    else:
+        vectors = torch.cat([states[i][:, candidates.index(depth)] for i in context]).to(model.device)
+    return FusedDemonstrations(vectors, tuple(len(words[i]) for i in context), ids)
+
+
+def _answer_scores(
+    model: Any, inputs: Any, mask: torch.Tensor, fused: Sequence[FusedDemonstrations | None], depth: int | None
+) -> tuple[list[float], list[bool]]:
+    """Mean log-likelihood of the tokens of each row's answer, and whether each of them is the most likely one.
+
+    Args:
+        model: the model.
+        inputs: the queries with their answers, padded on the left.
+        mask: `(batch, length)`, true at the tokens of the answer.
+        fused: demonstrations of each row.
+        depth: where they enter, `None` where there are none.
+    """
+    given, prompt = dict(inputs), None
+    if depth is not None:
+        bos = getattr(model.config.get_text_config(), "bos_token_id", None)
+        prompt = FusedPrompt(given, fused, bos, model.backbone, (depth,))
+        given = prompt.inputs
+    kept = mask.shape[1] - int(mask.int().argmax(dim=1).min()) + 1  # from the token before the first answer
+    if "logits_to_keep" in inspect.signature(model.backbone.forward).parameters:
+        given["logits_to_keep"] = kept
+    with preserved_state(model.backbone), injected(prompt):
+        logits = model.backbone(**given, use_cache=False, return_dict=True).logits
+    logits = logits[:, -kept:-1].float().log_softmax(dim=-1)
+    ids, here = (one[:, 1 - kept :].to(logits.device) for one in (inputs["input_ids"], mask))
+    said = logits.gather(-1, ids[..., None])[..., 0]
+    likeliest = ((logits.argmax(dim=-1) == ids) | ~here).all(dim=1)
+    return (torch.where(here, said, 0.0).sum(dim=1) / here.sum(dim=1)).tolist(), likeliest.tolist()

@@ -1,0 +1,297 @@
+"""Images are opened here alone: from files, URLs, bytes and arrays, with bounds on what may be opened.
+
+What a user hands over as an image is theirs. A path, a URL or bytes may come from somebody else, who chooses what a
+decoder runs on: so formats and pixels are bounded, and whoever serves others refuses paths and private addresses.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import ipaddress
+import os
+import socket
+import ssl
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from typing import Any
+from urllib.request import (
+    HTTPDefaultErrorHandler,
+    HTTPErrorProcessor,
+    HTTPHandler,
+    HTTPRedirectHandler,
+    HTTPSHandler,
+    OpenerDirector,
+    ProxyHandler,
+    Request,
+)
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")  # no EPS: it is a program
+IMAGE_SOURCES = ("any", "public", "given")
+DOWNLOAD_SECONDS = 20.0
+DOWNLOAD_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class ImageRules:
+    """Which images may be opened; settings of a processor.
+
+    Args:
+        max_pixels: most pixels of an image, width times height; what Pillow warns of by default. Pillow itself
+            refuses twice `PIL.Image.MAX_IMAGE_PIXELS`, whatever is given here.
+        sources: `"any"`: files and URLs too; `"public"`: URLs of public addresses, but no files of this machine and
+            no private, loopback or link-local address, nor redirects to one; `"given"`: neither files nor URLs, only
+            images, arrays, bytes and base64.
+
+    Raises:
+        ValueError: a setting is out of its range.
+    """
+
+    max_pixels: int = 89_478_485
+    sources: str = "any"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.max_pixels, bool) or not isinstance(self.max_pixels, int) or self.max_pixels < 1:
+            raise ValueError(f"max_image_pixels={self.max_pixels!r}: expected a whole number, 1 or more.")
+        if self.sources not in IMAGE_SOURCES:
+            raise ValueError(f"image_sources={self.sources!r}: expected one of {', '.join(IMAGE_SOURCES)}.")
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raise `ValueError` for an image `(width, height)` of too many pixels."""
+        if size[0] * size[1] > self.max_pixels:
+            raise ValueError(
+                f"it has {size[0]} x {size[1]} pixels, more than max_image_pixels={self.max_pixels} of the processor"
+            )
+
+
+def open_image(image: Any, rules: ImageRules | None = None) -> Image.Image:
+    """Load one image as RGB.
+
+    Args:
+        image: a PIL image, an array `(height, width[, 1, 3 or 4])`, uint8 or float in 0..1, bytes of an image file, a
+            path, a URL, a `data:` URL or base64.
+        rules: what may be opened.
+
+    Raises:
+        ValueError: it cannot be read, is cut short, has too many pixels or numbers that are not finite, or comes from
+            where nothing may be opened; the message says which image and why.
+    """
+    rules = rules or ImageRules()
+    try:
+        if isinstance(image, np.ndarray | torch.Tensor):
+            return _of_array(image, rules)
+        if not isinstance(image, Image.Image):
+            with Image.open(_file(image, rules), formats=_formats()) as opened:
+                return _loaded(opened, rules)
+        return _loaded(image, rules)
+    except Exception as error:
+        raise ValueError(
+            f"Cannot read the image {image!r:.120} ({type(error).__name__}: {error}). "
+            "Give a PIL image, an image file, a URL or an array (height, width, 3)."
+        ) from error
+
+
+def is_readable(image: bytes | str | os.PathLike[str]) -> bool:
+    """Whether a file, or its bytes, begins as an image does that may be opened; its pixels are not read."""
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=_formats()) as opened:
+            ImageRules().check_size(opened.size)
+        return True
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
+
+
+def is_address(text: Any) -> bool:
+    """Whether a text names an image by URL."""
+    return isinstance(text, str) and text.lower().startswith(("http://", "https://"))
+
+
+def opened_images(images: Any, rules: ImageRules) -> Any:
+    """Images of a query however they are nested: those that are a path, URL or bytes opened, the others checked.
+
+    Images and arrays stay as they are, so that the backbone's processor gets what it was given.
+    """
+    if isinstance(images, (list, tuple)):
+        return [opened_images(image, rules) for image in images]
+    if isinstance(images, (str, bytes, os.PathLike)):
+        return open_image(images, rules)
+    if isinstance(images, Image.Image):
+        try:
+            rules.check_size(images.size)
+            images.load()
+        except Exception as error:
+            raise ValueError(f"Cannot read the image {images!r:.120} ({type(error).__name__}: {error}).") from error
+    elif isinstance(images, np.ndarray | torch.Tensor):
+        _check_finite(images)
+    return images
+
+
+def opened_chat(chat: Any, rules: ImageRules) -> list[Any]:
+    """A chat with its images opened, so that nothing else fetches them.
+
+    Raises:
+        ValueError: an image cannot be opened, or a video is named that may not be fetched.
+    """
+    return [_opened_turn(turn, rules) for turn in chat]
+
+
+def _opened_turn(turn: Any, rules: ImageRules) -> Any:
+    content = turn.get("content")
+    if not isinstance(content, (list, tuple)):
+        return turn
+    blocks = []
+    for block in content:
+        kind = block.get("type") if isinstance(block, Mapping) else None
+        if kind in ("video", "audio") and rules.sources != "any":
+            given = block.get(kind)
+            if given is None or isinstance(given, (str, os.PathLike)):
+                raise ValueError(f"image_sources={rules.sources!r}: a {kind} is not fetched; give it opened.")
+        if kind in ("image", "image_url"):
+            blocks += [{"type": "image", "image": opened_images(one, rules)} for one in block_images(block)] or [block]
+        else:
+            blocks.append(block)
+    return {**turn, "content": blocks}
+
+
+def block_images(block: Mapping[str, Any]) -> list[Any]:
+    """Images that a block of a chat names, in any of the usual ways."""
+    if block["type"] == "image":
+        return [block[key] for key in ("image", "url", "path", "base64") if block.get(key) is not None]
+    if block["type"] == "image_url":
+        address = block["image_url"]
+        return [address["url"] if isinstance(address, Mapping) else address]
+    return []
+
+
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _loaded(image: Image.Image, rules: ImageRules) -> Image.Image:
+    rules.check_size(image.size)  # before its pixels are decoded
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def _check_finite(pixels: Any) -> None:
+    tensor = pixels if isinstance(pixels, torch.Tensor) else None
+    if tensor is not None and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise ValueError("Cannot read the image: it has pixels that are not finite (NaN or infinite).")
+    if tensor is None and pixels.dtype.kind == "f" and not bool(np.isfinite(pixels).all()):
+        raise ValueError("Cannot read the image: it has pixels that are not finite (NaN or infinite).")
+
+
+def _of_array(image: Any, rules: ImageRules) -> Image.Image:
+    pixels = np.asarray(image)
+    if pixels.ndim == 3 and pixels.shape[-1] not in (1, 3, 4) and pixels.shape[0] in (1, 3, 4):
+        pixels = np.moveaxis(pixels, 0, -1)
+    if pixels.ndim >= 2:
+        rules.check_size((pixels.shape[1], pixels.shape[0]))
+    _check_finite(pixels)
+    top = 1 if pixels.dtype.kind in "fb" else 255
+    if pixels.size == 0 or pixels.min() < 0 or pixels.max() > top:
+        found = "none" if pixels.size == 0 else f"{pixels.min()}..{pixels.max()}"
+        raise ValueError(f"pixels of type {pixels.dtype} must lie in 0..{top}, found {found}")
+    pixels = (pixels * (255 // top)).round().astype(np.uint8) if top == 1 else pixels.astype(np.uint8)
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).convert("RGB")
+
+
+def _file(image: Any, rules: ImageRules) -> Any:
+    """A path, or the bytes of an image in memory."""
+    if isinstance(image, (bytes, bytearray)):
+        return io.BytesIO(image)
+    path = os.fspath(image) if isinstance(image, os.PathLike) else image
+    if not isinstance(path, str):
+        raise TypeError(f"an image cannot be a {type(image).__name__}")
+    if is_address(path):
+        return io.BytesIO(fetched(path, rules))
+    if rules.sources == "any" and os.path.isfile(path):
+        return path
+    try:
+        text = path.split(",", 1)[1] if path.startswith("data:") else path
+        return io.BytesIO(base64.b64decode("".join(text.split()), validate=True))
+    except (binascii.Error, ValueError, IndexError):
+        if rules.sources != "any":
+            raise ValueError(f"image_sources={rules.sources!r}: no file of this machine is opened") from None
+        raise FileNotFoundError("there is no such file, and it is no URL and no base64") from None
+
+
+# --- URLs
+
+
+def fetched(url: str, rules: ImageRules) -> bytes:
+    """The bytes at a URL, `DOWNLOAD_BYTES` at most, in `DOWNLOAD_SECONDS`.
+
+    Raises:
+        ValueError: nothing may be fetched from there, or it is too large or too slow.
+        OSError: it cannot be fetched.
+    """
+    if rules.sources == "given":
+        raise ValueError("image_sources='given': no URL is fetched")
+    deadline = time.monotonic() + DOWNLOAD_SECONDS
+    request = Request(url, headers={"User-Agent": "modeling-aim"})
+    chunks, size = [], 0
+    try:
+        with _opener(rules).open(request, timeout=DOWNLOAD_SECONDS) as answer:
+            while chunk := answer.read1(2**16):
+                chunks.append(chunk)
+                size += len(chunk)
+                if size > DOWNLOAD_BYTES:
+                    raise ValueError(f"it is larger than {DOWNLOAD_BYTES} bytes")
+                if time.monotonic() > deadline:
+                    raise ValueError(f"it took longer than {DOWNLOAD_SECONDS:g} seconds")
+    except HTTPException as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
+    return b"".join(chunks)
+
+
+def _opener(rules: ImageRules) -> OpenerDirector:
+    """Speaks HTTP(S) and nothing else, redirects included; every connection is checked where addresses are."""
+    opener = OpenerDirector()
+    handlers: list[Any] = [HTTPRedirectHandler(), HTTPDefaultErrorHandler(), HTTPErrorProcessor()]
+    if rules.sources == "any":
+        handlers += [ProxyHandler(), HTTPHandler(), HTTPSHandler()]
+    else:
+        handlers += [_PublicHTTP(), _PublicHTTPS()]
+    for handler in handlers:
+        opener.add_handler(handler)
+    return opener
+
+
+def _public_socket(host: str, port: int, timeout: Any) -> socket.socket:
+    """A connection to an address that was looked at, so that no second look-up can give another one."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for _, _, _, _, place in found:
+        address: Any = ipaddress.ip_address(str(place[0]).partition("%")[0])
+        address = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None) or address
+        if not address.is_global or address.is_multicast:
+            raise ValueError(f"{host} is {address}, which is no public address (image_sources='public')")
+    return socket.create_connection((str(found[0][4][0]), port), timeout)
+
+
+class _PublicConnection(HTTPConnection):
+    def connect(self) -> None:
+        self.sock = _public_socket(self.host, self.port, self.timeout)
+
+
+class _PublicTLSConnection(HTTPSConnection):
+    def connect(self) -> None:
+        plain = _public_socket(self.host, self.port, self.timeout)
+        self.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=self.host)
+
+
+class _PublicHTTP(HTTPHandler):
+    def http_open(self, req: Request) -> Any:
+        return self.do_open(_PublicConnection, req)
+
+
+class _PublicHTTPS(HTTPSHandler):
+    def https_open(self, req: Request) -> Any:
+        return self.do_open(_PublicTLSConnection, req)

@@ -1,0 +1,270 @@
+"""Images are opened in one place: bounds on formats, pixels and numbers, and from where they may come."""
+
+from __future__ import annotations
+
+import base64
+import io
+import struct
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from backbones import DEMOS, Plugin, build, picture
+from PIL import Image
+from test_bad_input import fails
+
+from modeling_aim import AimForConditionalGeneration, AimProcessor, Demonstration, images_aim
+from modeling_aim.data.images import is_image
+from modeling_aim.images_aim import ImageRules, open_image
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def claimed(width: int, height: int) -> bytes:
+    """A PNG that says it has so many pixels, without having them."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0")), (b"IEND", b"")]
+    chunks = (struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@pytest.fixture
+def eps(tmp_path: Path) -> Path:
+    """An EPS with the name of a PNG; Pillow would run Ghostscript for its pixels."""
+    picture(0).save(tmp_path / "page.eps", "EPS")
+    return (tmp_path / "page.eps").rename(tmp_path / "page.png")
+
+
+class Served:
+    """A server on this machine, and what was asked of it."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        served = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                served.asked.append(self.path)
+                if self.path.startswith("/to/"):
+                    self.send_response(302)
+                    self.send_header("Location", self.path.removeprefix("/to/"))
+                    self.end_headers()
+                    return
+                found = self.path == "/image.png"
+                self.send_response(200 if found or self.path == "/endless" else 404)
+                self.end_headers()
+                if found:
+                    self.wfile.write(png(picture(0)))
+                while self.path == "/endless":
+                    try:
+                        self.wfile.write(b"\0" * 2**16)
+                    except OSError:
+                        return
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+
+@pytest.fixture
+def served() -> Iterator[Served]:
+    found = Served()
+    threading.Thread(target=found.server.serve_forever, daemon=True).start()
+    yield found
+    found.server.shutdown()
+    found.server.server_close()
+
+
+def ways(aim: Plugin, processor: AimProcessor, image: Any) -> dict[str, Callable[[], Any]]:
+    """Every way in which an image reaches a model: demonstrations and queries, in calls and chats."""
+    model = AimForConditionalGeneration(aim.model.config, aim.backbone, processor)
+    prompt = processor.prompt("What is this?")
+    chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What?"}]}]
+    if isinstance(image, str):
+        chat[0]["content"][0] = {"type": "image", "url": image}
+    answered = {"role": "assistant", "content": [{"type": "text", "text": "A dax."}]}
+    last = {"role": "user", "content": [{"type": "image", "image": picture(9)}, {"type": "text", "text": "What?"}]}
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    inputs = aim.query()
+    return {
+        "read": lambda: model.read([(image, "dax")]),
+        "generate": lambda: model.generate(**inputs, demos=[(image, "dax")], max_new_tokens=1),
+        "rows": lambda: model.generate(**inputs, demos=[[(image, "dax")]], max_new_tokens=1),
+        "forward": lambda: model(**inputs, demos=[(image, "dax")]),
+        "query": lambda: processor(images=[image], text=prompt, return_tensors="pt"),
+        "query's demos": lambda: processor(
+            images=[picture(9)], text=prompt, demos=[(image, "dax")], return_tensors="pt"
+        ),
+        "chat": lambda: processor.apply_chat_template(chat, **options),
+        "few-shot chat": lambda: processor.apply_chat_template([*chat, answered, last], **options),
+    }
+
+
+@pytest.fixture(scope="module")
+def smolvlm() -> Plugin:
+    backbone = build("smolvlm")
+    return Plugin("smolvlm", AimForConditionalGeneration.from_backbone(backbone.model, backbone.processor))
+
+
+def with_rules(aim: Plugin, **settings: Any) -> AimProcessor:
+    return AimProcessor(aim.processor.processor, **settings)
+
+
+@pytest.mark.parametrize("family", ["llava", "smolvlm"])
+def test_images_of_too_many_pixels_are_refused_however_they_come(family: str, request: Any, tmp_path: Path) -> None:
+    aim: Plugin = request.getfixturevalue(family)
+    large = picture(0, (50, 41))
+    large.save(tmp_path / "large.png")
+    processor = with_rules(aim, max_image_pixels=2000)
+    for image in (large, str(tmp_path / "large.png")):
+        for name, way in ways(aim, processor, image).items():
+            fails(way, "50 x 41", "max_image_pixels=2000"), name
+    fails(lambda: open_image(np.zeros((50, 41, 3), dtype=np.uint8), processor.image_rules), "41 x 50", "2000")
+    for name, way in ways(aim, with_rules(aim, max_image_pixels=2050), str(tmp_path / "large.png")).items():
+        assert way() is not None, name
+
+
+def test_a_png_of_169_megapixels_is_not_decoded() -> None:
+    for image in (claimed(13000, 13000), claimed(60000, 60000)):
+        fails(lambda image=image: open_image(image), "Cannot read the image", "pixels")
+        assert not is_image(image)
+
+
+def test_no_format_that_is_a_program_is_opened(llava: Plugin, eps: Path) -> None:
+    for image in (eps, str(eps), eps.read_bytes()):
+        fails(lambda image=image: open_image(image), "cannot identify image file")
+        assert not is_image(image)
+    for name, way in ways(llava, llava.processor, str(eps)).items():
+        fails(way, "cannot identify image file"), name
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"])
+def test_the_formats_of_photographs_are_opened(kind: str) -> None:
+    file = io.BytesIO()
+    if kind not in Image.SAVE and (Image.init() or kind not in Image.SAVE):
+        pytest.skip(f"this Pillow writes no {kind}")
+    picture(0).save(file, kind)
+    assert open_image(file.getvalue()).size == picture(0).size
+
+
+def test_an_image_cut_short_behind_its_header_is_named(llava: Plugin, tmp_path: Path) -> None:
+    for kind in ("PNG", "JPEG"):
+        path = tmp_path / f"half.{kind.lower()}"
+        picture(0, (200, 200)).save(path, kind)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        lazy = Image.open(path)
+        for image in (str(path), path.read_bytes(), lazy):
+            for name, way in ways(llava, llava.processor, image).items():
+                fails(way, "Cannot read the image"), name
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_pixels_that_are_not_finite_are_no_image(llava: Plugin, bad: float) -> None:
+    pixels = np.full((32, 32, 3), 0.5, dtype=np.float32)
+    pixels[3, 4, 1] = bad
+    for image in (pixels, torch.from_numpy(pixels), pixels.astype(np.float64)):
+        for name, way in ways(llava, llava.processor, image).items():
+            fails(way, "finite"), name
+
+
+def test_files_urls_and_data_are_opened_as_a_local_tool_does(llava: Plugin, served: Served, tmp_path: Path) -> None:
+    picture(0).save(tmp_path / "image.png")
+    text = base64.b64encode(png(picture(0))).decode()
+    for image in (
+        str(tmp_path / "image.png"), tmp_path / "image.png", f"{served.url}/image.png",
+        f"data:image/png;base64,{text}",
+        text, png(picture(0)), f"{served.url}/to/{served.url}/image.png",
+    ):  # fmt: skip
+        assert open_image(image).tobytes() == picture(0).tobytes(), image
+    for name, way in ways(llava, llava.processor, f"{served.url}/image.png").items():
+        assert way() is not None, name
+    fails(lambda: open_image(f"{served.url}/nowhere.png"), "404")
+
+
+def test_a_server_that_never_ends_holds_nobody_up(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(images_aim, "DOWNLOAD_BYTES", 2**20)
+        fails(lambda: open_image(f"{served.url}/endless"), "larger than 1048576 bytes")
+    with monkeypatch.context() as patch:
+        patch.setattr(images_aim, "DOWNLOAD_SECONDS", 0.3)
+        fails(lambda: open_image(f"{served.url}/endless"), "longer than 0.3 seconds|larger")
+
+
+def test_who_serves_others_opens_neither_files_nor_private_addresses(
+    llava: Plugin, served: Served, tmp_path: Path
+) -> None:
+    picture(0).save(tmp_path / "secret.png")
+    private = [
+        f"{served.url}/image.png", served.url.replace("127.0.0.1", "localhost") + "/image.png",
+        "http://[::1]/x.png", "http://169.254.169.254/latest/meta-data", "http://10.0.0.1/x.png",
+        "http://[::ffff:127.0.0.1]/x.png", "http://0.0.0.0/x.png", "http://2130706433/x.png",
+        str(tmp_path / "secret.png"), f"file://{tmp_path}/secret.png",
+    ]  # fmt: skip
+    for sources in ("public", "given"):
+        processor = with_rules(llava, image_sources=sources)
+        for image in private:
+            for name, way in ways(llava, processor, image).items():
+                message = fails(way, "image_sources|unknown url type")
+                assert "secret" not in message or "no file" in message or "no URL" in message, name
+        with pytest.raises(ValueError, match="no file of this machine"):
+            open_image(tmp_path / "secret.png", processor.image_rules)
+        text = base64.b64encode(png(picture(0))).decode()
+        for image in (picture(0), png(picture(0)), f"data:image/png;base64,{text}"):
+            assert open_image(image, processor.image_rules).tobytes() == picture(0).tobytes()
+    assert not served.asked, "an address was asked before it was refused"
+
+
+def test_a_redirect_to_a_private_address_is_refused(
+    llava: Plugin, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first address counts as public here; what it sends on to is looked at again."""
+    look = images_aim._public_socket
+    first = f"http://127.0.0.1:{served.server.server_port}"
+
+    def one_is_public(host: str, port: int, timeout: Any) -> Any:
+        if (host, port) == ("127.0.0.1", served.server.server_port):
+            return images_aim.socket.create_connection((host, port), timeout)
+        return look(host, port, timeout)
+
+    monkeypatch.setattr(images_aim, "_public_socket", one_is_public)
+    rules = ImageRules(sources="public")
+    assert open_image(f"{first}/image.png", rules).size == picture(0).size
+    other = f"http://localhost:{served.server.server_port}/image.png"
+    fails(lambda: open_image(f"{first}/to/{other}", rules), "localhost is", "no public address")
+    fails(lambda: open_image(f"{first}/to/file:///etc/hostname", rules), "Cannot read the image")
+    assert served.asked.count("/image.png") == 1
+
+
+def test_the_settings_are_saved_and_checked(llava: Plugin, tmp_path: Path) -> None:
+    processor = with_rules(llava, max_image_pixels=123, image_sources="public")
+    processor.save_pretrained(tmp_path)
+    assert AimProcessor.from_pretrained(tmp_path).image_rules == ImageRules(123, "public")
+    assert AimProcessor.from_pretrained(tmp_path, image_sources="given").image_sources == "given"
+    for settings, words in (
+        ({"max_image_pixels": 0}, "max_image_pixels=0"),
+        ({"max_image_pixels": "many"}, "max_image_pixels='many'"),
+        ({"image_sources": "none"}, "given"),
+        ({"label_template": 3}, "label_template=3"),
+        ({"question_template": None}, "question_template=None"),
+        ({"image_prompt": 5}, "image_prompt=5"),
+        ({"few_shot_chats": "no"}, "few_shot_chats='no'"),
+    ):
+        fails(lambda settings=settings: with_rules(llava, **settings), words)
+
+
+def test_words_with_a_lone_surrogate_are_named(llava: Plugin) -> None:
+    for demo in ((None, "a \ud800 dax"), (None, "what \udfff?", "a dax"), {"label": "\udc80"}):
+        fails(lambda demo=demo: Demonstration.of(demo), "lone surrogate")
+        fails(lambda demo=demo: llava.model.read([*DEMOS, demo]), "lone surrogate")

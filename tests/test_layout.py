@@ -1,0 +1,96 @@
+"""How the package is laid out: which room may import which, and what the command line loads before it has to."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import modeling_aim
+
+PACKAGE = Path(modeling_aim.__file__).parent
+# the lock that all tokenizing takes; a fast tokenizer keeps its padding as state
+PRIVATE_NAMES = {"_TOKENIZING"}
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(name: str) -> list[tuple[str, str]]:
+    """Modules of the package that a module imports anywhere in its file, also for types, with the names it takes."""
+    path = MODULES[name]
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        base = package[: len(package) - node.level + 1] + (node.module.split(".") if node.module else [])
+        for alias in node.names:
+            submodule = ".".join([*base, alias.name])
+            found.append((submodule, "") if submodule in MODULES else (".".join(base), alias.name))
+    return found
+
+
+def room(name: str) -> str:
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 and (PACKAGE / parts[1]).is_dir() else ""
+
+
+def test_no_import_cycle() -> None:
+    graph = {name: {target for target, _ in imports(name)} for name in MODULES}
+    try:
+        order = list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"import cycle: {' -> '.join(error.args[1])}")
+    assert set(order) == set(MODULES)
+
+
+def test_no_private_name_is_imported() -> None:
+    found = {
+        (name, taken)
+        for name in MODULES
+        for _, taken in imports(name)
+        if taken.startswith("_") and taken != "__version__"
+    }
+    assert {taken for _, taken in found} <= PRIVATE_NAMES, found
+
+
+def test_rooms_below_do_not_import_those_above() -> None:
+    forbidden = {
+        "data": {"training", "evaluation", "speed", "cli"},
+        "training": {"evaluation", "speed", "cli"},
+        "evaluation": {"training", "speed", "cli"},
+        "speed": {"evaluation", "cli"},
+    }
+    for name in MODULES:
+        rooms = {room(target) for target, _ in imports(name)}
+        assert not rooms & forbidden.get(room(name), set()), f"{name} imports {rooms}"
+        if "evaluation.tasks" in name:
+            assert not any(target.endswith(("modeling_aim", ".subject", ".runner")) for target, _ in imports(name))
+
+
+def test_models_are_registered_wherever_the_package_loads_one() -> None:
+    """`from .. import AimForConditionalGeneration` registers the classes; importing its file alone does not."""
+    for name in MODULES:
+        if not name.endswith(("_aim", ".registered")):
+            assert ("modeling_aim.modeling_aim", "AimForConditionalGeneration") not in imports(name), name
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["bank", "--help"], ["answer", "--help"]])
+def test_help_needs_no_torch(arguments: list[str]) -> None:
+    code = "import sys, runpy\ntry:\n    runpy.run_module('modeling_aim', run_name='__main__')\n"
+    code += "finally:\n    print(sorted({'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+    expected = ("modeling-aim", "transformers", "torch", "bitsandbytes") if arguments == ["--version"] else ("Usage",)
+    assert all(word in done.stdout for word in expected)

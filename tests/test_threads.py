@@ -1,0 +1,131 @@
+"""Threads that answer, read, compute losses and switch modes on one model: each gets what it gets alone."""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from backbones import DEMOS, Plugin, picture, plugin
+from test_reading import loss_of
+
+from modeling_aim.backbone_aim import answering
+
+FAMILIES = ("llava", "qwen2_5_vl", "smolvlm")
+
+
+@pytest.fixture
+def hasty() -> Iterator[None]:
+    """Threads take turns as often as they can."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def recomputing(aim: Plugin) -> list[Any]:
+    return [module for module in aim.backbone.modules() if module.training]
+
+
+def in_training(family: str) -> Plugin:
+    aim = plugin(family)
+    aim.model.gradient_checkpointing_enable()
+    aim.model.train()
+    return aim
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_64_calls_in_8_threads_while_it_is_trained_with_checkpointing(family: str) -> None:
+    aim = in_training(family)
+    first, second = aim.query(), aim.query("Which of all of them is this?", image=20)
+    fused = aim.model.read(DEMOS[:3])
+    jobs: tuple[Callable[[], torch.Tensor], ...] = (
+        lambda: aim.answer(first, fused),
+        lambda: aim.answer(second, DEMOS[:2]),
+        lambda: aim.answer(second),
+        lambda: aim.model.read([(picture(30), "something else altogether")]).vectors,
+        lambda: loss_of(aim).detach(),
+    )
+    alone = [job() for job in jobs]
+    plan = [number % len(jobs) for number in range(64)]
+    random.Random(0).shuffle(plan)
+
+    def switched(_: int) -> torch.Tensor:
+        aim.model.train()
+        return torch.zeros(())
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(jobs[number]) for number in plan]
+        modes = [pool.submit(switched, number) for number in range(16)]
+        found = [answer.result() for answer in answers]
+        assert all(mode.exception() is None for mode in modes)
+    wrong = [number for number, answer in zip(plan, found, strict=True) if not torch.equal(answer, alone[number])]
+    assert not wrong, f"{len(wrong)} of 64 calls gave something else than alone: {sorted(set(wrong))}"
+    assert recomputing(aim), "recomputing is off after the answers"
+
+
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_mode_set_last_holds_when_the_last_answer_has_ended(family: str, last: bool) -> None:
+    """Of two answers that overlap the first to begin ends first; no answer sees training mode."""
+    aim = in_training(family)
+    layers = recomputing(aim)
+    first, second = answering(aim.backbone), answering(aim.backbone)
+    first.__enter__()
+    aim.model.train(not last)
+    second.__enter__()
+    assert not recomputing(aim)
+    aim.model.train(last)
+    first.__exit__(None, None, None)
+    assert not recomputing(aim)
+    second.__exit__(None, None, None)
+    assert recomputing(aim) == (layers if last else [])
+    assert aim.model.training is last and aim.model.projector.training is last
+
+
+def test_setting_the_mode_never_shows_another_thread_dropout() -> None:
+    """`train()` leaves parts of the backbone alone that are as they should be."""
+    aim = in_training("llava")
+    seen: set[str] = set()
+    stop = threading.Event()
+    parts = [module for module in aim.backbone.modules() if module not in set(recomputing(aim))]
+
+    def watch() -> None:
+        while not stop.is_set():
+            seen.update(type(module).__name__ for module in parts if module.training)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        for _ in range(200):
+            aim.model.eval()
+            aim.model.train()
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert not seen
+
+
+def test_a_gradient_beside_answers_is_the_gradient_alone() -> None:
+    aim = in_training("llava")
+    inputs, fused = aim.query(), aim.model.read(DEMOS[:2])
+    loss_of(aim).backward()
+    alone = [weight.grad.clone() for weight in aim.model.projector.parameters()]
+    wanted = aim.answer(inputs, fused)
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(aim.answer, inputs, fused) for _ in range(24)]
+        for _ in range(6):
+            aim.model.zero_grad()
+            loss_of(aim).backward()
+            for weight, before in zip(aim.model.projector.parameters(), alone, strict=True):
+                torch.testing.assert_close(weight.grad, before, rtol=1e-5, atol=1e-7)
+        assert all(torch.equal(answer.result(), wanted) for answer in answers)
