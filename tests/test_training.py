@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -41,8 +42,10 @@ from modeling_aim.training import (
     ShotLaw,
     Source,
     TrainSettings,
+    open_source,
     train,
 )
+from modeling_aim.training.optimizer import usual_rate
 from modeling_aim.training.run import RUN_FILE, last_checkpoint
 from modeling_aim.training.trainer import LengthGrouped
 
@@ -126,6 +129,7 @@ def settings(saved_backbone: str, tmp_path: Path) -> TrainSettings:
         dtype="float32",
         save_every=2,
         log_every=1,
+        held_out=0.0,
         arguments={"use_cpu": True, "disable_tqdm": True},
     )
 
@@ -204,7 +208,7 @@ def test_only_the_projector_learns_and_the_loss_falls(family: str, tmp_path: Pat
     assert sum(losses(run)[-4:]) < sum(losses(run)[:4])
 
 
-@pytest.mark.parametrize("form", PROJECTOR_FORMS)
+@pytest.mark.parametrize("form", [form for form in PROJECTOR_FORMS if form != "identity"])
 def test_every_form_learns(form: str, tmp_path: Path) -> None:
     model = backbones.plugin("llava", projector_form=form, read_layers=[1, -1]).model
     run = trainer(model, tmp_path, max_steps=16)
@@ -213,17 +217,18 @@ def test_every_form_learns(form: str, tmp_path: Path) -> None:
 
 
 def test_a_new_projector_is_by_default_what_learned_best(settings: TrainSettings) -> None:
-    """Reading stops at the middle layer, 2 of 3; Muon's rate goes by the projector's longest side, 2 x 64."""
+    """It maps at the input and at a depth, 1 of 3; Muon's rate goes by the projector's longest side, 2 x 64."""
     run = train(replace(settings, learning_rate=None))
     config: Any = run.model.config  # type: ignore[union-attr]
-    assert (config.projector_form, config.read_layers) == ("residual_mlp", [2])
-    assert run.optimizer.optimizer.parts[0].param_groups[0]["initial_lr"] == pytest.approx(0.6 / 128**0.5)  # type: ignore[union-attr]
+    assert (config.projector_form, config.read_layers, config.entry_layers) == ("residual_mlp", [0, 1], [0, 1])
+    assert run.args.learning_rate == 1e-3 and settings.optimizer == "adamw"
+    assert usual_rate("muon", run.model.projector.parameters()) == pytest.approx(0.6 / 128**0.5)  # type: ignore[union-attr]
     assert (run.train_dataset.episodes.law.law, run.train_dataset.episodes.law.most) == ("exponential", 2)  # type: ignore
     settled = json.loads((Path(settings.output) / RUN_FILE).read_text())["settled"]
-    assert settled == {"learning_rate": 0.05303, "read_layers": [2]}
-    assert "| learning rate | 0.05303 |" in (Path(settings.output) / "README.md").read_text()
+    assert settled == {"learning_rate": 1e-3, **config.form}
+    assert "| learning rate | 0.001 |" in (Path(settings.output) / "README.md").read_text()
     with pytest.raises(ValueError, match="optimizer='adamw'"):
-        replace(settings, arguments={"optim": "adafactor"})
+        replace(settings, optimizer="muon", arguments={"optim": "adafactor"})
 
 
 def test_muon_takes_the_matrices_and_leaves_the_rest_to_adamw(tmp_path: Path) -> None:
@@ -276,7 +281,7 @@ def test_distillation_brings_the_student_nearer_to_its_teacher(family: str, teac
 
 def test_a_4_bit_backbone_trains(saved_backbone: str, tmp_path: Path) -> None:
     model = AimForConditionalGeneration.from_backbone(
-        saved_backbone, quantization_config=laptop_quantization_config(), dtype=torch.float32
+        saved_backbone, preset="trained", quantization_config=laptop_quantization_config(), dtype=torch.float32
     )
     packed = {name: value.clone() for name, value in model.backbone.state_dict().items()}
     run = trainer(model, tmp_path, max_steps=8)
@@ -438,7 +443,9 @@ def test_a_run_leaves_a_repository_that_answers(settings: TrainSettings, tmp_pat
     train(replace(settings, eval_data=(held,), eval_episodes=3))
     output = Path(settings.output)
     card = (output / "README.md").read_text()
-    assert "## Training" in card and settings.data[0] in card and "held-out episodes" in card
+    assert "## Training" in card and settings.data[0] in card and "eld-out loss" in card
+    history = json.loads(next(output.glob("checkpoint-*/trainer_state.json")).read_text())["log_history"]
+    assert next(row["step"] for row in history if "eval_loss" in row) == 0 and "eval_accuracy" in str(history)
     assert (output / "training.png").stat().st_size > 1000 and "training.png" in card
     pipe = pipeline("image-text-to-text", model=settings.output, trust_remote_code=True)
     demos = [{"image": picture(0), "label": "dax"}]
@@ -559,3 +566,52 @@ def test_settings_that_cannot_work_are_named(settings: TrainSettings) -> None:
     with pytest.raises(OSError, match="no/backbone"):
         train(replace(settings, backbone="/no/backbone"))
     assert not Path(settings.output).exists()
+
+
+# --- what is held out
+
+
+def test_a_share_of_the_documents_is_held_out_and_never_trained_on(tmp_path: Path) -> None:
+    spec = data_on_disk(tmp_path, 60)
+    train_part, held = Mixture([open_source(spec)[0]], [1.0], ShotLaw(2)).split(0.25)
+    images = []
+    for part in (train_part, held):
+        drawn = itertools.islice(part, 60)
+        images.append({pair.images[0].tobytes() for episode in drawn for pair in episode.pairs})
+    assert images[0] and images[1] and not images[0] & images[1]
+    assert 5 <= len(images[1]) <= 25
+
+
+def test_a_run_that_never_gets_above_the_untrained_start_keeps_that(
+    settings: TrainSettings,
+) -> None:
+    data = (data_on_disk(Path(settings.output).parent / "more", 60),)
+    run = train(replace(settings, data=data, held_out=0.25, learning_rate=0.0, steps=4))
+    assert sorted(run.held_out_losses) == [0, 2, 4] and not run.improved
+    weights = load_file(Path(settings.output) / "aim_projector.safetensors")
+    assert not any(weights[name].any() for name in weights if name.startswith("projector.layers.2"))
+    assert "never got below" in (Path(settings.output) / "README.md").read_text()
+
+
+def test_the_best_checkpoint_on_held_out_data_is_kept(settings: TrainSettings) -> None:
+    data = (data_on_disk(Path(settings.output).parent / "more", 60),)
+    run = train(replace(settings, data=data, held_out=0.25, steps=8))
+    losses = run.held_out_losses
+    assert sorted(losses) == [0, 2, 4, 6, 8] and run.improved
+    best = min(losses, key=losses.__getitem__)
+    kept = load_file(Path(settings.output) / "aim_projector.safetensors")
+    at_best = load_file(Path(settings.output) / f"checkpoint-{best}" / "aim_projector.safetensors")
+    assert all(torch.equal(kept[name], at_best[name]) for name in kept)
+
+
+def test_identity_has_nothing_to_train(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no weights to train.*preset='trained'"):
+        trainer(backbones.plugin("llava", preset="untrained").model, tmp_path)
+
+
+def test_an_untrained_repository_is_trained_at_its_depth(settings: TrainSettings, tmp_path: Path) -> None:
+    untrained = AimForConditionalGeneration.from_backbone(settings.backbone, read_layers=[2])
+    untrained.save_pretrained(tmp_path / "untrained")
+    run = train(replace(settings, backbone=str(tmp_path / "untrained"), steps=2))
+    config: Any = run.model.config  # type: ignore[union-attr]
+    assert (config.projector_form, config.read_layers) == ("residual_mlp", [0, 2])

@@ -377,8 +377,10 @@ def _model(settings: TrainSettings) -> Any:
 
 
 def _with_projector(model: Any, settings: TrainSettings) -> Any:
-    """A plug-in without weights, with a new projector at the depth where it reads."""
+    """A plug-in without weights, with a new projector at the input and at the depth where it reads."""
     config = copy.deepcopy(model.config)
+    config.read_layers = list(settings.read_layers or sorted({0, *config.read_layers}))
+    config.entry_layers = None
     config.projector_form = settings.projector_form or PRESETS["trained"]["projector_form"]
     config.projector_intermediate_size = settings.projector_size
     config.check()
