@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from modeling_aim.backbone_aim import decoder_layers, goes_on_behind_kv
 from modeling_aim.cli.bench import app
-from modeling_aim.prefix_aim import serves
+from modeling_aim.prefix_aim import prefix_kv, serves
 from modeling_aim.speed import measure
 from modeling_aim.speed.counting import COUNTED, Twin, analytic_kv, count, count_flops, kv_bytes
 from modeling_aim.speed.measure import Measuring, Memory
@@ -148,7 +148,7 @@ def test_methods_cost_what_is_counted(family: str, monkeypatch: pytest.MonkeyPat
     head = 2 * model.get_output_embeddings().weight.numel()
     answers = {}
     prefix = made.model.prefill(made.fused(shots))
-    kept = goes_on_behind_kv(model) and serves(made.model._prefix_kv(prefix)[0], padded=False)
+    kept = goes_on_behind_kv(model) and serves(prefix_kv(made.model, prefix, prompts.bos), padded=False)
     for name, prepare in METHODS.items():
         if name.endswith("bank-kv") and not kept:  # on the oldest releases of transformers
             continue

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from modeling_aim import Demonstration, FusedDemonstrations
 from modeling_aim.backbone_aim import decoder_layers, goes_on_behind_kv
-from modeling_aim.prefix_aim import serves
+from modeling_aim.prefix_aim import prefix_kv, serves
 from modeling_aim.speed.counting import COUNTED, Twin, analytic, analytic_kv, count, count_flops, kv_bytes
 from modeling_aim.speed.shapes import SHAPES, shape_config, shape_picture
 
@@ -26,8 +26,8 @@ CLOSE = 0.005
 class Expected:
     """What calls of a plug-in should cost, from the shapes of its weights and its images seen once."""
 
-    def __init__(self, family: str) -> None:
-        self.plugin: Plugin = plugin(family)
+    def __init__(self, family: str, preset: str = "paper") -> None:
+        self.plugin: Plugin = plugin(family, preset=preset)
         self.model = self.plugin.model
         self.backbone = self.plugin.backbone
         self.text = self.backbone.config.get_text_config()
@@ -81,12 +81,25 @@ class Expected:
         inputs, kept = self.plugin.processor.encode_demonstrations([Demonstration.of(demo) for demo in demos], "text")
         assert bool(inputs["attention_mask"].all())
         rows, length = inputs["input_ids"].shape
-        return self.images(inputs) + rows * self.decoder(length) + self.projector(int(kept.sum()))
+        return self.images(inputs) + rows * self.read_part * self.decoder(length) + self.projector(int(kept.sum()))
+
+    @property
+    def read_part(self) -> float:
+        """The part of the decoder that reading is: layers behind the one that is read do not run."""
+        [layer] = self.model.config.read_layers
+        return 1 if layer == -1 else layer / self.text.num_hidden_layers
 
 
-@pytest.fixture(scope="module", params=[*FAMILIES, *MORE_FAMILIES])
+AT_DEPTH = ("llava", "qwen2_5_vl", "idefics3")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[*((family, "paper") for family in (*FAMILIES, *MORE_FAMILIES)), *((f, "untrained") for f in AT_DEPTH)],
+    ids="-".join,
+)
 def expected(request: pytest.FixtureRequest) -> Expected:
-    return Expected(request.param)
+    return Expected(*request.param)
 
 
 @pytest.fixture(scope="module")
@@ -123,11 +136,12 @@ def test_reading_with_what_a_bank_keeps(expected: Expected) -> None:
     texts = count_flops(lambda: expected.model.read_states([Demonstration((), "abcdefgh")])).total
     assert found == pytest.approx(expected.read(DEMOS) + texts, rel=CLOSE)
     if expected.plugin.family not in (*HYBRID, "idefics"):
-        assert texts == pytest.approx(expected.decoder(alone["input_ids"].shape[1]), rel=CLOSE)
+        value = expected.read_part * expected.decoder(alone["input_ids"].shape[1])
+        assert texts == pytest.approx(value, rel=CLOSE)
 
 
 def test_reading_stops_at_its_layer() -> None:
-    shallow = plugin("llava", read_layers=[1])
+    shallow = plugin("llava", preset="paper", read_layers=[1])
     whole = Expected("llava")
     inputs, kept = shallow.processor.encode_demonstrations([Demonstration.of(demo) for demo in DEMOS], "text")
     layer = whole.decoder(inputs["input_ids"].shape[1]) / whole.text.num_hidden_layers
@@ -165,7 +179,8 @@ def test_answer_from_a_kept_prefix(expected: Expected, fused: FusedDemonstration
     length = inputs["input_ids"].shape[1]
     made = count_flops(lambda: model.prefill(fused)).total
     prefix = model.prefill(fused)
-    cache, bos = model._prefix_kv(prefix)
+    bos = model._bos_of(int(inputs["input_ids"][0, 0]))
+    cache = prefix_kv(model, prefix, bos)
     past = fused.num_tokens + len(bos)
     if expected.plugin.family != "idefics":
         assert made == pytest.approx(expected.decoder(past), rel=CLOSE)  # neither LM head nor image

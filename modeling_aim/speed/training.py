@@ -1,14 +1,13 @@
-"""Steps a second of training a projector at depth and for the input; run by `make bench`.
+"""Steps a second of training a projector, by the places where its tokens enter; run by `make bench`.
 
     python -m modeling_aim.speed.training                     # aim-tiny on this machine's cores
     python -m modeling_aim.speed.training --backbone llava-hf/llava-1.5-7b-hf --device cuda
 
-The projector at depth is the one that `aim train` makes by default: gradient stops where states enter, and a step has
-no backward pass below. The one for the input reads the same layer. Each is timed with reads kept, with reads not kept,
-and as the final pass alone. The floor is the final pass alone: fused tokens are given,
-the backbone answers, and gradient comes back to them. The rest of a step is what training adds: opening and encoding
-the targets, reading demonstrations or finding what was read, the projector, the optimizer. All take the same episodes
-in turn, in one run.
+The default projector of `aim train` enters at two places, the input and a depth. With the depth alone gradient stops
+there: a step has no backward pass below. With the input alone it reads the same depth. Each is timed with reads kept,
+with reads not kept, and as the final pass alone, which is the floor: fused tokens are given, the backbone answers, and
+gradient comes back to them. The rest of a step is what training adds: opening and encoding the targets, reading
+demonstrations or finding what was read, the projector, the optimizer. All take the same episodes in turn, in one run.
 """
 
 from __future__ import annotations
@@ -29,12 +28,13 @@ from transformers import TrainingArguments
 
 from .. import AimForConditionalGeneration, AimProcessor, Demonstration
 from ..backbone_aim import load_backbone
+from ..configuration_aim import default_depth
 from ..training import AimTrainer, Episode, KeptStates, TrainSettings
 
 AIM_TINY = str(Path(__file__).resolve().parents[2] / "hub_configs" / "aim-tiny" / "backbone")
 BOUND = 32 * 2**30
 NAMES = ("final pass alone", "reads kept", "reads not kept")
-PLACES: dict[str, dict[str, Any]] = {"at depth": {}, "at the input": {"entry_layers": [0]}}
+PLACES = ("both places", "depth alone", "input alone")
 
 
 def episodes(count: int, shots: int, pixels: int) -> list[Episode]:
@@ -132,8 +132,10 @@ def main() -> None:
     processor = AimProcessor.from_pretrained(args.backbone)
     with tempfile.TemporaryDirectory() as folder:
         turns = []
-        for place, entry in PLACES.items():
-            model = AimForConditionalGeneration.from_backbone(backbone, processor, preset="trained", **entry)
+        depth = [default_depth(backbone.config.get_text_config().num_hidden_layers)]
+        settings: tuple[dict[str, Any], ...] = ({}, {"read_layers": depth}, {"entry_layers": [0]})
+        for place, layers in zip(PLACES, settings, strict=True):
+            model = AimForConditionalGeneration.from_backbone(backbone, processor, preset="trained", **layers)
             turns.append((place, trainer_of(model, folder, args.device, args.pixels)))
         times: dict[str, list[float]] = {f"{place}: {name}": [] for place in PLACES for name in NAMES}
         floors = {place: [final_pass(trainer, batch) for batch in batches] for place, trainer in turns}
