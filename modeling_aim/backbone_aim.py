@@ -590,7 +590,7 @@ def load_backbone(name: str, **kwargs: Any) -> Any:
             f"{len(missing)} weights of {type(backbone).__name__} are missing in {folder}: {', '.join(missing[:3])}"
             f"{', ...' if len(missing) > 3 else ''}. Its files are incomplete, or another version of transformers "
             f"than {transformers.__version__} wrote them (config.json says {backbone.config.transformers_version}). "
-            "To go on with random weights in their place, load it with transformers and pass it as backbone=model."
+            "To use random weights in their place, load it with transformers and pass it as backbone=model."
         )
     return backbone
 

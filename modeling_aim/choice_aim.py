@@ -167,8 +167,8 @@ def drawn_demonstrations(
         )
     if open_ended:
         notes.append(
-            f"{open_ended} answers are captions or sentences that do not come again: what the others tell of them is "
-            "their style more than their content, so this is weak evidence. Labels tell more."
+            f"{open_ended} answers are captions or sentences that do not repeat: the other demonstrations show their "
+            "style more than their content, so this is weak evidence. Labels are better evidence."
         )
     return used, left_out, notes
 

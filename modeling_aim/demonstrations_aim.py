@@ -325,7 +325,7 @@ class FusedDemonstrations:
                     raise ValueError(f"its format is {metadata['format']!r:.40}, expected {FUSED_FORMAT!r}")
                 tensors = {name: file.get_tensor(name) for name in ("vectors", "ids")}
             if metadata["sha256"] != _digest(metadata["about"], tensors):
-                raise ValueError("its sha256 is another one")
+                raise ValueError("its sha256 does not match")
             about = json.loads(metadata["about"])
             lists: dict[str, Any] = {name: tuple(about[name]) for name in ("lengths", "keys", "texts")}
             return cls(**tensors, **lists, source=dict(about["source"]))

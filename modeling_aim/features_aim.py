@@ -113,7 +113,7 @@ class FeaturesMixin:
                 what, them = ("image", "images") if kind == "image" else ("words", "words")
                 raise ValueError(
                     f"Query {empty[0]} of {len(ids)} has no {what}, but {them} are compared. Give each query its "
-                    f'{them}, or choose in another way ("random" compares nothing).'
+                    f'{them}, or use another selection strategy ("random" compares nothing).'
                 )
             found[kind] = features
         return found

@@ -94,7 +94,7 @@ def prefilled(model: Any, rows: Sequence[tuple[Any, ...]], options: Mapping[str,
         return None
     found = _prefilled(model, prefixes, len(rows), options)
     if isinstance(found, str):
-        logger.warning_once(f"The KV of prefilled demonstrations is not used: {found}. They are answered from anyway.")
+        logger.warning_once(f"The KV of prefilled demonstrations is not used: {found}. Their fused tokens are.")
         return None
     return found
 

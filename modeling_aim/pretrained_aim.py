@@ -393,8 +393,8 @@ class AimPreTrainedModel(PreTrainedModel):
         ]
         if wrong:
             raise ValueError(
-                f"The {PROJECTOR_WEIGHTS} of {name} was trained with {', '.join(wrong)}, and its weights mean nothing "
-                "otherwise. Load it with its own settings, or train a new projector: aim train."
+                f"The {PROJECTOR_WEIGHTS} of {name} was trained with {', '.join(wrong)}, and its weights are not "
+                "valid with others. Load it with its own settings, or train a new projector: aim train."
             )
         if shapes != own:
             raise ValueError(
