@@ -1,6 +1,6 @@
-"""Any backbone, spoken to through the names that all families share: read it, recognise it, leave it as it was.
+"""Read, identify and load any backbone through the names that all families share, and leave its state unchanged.
 
-No family is named here. What is asked of a backbone is `base_model` (no LM head), `get_decoder`,
+No family is named here. A backbone has `base_model` (no LM head), `get_decoder`,
 `get_input_embeddings` and `config.get_text_config()`.
 """
 
@@ -35,8 +35,8 @@ from .batching_aim import repeat_images, shared_images
 from .families_aim import family_of
 from .files_aim import HUB_KWARGS
 
-INPUT, VISION, DECODER = -2, -3, -4  # what enters the first layer, leaves the vision tower, enters the decoder
-SHARED = -5  # asked for where images of a batch are equal: the call of the vision tower with each of them once
+INPUT, VISION, DECODER = -2, -3, -4  # the first layer's input, the vision tower's output, the decoder's input
+SHARED = -5  # where images of a batch are equal: the call of the vision tower with each of them once
 STATE_NAMES = ("rope_deltas",)  # what some backbones remember of the last prompt, as attributes of their modules
 
 _TURNS: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()
@@ -45,11 +45,11 @@ _READING: ContextVar[dict[int, Any] | None] = ContextVar("aim_reading", default=
 
 
 class _ReadFinished(Exception):
-    """Raised behind the last layer that is read: what comes after it need not run."""
+    """Raised after the last layer that is read, so that later layers do not run."""
 
 
 def why_not(backbone: PreTrainedModel) -> str | None:
-    """Why AIM cannot work with a backbone, in one sentence; `None` where nothing speaks against it."""
+    """Why AIM cannot work with a backbone, in one sentence; `None` where it can."""
     if backbone.config.is_encoder_decoder:
         return "it is an encoder-decoder, whose answer does not continue the prompt that fused tokens stand in."
     if not backbone.can_generate():
@@ -109,7 +109,7 @@ def watch_layers(backbone: PreTrainedModel) -> None:
     if tower is not None and tower is not backbone:
         tower.register_forward_pre_hook(_share_images, with_kwargs=True)
         tower.register_forward_hook(_keep_vision)
-    with suppress(ValueError):  # without a stack of layers the last state can be read; no other, nor image features
+    with suppress(ValueError):  # without a stack of layers only the last state can be read, and no image features
         layers = decoder_layers(backbone)
         for number, layer in enumerate(layers):
             layer.register_forward_pre_hook(partial(_keep_layer_input, number), with_kwargs=True)
@@ -117,7 +117,7 @@ def watch_layers(backbone: PreTrainedModel) -> None:
 
 
 def layer_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int | str, torch.Tensor]:
-    """The hidden states `(batch, length, width)` that a decoder layer is called with, and the argument they are."""
+    """The hidden states `(batch, length, width)` that a decoder layer is called with, and their argument."""
     given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     for place, value in given:
         if isinstance(value, torch.Tensor) and value.ndim == 3 and value.is_floating_point():
@@ -126,7 +126,7 @@ def layer_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int | s
 
 
 def _keep_layer_input(number: int, layer: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-    """Keep the state after `number` layers, and after those before them that this pass left out (cross-attention)."""
+    """Keep the state after `number` layers, also for earlier layers that this pass skipped (cross-attention)."""
     kept = _READING.get()
     if kept is None:
         return
@@ -155,7 +155,7 @@ def _lm_head(backbone: PreTrainedModel) -> nn.Module | None:
 
 
 def _keep_last(head: nn.Module, args: Any) -> None:
-    """What goes into the LM head is what a backbone without a model of its own below the head is read from."""
+    """Read a backbone that has no separate model below its LM head from the input of the head."""
     kept = _READING.get()
     if kept is not None and -1 in kept:
         kept[-1] = args[0]
@@ -197,7 +197,7 @@ def decoder_inputs(backbone: PreTrainedModel, inputs: Mapping[str, Any]) -> torc
     """The embeddings `(batch, length, width)` that the text decoder gets for a prompt.
 
     Raises:
-        ValueError: it gets more than embeddings at one position after another.
+        ValueError: it gets more than embeddings at consecutive positions.
     """
     kept: dict[int, Any] = {DECODER: None}
     token = _READING.set(kept)
@@ -232,7 +232,7 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def _captured(backbone: PreTrainedModel, inputs: Mapping[str, Any], wanted: Sequence[int]) -> dict[int, Any]:
-    """Run the backbone as far as it must for what is `wanted` of it: depths, -1, `INPUT`, `VISION` and `SHARED`."""
+    """Run the backbone only as far as needed for what is `wanted`: depths, -1, `INPUT`, `VISION` and `SHARED`."""
     kept: dict[int, Any] = dict.fromkeys(depth for depth in wanted if depth != 0)
     if not kept.keys() - {SHARED}:  # the embeddings alone
         return kept
@@ -251,7 +251,7 @@ def _captured(backbone: PreTrainedModel, inputs: Mapping[str, Any], wanted: Sequ
 def read_with_images(
     backbone: PreTrainedModel, inputs: Mapping[str, Any], read_layers: Sequence[int], share_images: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`read_hidden_states`, and of the same pass what `image_features` gives."""
+    """The results of `read_hidden_states` and `image_features` from one pass."""
     kept = _captured(backbone, inputs, [*read_layers, INPUT, VISION, *([SHARED] if share_images else [])])
     return _joined(backbone, inputs, kept, read_layers), _pooled_images(backbone, inputs, kept)
 
@@ -268,8 +268,8 @@ def _joined(
 def image_features(backbone: PreTrainedModel, inputs: Mapping[str, Any]) -> torch.Tensor:
     """The images of each row as the backbone's decoder gets them, averaged over their positions.
 
-    Vision tower and connector run, the decoder does not. Where images are not put among the words (cross-attention),
-    it is the output of the vision tower that is averaged.
+    Vision tower and connector run, the decoder does not. Where images have no positions in the prompt
+    (cross-attention), the output of the vision tower is averaged instead.
 
     Args:
         backbone: prepared by `watch_layers`.
@@ -337,7 +337,7 @@ def all_modules(backbone: nn.Module) -> list[nn.Module]:
 
 
 def weights_state(module: nn.Module) -> list[Any]:
-    """What changes whenever a weight of a module does, or moves, except by writing to its `.data`."""
+    """A value that changes when a weight of a module changes or moves, except by writing to its `.data`."""
     weights = [weight for part in all_modules(module) for weight in part._parameters.values() if weight is not None]
     return [(w.data_ptr(), w.dtype, -1 if w.is_inference() else w._version) for w in weights]
 
@@ -353,8 +353,11 @@ def remembers(backbone: PreTrainedModel) -> bool:
 
 
 def goes_on_behind_kv(backbone: PreTrainedModel, padded: bool = False) -> bool:
-    """Whether a prompt, `padded` or not, can go on behind KV that `generate` is given: not on every family, nor with
-    positions in the image grid and transformers before 5.23, the oldest on which that was tried and holds."""
+    """Whether `generate` can continue given KV by a prompt, `padded` or not.
+
+    Not on every family, nor with positions in the image grid on transformers before 5.23, the oldest release on which
+    this was tried and works.
+    """
     if family_of(backbone.config.model_type).prefix_kv not in ("always", "always" if padded else "unpadded"):
         return False
     return not remembers(backbone) or Version(Version(transformers.__version__).base_version) >= Version("5.23")
@@ -362,7 +365,7 @@ def goes_on_behind_kv(backbone: PreTrainedModel, padded: bool = False) -> bool:
 
 @contextmanager
 def one_at_a_time(backbone: PreTrainedModel) -> Iterator[None]:
-    """Calls of a backbone that remembers its last prompt (`STATE_NAMES`) wait for each other; others need not."""
+    """Serialize calls of a backbone that remembers its last prompt (`STATE_NAMES`); others run in parallel."""
     with _turn(backbone, all_modules(backbone)):
         yield
 
@@ -373,7 +376,7 @@ def _turn(backbone: PreTrainedModel, modules: Sequence[nn.Module]) -> AbstractCo
 
 @contextmanager
 def preserved_state(backbone: PreTrainedModel) -> Iterator[None]:
-    """`one_at_a_time`, after which the backbone remembers what it did before: no read leaks into an answer."""
+    """`one_at_a_time`, restoring afterwards what the backbone remembers, so that a read does not change an answer."""
     modules = all_modules(backbone)
     with _turn(backbone, modules):
         before = _remembered(modules)
@@ -385,10 +388,10 @@ def preserved_state(backbone: PreTrainedModel) -> Iterator[None]:
 
 
 class _Rest:
-    """Layers that recompute in training mode drop the KV cache: they rest while any thread answers.
+    """Layers that recompute in training mode drop the KV cache: they are in evaluation mode while any thread answers.
 
-    Their flag is shared by all threads, so it is switched off by the first answer that begins and on again behind the
-    last one that ends. A loss computed in another thread meanwhile is the same, without recomputing.
+    All threads share their flag: the first answer that begins switches it off, and the last one that ends switches it
+    on again. A loss computed in another thread meanwhile is the same, without recomputing.
     """
 
     def __init__(self) -> None:
@@ -397,12 +400,12 @@ class _Rest:
         self.resting: WeakSet[nn.Module] = WeakSet()  # weak: a value here must not keep its backbone alive
 
     def set_training(self, training: set[nn.Module], modules: Sequence[nn.Module]) -> None:
-        """Have `training`, of all `modules`, in training mode: now, or when the last answer has ended."""
+        """Put `training`, some of `modules`, in training mode: now, or when the last answer has ended."""
         with self.lock:
             self.resting = WeakSet(training if self.answers else ())
             for module in modules:
                 wanted = module in training and not self.answers
-                if module.training != wanted:  # never on and off again, which another thread would see
+                if module.training != wanted:  # never switched back and forth, which another thread would see
                     module.training = wanted
 
     @contextmanager
@@ -424,11 +427,11 @@ class _Rest:
 
 
 def set_recomputing(backbone: PreTrainedModel, mode: bool) -> None:
-    """Put a frozen backbone in inference mode, but for layers that are to recompute their activations.
+    """Put a frozen backbone in evaluation mode, except layers that recompute their activations.
 
     Args:
         backbone: its layers recompute where gradient checkpointing is on; their own parts keep evaluating.
-        mode: whether what stands on it is trained.
+        mode: whether the projector is trained.
     """
     modules = all_modules(backbone)
     training = {module for module in modules if mode and getattr(module, "gradient_checkpointing", False)}
@@ -439,7 +442,7 @@ def set_recomputing(backbone: PreTrainedModel, mode: bool) -> None:
 def answering(backbone: PreTrainedModel) -> Iterator[None]:
     """`one_at_a_time`, in inference mode: dropout would change the answer, and recomputed layers drop the KV cache.
 
-    Calls in several threads share the mode; the last of them to end puts back what the first one found.
+    Calls in several threads share the mode; the last of them to end restores what the first one found.
     """
     modules = all_modules(backbone)
     with _turn(backbone, modules), _RESTS.setdefault(backbone, _Rest())(modules):
@@ -478,7 +481,7 @@ def module_device(backbone: PreTrainedModel) -> torch.device:
 
 
 def embedding_norm(backbone: PreTrainedModel) -> float:
-    """Mean norm of the input embeddings, padding rows left out: the scale of the space fused tokens live in."""
+    """Mean norm of the input embeddings, padding rows left out: the scale of fused tokens at the input."""
     rows = _embedded(backbone, 4096)
     if rows is None:
         return 1.0
@@ -487,7 +490,7 @@ def embedding_norm(backbone: PreTrainedModel) -> float:
 
 
 def fingerprint(backbone: PreTrainedModel) -> list[float] | None:
-    """A few weights by which a backbone is known again, whatever its precision or quantization.
+    """A few weights that identify a backbone, whatever its precision or quantization.
 
     They are taken from what is never quantized: input embeddings, final norm and LM head. A backbone whose decoder
     layers alone were tuned (a merged LoRA, say) has the same fingerprint. `None` where there are no weights.
@@ -506,7 +509,7 @@ def fingerprint(backbone: PreTrainedModel) -> list[float] | None:
 
 
 def has_fingerprint(backbone: PreTrainedModel, known: list[float] | None) -> bool:
-    """Whether nothing tells `backbone` from the one whose fingerprint is `known`."""
+    """Whether `backbone` may be the one whose fingerprint is `known`; `True` where either is unknown."""
     found = fingerprint(backbone)
     if known is None or found is None or len(found) != len(known):  # parts of it may be offloaded
         return True
@@ -539,9 +542,9 @@ def check_backbone(backbone: PreTrainedModel, expected: PreTrainedConfig | None,
 
 
 def modules_kept_unquantized(backbone: PreTrainedModel) -> list[str]:
-    """Every module beside the text decoder layers: LM head, vision tower, connector, embeddings, norms.
+    """Every module besides the text decoder layers: LM head, vision tower, connector, embeddings, norms.
 
-    bitsandbytes' own default list is replaced as soon as a user gives one, so this is added to it (see `design`).
+    bitsandbytes drops its own default list where a user gives one, so these are added to the user's list.
     """
     stack = decoder_layers(backbone)
     path = next(name for name, module in backbone.named_modules() if module is stack)
@@ -553,7 +556,7 @@ def modules_kept_unquantized(backbone: PreTrainedModel) -> list[str]:
 
 
 def longest_prompt(config: PreTrainedConfig) -> int | None:
-    """Positions the backbone's text decoder can hold, where it says so."""
+    """The most positions of the backbone's text decoder; `None` where its configuration has no such number."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -561,7 +564,7 @@ def longest_prompt(config: PreTrainedConfig) -> int | None:
 
 
 def load_backbone(name: str, **kwargs: Any) -> Any:
-    """Load a backbone with the user's own arguments; what is quantized are its text decoder layers alone.
+    """Load a backbone with the user's own arguments; only its text decoder layers are quantized.
 
     Returns:
         The backbone; where `output_loading_info=True` is among the arguments, the library's report of its files too.
@@ -570,7 +573,7 @@ def load_backbone(name: str, **kwargs: Any) -> Any:
         ValueError: weights are missing in its files. The library draws them at random and prints a report, but
             answers of such a backbone mean nothing.
     """
-    kwargs.setdefault("trust_remote_code", False)  # trust in this repository is none in the backbone's
+    kwargs.setdefault("trust_remote_code", False)  # trusting this repository does not imply trusting the backbone's
     quantization = kwargs.get("quantization_config")
     if quantization is not None:
         place = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
@@ -587,7 +590,7 @@ def load_backbone(name: str, **kwargs: Any) -> Any:
             f"{len(missing)} weights of {type(backbone).__name__} are missing in {folder}: {', '.join(missing[:3])}"
             f"{', ...' if len(missing) > 3 else ''}. Its files are incomplete, or another version of transformers "
             f"than {transformers.__version__} wrote them (config.json says {backbone.config.transformers_version}). "
-            "To go on with random weights in their place, load it with transformers and pass it as backbone=model."
+            "To use random weights in their place, load it with transformers and pass it as backbone=model."
         )
     return backbone
 
@@ -608,9 +611,9 @@ def _with_modules_kept(quantization: Any, config: PreTrainedConfig) -> Any:
 def never_repack(backbone: PreTrainedModel, only_odd: bool = False) -> None:
     """Keep 4-bit weights as they were loaded, from now on.
 
-    On a CPU with AVX512-BF16, bitsandbytes repacks the weights of a layer in its first inference. What comes back
-    through a repacked layer is not its gradient, and a layer cannot be repacked unless 32 divides its output width
-    and 64 its input width.
+    On a CPU with AVX512-BF16, bitsandbytes repacks the weights of a layer in its first inference. The backward pass
+    through a repacked layer does not give its gradient, and a layer can be repacked only if its output width is a
+    multiple of 32 and its input width one of 64.
 
     Args:
         backbone: may be quantized or not.
@@ -629,7 +632,7 @@ def never_repack(backbone: PreTrainedModel, only_odd: bool = False) -> None:
 
 
 def laptop_quantization_config() -> BitsAndBytesConfig:
-    """4-bit weights (NF4, doubly quantized) that fit a 7B backbone in about 5 GB; the projector stays in full.
+    """4-bit weights (NF4, doubly quantized): a 7B backbone takes about 5 GB; the projector stays in full precision.
 
     Pass it as `quantization_config=` to `from_pretrained`. It saves memory, not time.
     """

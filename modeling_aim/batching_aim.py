@@ -1,4 +1,4 @@
-"""Which demonstrations are read in one pass of the backbone, and equal images among them encoded once."""
+"""Batches of demonstrations that are read in one pass; equal images of a batch are encoded once."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import nn
 from .demonstrations_aim import Demonstration
 
 PASS_POSITIONS = 8192  # of one pass, padding included: enough to keep an accelerator busy, and bounded memory
-CPU_POSITIONS = 1024  # on a CPU, which one demonstration keeps busy; attention is dearer where rows are padded
-PASS_PADDING = 512  # of these at most
-SAMPLES = 64  # values of an image by which others that may be equal are found
+CPU_POSITIONS = 1024  # on a CPU, which one demonstration keeps busy; attention is slower where rows are padded
+PASS_PADDING = 512  # most padding among them
+SAMPLES = 64  # values of an image that are compared first
 
 
 def reading_batches(
@@ -23,14 +23,14 @@ def reading_batches(
     batch_size: int | None = None,
     positions: int = PASS_POSITIONS,
 ) -> Iterator[tuple[list[int], bool]]:
-    """Put demonstrations into batches: with images or without, those of about one length, those of one image together.
+    """Put demonstrations into batches: with or without images, of similar length, equal images together.
 
     Args:
         demos: what is to be read.
         lengths: about how many positions each takes.
         batch_size: demonstrations in a batch; where `None`, as many as `positions` and `PASS_PADDING` allow.
-        positions: of a batch, padding included. Demonstrations of one image, which is encoded once, may take
-            `PASS_POSITIONS` in any case.
+        positions: most positions of a batch, padding included. Demonstrations with the same image, which is encoded
+            once, may take `PASS_POSITIONS` in any case.
 
     Yields:
         The numbers of a batch's demonstrations, and whether some of their images look the same.
@@ -76,21 +76,21 @@ def _repeat(looks: Iterator[tuple[Any, ...]]) -> bool:
 #
 # A vision tower is called with the images of a batch one after another: an image (or a tile of one) a row of (images,
 # channels, height, width) or (images, patches, values), or the patches of all images as rows of (patches, values) with
-# the grid of each image in grid_thw. What it gives is in the same order. So it can be given each image once, and what
-# it says of an image be repeated where that comes again. Connector and decoder see the batch as it is.
+# the grid of each image in grid_thw. Its output is in the same order. So it can be called with each image once, and
+# its output repeated where an image repeats. Connector and decoder see the whole batch.
 
 
 class SharedImages:
-    """What a vision tower is called with, each image once.
+    """A call of a vision tower with each image once.
 
     Args:
         args, kwargs: arguments of the call.
         sizes: rows of the tower's input that each image takes; a tensor with one row an image is split by image.
 
     Attributes:
-        order: for each image of the call the number of the one that stands for it.
-        sizes: rows of the images that are left.
-        args, kwargs: the call with these.
+        order: for each image of the call, the index of the kept image that equals it.
+        sizes: rows of the kept images.
+        args, kwargs: the call with the kept images.
     """
 
     def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any], sizes: Sequence[int]) -> None:
@@ -115,14 +115,14 @@ class SharedImages:
                 kept.append(number)
             self.order.append(same)
         if len(kept) == 1:
-            kept += range(1, len(images))[:1]  # of one image alone nobody can tell whether the output is in parts
+            kept += range(1, len(images))[:1]  # one image would not show whether the output is in parts
         self.sizes = [sizes[number] for number in kept]
         fewer = {name: torch.cat([split[number] for number in kept]) for name, split in parts.items()}
         self.args = tuple(fewer.get(place, value) for place, value in enumerate(args))
         self.kwargs = {name: fewer.get(name, value) for name, value in kwargs.items()}
 
     def repeated(self, output: Any) -> Any:
-        """The output for all images of the call, from that for the images that are left.
+        """The output for all images of the call, from the output for the kept images.
 
         Raises:
             ValueError: the output is not in parts by image.
@@ -163,7 +163,7 @@ def shared_images(args: Sequence[Any], kwargs: Mapping[str, Any]) -> SharedImage
 
 
 def repeat_images(tower: nn.Module, shared: SharedImages, output: Any) -> Any:
-    """What the tower says of every image; it runs again where what it says is not in parts by image."""
+    """The output of the tower for every image; the tower runs again where its output is not in parts by image."""
     try:
         return shared.repeated(output)
     except ValueError:

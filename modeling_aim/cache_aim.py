@@ -9,7 +9,7 @@ from typing import Any
 
 
 class LRUCache:
-    """Values by key, bounded in bytes; the least recently used leaves. Safe under threads.
+    """Values by key, bounded in bytes; the least recently used value is evicted. Thread-safe.
 
     Args:
         max_bytes: the bound, which can be changed; 0 keeps nothing.
@@ -23,7 +23,7 @@ class LRUCache:
 
     @property
     def max_bytes(self) -> int:
-        """The bound; what is over a new one leaves at once."""
+        """The bound; a smaller one evicts values at once."""
         return self._max_bytes
 
     @max_bytes.setter
@@ -65,7 +65,7 @@ class LRUCache:
             self._nbytes -= self._values.popitem(last=False)[1][1]
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove all values."""
         with self._lock:
             self._values.clear()
             self._nbytes = 0

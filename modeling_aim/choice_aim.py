@@ -1,4 +1,4 @@
-"""Leaving demonstrations out: which ones, what answers them, and what their scores say of the depth of states."""
+"""The choice of a depth: which demonstrations are left out, what answers them, and the statistics of their scores."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ import torch
 from .configuration_aim import AimConfig, default_depth
 from .demonstrations_aim import Demonstration, kind_of, parse_demos
 
-CHANCE = 0.05  # how likely a difference this large may be where there is none
-FEW = 20  # with fewer answers, a difference that chance explains may still be one
-NEGLIGIBLE = 0.02  # nats a token: a fiftieth of an answer's probability is no reason to leave the default
-FLIPS = 4096  # draws of signs; all of them where there are no more
+CHANCE = 0.05  # significance level of a difference to words only
+FEW = 20  # with fewer answers, a difference that is not significant may still be real
+NEGLIGIBLE = 0.02  # nats a token: a smaller difference is no reason to leave the default
+FLIPS = 4096  # random sign vectors; all of them where there are no more
 
 
 @dataclass(frozen=True)
 class DepthScore:
-    """How likely the left-out answers are in one way to show the other demonstrations.
+    """How likely the left-out answers are for one depth, or for a baseline.
 
     Args:
         name: `"zero-shot"`, `"words only"` or `"depth 13"`.
         depth: where states enter; 0 is words only, `None` no demonstrations.
         log_likelihood: mean log-likelihood of a token of the answer, in nats; each answer counts the same.
         error: its standard error.
-        over_words: mean difference to words only, answer by answer.
+        over_words: mean of the paired differences to words only.
         over_words_error: standard error of that difference.
-        accuracy: share of answers of which every token is the most likely one after those before it.
+        accuracy: share of answers whose every token is the most likely one after those before it.
     """
 
     name: str
@@ -44,16 +44,16 @@ class DepthScore:
 
 @dataclass(frozen=True)
 class DepthChoice:
-    """What `choose_depth` found. Nothing is changed before `apply`.
+    """The result of `choose_depth`. Nothing changes before `apply`.
 
     Args:
-        depth: the best depth, or, where the demonstrations do not tell, the one that the model has.
+        depth: the best depth, or the model's own where the result is not significant.
         beats_words: whether states at that depth are better than the demonstrations' words alone, beyond chance.
-        verdict: what was found, in a sentence.
+        verdict: the result in a sentence.
         rows: zero-shot, words only, and each depth.
-        left_out: answers that were asked for.
-        demonstrations: how many were read.
-        notes: what else there is to know: what was not left out, what did not fit, and the like.
+        left_out: number of left-out answers.
+        demonstrations: number of demonstrations that were read.
+        notes: remarks: what was not left out, what did not fit, and so on.
     """
 
     depth: int
@@ -70,7 +70,7 @@ class DepthChoice:
         return model
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
+        """All fields as JSON values."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -85,12 +85,12 @@ class DepthChoice:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A demonstration that is asked for.
+    """A demonstration that is left out and becomes a query.
 
     Args:
-        number: its own among those that are read.
-        others: numbers of those that may answer it, first those that are shown first where not all fit.
-        known: characters with which all texts of its task begin ("this is"), and which are given with the question.
+        number: its index among those that are read.
+        others: indices of those that may answer it; where not all fit, the first ones are shown.
+        known: number of characters that all texts of its task begin with ("this is"); they are part of the query.
     """
 
     number: int
@@ -112,7 +112,7 @@ def raw_tasks(demos: Any) -> list[list[Any]]:
             return [list(demos)]
         if all(kind_of(task) is None and are_raw(task) for task in demos):
             return [list(task) for task in demos]
-    parsed = parse_demos(demos)  # raises where that is nothing at all
+    parsed = parse_demos(demos)  # raises where it is of no known kind
     read = parsed if isinstance(parsed, list) else [parsed]
     kinds = sorted({str(kind_of(one)) for one in read})
     raise ValueError(
@@ -131,7 +131,7 @@ def _bare(demo: Any) -> Demonstration:
 def drawn_demonstrations(
     tasks: Sequence[Sequence[Any]], processor: Any, most: int, seed: int
 ) -> tuple[list[Demonstration], list[LeftOut], list[str]]:
-    """The demonstrations that are read, what is left out of them, and what a user must know about it."""
+    """The demonstrations that are read, those of them that are left out, and notes for the user."""
     used: list[Demonstration] = []
     left_out: list[LeftOut] = []
     open_ended = not_drawn = 0
@@ -167,21 +167,21 @@ def drawn_demonstrations(
         )
     if open_ended:
         notes.append(
-            f"{open_ended} answers are captions or sentences that do not come again: what the others tell of them is "
-            "their style more than their content, so this is weak evidence. Labels tell more."
+            f"{open_ended} answers are captions or sentences that do not repeat: the other demonstrations show their "
+            "style more than their content, so this is weak evidence. Labels are better evidence."
         )
     return used, left_out, notes
 
 
 def _is_naming(demos: Sequence[Demonstration], processor: Any) -> bool:
-    """Whether what demonstrations say are labels: bare names, or words of which at least half come again."""
+    """Whether the texts of demonstrations are labels: bare names, or texts of which at least half repeat."""
     says = Counter(map(_says, demos))
     again = sum(count for count in says.values() if count > 1)
     return all(processor.is_label(demo) for demo in demos) or 2 * again >= len(demos)
 
 
 def _shared_words(demos: Sequence[Demonstration]) -> int:
-    """Characters of the words with which all texts begin, where they answer no question; at least one word is left."""
+    """Number of characters that all texts begin with, in whole words; at least one word is left. 0 with questions."""
     if not demos or any(demo.question is not None for demo in demos):
         return 0
     words = [demo.text.split(" ") for demo in demos]
@@ -196,7 +196,7 @@ def _says(demo: Demonstration) -> tuple[str | None, str]:
 
 
 def _pool(task: Sequence[Demonstration], most: int, named: bool, rng: random.Random) -> list[int]:
-    """Numbers of at most `most` demonstrations, in their order; labels in turn, of each at least two."""
+    """Indices of at most `most` demonstrations, in their order; labels in turn, at least two of each."""
     if len(task) <= most:
         return list(range(len(task)))
     order = rng.sample(range(len(task)), len(task))
@@ -242,7 +242,7 @@ def chosen_depth(
     demonstrations: int,
     notes: list[str],
 ) -> DepthChoice:
-    """The choice that the scores of all answers give."""
+    """Choose a depth from the scores of all answers."""
     exact = {source: torch.tensor(row, dtype=torch.float64) for source, row in scores.items()}
     rows = []
     for source, values in exact.items():
@@ -280,10 +280,7 @@ def chosen_depth(
 
 
 def _level_with_best(rows: Sequence[DepthScore], scores: Mapping[int | None, torch.Tensor]) -> list[DepthScore]:
-    """Best first, the depths that are no further behind the best than the standard error of the difference.
-
-    A difference of less than `NEGLIGIBLE` is none.
-    """
+    """The depths behind the best by at most the standard error of the difference or `NEGLIGIBLE`; best first."""
     level: list[DepthScore] = []
     for row in sorted(rows, key=lambda row: -row.log_likelihood):
         behind, error = _mean_and_error(scores[(level or [row])[0].depth] - scores[row.depth])
@@ -293,16 +290,16 @@ def _level_with_best(rows: Sequence[DepthScore], scores: Mapping[int | None, tor
 
 
 def chance_of_best(differences: torch.Tensor) -> list[float]:
-    """How likely a mean difference as large as each depth's is for the best of all depths, were there none.
+    """The p-value of each depth's mean difference to words only, corrected for the number of depths.
 
-    The differences of an answer to words only would then have either sign, the same for all depths. What is compared
-    is the mean over its standard error, of the best depth for each draw of signs.
+    A sign-flip permutation test: without an effect, the differences of an answer have either sign, the same for all
+    depths. The statistic is the mean over its standard error, of the best depth for each draw of signs.
 
     Args:
         differences: `(depths, answers)`.
 
     Returns:
-        A probability a depth, corrected for there being several depths.
+        A probability for each depth.
     """
     count = differences.shape[1]
     if 2**count <= FLIPS:
@@ -314,5 +311,5 @@ def chance_of_best(differences: torch.Tensor) -> list[float]:
     squares = differences.square().mean(dim=1)  # whatever the signs
     spread = (squares - means.square()).clamp(min=1e-12)
     best = (means / spread.sqrt()).amax(dim=1)
-    own = means[0] / spread[0].sqrt()  # the first draw turns no sign
+    own = means[0] / spread[0].sqrt()  # the first draw flips no sign
     return [float((best >= one - 1e-9).double().mean()) for one in own]

@@ -1,4 +1,4 @@
-"""What an AIM repository says about itself: which backbone, what is read of it, and the form of the projector."""
+"""The configuration of an AIM repository: the backbone, what is read from it, and the form of the projector."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from packaging.version import Version
 MINIMUM_VERSIONS = {"transformers": "5.5", "torch": "2.10"}
 LARGEST_SIZE = 2**17  # inner width of a projector
 PROJECTOR_FORMS = ("identity", "linear", "linear_norm", "mlp", "residual", "residual_mlp")
-DEPTH_FORMS = ("identity", "residual", "residual_mlp")  # what can be put back at the depth where it was read
+DEPTH_FORMS = ("identity", "residual", "residual_mlp")  # forms for states that enter where they were read
 OWN_SETTINGS = (
     "read_layers",
     "entry_layers",
@@ -29,7 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {  # every command and class takes its defa
     "trained": {"read_layers": None, "entry_layers": None, "projector_form": "residual_mlp"},
     "paper": {"read_layers": [-1], "entry_layers": [0], "projector_form": "linear_norm"},
 }
-DEPTH = 0.4  # of the decoder's layers: where states are read and put back when nobody says
+DEPTH = 0.4  # of the decoder's layers: the default depth where states are read and put back
 READ_SPANS = ("text", "answer")
 IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 AUTO_MAP = {
@@ -40,7 +40,7 @@ AUTO_MAP = {
 
 
 def check_versions() -> None:
-    """Raise `ImportError` when transformers or torch is older than the oldest release AIM works and is safe on."""
+    """Raise `ImportError` when transformers or torch is older than the oldest supported release."""
     for name, found in (("transformers", transformers.__version__), ("torch", torch.__version__)):
         if Version(found).release < Version(MINIMUM_VERSIONS[name]).release:
             raise ImportError(
@@ -49,16 +49,16 @@ def check_versions() -> None:
             )
 
 
-check_versions()  # before anything that an old release does not have is imported
+check_versions()  # before names that old releases lack are imported
 
 from transformers import AutoConfig, PreTrainedConfig  # noqa: E402
 
 
 def by_part(asked: Any) -> Any:
-    """An `attn_implementation` or `experts_implementation` with the keys of the plug-in's configuration.
+    """Convert an `attn_implementation` or `experts_implementation` to the keys of the plug-in's configuration.
 
     Args:
-        asked: a name for all parts, or a dictionary by part; its keys may be those that the backbone itself takes.
+        asked: one name for all parts, or a dictionary by part, whose keys may be the backbone's own.
     """
     if not isinstance(asked, dict) or asked.keys() <= {"", "backbone_config"}:
         return asked
@@ -66,7 +66,7 @@ def by_part(asked: Any) -> Any:
 
 
 def implementation(config: PreTrainedConfig, option: str) -> Any:
-    """What a configuration says under `option` (see `IMPLEMENTATIONS`) of itself and its parts, in one value."""
+    """The value of `option` (see `IMPLEMENTATIONS`): one name, or a dictionary by part where the parts differ."""
     own = getattr(config, f"_{option}")
     parts = {name: part for name in config.sub_configs if (part := getattr(config, name, None)) is not None}
     said = {name: implementation(part, option) for name, part in parts.items()}
@@ -76,10 +76,9 @@ def implementation(config: PreTrainedConfig, option: str) -> Any:
 def preset_settings(
     preset: str, read_layers: Any = None, entry_layers: Any = None, projector_form: str | None = None
 ) -> dict[str, Any]:
-    """The settings of a preset, with those that are given in place of its own.
+    """The settings of a preset, with given settings in place of its own.
 
-    Layers that are given alone stand for both: `read_layers=[12]` of the preset `"paper"` still enters at the input,
-    of the others at depth 12.
+    With `read_layers=[12]` alone, states enter at the input for the preset `"paper"`, and at depth 12 for the others.
 
     Raises:
         ValueError: there is no such preset.
@@ -92,13 +91,13 @@ def preset_settings(
 
 
 def default_depth(num_layers: int) -> int:
-    """The depth to start with: the second of five layers, the 13th of 32 (docs/LOG.md says how it was chosen)."""
+    """The default depth: after 2 of 5 layers, after 13 of 32 (docs/LOG.md says how it was chosen)."""
     return max(1, round(DEPTH * num_layers))
 
 
 @contextmanager
 def usable(what: str) -> Iterator[None]:
-    """Whatever a damaged file ends in is a `ValueError`, an `OSError` or an `ImportError`; `what` names the file."""
+    """Raise any error but `OSError` and `ImportError` as a `ValueError`; `what` names the damaged file."""
     try:
         yield
     except (ValueError, OSError, ImportError):
@@ -123,17 +122,19 @@ class AimConfig(PreTrainedConfig):
         backbone_name_or_path: Hub id or folder of the frozen backbone. `None` when it lies in `backbone_subfolder`.
         backbone_revision: revision of the backbone's repository; it is not the revision of this repository.
         backbone_subfolder: folder, in this repository or in the backbone's, that holds the backbone.
-        backbone_fingerprint: some weights of the backbone the projector was made for, to refuse another one.
-        read_layers: which hidden states are kept of a demonstration: `k >= 1` is the state after `k` decoder layers,
-            `0` the input embedding, `-1` the last state, after the final norm (the paper's). Several are joined along
-            the feature axis. `None` is one depth, two fifths of the layers; with a projector at depth also 0: one map
-            changes the word at the input, which steers the query, one the state at depth, which has seen the image.
+        backbone_fingerprint: a few weights that identify the backbone of the projector, to refuse another one.
+        read_layers: which hidden states of a demonstration are kept: `k >= 1` is the state after `k` decoder layers,
+            `0` the input embedding, `-1` the last state, after the final norm (the paper's). Several are concatenated
+            along the feature axis. `None` is two fifths of the layers; with a projector at depth it is that depth and
+            0: the map at the input changes the word, which steers the query, and the map at depth changes the state,
+            which has seen the image.
         entry_layers: where fused tokens enter when a query is answered. `[0]` is the input embeddings (the paper's),
             `k` the input of decoder layer `k` (counted from 0). `None`, the default, puts each state back at the depth
             where it was read (entry_layers equals read_layers), which needs no training; for the forms that can only
             map to the input, it is `[0]`.
         read_span: `"text"` keeps all text positions of a demonstration, `"answer"` those of its answer only.
-        max_fused_tokens: most fused tokens a demonstration; longer ones are averaged down. `None`: one a text token.
+        max_fused_tokens: the most fused tokens of a demonstration; more are averaged down to that number. `None`: one
+            for each text token.
         projector_form: `"identity"` (no weights; only where states enter at the depth where they were read),
             `"residual"`, `"residual_mlp"`, and for the input alone `"linear"`, `"linear_norm"` (the paper's) and
             `"mlp"`; see `AimProjector`.
@@ -195,20 +196,20 @@ class AimConfig(PreTrainedConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """As of every configuration of transformers; what cannot be used is a `ValueError` that says so."""
+        """As for every configuration of transformers; raises `ValueError` for one that cannot be used."""
         with usable(f"The config.json of {pretrained_model_name_or_path}"):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As of every configuration of transformers; what cannot be used is a `ValueError` that says so."""
+        """As for every configuration of transformers; raises `ValueError` for one that cannot be used."""
         with usable("This configuration"):
             return super().from_dict(config_dict, **kwargs)
 
     def check(self) -> None:
-        """Fill in the layers that were left open, and raise `ValueError` for a setting out of its range.
+        """Fill in layers that are `None`, and raise `ValueError` for a setting out of its range.
 
-        The range of layers is known, and open ones are filled in, once a backbone is.
+        Layers are filled in, and compared with the number of decoder layers, only when the backbone is known.
         """
         if self.projector_form not in PROJECTOR_FORMS:
             raise ValueError(f"projector_form={self.projector_form!r}: expected one of {', '.join(PROJECTOR_FORMS)}.")
@@ -236,7 +237,7 @@ class AimConfig(PreTrainedConfig):
             self._check_layers(layers)
 
     def _default_layers(self, layers: int) -> list[int]:
-        """What is read where nobody says: one depth, and the input too where a projector is to change both."""
+        """The default read layers: one depth, and the input too for a projector at depth."""
         if self.entry_layers not in (None, [0]):
             return list(self.entry_layers)
         both = self.entry_layers is None and self.projector_form in DEPTH_FORMS and self.projector_form != "identity"
@@ -281,7 +282,7 @@ class AimConfig(PreTrainedConfig):
 
     @property
     def form(self) -> dict[str, Any]:
-        """What the projector's weights are bound to, beside the backbone."""
+        """The settings that the projector's weights depend on, besides the backbone."""
         names = ("projector_form", "read_layers", "entry_layers", "projector_intermediate_size")
         return {name: getattr(self, name) for name in names}
 

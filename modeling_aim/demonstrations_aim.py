@@ -33,7 +33,7 @@ class Demonstration:
         images: RGB images, in the order in which the backbone sees them; may be empty.
         text: what is read of the example: a caption or statement, or the answer when there is a question.
         question: the question that `text` answers; `None` for a caption.
-        is_label: `text` is a bare name ("dax"), which the processor words ("This is dax.") before it is read.
+        is_label: `text` is a bare name ("dax"), which is read in the processor's label template ("This is dax.").
     """
 
     aim_kind: ClassVar[str] = "demonstration"
@@ -45,7 +45,7 @@ class Demonstration:
 
     @classmethod
     def of(cls, value: Any, rules: ImageRules | None = None) -> Demonstration:
-        """Make a demonstration of what a user has at hand.
+        """Make a demonstration from any of the raw forms.
 
         Args:
             value: a `Demonstration`, a tuple `(image, text)` or `(image, question, answer)`, or a dict with `image`
@@ -54,8 +54,8 @@ class Demonstration:
             rules: which images may be opened; those of the processor in the model's own calls.
 
         Raises:
-            ValueError: the example has no text or has unknown keys, its words are no Unicode, or an image cannot be
-                read.
+            ValueError: the example has no text or has unknown keys, its words are not valid Unicode, or an image
+                cannot be read.
         """
         if isinstance(value, cls):
             return value
@@ -131,9 +131,9 @@ def _is_unicode(words: str) -> bool:
 
 
 def kind_of(value: Any) -> str | None:
-    """What `value` is to `demos`: `"demonstration"`, `"fused"`, `"bank"`, `"prefix"`, or `None`.
+    """The kind of `value` as a part of `demos`: `"demonstration"`, `"fused"`, `"bank"`, `"prefix"`, or `None`.
 
-    Classes say it themselves (`aim_kind`): one that was loaded as remote code is not the installed one.
+    Classes have it as an attribute (`aim_kind`), since a class loaded as remote code is not the installed one.
     """
     kind = getattr(type(value), "aim_kind", None)
     if kind is None and (isinstance(value, Mapping) or _is_pair(value)):
@@ -147,7 +147,7 @@ def _is_pair(value: Any) -> bool:
 
 
 def parse_demos(demos: Any, rules: ImageRules | None = None) -> Any:
-    """What `generate` takes as `demos`, checked, with raw demonstrations opened as `rules` say.
+    """Check what `generate` takes as `demos`, and open its raw demonstrations within `rules`.
 
     Returns:
         One part for all rows of a batch, or a list with a part (or `None`) for each row. A part is a tuple of
@@ -169,7 +169,7 @@ def parse_demos(demos: Any, rules: ImageRules | None = None) -> Any:
     if all(raw):
         return tuple(Demonstration.of(entry, rules) for entry in demos) or None
     if any(raw):
-        _parse_row(demos[raw.index(False)], rules)  # raises where that is nothing at all
+        _parse_row(demos[raw.index(False)], rules)  # raises where it is of no known kind
         raise ValueError(
             "demos mixes demonstrations with other things; give one list of demonstrations, or one a row."
         )
@@ -211,16 +211,16 @@ def demos_by_row(demos: Any, batch: int, rules: ImageRules | None = None) -> lis
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FusedDemonstrations:
-    """What reading gives: the fused virtual tokens of some demonstrations, in order. A frozen value.
+    """The result of reading: the fused virtual tokens of demonstrations, in order. An immutable value.
 
     Args:
         vectors: fused tokens of all demonstrations, one after another, `(tokens, entry layers x hidden size)`.
         lengths: fused tokens of each demonstration.
-        ids: the word under each fused token, `(tokens,)`: what stands in the prompt, and what the layers below the
-            depth where a fused token enters run over.
+        ids: the word id under each fused token, `(tokens,)`: the prompt holds these ids, and the layers below the
+            depth where a fused token enters run over them.
         keys: content identity of each demonstration (`Demonstration.key`).
-        texts: what each demonstration says, for people.
-        source: what read them: backbone, projector, read layers. Only the same plug-in can use them.
+        texts: the words of each demonstration, for display.
+        source: identity of what read them: backbone, projector, read layers. Only the same plug-in can use them.
     """
 
     aim_kind: ClassVar[str] = "fused"
@@ -307,7 +307,7 @@ class FusedDemonstrations:
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], **hub_kwargs: Any) -> FusedDemonstrations:
-        """Open what `save_pretrained` wrote. The model that is to use it checks that it read it.
+        """Load what `save_pretrained` wrote. The model that uses it checks that the same plug-in read it.
 
         Args:
             name_or_path: folder or Hub repository.
@@ -325,7 +325,7 @@ class FusedDemonstrations:
                     raise ValueError(f"its format is {metadata['format']!r:.40}, expected {FUSED_FORMAT!r}")
                 tensors = {name: file.get_tensor(name) for name in ("vectors", "ids")}
             if metadata["sha256"] != _digest(metadata["about"], tensors):
-                raise ValueError("its sha256 is another one")
+                raise ValueError("its sha256 does not match")
             about = json.loads(metadata["about"])
             lists: dict[str, Any] = {name: tuple(about[name]) for name in ("lengths", "keys", "texts")}
             return cls(**tensors, **lists, source=dict(about["source"]))

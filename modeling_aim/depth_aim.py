@@ -1,7 +1,7 @@
-"""The depth at which states enter, chosen on the user's own demonstrations: leave one out, and ask for its answer.
+"""Choose the depth at which states enter, on the user's own demonstrations: leave each one out and score its answer.
 
-What it asks of a model's hooks is a method of the model, since a class loaded as remote code has context variables of
-its own.
+Whatever uses a model's hooks is a method of the model, since a class loaded as remote code has its own context
+variables.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .configuration_aim import AimConfig, default_depth
 from .demonstrations_aim import Demonstration, FusedDemonstrations
 from .injection_aim import FusedPrompt, injected
 
-MOST_DEPTHS = 12  # of a deep decoder, evenly spread; the default depth and the model's own come on top
+MOST_DEPTHS = 12  # in a deep decoder, evenly spread; plus the default depth and the model's own
 ASKED = ("chat", "plain")
 
 
@@ -37,30 +37,31 @@ class DepthMixin:
         seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> DepthChoice:
-        """Find out at which depth states should enter, from demonstrations alone; the model is not changed.
+        """Choose the depth at which states should enter, from demonstrations alone; the model is not changed.
 
-        Each demonstration is left out in turn and asked for as a query, from the others of its task. What is compared
-        is the likelihood of its answer: of its label, of the answer to its question, or of the whole text of a
-        caption (where texts come again, of what they do not all begin with). Of labels only those are left out that
-        another demonstration has too.
+        Each demonstration is left out in turn and becomes a query that is answered from the others of its task. Its
+        score is the likelihood of its answer: its label, the answer to its question, or the whole text of a caption.
+        Where texts repeat, the words that all of them begin with are part of the query. A labelled demonstration is
+        left out only if another one has the same label.
 
         All demonstrations are read once, for all depths together. Their states are kept in memory (not on the
         accelerator) until this returns: words x depths x hidden size numbers. The pass that reads them holds those of
         at most 8192 positions (1024 on a CPU) on the accelerator.
 
         Args:
-            demos: raw demonstrations of a task, or a list of such lists, one a task: several tasks tell more.
-            depths: the candidates, from 1 to one less than the decoder's layers; all of these when `None`, of a deep
-                decoder a dozen, evenly spread.
+            demos: raw demonstrations of a task, or a list of such lists, one for each task: several tasks give more
+                evidence.
+            depths: the candidates, from 1 to one less than the number of decoder layers. `None`: all of them, or about
+                a dozen, evenly spread, in a deep decoder.
             most: demonstrations of each task that are used, drawn with `seed` where there are more, labels in turn.
-            prompts: how the left-out question is put: `"chat"`, in the backbone's chat template where it has one, or
-                `"plain"`, as demonstrations are read. Labels and captions are always put as they are read.
-            seed: decides what is drawn.
-            progress: called after each pass with how many prompts have been computed, and how many there are.
+            prompts: how the left-out question is written: `"chat"`, in the backbone's chat template where it has one,
+                or `"plain"`, as demonstrations are read. Labels and captions are always written as they are read.
+            seed: of the random choice of demonstrations.
+            progress: called after each pass with the number of computed prompts and their total.
 
         Raises:
             ValueError: the model has weights, which are bound to their depth; the backbone has no stack of decoder
-                layers; there are fewer than two demonstrations, or no label comes twice; a demonstration is too long
+                layers; there are fewer than two demonstrations, or no label occurs twice; a demonstration is too long
                 for the backbone; or a setting is out of its range.
         """
         decoder_layers(self.backbone)  # raises where there is no stack of them
@@ -108,10 +109,10 @@ class DepthMixin:
     def set_depth(self: Any, depth: int) -> None:
         """Read and put back states at another depth from now on; no other thread may be answering meanwhile.
 
-        What was read at the depth before is refused then, by its source. Save the model to keep the new depth.
+        What was read at the earlier depth is then refused, by its source. Save the model to keep the new depth.
 
         Args:
-            depth: from 1 to one less than the decoder's layers; 0 puts the words' own embeddings there.
+            depth: from 1 to one less than the decoder's layers; 0 uses the embeddings of the words.
 
         Raises:
             ValueError: the model has weights, which are bound to their depth; or there is no such depth.
@@ -126,7 +127,7 @@ class DepthMixin:
 
 
 def check_weightless(config: AimConfig) -> None:
-    """Raise `ValueError` where a model has weights, so that its depth is not free to choose."""
+    """Raise `ValueError` where a model has a projector, whose weights are bound to their depth."""
     if config.projector_form == "identity":
         return
     name = config.backbone_name_or_path or "BACKBONE"
@@ -157,7 +158,7 @@ def _candidates(config: AimConfig, depths: Sequence[int] | None) -> list[int]:
 def _batches(
     model: Any, used: Sequence[Demonstration], left_out: Sequence[LeftOut], words: Sequence[torch.Tensor]
 ) -> Iterator[list[LeftOut]]:
-    """What is asked for in one pass: with images or without, of about one length, bounded in positions."""
+    """Left-out demonstrations by pass: all with or all without images, of similar length, bounded in positions."""
     lengths = dict(enumerate(model.processor.reading_lengths(used)))
     shown = {one.number: sum(len(words[other]) for other in one.others) for one in left_out}
     positions = CPU_POSITIONS if model.device.type == "cpu" else PASS_POSITIONS
@@ -178,11 +179,11 @@ def _batches(
 
 
 def _encoded(processor: Any, asked: Sequence[tuple[Demonstration, int]], prompts: str) -> tuple[Any, torch.Tensor]:
-    """Queries with their answers behind them, and a mask of the answers' tokens.
+    """Queries followed by their answers, and a mask of the answers' tokens.
 
     Args:
         processor: the model's.
-        asked: demonstrations, and how many characters of what they say is given with the question.
+        asked: demonstrations, each with the number of characters of its text that are part of the query.
         prompts: as for `choose_depth`.
     """
     texts, spans = [], []
@@ -231,7 +232,7 @@ def _fused(
     states: Mapping[int, torch.Tensor],
     words: Sequence[torch.Tensor],
 ) -> FusedDemonstrations | None:
-    """Demonstrations as they enter at a depth; at 0 their words' embeddings, which is the prompt with their words."""
+    """Demonstrations as they enter at a depth; at 0 the embeddings of their words, which equals a prompt of words."""
     if depth is None:
         return None
     ids = torch.cat([words[i] for i in context])

@@ -1,4 +1,4 @@
-"""What differs between families of backbones: data, keyed by `model_type`. All else is asked of the backbone."""
+"""What differs between families of backbones: data, keyed by `model_type`. All else is taken from the backbone."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ class Family:
 
     Args:
         processor: class of its processor, where that differs.
-        image_token: stands for an image in a prompt, where its processor does not say; empty when the processor puts
-            images in front by itself.
+        image_token: the placeholder of an image in a prompt, where its processor has none; empty when the processor
+            puts images in front by itself.
         images_between_words: the processor takes a prompt as a list of words and images, not as one text.
         flat_images: the processor takes the images of all prompts as one list, not as one a prompt.
-        words_alone: how prompts of words are put to the tokenizer (`"{bos}{words}"`), where the processor refuses them
-            when none has an image.
+        words_alone: how prompts are written for the tokenizer (`"{bos}{words}"`) where none has an image and the
+            processor refuses such batches.
         read_alone: the processor takes no images with different numbers of tiles at once, so that demonstrations are
             read one by one.
-        prefix_kv: when a prompt can go on behind KV of its beginning: `"always"`; `"unpadded"` where padding between
-            the two counts as positions; `"never"` where words look at those behind them, or positions are lost.
+        prefix_kv: when a prompt can continue the KV of its prefix: `"always"`; `"unpadded"` where padding between the
+            two counts as positions; `"never"` where words attend to later ones, or positions are lost.
     """
 
     processor: str | None = None

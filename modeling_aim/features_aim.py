@@ -1,7 +1,7 @@
-"""Features of demonstrations and queries, as the backbone itself sees them, and choosing from a bank by them.
+"""Features of demonstrations and queries, from the backbone itself, by which a bank selects.
 
-Banks are part of the package, not of the code that a repository carries. What they need of a model's hooks is here,
-since a class loaded as remote code has context variables of its own.
+Banks are part of the package, not of the code that a repository carries. Whatever of them uses a model's hooks is
+here, since a class loaded as remote code has its own context variables.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class FeaturesMixin:
             features: compute features too.
 
         Returns:
-            `fused` and `states`: a tensor a demonstration; `features`: a tensor `(demonstrations, width)` a kind.
+            `fused` and `states`: a tensor for each demonstration; `features`: a tensor `(demonstrations, width)` for
+            each kind.
         """
         demos = [Demonstration.of(demo, self.image_rules) for demo in demos]
         read = sorted(self._read_batches(demos, images=features), key=lambda row: row[0])
@@ -82,7 +83,7 @@ class FeaturesMixin:
             For each kind `(batch, width)`.
 
         Raises:
-            ValueError: an unknown kind, or a query without an image, or without words, where these are asked for.
+            ValueError: an unknown kind, or a query without an image, or without words, where these are compared.
         """
         given = {
             k: v for k, v in inputs.items() if isinstance(v, torch.Tensor) and k not in ("labels", "position_ids")
@@ -112,13 +113,13 @@ class FeaturesMixin:
                 what, them = ("image", "images") if kind == "image" else ("words", "words")
                 raise ValueError(
                     f"Query {empty[0]} of {len(ids)} has no {what}, but {them} are compared. Give each query its "
-                    f'{them}, or choose in another way ("random" compares nothing).'
+                    f'{them}, or use another selection strategy ("random" compares nothing).'
                 )
             found[kind] = features
         return found
 
     def _selected(self: Any, rows: list[Any], inputs: Mapping[str, Any], shots: int | None, select: Any) -> list[Any]:
-        """For each row of the batch what `shots` and `select` choose of the bank that the row is given."""
+        """For each row of the batch, what `shots` and `select` select from the bank of that row."""
         if shots is None and select is None:
             return rows
         banks = {id(row): row for row in rows if row is not None}

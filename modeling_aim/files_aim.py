@@ -1,4 +1,4 @@
-"""Files of an AIM repository: found in a folder or on the Hub, read with clear errors, written whole or not at all."""
+"""Files of an AIM repository: found in a folder or on the Hub, read with clear errors, written atomically."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-STAGE = ".saving-"  # begins the names of folders in which a save is made
+STAGE = ".saving-"  # prefix of the scratch folders of a save
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 def check_place(name_or_path: str | os.PathLike[str]) -> None:
-    """Raise `FileNotFoundError` for what is neither a folder here nor can be the name of a Hub repository."""
+    """Raise `FileNotFoundError` for what is neither a local folder nor a possible Hub id."""
     name = str(name_or_path)
     if not os.path.isdir(name) and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
         what = "is a file" if os.path.exists(name) else "does not exist"
@@ -98,7 +98,7 @@ def read_safetensors(path: str, names: Sequence[str] | None = None) -> dict[str,
 
 
 def safetensors_metadata(path: str) -> dict[str, str]:
-    """What a safetensors file says of itself, beside its tensors."""
+    """The metadata of a safetensors file."""
     with safe_open(path, framework="pt") as file:
         return file.metadata() or {}
 
@@ -114,7 +114,7 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def write_whole(path: Path, payload: bytes) -> None:
-    """Write a file under another name, then rename it: after a kill there is the old one or the new one, whole."""
+    """Write a file under another name, then rename it: a kill leaves the old file or the new one, whole."""
     scratch = (
         path.parent / f".writing-{secrets.token_hex(8)}"
     )  # not by tempfile, whose files only their owner may read
@@ -132,14 +132,14 @@ def write_whole(path: Path, payload: bytes) -> None:
 
 @contextmanager
 def only_one(folder: str | os.PathLike[str], work: str) -> Iterator[None]:
-    """Keep others from the same work in a folder while this block runs; a killed process keeps nobody out.
+    """Lock a folder for some work while this block runs; a killed process releases the lock.
 
     Args:
-        folder: made if it is not there, and removed again if it is empty in the end.
+        folder: created if it does not exist, and removed if it is empty at the end.
         work: what is done there, for the message: "aim train".
 
     Raises:
-        ValueError: another process, or another block of this one, is at it.
+        ValueError: another process, or another block of this one, has the lock.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     handle = _locked(folder)
@@ -170,8 +170,8 @@ def _locked(folder: str | os.PathLike[str]) -> int | None:
 def staged_folder(save_directory: str | os.PathLike[str]) -> Iterator[Path]:
     """A scratch folder in `save_directory`; its files move there together when the block ends without error.
 
-    `config.json` moves last, so that a first save that was cut short is no repository yet. What processes that died
-    left of theirs is removed.
+    `config.json` moves last, so that an interrupted first save is not a repository yet. Scratch folders of dead
+    processes are removed.
     """
     target = Path(save_directory)
     if target.is_file():
@@ -191,7 +191,7 @@ def staged_folder(save_directory: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
         os.close(handle)
         if not existed:
-            with suppress(OSError):  # not where anything was saved, by this or by somebody else
+            with suppress(OSError):  # fails, as it should, where anything was saved
                 target.rmdir()
 
 
@@ -199,7 +199,7 @@ def _stage(target: Path) -> tuple[Path, int]:
     """A new scratch folder in `target`, so that files move within one disk, and the handle that holds its lock."""
     while True:
         stage = Path(tempfile.mkdtemp(prefix=STAGE, dir=target))
-        with suppress(FileNotFoundError):  # taken for the remains of another process before it was locked
+        with suppress(FileNotFoundError):  # removed by another process before it was locked
             handle = _locked(stage)
             if handle is not None and stage.exists():
                 return stage, handle
@@ -231,12 +231,12 @@ def upload(folder: str | os.PathLike[str], repo_id: str, **kwargs: Any) -> Any:
         api.create_branch(repo_id, branch=kwargs["revision"], exist_ok=True)
     kwargs.setdefault("commit_message", "Upload an AIM plug-in")
     if api.file_exists(repo_id, "README.md", revision=kwargs.get("revision")):
-        kwargs["ignore_patterns"] = "README.md"  # a card somebody wrote is kept
+        kwargs["ignore_patterns"] = "README.md"  # an existing card is kept
     return api.upload_folder(repo_id=repo_id, folder_path=Path(folder), **kwargs)
 
 
 def shipped_files() -> list[Path]:
-    """The code that a repository carries to be loaded as remote code: these very files."""
+    """The code that a repository carries to be loaded as remote code: the files beside this one."""
     return sorted(Path(__file__).parent.glob("*_aim.py"))
 
 

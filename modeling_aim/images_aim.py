@@ -1,7 +1,7 @@
-"""Images are opened here alone: from files, URLs, bytes and arrays, with bounds on what may be opened.
+"""The only place where images are opened: from files, URLs, bytes and arrays, within bounds.
 
-What a user hands over as an image is theirs. A path, a URL or bytes may come from somebody else, who chooses what a
-decoder runs on: so formats and pixels are bounded, and whoever serves others refuses paths and private addresses.
+A path, a URL or bytes may come from somebody else, who then chooses the input of an image decoder. So formats and
+pixels are bounded, and a service for others refuses paths and private addresses.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class ImageRules:
     """Which images may be opened; settings of a processor.
 
     Args:
-        max_pixels: most pixels of an image, width times height; what Pillow warns of by default. Pillow itself
-            refuses twice `PIL.Image.MAX_IMAGE_PIXELS`, whatever is given here.
+        max_pixels: most pixels of an image, width times height; by default where Pillow warns. Pillow itself refuses
+            twice `PIL.Image.MAX_IMAGE_PIXELS`, whatever is given here.
         sources: `"any"`: files and URLs too; `"public"`: URLs of public addresses, but no files of this machine and
             no private, loopback or link-local address, nor redirects to one; `"given"`: neither files nor URLs, only
             images, arrays, bytes and base64.
@@ -99,7 +99,7 @@ def open_image(image: Any, rules: ImageRules | None = None) -> Image.Image:
 
 
 def is_readable(image: bytes | str | os.PathLike[str]) -> bool:
-    """Whether a file, or its bytes, begins as an image does that may be opened; its pixels are not read."""
+    """Whether a file, or its bytes, has the header of an image that may be opened; pixels are not decoded."""
     try:
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=_formats()) as opened:
             ImageRules().check_size(opened.size)
@@ -114,9 +114,9 @@ def is_address(text: Any) -> bool:
 
 
 def opened_images(images: Any, rules: ImageRules) -> Any:
-    """Images of a query however they are nested: those that are a path, URL or bytes opened, the others checked.
+    """Open the paths, URLs and bytes among the images of a query, however they are nested, and check the others.
 
-    Images and arrays stay as they are, so that the backbone's processor gets what it was given.
+    Images and arrays stay as they are, so that the backbone's processor gets the caller's own.
     """
     if isinstance(images, (list, tuple)):
         return [opened_images(image, rules) for image in images]
@@ -161,7 +161,7 @@ def _opened_turn(turn: Any, rules: ImageRules) -> Any:
 
 
 def block_images(block: Mapping[str, Any]) -> list[Any]:
-    """Images that a block of a chat names, in any of the usual ways."""
+    """Images of a chat block, in any of the usual notations."""
     if block["type"] == "image":
         return [block[key] for key in ("image", "url", "path", "base64") if block.get(key) is not None]
     if block["type"] == "image_url":
@@ -253,7 +253,7 @@ def fetched(url: str, rules: ImageRules) -> bytes:
 
 
 def _opener(rules: ImageRules) -> OpenerDirector:
-    """Speaks HTTP(S) and nothing else, redirects included; every connection is checked where addresses are."""
+    """An opener for HTTP(S) only, redirects included; with `sources="public"` it checks every connection."""
     opener = OpenerDirector()
     handlers: list[Any] = [HTTPRedirectHandler(), HTTPDefaultErrorHandler(), HTTPErrorProcessor()]
     if rules.sources == "any":
@@ -266,7 +266,7 @@ def _opener(rules: ImageRules) -> OpenerDirector:
 
 
 def _public_socket(host: str, port: int, timeout: Any) -> socket.socket:
-    """A connection to an address that was looked at, so that no second look-up can give another one."""
+    """A connection to an address that was checked, so that a second DNS lookup cannot give another one."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     for _, _, _, _, place in found:
         address: Any = ipaddress.ip_address(str(place[0]).partition("%")[0])

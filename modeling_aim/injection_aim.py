@@ -1,8 +1,8 @@
-"""Fused tokens stand in a prompt: their words as ids, their vectors at the depths where they enter (AIM, section 3.3).
+"""Fused tokens in a prompt: their words as ids, their vectors at the depths where they enter (AIM, section 3.3).
 
-The backbone gets ordinary ids, those of the demonstrations' own words, and makes its positions, masks and caches from
-them. Hooks that are registered once and do nothing outside a call put the fused vectors in their places: on the input
-embeddings, and on the inputs of the decoder layers.
+The backbone gets ordinary ids, those of the demonstrations' own words, and computes its positions, masks and caches
+from them. Hooks on the input embeddings and on the inputs of the decoder layers replace the vectors at these
+positions. They are registered once and do nothing outside a call.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class _Pass:
     Args:
         shape: rows and length of the pass.
         rows, columns: where each fused token stands in it.
-        chosen: which of the prompt's fused tokens they are, one entry a place.
+        chosen: which of the prompt's fused tokens they are, one entry for each.
         entered_at: for each depth the decoder layer before which its states have entered.
     """
 
@@ -50,7 +50,7 @@ class FusedPrompt:
         bos_id: id of the token after which fused tokens stand, where the prompt starts with it.
         backbone: the one that answers; the modules of any other one are left alone.
         entry_layers: where vectors enter: 0 is the input embeddings, k the input of decoder layer k. A fused token has
-            one vector for each, side by side.
+            one vector for each, concatenated.
         first: put BOS and the fused tokens, as many in each row, before the padding of a row: they are the same in
             all rows then, and so is their KV.
 
@@ -96,7 +96,7 @@ class FusedPrompt:
         self.seen = 0
         self._pass: _Pass | None = None
 
-        # old[r, j]: the place in row r of the widened prompt where old position j goes; new[r]: places of its tokens
+        # old[r, j]: where position j of the caller's row r is in the widened prompt; rows, columns: the fused tokens
         left_padded = bool((mask[:, 0] == 0).any()) or not bool((mask[:, -1] == 0).any())
         begins = mask.long().argmax(dim=1).cpu()
         places = torch.arange(length)
@@ -126,7 +126,7 @@ class FusedPrompt:
                 self.inputs[name] = self._widened(name, value)
 
     def _widened(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """`value` spread to the widened prompt, with this name's filler at the new places."""
+        """`value` for the widened prompt, with the filler of this input at the new positions."""
         wide = value.new_full((value.shape[0], self.width, *value.shape[2:]), -100 if name == "labels" else 0)
         if name == "input_ids":
             wide.fill_(self.words[0] if len(self.words) else 0)  # new padding: an ordinary word, which is masked out
@@ -161,7 +161,7 @@ class FusedPrompt:
         columns = (self.columns[here] - start).repeat(repeats)
         words = self.words[here].repeat(repeats)
         if not bool((ids[rows.to(ids.device), columns.to(ids.device)] == words.to(ids.device)).all()):
-            return  # not the prompt: many new tokens at once (assisted decoding), or images as words of the vocabulary
+            return  # not the prompt, but several new tokens (assisted decoding) or images as ids of the vocabulary
         self.seen = end
         if len(rows):
             self._pass = _Pass((ids.shape[0], ids.shape[1]), rows, columns, here.nonzero()[:, 0].repeat(repeats))
@@ -223,7 +223,7 @@ def watch_embeddings(embedding: nn.Module) -> None:
 def watch_entries(backbone: PreTrainedModel) -> None:
     """Register the hooks through which fused tokens reach a backbone: its input embedding and its decoder layers."""
     watch_embeddings(backbone.get_input_embeddings())
-    with suppress(ValueError):  # without a stack of layers there is the input alone
+    with suppress(ValueError):  # without a stack of layers, tokens enter at the input only
         for number, layer in enumerate(decoder_layers(backbone)):
             hooks = layer._forward_pre_hooks.values()
             if not any(isinstance(hook, partial) and hook.func is _enter_layer for hook in hooks):
@@ -275,12 +275,12 @@ def _replayed(prompt: FusedPrompt | None) -> Iterator[None]:
 
 
 def recomputed() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """What `torch.utils.checkpoint` takes as `context_fn`: a layer that is recomputed gets the same fused tokens."""
+    """The `context_fn` of `torch.utils.checkpoint`: a layer that is recomputed gets the same fused tokens."""
     return nullcontext(), _replayed(_PROMPT.get())
 
 
 def own_tokens_only(prompt: FusedPrompt, input_ids: torch.Tensor, defaults: GenerationConfig) -> dict[str, Any]:
-    """Arguments for the backbone's `generate` in which the caller's own code and limits meet no fused token.
+    """Arguments for the backbone's `generate` that hide fused tokens from the caller's code and length limits.
 
     Args:
         prompt: the widened prompt; its inputs hold every argument of the call.
@@ -308,10 +308,10 @@ def own_tokens_only(prompt: FusedPrompt, input_ids: torch.Tensor, defaults: Gene
             row, torch.cat([input_ids[row // copies].to(ids.device), ids[width:]])
         )
 
-    # max_length and min_length count the caller's own tokens: make room in them for the fused ones
+    # max_length and min_length count the caller's own tokens: extend them by the fused ones
     config = options.get("generation_config")
     settings = [c for c in (config, defaults) if c is not None]
-    counted = options.get("max_new_tokens") or any(c.max_new_tokens for c in settings)  # outweighs max_length
+    counted = options.get("max_new_tokens") or any(c.max_new_tokens for c in settings)  # overrides max_length
     for name in ("min_length",) if counted else ("max_length", "min_length"):
         if options.get(name):
             options[name] += width - input_ids.shape[1]
@@ -324,9 +324,9 @@ def own_tokens_only(prompt: FusedPrompt, input_ids: torch.Tensor, defaults: Gene
 
 
 class _OwnTokensProcessor:
-    """A caller's logits processor, shown its own prompt instead of the widened one.
+    """Calls the caller's logits processor with the caller's prompt instead of the widened one.
 
-    transformers counts the arguments of `__call__`: there must be these two.
+    transformers inspects the arguments of `__call__`: there must be exactly these two.
     """
 
     def __init__(self, call: Any, own: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -337,7 +337,7 @@ class _OwnTokensProcessor:
 
 
 class _OwnTokensCriterion:
-    """A caller's stopping criterion, shown its own prompt instead of the widened one."""
+    """Calls the caller's stopping criterion with the caller's prompt instead of the widened one."""
 
     def __init__(self, call: Any, own: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.call, self.own = call, own

@@ -1,7 +1,7 @@
 """AIM (arXiv 2406.07588): a frozen vision-language model answers from demonstrations that it has read one by one.
 
-The story of the paper, in the order of this file: *read* each demonstration with the frozen backbone and keep the
-hidden states on top of its text, *project* them to fused virtual tokens, *inject* these in front of a query, and let
+The method of the paper, in the order of this file: *read* each demonstration with the frozen backbone and keep the
+hidden states of its text, *project* them to fused virtual tokens, *inject* these in front of a query, and let
 the same frozen backbone *generate*. States that are put back at the depth where they were read need no projector.
 """
 
@@ -51,7 +51,7 @@ from .pretrained_aim import AimPreTrainedModel
 from .processing_aim import AimProcessor
 from .projector_aim import AimProjector
 
-if TYPE_CHECKING:  # the rest of what a repository carries: transformers 5.5 copies only files that this one names
+if TYPE_CHECKING:  # the other files of a repository: transformers 5.5 copies only files that this one names
     from .files_aim import locate_file  # noqa: F401
     from .images_aim import open_image  # noqa: F401
 
@@ -64,7 +64,7 @@ class AimForConditionalGeneration(DepthMixin, FeaturesMixin, AimPreTrainedModel,
     * a list of raw demonstrations: `(image, text)`, `(image, question, answer)`, or a dict with `image` (or
       `images`) and `text`, `label`, or `question` and `answer`; an image is a PIL image, a path, a URL or an array;
     * what `read` returned, or a `DemonstrationBank`: nothing is read again;
-    * what `prefill` returned: the backbone does not even compute over the fused tokens again;
+    * what `prefill` returned: the KV of its fused tokens is not computed again either;
     * a list with one of these, or `None`, for each row of the batch;
     * `None` or empty: the call is the backbone's own, bit for bit.
 
@@ -72,8 +72,8 @@ class AimForConditionalGeneration(DepthMixin, FeaturesMixin, AimPreTrainedModel,
         config: the plug-in's settings.
         backbone: the backbone; built from `config.backbone_config` with random weights when `None`.
         processor: turns raw demonstrations into the backbone's inputs; loaded when it is first needed.
-        freeze: set the backbone to inference and let none of its weights have a gradient. Where `False`, its flags
-            stay as they are: it is the model of somebody who may train it.
+        freeze: put the backbone in evaluation mode and turn off the gradients of its weights. With `False` its flags
+            stay as they are, for a caller who may train it.
     """
 
     def __init__(
@@ -124,10 +124,10 @@ class AimForConditionalGeneration(DepthMixin, FeaturesMixin, AimPreTrainedModel,
         Args:
             demos: raw demonstrations, in order. What has been read already passes through unchanged.
             batch_size: demonstrations in one forward pass of the backbone. Where `None`, as many as fit into 8192
-                tokens (1024 on a CPU) with hardly any padding.
+                tokens (1024 on a CPU) with little padding.
 
         Returns:
-            A frozen value with one fused token for each text token of each demonstration (at most
+            An immutable value with one fused token for each text token of each demonstration (at most
             `config.max_fused_tokens` a demonstration).
 
         Raises:
@@ -152,7 +152,7 @@ class AimForConditionalGeneration(DepthMixin, FeaturesMixin, AimPreTrainedModel,
     def read_states(self, demos: Sequence[Demonstration], batch_size: int | None = None) -> list[torch.Tensor]:
         """Hidden states at the kept text positions, `(positions, joined layers x hidden size)` a demonstration.
 
-        They depend on the frozen backbone alone, not on the projector, so they can be kept while it is trained.
+        They depend only on the frozen backbone, so they can be cached while the projector is trained.
         """
         states = {i: kept for i, kept, _ in self._read_batches(demos, batch_size)}
         return [states[i] for i in range(len(demos))]
@@ -164,7 +164,7 @@ class AimForConditionalGeneration(DepthMixin, FeaturesMixin, AimPreTrainedModel,
         images: bool = False,
         layers: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
-        """Number, hidden states and, where asked for, image features of each demonstration, as they are read."""
+        """Number, hidden states and, with `images`, image features of each demonstration, in reading order."""
         layers = self.config.read_layers if layers is None else layers
         lengths = self.processor.reading_lengths(demos)
         positions = CPU_POSITIONS if self.device.type == "cpu" else PASS_POSITIONS
@@ -196,7 +196,7 @@ class AimForConditionalGeneration(DepthMixin, FeaturesMixin, AimPreTrainedModel,
         return self.projector(states)
 
     def word_ids(self, demos: Sequence[Demonstration]) -> list[torch.Tensor]:
-        """The word under each fused token of each demonstration, `(tokens,)`; where several were averaged the last."""
+        """Word ids under the fused tokens of each demonstration, `(tokens,)`; of averaged ones the last."""
         budget, found = self.config.max_fused_tokens, []
         for ids in self.processor.kept_ids(demos, self.config.read_span):
             if budget is not None and len(ids) > budget:
@@ -212,7 +212,7 @@ class AimForConditionalGeneration(DepthMixin, FeaturesMixin, AimPreTrainedModel,
         Args:
             demos: what to read.
             batch_size: as for `read`.
-            keep: use what `read_cache` has of them, and leave there what was read.
+            keep: take hidden states from `read_cache`, and put new ones there.
         """
         keys = tuple(demo.key for demo in demos)
         unique = dict(zip(keys, demos, strict=True))
@@ -231,9 +231,9 @@ class AimForConditionalGeneration(DepthMixin, FeaturesMixin, AimPreTrainedModel,
     def fuse(
         self, states: Sequence[torch.Tensor], words: Sequence[torch.Tensor], keys: tuple[str, ...] = ()
     ) -> FusedDemonstrations:
-        """Fused demonstrations from what `read_states` and `word_ids` gave of each; gradient reaches the projector.
+        """Fused demonstrations from the results of `read_states` and `word_ids`; gradient reaches the projector.
 
-        They name no source: only `read` binds what it returns to this model.
+        They have no source: only `read` binds its result to this model.
         """
         width = self.config.hidden_size * len(self.config.read_layers)
         joined = torch.cat(list(states)) if states else torch.empty(0, width, device=self.device, dtype=self.dtype)
@@ -241,7 +241,7 @@ class AimForConditionalGeneration(DepthMixin, FeaturesMixin, AimPreTrainedModel,
         return FusedDemonstrations(self.projector(joined), tuple(len(state) for state in states), ids, keys)
 
     def _backbone_state(self) -> int:
-        """What changes with every weight of the backbone; it is asked for only where something is kept."""
+        """A value that changes with every weight of the backbone: part of the keys of both caches."""
         return hash(tuple(weights_state(self.backbone)))
 
     # --- inject, answer
@@ -266,14 +266,14 @@ class AimForConditionalGeneration(DepthMixin, FeaturesMixin, AimPreTrainedModel,
             demos: demonstrations for all rows or for each row; see the class. Raw ones that were given before are not
                 read again while `read_cache` has them.
             chat_demos: those that the processor found in the earlier turns of a chat; they come after `demos`.
-            shots: how many demonstrations to choose from a bank for each row (8 where only `select` is given).
-            select: how: `"random"`, `"image"`, `"text"`, `"fused"`, `"mmices"`, a list, or a dict with `by` and other
-                arguments of `DemonstrationBank.select`.
+            shots: how many demonstrations to select from a bank for each row (8 where only `select` is given).
+            select: the selection strategy: `"random"`, `"image"`, `"text"`, `"fused"`, `"mmices"`, a list of numbers
+                or keys, or a dict with `by` and other arguments of `DemonstrationBank.select`.
             **kwargs: the backbone's inputs and everything its `generate` takes.
 
         Returns:
-            What the backbone's `generate` returns: ids of the query and then the new tokens. Fused tokens never show,
-            but where hidden states, attentions or the KV of all positions are asked for, theirs are among them.
+            What the backbone's `generate` returns: ids of the query and then the new tokens. The ids hold no fused
+            tokens; hidden states, attentions and KV, where requested, include their positions.
 
         Raises:
             ValueError: bad demonstrations, demonstrations for another number of rows, or a prompt with fused tokens
@@ -319,12 +319,12 @@ class AimForConditionalGeneration(DepthMixin, FeaturesMixin, AimPreTrainedModel,
             input_ids: `(batch, length)`.
             demos: as for `generate`. Raw demonstrations are read without gradient and projected with it.
             labels: `(batch, length)`, -100 where no loss is wanted. The loss is the backbone's own loss function, over
-                all of its logits; losses that some add for themselves (of a router, say) are left out.
+                all of its logits; auxiliary losses of some backbones (of a router, for example) are left out.
             **kwargs: the backbone's other inputs.
 
         Returns:
             The backbone's output; `logits` and `hidden_states` are those of the caller's own positions, `attentions`
-            and `past_key_values` are over the fused tokens too.
+            and `past_key_values` include the fused tokens.
         """
         if torch.is_grad_enabled() and getattr(self.backbone, "is_quantized", False):
             never_repack(self.backbone)
@@ -344,7 +344,7 @@ class AimForConditionalGeneration(DepthMixin, FeaturesMixin, AimPreTrainedModel,
         if labels is not None:
             labels = labels[:, -output.logits.shape[1] :]  # `logits_to_keep` leaves the first positions out
             normalize = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
-            vocab_size = output.logits.shape[-1]  # the configuration may count less
+            vocab_size = output.logits.shape[-1]  # the configuration's may be smaller
             loss = self.backbone.loss_function(output.logits, labels, vocab_size=vocab_size, **normalize)
             output = type(output)(**{**output, "loss": loss})
         if getattr(output, "logits", None) is not None and output.logits.shape[1] == prompt.width:
@@ -360,9 +360,9 @@ class AimForConditionalGeneration(DepthMixin, FeaturesMixin, AimPreTrainedModel,
     def prompt_embeds(self, inputs: Mapping[str, Any], demos: Any = None) -> list[torch.Tensor]:
         """The prompt as embeddings, fused tokens and images in it, for an engine that takes `prompt_embeds` (vLLM).
 
-        It works where the decoder gets nothing but embeddings at one position after another. It cannot work where the
-        decoder gets more, and is refused there: positions in the image grid, image features for several layers,
-        cross-attention, attention in both directions. docs/BANK.md lists the families.
+        It works where the decoder gets only embeddings at consecutive positions. It is refused where the decoder gets
+        more: positions in the image grid, image features for several layers, cross-attention, attention in both
+        directions (docs/BANK.md lists the families), or fused tokens that enter at depth.
 
         Args:
             inputs: the backbone's inputs of one query or of a padded batch.
@@ -372,7 +372,7 @@ class AimForConditionalGeneration(DepthMixin, FeaturesMixin, AimPreTrainedModel,
             For each row `(tokens, hidden size)`, without padding.
 
         Raises:
-            ValueError: the backbone's decoder needs more than embeddings; the message says what.
+            ValueError: the decoder needs more than embeddings; the message says what.
         """
         given = {**inputs}
         given["attention_mask"] = given.get("attention_mask", torch.ones_like(given["input_ids"]))
@@ -394,12 +394,12 @@ class AimForConditionalGeneration(DepthMixin, FeaturesMixin, AimPreTrainedModel,
     def prefill(self, demos: Any) -> FusedPrefix:
         """Read demonstrations and compute the KV of their fused tokens, once for any number of calls of `generate`.
 
-        The KV is kept in `model.prefix_cache`, an LRU cache of at most `prefix_cache.max_bytes`; what has left it is
-        computed again when it is needed. It serves greedy and sampled decoding and beams of prompts that all rows of a
-        batch share; everything else (other demonstrations a row, a cache of the caller's own, `use_cache=False`,
-        assisted decoding, cross-attention, a padded batch on a backbone with sliding windows or a recurrent state)
-        takes the fused tokens as they are, and says so once in the log. The answers are the same within float
-        tolerance.
+        The KV is kept in `model.prefix_cache`, an LRU cache of at most `prefix_cache.max_bytes`; evicted KV is
+        computed again when it is needed. It is used for greedy and sampled decoding and beams where all rows of a
+        batch share the prefix. Elsewhere (other demonstrations in each row, a cache of the caller's own,
+        `use_cache=False`, assisted decoding, cross-attention, a padded batch on a backbone with sliding windows or a
+        recurrent state) the fused tokens are used without it, and the log says so once. The answers are the same
+        within float tolerance.
 
         Args:
             demos: as for `read`; their order counts.
@@ -433,7 +433,7 @@ class AimForConditionalGeneration(DepthMixin, FeaturesMixin, AimPreTrainedModel,
         shots: int | None = None,
         select: Any = None,
     ) -> list[tuple[Any, ...]]:
-        """What each row of the batch is given, in order: parts as `parse_demos` gives them."""
+        """The demonstrations of each row of the batch, in order, in parts as `parse_demos` returns them."""
         demos, chat_demos = (parse_demos(given, self.image_rules) for given in (demos, chat_demos))
         ids = inputs.get("input_ids")
         if ids is None:

@@ -26,11 +26,11 @@ PREFIX_STATES = Version(Version(transformers.__version__).base_version) >= Versi
 class FusedPrefix:
     """Demonstrations whose KV the model keeps: a value that `generate` takes as `demos`.
 
-    The value itself holds the fused tokens alone. The KV lies in `model.prefix_cache`, bounded in bytes; when it had
-    to leave, the next call that needs it computes it again.
+    The value itself holds only the fused tokens. The KV is in `model.prefix_cache`, which is bounded in bytes; after
+    an eviction the next call that needs it computes it again.
 
     Args:
-        fused: what was read, in the order in which it stands in the prompt.
+        fused: the demonstrations, in the order of the prompt.
     """
 
     aim_kind = "prefix"
@@ -94,7 +94,7 @@ def prefilled(model: Any, rows: Sequence[tuple[Any, ...]], options: Mapping[str,
         return None
     found = _prefilled(model, prefixes, len(rows), options)
     if isinstance(found, str):
-        logger.warning_once(f"The KV of prefilled demonstrations is not used: {found}. They are answered from anyway.")
+        logger.warning_once(f"The KV of prefilled demonstrations is not used: {found}. Their fused tokens are.")
         return None
     return found
 
@@ -136,10 +136,10 @@ def _prefilled(
 
 
 def grown_from(cache: Any, rows: int) -> Any:
-    """A KV cache of `rows` rows that goes on from one of a single row and leaves that as it is.
+    """A KV cache of `rows` rows that continues one of a single row and does not change it.
 
-    Layers that grow by joining old and new KV into new tensors begin with a view of the old: nothing is copied, for
-    any number of rows and of generations at a time. Layers of other kinds write into their tensors and are copied.
+    Layers that concatenate old and new KV into new tensors start with a view of the old: nothing is copied, for any
+    number of rows and of concurrent generations. Layers of other kinds write into their tensors and are copied.
     """
     own = copy.copy(cache)
     own.layers = []
@@ -156,15 +156,15 @@ def grown_from(cache: Any, rows: int) -> Any:
 
 
 def serves(cache: Any, padded: bool) -> bool:
-    """Whether KV of a prefix alone is the KV that the prefix has in a whole prompt.
+    """Whether the KV of a prefix alone is the KV that the prefix has in a whole prompt.
 
-    It is not in layers that the prefix alone does not enter (with cross-attention, where even masked words may look
-    at the images of the query). With padding between the prefix and a query, it is none in layers that count what
-    lies between: sliding windows and recurrent states; before transformers 5.23, the oldest on which that was tried
-    and holds, in none of these at all. Caches of a kind of their own, without layers, are not looked into.
+    It is not in layers that a prefix alone does not enter (cross-attention, where even masked words may attend to the
+    images of the query), nor, with padding between the prefix and a query, in layers that count the padding: sliding
+    windows and recurrent states. Such layers need transformers 5.23, the oldest release on which they were tried and
+    work. Caches without layers are not supported.
 
     Args:
-        cache: what `generate` would go on from.
+        cache: the KV that `generate` would continue.
         padded: rows of the batch have padding.
     """
     layers = getattr(cache, "layers", None) or []
@@ -181,7 +181,7 @@ def note_fused(*caches: Any) -> None:
 
 
 def check_continued(inputs: Mapping[str, Any], whole_prompt: bool) -> None:
-    """Raise `ValueError` where ids or a mask without fused tokens go on from KV with them: all places would be wrong.
+    """Raise `ValueError` where ids or a mask without fused tokens continue KV with them: positions would be wrong.
 
     Args:
         inputs: the backbone's inputs of the next call.

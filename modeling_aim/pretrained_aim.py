@@ -1,4 +1,4 @@
-"""An AIM model as a `PreTrainedModel`: what shows through of its backbone, and how it is made, loaded and saved."""
+"""An AIM model as a `PreTrainedModel`: what it delegates to its backbone, and how it is made, loaded and saved."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ DIGEST_KEY = "projector_sha256"  # in config.json: digest of the weights' file, 
 
 
 class AimPreTrainedModel(PreTrainedModel):
-    """Loading, saving and the host library's expectations; `AimForConditionalGeneration` has the method itself."""
+    """Loading, saving and what transformers expects of a model; `AimForConditionalGeneration` has the method."""
 
     config_class = AimConfig
     base_model_prefix = "backbone"
@@ -77,7 +77,7 @@ class AimPreTrainedModel(PreTrainedModel):
     read_cache: LRUCache
     prefix_cache: LRUCache
 
-    # --- the backbone shows through
+    # --- delegated to the backbone
 
     @property
     def generation_config(self) -> Any:
@@ -121,7 +121,7 @@ class AimPreTrainedModel(PreTrainedModel):
         return self.backbone.resize_token_embeddings(*args, **kwargs)
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """Give the backbone another implementation of attention, in all of its parts or by part."""
+        """Set the attention implementation of the backbone, for all of its parts or by part."""
         asked = by_part(attn_implementation)
         inner = asked.get("backbone_config") if isinstance(asked, dict) else asked
         if inner is not None:
@@ -131,17 +131,17 @@ class AimPreTrainedModel(PreTrainedModel):
             self.config._attn_implementation_internal = self.get_correct_attn_implementation(own)
 
     def post_init(self) -> None:
-        """End making the model: from here on, what its configuration says of the backbone is the backbone's own."""
+        """Finish the model: from here on, `config.backbone_config` is the backbone's own configuration."""
         super().post_init()
         self.config.backbone_config = self.backbone.config
         for option in IMPLEMENTATIONS:  # the internal names: the others set the parts too
             setattr(self.config, f"_{option}_internal", getattr(self.backbone.config, f"_{option}"))
 
     def init_weights(self) -> None:
-        """Nothing to do: backbone and projector draw or load their weights where they are made."""
+        """Do nothing: backbone and projector initialize or load their weights themselves."""
 
     def train(self, mode: bool = True) -> Self:
-        """Set the projector's mode; the frozen backbone stays as in inference, also while another thread answers."""
+        """Set the projector's mode; the frozen backbone stays in evaluation mode, also while a thread answers."""
         self.training = mode
         for part in self.children():
             if part is not self.backbone:
@@ -202,13 +202,13 @@ class AimPreTrainedModel(PreTrainedModel):
 
     @property
     def source(self) -> dict[str, str]:
-        """Identity of what reads here: fused demonstrations are good for this alone."""
+        """Identity of this model as a reader: only a model with an equal one can use its fused demonstrations."""
         form = f"{self.config.projector_form}, entering at {self.config.entry_layers}"
         return {**self.reader, "fused": form, "projector": self._projector_digest()[:12]}
 
     @property
     def reader(self) -> dict[str, str]:
-        """Identity of what decides the hidden states of a demonstration: all of `source` but the projector."""
+        """Identity of all that decides the hidden states of a demonstration: `source` without the projector."""
         prints = str(self.config.backbone_fingerprint).encode()
         knows_processor = self._processor is not None or self._loaded_from is not None
         return {
@@ -219,14 +219,14 @@ class AimPreTrainedModel(PreTrainedModel):
         }
 
     def _projector_digest(self) -> str:
-        """Identity of the projector's weights, computed anew only after they were changed."""
+        """Identity of the projector's weights, recomputed only after a change."""
         state = self._projector_state()
         if self._projector_id is None or self._projector_id[0] != state:
             self._projector_id = (state, projector_digest(self.projector.state_dict()))
         return self._projector_id[1]
 
     def _projector_state(self) -> Any:
-        """What changes whenever a weight of the projector does, except by writing to its `.data`."""
+        """A value that changes when a weight of the projector changes, except by writing to its `.data`."""
         weights = list(self.projector.parameters())
         return [
             (id(p), p.data_ptr(), -1 if p.is_inference() else p._version) for p in weights
@@ -249,7 +249,7 @@ class AimPreTrainedModel(PreTrainedModel):
         projector_intermediate_size: int | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Put AIM on a backbone: it answers from demonstrations as it is, or is trained first.
+        """Put AIM on a backbone; with the default preset it answers from demonstrations without training.
 
         Args:
             backbone: Hub id or folder, or a loaded model.
@@ -328,7 +328,7 @@ class AimPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: the projector belongs to another backbone, or its file is damaged or another kind of file; or
-                weights are missing in the backbone's files (not with `output_loading_info=True`, which tells them).
+                weights are missing in the backbone's files (not with `output_loading_info=True`, which returns them).
             FileNotFoundError: the repository has no projector.
         """
         name = str(pretrained_model_name_or_path)
@@ -372,12 +372,12 @@ class AimPreTrainedModel(PreTrainedModel):
         return model if info is None else (model, info)  # type: ignore[return-value]
 
     def _load_projector(self, file: str, name: str, digest: str | None = None) -> None:
-        """Take over the projector's weights in a safetensors file of the repository `name`.
+        """Load the projector's weights from a safetensors file of the repository `name`.
 
         Args:
             file: path of the weights.
             name: of the repository, for messages.
-            digest: what its config.json says of the file; `None` where it was saved before that was noted.
+            digest: the digest of the file in its config.json; `None` where config.json has none.
 
         Raises:
             ValueError: they are of another form, of other shapes, or damaged; or belong to another config.json.
@@ -393,8 +393,8 @@ class AimPreTrainedModel(PreTrainedModel):
         ]
         if wrong:
             raise ValueError(
-                f"The {PROJECTOR_WEIGHTS} of {name} was trained with {', '.join(wrong)}, and its weights mean nothing "
-                "otherwise. Load it with its own settings, or train a new projector: aim train."
+                f"The {PROJECTOR_WEIGHTS} of {name} was trained with {', '.join(wrong)}, and its weights are not "
+                "valid with others. Load it with its own settings, or train a new projector: aim train."
             )
         if shapes != own:
             raise ValueError(
@@ -437,7 +437,7 @@ class AimPreTrainedModel(PreTrainedModel):
         """Write a repository: config, projector, processor, the code that loads it, and a model card.
 
         Args:
-            save_directory: folder to write to; files are replaced together, after all of them were made.
+            save_directory: folder to write to; files are replaced together, after all of them were written.
             is_main_process: only the main process of a distributed run writes.
             state_dict: weights to save in place of the model's own, as gathered in a distributed run.
             include_backbone: write the backbone too, into a subfolder, for a repository that needs no other.
@@ -474,7 +474,7 @@ class AimPreTrainedModel(PreTrainedModel):
     def _config_to_save(self, target: str | os.PathLike[str], include_backbone: bool) -> AimConfig:
         """The configuration of a repository at `target`, naming a backbone that can be found from there."""
         config: AimConfig = copy.deepcopy(self.config)  # type: ignore[assignment]
-        config.dtype = None  # the projector says its own, the backbone's repository the backbone's
+        config.dtype = None  # projector and backbone have their own, in their own files
         backbone: Any = config.backbone_config
         backbone.name_or_path = ""
         if hasattr(backbone, "quantization_config"):
@@ -482,7 +482,7 @@ class AimPreTrainedModel(PreTrainedModel):
         if include_backbone:
             config.backbone_name_or_path, config.backbone_revision = None, None
             config.backbone_subfolder = BACKBONE_FOLDER
-            if not has_fingerprint(self.backbone, config.backbone_fingerprint):  # drawn, tuned or resized since
+            if not has_fingerprint(self.backbone, config.backbone_fingerprint):  # initialized, tuned or resized since
                 config.backbone_fingerprint = fingerprint(self.backbone)
         elif config.backbone_name_or_path is None and self._loaded_from is not None:
             name, hub = self._loaded_from
@@ -500,7 +500,7 @@ class AimPreTrainedModel(PreTrainedModel):
         """Upload what `save_pretrained` writes; a model card that is already there is kept.
 
         Args:
-            repo_id: the repository, made when it does not exist.
+            repo_id: the repository, created if it does not exist.
             include_backbone: as for `save_pretrained`.
             **kwargs: `token`, `private`, `revision`, `commit_message`, `commit_description`, `create_pr`.
 
@@ -519,7 +519,7 @@ class AimPreTrainedModel(PreTrainedModel):
 
 
 def _stored_form(file: str) -> dict[str, Any] | None:
-    """What the weights in a safetensors file say that they are bound to; `None` where they say nothing."""
+    """The settings that the weights in a safetensors file are bound to, by its metadata; `None` where it has none."""
     stored = safetensors_metadata(file).get(FORM_KEY)
     try:
         form = None if stored is None else json.loads(stored)

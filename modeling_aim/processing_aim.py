@@ -1,4 +1,4 @@
-"""The backbone's own processor, taught to take demonstrations and few-shot chats."""
+"""The backbone's own processor, extended by demonstrations and few-shot chats."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class AimProcessor(ProcessorMixin):
 
     Args:
         processor: the processor of the backbone.
-        label_template: how a demonstration that is a bare label is worded. The words before the name matter: the
-            backbone stores what it sees in them, and can only then find the name that follows.
-        question_template: how a question and its answer are worded; `{question}` stands before `{answer}`.
-        image_prompt: what stands for one image in a prompt of this backbone. Found out from its chat template, or
-            its image token, when `None`.
+        label_template: template of a demonstration that is a bare label. The words before the name matter: the
+            backbone keeps what it sees in their states, and finds the name that follows them by it.
+        question_template: template of a question and its answer; `{question}` stands before `{answer}`.
+        image_prompt: the placeholder of one image in a prompt of this backbone. `None`: found in its chat template, or
+            its image token.
         few_shot_chats: whether earlier (user with image, assistant) turns of a chat become demonstrations.
-        max_image_pixels, image_sources: which images may be opened; see `ImageRules`. Who answers for others sets
-            `image_sources="given"`, or `"public"` with URLs.
+        max_image_pixels, image_sources: which images may be opened; see `ImageRules`. A service for others sets
+            `image_sources="given"`, or `"public"` to take URLs.
 
     Raises:
         ValueError: a setting is wrong; the message has what was given and what is expected.
@@ -85,7 +85,7 @@ class AimProcessor(ProcessorMixin):
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.tokenizer.padding_side = "left"  # generation continues on the right of every row of a batch
 
-    # --- the backbone's processor shows through
+    # --- delegated to the backbone's processor
 
     def __getattr__(self, name: str) -> Any:
         inner = self.__dict__.get("processor")
@@ -119,7 +119,7 @@ class AimProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """What the backbone's processor gives, and demonstrations."""
+        """The inputs that the backbone's processor makes, and demonstrations."""
         return [*self.processor.model_input_names, "demos", "chat_demos"]
 
     def post_process_image_text_to_text(self, *args: Any, **kwargs: Any) -> Any:
@@ -141,7 +141,7 @@ class AimProcessor(ProcessorMixin):
             The backbone's inputs, and `demos` where given.
 
         Raises:
-            ValueError: the prompt has not as many image placeholders as there are images.
+            ValueError: the number of image placeholders in the prompt is not the number of images.
         """
         self._check_placeholders(images, text)
         with _TOKENIZING:
@@ -188,19 +188,19 @@ class AimProcessor(ProcessorMixin):
                 )
 
     def _needs_placeholders(self, token: str) -> bool:
-        """Whether prompts of this backbone name their images, rather than having the processor put them in front."""
+        """Whether prompts of this backbone need image placeholders: else its processor puts images in front."""
         return self.chat_template is not None and token in self.image_text
 
     @property
     def image_text(self) -> str:
-        """What stands for one image in a prompt of this backbone, separators included (`"<image>\\n"`)."""
+        """The placeholder of one image in a prompt of this backbone, separators included (`"<image>\\n"`)."""
         if self.image_prompt is None:
             self.image_prompt = self._find_image_text()
         return self.image_prompt
 
     @property
     def _image_token(self) -> str | None:
-        """The token that the processor looks for in a prompt to put an image there, where it looks for one."""
+        """The token that the processor replaces by an image in a prompt; `None` where it replaces none."""
         token = family_of_processor(self.processor).image_token
         if token is None:
             token = getattr(self.processor, "image_token", None)
@@ -234,9 +234,9 @@ class AimProcessor(ProcessorMixin):
         return self.rendered([{"role": "user", "content": content}])
 
     def rendered(self, chat: Sequence[Mapping[str, Any]]) -> str:
-        """The prompt of a chat up to where the answer begins, without the BOS that the tokenizer puts there itself."""
+        """The prompt of a chat up to where the answer begins, without the BOS that the tokenizer adds itself."""
         prompt = self.processor.apply_chat_template(chat, add_generation_prompt=True)
-        bos = self.tokenizer.bos_token  # some templates begin with it; the tokenizer may put it there too, and twice
+        bos = self.tokenizer.bos_token  # some templates write it, and the tokenizer may add it again
         with _TOKENIZING:
             twice = (
                 bos and prompt.startswith(bos) and self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]
@@ -250,14 +250,13 @@ class AimProcessor(ProcessorMixin):
 
         With `tokenize=True, return_dict=True`, and unless `few_shot_chats=False` is given or set, a chat whose last
         user turn has an image of its own, and whose earlier turns are all pairs (user with image, assistant), is
-        taken apart: the pairs are returned as `chat_demos`, and only the system turn and the last turn are rendered.
-        Any other chat stays as it is (`chat_demos` is empty): a last turn without an image goes on about an earlier
-        one.
+        split: the pairs are returned as `chat_demos`, and only the system turn and the last turn are rendered.
+        Any other chat stays as it is (`chat_demos` is empty): a last turn without an image is about an earlier image.
 
         Args:
             conversation: a chat, or a list of chats.
             *args: as for the backbone's processor.
-            demos: demonstrations that do not come from the chat; they go before those that do.
+            demos: demonstrations that do not come from the chat; they come before those of the chat.
             **kwargs: as for the backbone's processor.
         """
         few_shot = kwargs.pop("few_shot_chats", self.few_shot_chats)
@@ -299,12 +298,12 @@ class AimProcessor(ProcessorMixin):
         return before + text + after, len(before), len(before) + len(text)
 
     def is_label(self, demonstration: Demonstration) -> bool:
-        """Whether what a demonstration says is a bare name."""
+        """Whether the text of a demonstration is a bare name."""
         return demonstration.question is None and (demonstration.is_label or self._is_bare_label(demonstration.text))
 
     @property
     def reading_settings(self) -> dict[str, str]:
-        """What of these settings decides how a demonstration is read; fused tokens are bound to it."""
+        """The settings that decide how a demonstration is read; fused tokens are bound to them."""
         images = {name: _plain(getattr(self.image_processor, name, None)) for name in IMAGE_SETTINGS}
         return {
             "label template": self.label_template,
@@ -314,7 +313,7 @@ class AimProcessor(ProcessorMixin):
         }
 
     def words_of(self, ids: Sequence[int]) -> str:
-        """What a prompt asks: its ids, images left out, in words, without what the chat template puts around them."""
+        """The words of a prompt, from its ids without images, without those that the chat template adds."""
         words = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
         with _TOKENIZING:
             frame = self.tokenizer(self.prompt(_SENTINEL, images=0))["input_ids"]
@@ -322,16 +321,16 @@ class AimProcessor(ProcessorMixin):
         return words.removeprefix(before.strip()).removesuffix(after.strip()).strip()
 
     def _is_bare_label(self, text: str) -> bool:
-        """Whether a text is a name to be worded: one or two words, no punctuation at the end, and not yet worded.
+        """Whether a text is a bare name: one or two words, no punctuation at the end, not yet in the label template.
 
-        Only in Latin letters: elsewhere a sentence may be one word, and `label=` says what is meant.
+        Only in ASCII: in other scripts a sentence may be one word, and `label=` marks a name.
         """
         worded = self.label_template.split("{label}", 1)[0].strip().lower()
         name = len(text.split()) <= 2 and text.isascii() and text[-1].isalnum()
         return name and not (worded and text.lower().startswith(worded))
 
     def why_unreadable(self, demonstration: Demonstration) -> str | None:
-        """Why a backbone cannot read a demonstration, in a few words; `None` where nothing speaks against it."""
+        """Why a backbone cannot read a demonstration, in a few words; `None` where it can."""
         words = self.word(demonstration)[0]
         for token in {self._image_token, self.image_text.strip(), getattr(self.processor, "video_token", None)}:
             if isinstance(token, str) and token and token in words:
@@ -343,10 +342,10 @@ class AimProcessor(ProcessorMixin):
         return None
 
     def reading_lengths(self, demonstrations: Sequence[Demonstration]) -> list[int]:
-        """About how many positions each demonstration takes when it is read, rather too many than too few.
+        """An estimate of the positions that each demonstration takes when it is read, rather too high than too low.
 
-        A character counts as one position. Images count what the backbone's processor says of images of their size,
-        or `UNKNOWN_IMAGE` where it cannot say.
+        A character counts as one position. An image counts what the backbone's processor expects for its size, or
+        `UNKNOWN_IMAGE` where that is not known.
         """
         images = [image for demonstration in demonstrations for image in demonstration.images]
         counts = [UNKNOWN_IMAGE] * len(images)
@@ -393,7 +392,7 @@ class AimProcessor(ProcessorMixin):
         return prompts, spans
 
     def kept_ids(self, demonstrations: Sequence[Demonstration], read_span: str = "text") -> list[torch.Tensor]:
-        """Ids `(tokens,)` of the words that are kept of each demonstration; its images are not looked at."""
+        """Ids `(tokens,)` of the words that are kept of each demonstration; images are not encoded."""
         prompts, spans = self._reading_prompts(demonstrations, read_span)
         plain = self._tokenized(prompts) if prompts else {"input_ids": []}
         kept = [self._kept_places(plain, row, span) for row, span in enumerate(spans)]
@@ -402,12 +401,12 @@ class AimProcessor(ProcessorMixin):
     def encode_spans(
         self, images: Sequence[Sequence[Any]], prompts: Sequence[str], spans: Sequence[tuple[int, int]]
     ) -> tuple[BatchFeature, torch.Tensor]:
-        """Make one padded batch of prompts, and find in it the tokens of a part of each.
+        """Make one padded batch of prompts, with a mask of the tokens of a part of each.
 
         Args:
-            images: those of each prompt; it has their placeholders.
+            images: the images of each prompt, which has their placeholders.
             prompts: one a row.
-            spans: first character of the part and the one behind its last, behind the last placeholder.
+            spans: first character of the part and the one after its last; it follows the last placeholder.
 
         Returns:
             The backbone's inputs, and a mask `(batch, length)` that is true at the tokens of the part.
@@ -417,8 +416,8 @@ class AimProcessor(ProcessorMixin):
             inputs = self._encode(shown, list(prompts), padding=True, padding_side="left", return_tensors="pt")
         plain, ids = self._tokenized(prompts), inputs["input_ids"]
         mask = torch.zeros(ids.shape, dtype=torch.bool)
-        # Images are expanded in the processor, so places are counted from the end, where the text is as it was given,
-        # but for what some processors put behind it.
+        # The processor expands images, so positions are counted from the end, where the text is unchanged except for
+        # what some processors append.
         for row, span in enumerate(spans):
             part = self._kept_places(plain, row, span)
             if not part:
@@ -435,7 +434,7 @@ class AimProcessor(ProcessorMixin):
 
     @staticmethod
     def _kept_places(plain: Any, row: int, span: tuple[int, int]) -> list[int]:
-        """Places of the tokens that lie in a span of characters, in a prompt whose images are not expanded."""
+        """Positions of the tokens that lie in a span of characters, in a prompt whose images are not expanded."""
         tokens = zip(plain["offset_mapping"][row], plain["special_tokens_mask"][row], strict=True)
         start, end = span
         return [i for i, ((a, b), special) in enumerate(tokens) if b > start and a < end and b > a and not special]
@@ -443,7 +442,7 @@ class AimProcessor(ProcessorMixin):
     # --- files
 
     def to_dict(self) -> dict[str, Any]:
-        """The backbone processor's own settings, and ours."""
+        """The settings of the backbone's processor, and those of this class."""
         return {
             **self.processor.to_dict(),
             "processor_class": type(self).__name__,
@@ -504,7 +503,7 @@ class AimProcessor(ProcessorMixin):
 
 
 def _plain(value: Any) -> Any:
-    """A setting of an image processor in the form in which it is the same after saving and loading."""
+    """A setting of an image processor in a form that saving and loading does not change."""
     if isinstance(value, Mapping) or hasattr(value, "items"):
         return {str(k): _plain(v) for k, v in value.items() if v is not None}
     if isinstance(value, (list, tuple)):
@@ -515,7 +514,7 @@ def _plain(value: Any) -> Any:
 def split_few_shot_chat(
     chat: Sequence[Mapping[str, Any]], rules: ImageRules | None = None
 ) -> tuple[list[Demonstration], list[Mapping[str, Any]]]:
-    """Take a few-shot chat apart into demonstrations, their images opened, and the chat that is left to answer.
+    """Split a few-shot chat into demonstrations, with their images opened, and the chat that is to be answered.
 
     Returns:
         The demonstrations (none for an ordinary chat), and the system turns with the last user turn and, when the

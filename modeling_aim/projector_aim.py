@@ -20,7 +20,7 @@ class AimProjector(nn.Module):
     kinds of forms.
 
     Where states enter at the depth where they were read (`config.enters_at_depth`; `e = n`), a form begins as the
-    identity, so that nothing need be trained. With `x_k` the state of each depth and `u_k = x_k / rms(x_k)`:
+    identity and works without training. With `x_k` the state of each depth and `u_k = x_k / rms(x_k)`:
 
     * `identity`: `x_k`; no weights;
     * `residual`: `x_k + rms(x_k) map_k(u_1, u_2, ...)`, with `Linear(n, e)` for the map, zero at the start;
@@ -29,15 +29,15 @@ class AimProjector(nn.Module):
     Where states enter at the input embeddings (`entry_layers=[0]`; `e = h`), a projector must be trained:
 
     * `linear_norm`: `Linear(n, h)`, then `LayerNorm(h)`: the paper's;
-    * `linear`: `s Linear(n, h)`; states of inner layers, whose size no norm has set, get unit variance first;
+    * `linear`: `s Linear(n, h)`; states of inner layers, which passed no norm, are scaled to unit variance first;
     * `mlp`: `LayerNorm(n)`, `Linear(n, m)`, GELU, `s Linear(m, h)`;
     * `residual`, `residual_mlp`: `s (v / rms(v) + map(u_1, u_2, ...))`, where `v` is the mean of the `u_k`, with the
-      maps from above. They presume that hidden states and input embeddings share directions.
+      same maps. They assume that hidden states and input embeddings share directions.
 
     The inner width `m` is `config.projector_intermediate_size`, or `2 * h`, or less where that is over 2**24 weights.
-    The constant `s` is `config.projector_norm / sqrt(h)`, the size of a number in an input embedding: what is learned
-    is measured in embeddings (at depth, in the size of the state itself), so a learning rate means the same where
-    these are small.
+    The constant `s` is `config.projector_norm / sqrt(h)`, the RMS of an input embedding. Learned changes are relative
+    to it (at depth, to the RMS of the state), so that a learning rate has the same effect on backbones with small
+    embeddings.
 
     At the input, an untrained projector gives vectors whose norm is about `config.projector_norm`: a LayerNorm of gain
     1 would give `sqrt(h)`, tens of times the norm of an input embedding, so its gain starts at `s`.
@@ -82,7 +82,7 @@ class AimProjector(nn.Module):
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Map `states` `(..., n)` to fused tokens `(..., e)`, on the projector's device and in its dtype.
 
-        `identity` has neither: the states come back as they are.
+        `identity` has neither: it returns the states unchanged.
         """
         weight = next(self.parameters(), None)
         if weight is None:
@@ -106,7 +106,7 @@ def inner_width(width: int, outer: int) -> int:
 
     Args:
         width: hidden size.
-        outer: what goes in and comes out, together.
+        outer: input width plus output width.
     """
     return min(2 * width, max(MOST_WEIGHTS // outer // 64 * 64, 64))
 
