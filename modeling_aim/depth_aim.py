@@ -187,7 +187,7 @@ def _encoded(processor: Any, asked: Sequence[tuple[Demonstration, int]], prompts
     """
     texts, spans = [], []
     for demo, known in asked:
-        front = processor.image_text * len(demo.images)
+        front = processor.front(len(demo.images))
         words, start, end = processor.word(demo)
         question = words[: start + known]
         if demo.question is not None and prompts == "chat" and processor.chat_template is not None:
