@@ -1,24 +1,32 @@
-"""`aim check` on a family beyond those of the matrix, and on a class that cannot work."""
+"""`aim check` on a family beyond those of the matrix, at real size from a config, and on classes that cannot work."""
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
+from typing import Any
 
 import backbones
 import pytest
+import torch
+import transformers as hf
+from families import IDEFICS3_CHAT, IDEFICS_SPECIAL, TILES, make_tokenizer
 from more_families import BUILDERS
 from transformers import AutoConfig, AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from modeling_aim import AimForConditionalGeneration
-from modeling_aim.checks import PROPERTIES
+from modeling_aim.checks import PROPERTIES, Case, check_model, run_checks
 from modeling_aim.cli import app
+
+PUBLISHED = Path(__file__).parent.parent / "hub_configs" / "SmolVLM-256M" / "config.json"
 
 
 def test_another_family_gets_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backbones.MORE_FAMILIES, "internvl", BUILDERS["internvl"])
     built = backbones.build("internvl")
-    built.model.save_pretrained(tmp_path)
+    built.model.to(torch.bfloat16).save_pretrained(tmp_path)
     built.processor.save_pretrained(tmp_path)
     done = CliRunner().invoke(app, ["check", str(tmp_path)])
     assert done.exit_code == 0, done.output
@@ -39,3 +47,41 @@ def test_so_it_is_wherever_a_plug_in_is_made() -> None:
         part.update({name: 1 for name in ("encoder_layers", "decoder_layers") if hasattr(part, name)})
     with pytest.raises(ValueError, match="cannot use Florence2ForConditionalGeneration: it is an encoder-decoder"):
         AimForConditionalGeneration.from_backbone(AutoModelForImageTextToText.from_config(config))
+
+
+# --- at real size
+
+
+def published(folder: Path) -> None:
+    """The published config of SmolVLM-256M with its image processor's settings; the tokenizer is a small one."""
+    special = [*IDEFICS_SPECIAL, "<global-img>", *TILES, *(f"<row_{i}_col_4>" for i in range(1, 5))]
+    special += [f"<row_4_col_{i}>" for i in range(1, 4)]
+    tokenizer = make_tokenizer(special, "<s>", IDEFICS3_CHAT)
+    settings = json.loads(PUBLISHED.read_text())["backbone_config"]
+    settings |= {"image_token_id": tokenizer.convert_tokens_to_ids("<image>"), "pad_token_id": tokenizer.pad_token_id}
+    config = hf.Idefics3Config(**{name: value for name, value in settings.items() if name != "model_type"})
+    config.save_pretrained(folder)
+    sizes: dict[str, Any] = {"size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512}}
+    images = hf.Idefics3ImageProcessor(**sizes)
+    hf.Idefics3Processor(images, tokenizer, image_seq_len=64, chat_template=IDEFICS3_CHAT).save_pretrained(folder)
+
+
+def test_images_of_a_check_are_one_tile_where_they_would_be_many(tmp_path: Path) -> None:
+    published(tmp_path)
+    model = check_model(str(tmp_path), from_config=True)
+    case = Case(model)
+    assert case.query()["pixel_values"].shape[1:] == (1, 3, 512, 512)  # 17 tiles as published
+    text, vision = model.backbone.config.text_config, model.backbone.config.vision_config
+    assert (text.num_hidden_layers, vision.num_hidden_layers) == (2, 1)
+    assert (text.hidden_size, vision.hidden_size) == (576, 768)
+    for name in ("no_demonstrations", "without_training", "words_at_depth"):
+        PROPERTIES[name](case)
+
+
+@pytest.mark.slow
+def test_a_check_of_the_published_config_ends_within_a_minute(tmp_path: Path) -> None:
+    published(tmp_path)
+    start = time.process_time()
+    results = list(run_checks(check_model(str(tmp_path), from_config=True)))
+    assert not [result for result in results if result[1]]
+    assert time.process_time() - start < 60

@@ -163,7 +163,7 @@ class Case:
     def require_close(self, found: torch.Tensor, expected: torch.Tensor) -> None:
         """Require equality within `tolerance`."""
         gap = difference(found, expected)
-        require(gap <= self.tolerance, f"they differ by {gap:.1e} of their size, where {self.tolerance:.1e} is rounding")
+        require(gap <= self.tolerance, f"they differ by {gap:.1e} of their size; rounding is {self.tolerance:.1e}")
 
     def require_same(self, found: Answer, expected: Answer) -> None:
         """Require the same answer; see `why_other`."""
@@ -218,7 +218,7 @@ def size_of(values: torch.Tensor) -> torch.Tensor:
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest over the rows of |found - expected| / |expected|; infinite where one is masked alone, or no number."""
+    """The largest |found - expected| / |expected| of the rows; infinite where one is masked alone, or no number."""
     found, expected = found.float(), expected.float().to(found.device)
     there = expected > MASKED
     if bool((found.isnan() | expected.isnan()).any()) or not torch.equal(there, found > MASKED):

@@ -14,7 +14,9 @@ from ..backbone_aim import check_usable
 from . import answering, reading  # noqa: F401  they register the properties
 from .case import PROPERTIES, Case, NotApplicable, noise
 
-LAYERS = 2  # of each part of a backbone that is made from its config
+LAYERS = 2  # of the text decoder of a backbone that is made from its config; its towers get one
+INNER = 256  # inner width of its towers' MLPs
+ONE_TILE = {"do_image_splitting": False, "crop_to_patches": False, "do_pan_and_scan": False}
 LARGEST_IMAGE = 2**20  # numbers in the pixels of an image of a check; one tile of 512 x 512 has 786 432
 
 
@@ -46,8 +48,8 @@ def check_model(
     Args:
         backbone: folder or Hub id of either.
         revision: its revision.
-        from_config: build the backbone with random weights and two layers of each part from its config; needs no
-            weights.
+        from_config: build the backbone from its config with random weights, two layers of text and one of vision;
+            needs no weights.
         load_in_4bit: load the backbone in 4-bit.
         device_map: where the backbone goes.
     """
@@ -84,36 +86,38 @@ def random_backbone(config: Any) -> Any:
     """A backbone with random weights of the real widths and few layers."""
     config = copy.deepcopy(config)
     text = config.get_text_config(decoder=True)
-    parts = [text, *(part for name in config.sub_configs if (part := getattr(config, name, None)) is not None)]
-    for part in parts:
-        for name in ("num_hidden_layers", "depth"):
-            if isinstance(getattr(part, name, None), int):
-                setattr(part, name, min(getattr(part, name), LAYERS))
-        for name, value in vars(part).items():  # of layers that are no longer there
-            if name.endswith("_indexes") and isinstance(value, list):
-                setattr(part, name, sorted({min(index, LAYERS - 1) for index in value}))
+    text.num_hidden_layers = min(text.num_hidden_layers, LAYERS)
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[: text.num_hidden_layers]
+    towers = [getattr(config, name) for name in config.sub_configs if name.startswith("vision")]
+    if not isinstance(getattr(config, "vision_feature_layers", None), list):  # they count the tower's layers
+        for tower in towers:
+            _cut_tower(tower)
     torch.manual_seed(0)
     backbone = AutoModelForImageTextToText.from_config(config)
     check_usable(backbone)
     return backbone
 
 
+def _cut_tower(tower: Any) -> None:
+    """Give a vision tower one layer with a narrow MLP: it takes most of the time of a check."""
+    for name, most in (("num_hidden_layers", 1), ("depth", 1), ("intermediate_size", INNER)):
+        if isinstance(getattr(tower, name, None), int):
+            setattr(tower, name, min(getattr(tower, name), most))
+    for name, value in vars(tower).items():
+        if name.endswith("_indexes") and isinstance(value, list):  # of layers that are no longer there
+            setattr(tower, name, [0])
+
+
 def make_images_small(model: AimForConditionalGeneration) -> None:
     """Have the model's processor, in a copy, make few tiles of an image: a check takes some hundred images."""
     processor = copy.deepcopy(model.processor)
     images = processor.image_processor
-    tile, size = (getattr(images, name, None) for name in ("max_image_size", "size"))
-    settings: list[tuple[str, Any]] = [("do_image_splitting", False), ("crop_to_patches", False), ("max_patches", 1)]
-    settings += [("do_pan_and_scan", False), ("max_pixels", 64 * 28 * 28)]
-    if tile is not None and size is not None and "longest_edge" in tile and "longest_edge" in size:
-        settings.insert(0, ("size", {**size, "longest_edge": tile["longest_edge"]}))
-    for name, value in settings:
+    for name, value in ONE_TILE.items():
         if _numbers(processor) <= LARGEST_IMAGE:
             return
         if getattr(images, name, None) is not None:
-            setattr(images, name, type(getattr(images, name))(**value) if isinstance(value, dict) else value)
+            setattr(images, name, value)
             model.processor = processor
 
 
