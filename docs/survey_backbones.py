@@ -118,9 +118,7 @@ def run_properties(model_type: str) -> tuple[str, str, str]:
     remark = f"{len(results) - len(failed)} of {len(results)} properties"
     if len(failed) == len(results):
         return "cannot", "no", failed[0]
-    remark += "".join(
-        f"; not: {text}" for text in failed if not text.startswith(PROPERTIES["without_training"].sentence)
-    )
+    remark += "".join(f"; not: {text}" for text in failed if not text.startswith(said))
     return "works", untrained, remark + (f"; the backbone itself: {WHY[model_type]}" if model_type in WHY else "")
 
 

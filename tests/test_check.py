@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import backbones
 import pytest
+import timm_families
 import torch
 import transformers as hf
 from families import IDEFICS3_CHAT, IDEFICS_SPECIAL, TILES, make_tokenizer
@@ -16,8 +18,9 @@ from more_families import BUILDERS
 from transformers import AutoConfig, AutoModelForImageTextToText
 from typer.testing import CliRunner
 
-from modeling_aim import AimForConditionalGeneration
-from modeling_aim.checks import PROPERTIES, Case, check_model, run_checks
+from modeling_aim import AimForConditionalGeneration, checks
+from modeling_aim.backbone_aim import read_hidden_states
+from modeling_aim.checks import PROPERTIES, Answer, Case, check_model, run_checks
 from modeling_aim.cli import app
 
 PUBLISHED = Path(__file__).parent.parent / "hub_configs" / "SmolVLM-256M" / "config.json"
@@ -47,6 +50,58 @@ def test_so_it_is_wherever_a_plug_in_is_made() -> None:
         part.update({name: 1 for name in ("encoder_layers", "decoder_layers") if hasattr(part, name)})
     with pytest.raises(ValueError, match="cannot use Florence2ForConditionalGeneration: it is an encoder-decoder"):
         AimForConditionalGeneration.from_backbone(AutoModelForImageTextToText.from_config(config))
+
+
+def test_several_streams_of_states_keep_to_the_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gemma3n hands on (streams, batch, length, width): nothing enters at depth, and the paper's preset works."""
+    pytest.importorskip("timm")
+    monkeypatch.setitem(backbones.MORE_FAMILIES, "gemma3n", timm_families.BUILDERS["gemma3n"])
+    built = backbones.build("gemma3n")
+    with pytest.raises(ValueError, match=r"several streams of states.*cannot enter at depth.*preset='paper'"):
+        AimForConditionalGeneration.from_backbone(built.model, built.processor)
+    paper = Case(AimForConditionalGeneration.from_backbone(built.model, built.processor, preset="paper"))
+    for name in ("demonstrations_reach", "images_matter", "chosen_for_each_row", "gradients", "reload"):
+        PROPERTIES[name](paper)
+    with pytest.raises(ValueError, match="preset='paper'"):
+        PROPERTIES["without_training"](paper)
+    with pytest.raises(ValueError, match=r"shape \(2, 1, \d+, 64\).*preset='paper'"):  # where the family is not known
+        read_hidden_states(built.model, dict(paper.query()), [1])
+
+
+# --- what counts as the same
+
+
+def answer(case: Case, *ids: int, lead: float = 1.0) -> Answer:
+    """One row of an answer of `ids`, each of which has a logit that is `lead` above all others."""
+    logits = [torch.nn.functional.one_hot(torch.tensor([i]), 8) * lead + torch.arange(8) % 2 for i in ids]
+    return Answer(torch.tensor([ids]), tuple(logits))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_another_token_counts_as_the_same_only_within_rounding(dtype: torch.dtype) -> None:
+    case = Case(backbones.plugin("llava").model)
+    case.model.backbone.to(dtype)
+    small = case.tolerance / 4
+    case.require_same(answer(case, 1, 3, 5, lead=small), answer(case, 1, 5, 7, lead=small))  # apart from a tie on
+    case.require_same(answer(case, 1, 3), answer(case, 1, 3))
+    for other in (answer(case, 1, 5), answer(case, 1, 3, 3), answer(case, 1, 3, lead=1 + 8 * case.tolerance)):
+        with pytest.raises(AssertionError, match="the answers differ"):
+            case.require_same(other, answer(case, 1, 3))
+    with pytest.raises(AssertionError, match="differ by"):
+        case.require_close(torch.tensor([1.0, 1.0 + 4 * case.tolerance]), torch.ones(2))
+    with pytest.raises(AssertionError, match="differ by"):
+        case.require_close(torch.full((2,), float("nan")), torch.full((2,), float("nan")))
+
+
+def test_no_property_is_an_assert_statement() -> None:
+    """`python -O` strips those: every property would hold."""
+    files = sorted(Path(checks.__file__).parent.glob("*.py"))
+    found = [node for file in files for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Assert)]
+    assert len(files) > 3 and not found
+    case = Case(backbones.plugin("llava").model)
+    case.demos = [case.demos[0]] * 3  # their order does not count
+    with pytest.raises(AssertionError, match="another prompt gives the same logits"):
+        PROPERTIES["demonstrations_reach"](case)
 
 
 # --- at real size

@@ -179,7 +179,7 @@ class Case:
         if found.ids.shape != expected.ids.shape:
             return f"they have the shapes {tuple(found.ids.shape)} and {tuple(expected.ids.shape)}"
         if expected.scores is not None and found.scores is not None:
-            return self._why_other_beams(found, expected)
+            return self._why_other_beams(found, expected, (found.scores - expected.scores).abs())
         together = torch.ones(len(found.ids), dtype=torch.bool, device=found.ids.device)
         for step, (ours, theirs) in enumerate(zip(found.logits, expected.logits, strict=True)):
             rows = together.nonzero()[:, 0]
@@ -196,13 +196,12 @@ class Case:
             together[rows] = found.ids[rows, step] == expected.ids[rows, step]
         return None
 
-    def _why_other_beams(self, found: Answer, expected: Answer) -> str | None:
+    def _why_other_beams(self, found: Answer, expected: Answer, apart: torch.Tensor) -> str | None:
         gap = difference(found.logits[0].float(), expected.logits[0].float())
         if not gap <= self.tolerance:
             return f"at the first step the logits differ by {gap:.1e} of their size"
-        assert found.scores is not None and expected.scores is not None
         rows = (found.ids != expected.ids).any(dim=1)
-        lead = (found.scores - expected.scores).abs()[rows.to(found.scores.device)]
+        lead = apart[rows.to(apart.device)]
         size = float(size_of(expected.logits[0].float()).max())
         if not bool((lead <= self.tolerance * size).all()):
             return f"other beams are returned, whose scores differ by {float(lead.max()):.1e}"

@@ -113,6 +113,9 @@ def make_images_small(model: AimForConditionalGeneration) -> None:
     """Have the model's processor, in a copy, make few tiles of an image: a check takes some hundred images."""
     processor = copy.deepcopy(model.processor)
     images = processor.image_processor
+    tile = getattr(images, "max_image_size", None)
+    if isinstance(tile, dict) and "longest_edge" in tile and _numbers(processor) > LARGEST_IMAGE:
+        images.size = type(images.size)(**tile)  # else images are enlarged before they are made small again
     for name, value in ONE_TILE.items():
         if _numbers(processor) <= LARGEST_IMAGE:
             return
