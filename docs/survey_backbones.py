@@ -27,8 +27,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as NAMES
 
 from modeling_aim import AimForConditionalGeneration, FusedDemonstrations
-from modeling_aim.backbone_aim import decoder_layers, read_hidden_states, why_not
-from modeling_aim.checks import run_checks
+from modeling_aim.backbone_aim import check_depth, decoder_layers, read_hidden_states, why_not
+from modeling_aim.checks import PROPERTIES, run_checks
+from modeling_aim.checks.run import without_training
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -38,7 +39,7 @@ import further_families  # noqa: E402
 import more_families  # noqa: E402
 import popular_families  # noqa: E402
 import timm_families  # noqa: E402
-from backbones import plugin  # noqa: E402
+from backbones import build  # noqa: E402
 
 SMALL = {
     "hidden_size": 128,
@@ -63,89 +64,112 @@ WHY = {  # what the backbone itself, without AIM, does otherwise; tried on it al
     "differs from the row alone",
     "perception_lm": "its processor takes no images with different numbers of tiles at once",
 }
+UNTRAINED = {  # why not, in the words of a reader of the table
+    "gemma3n": "several streams of states between its layers; with a trained projector at the input, as in the paper",
+}
 LENGTH, FUSED = 9, 4  # of the words of the prompt, and of the fused tokens before them
 
 
-def survey(model_type: str) -> tuple[str, str]:
-    """How far AIM goes with a model type, and a remark."""
+def survey(model_type: str) -> tuple[str, str, str]:
+    """How far AIM goes with a model type, whether it does so without training, and a remark."""
     if model_type in families.FAMILIES:
         try:
             return run_properties(model_type)
         except ImportError as error:
-            return "not known", f"it needs the package {missing_package(error)}, which was not installed here"
+            return "not known", "not known", f"it needs the package {missing_package(error)}, not installed here"
     try:
         config = CONFIG_MAPPING[model_type]()
         with torch.device("meta"):
             model = model_class(config)._from_config(config)
         reason = why_not(model)
         if reason is not None:
-            return "cannot", reason
-        layers = len(decoder_layers(model))
+            return "cannot", "no", reason
     except Exception as error:
         package = missing_package(error)
         if package is not None:
-            return "not known", f"it needs the package {package}, which was not installed here"
-        return "not known", f"its default configuration does not build: {in_short(error)}"
+            return "not known", "not known", f"it needs the package {package}, not installed here"
+        return "not known", "not known", f"its default configuration does not build: {in_short(error)}"
     try:
-        return answer_text(model_type)
+        check_depth(model)
+        depth, layers = "by construction", f"{len(decoder_layers(model))} decoder layers"
+    except ValueError as error:
+        depth, layers = f"no: {in_short(error)}", "no decoder layers that can be told apart"
+    try:
+        return "answers text", answer_text(model_type), "no processor was tried"
     except NotAnswered as error:
-        return "cannot", str(error)
+        return "cannot", "no", str(error)
     except Exception as error:
         package = missing_package(error)
         if package is not None:
-            return (
-                "by construction",
-                f"{layers} decoder layers; to run, it needs the package {package}, not installed here",
-            )
-        return "by construction", f"{layers} decoder layers; not run, as no small model was made: {in_short(error)}"
+            return "by construction", depth, f"{layers}; to run, it needs the package {package}, not installed here"
+        return "by construction", depth, f"{layers}; not run, as no small model was made: {in_short(error)}"
 
 
-def run_properties(model_type: str) -> tuple[str, str]:
+def run_properties(model_type: str) -> tuple[str, str, str]:
     """The properties of `aim check` on a tiny model of its real class with its real processor."""
-    results = list(run_checks(plugin(model_type).model))
-    failed = [f"{statement} ({problem})" for statement, problem in results if problem is not None]
+    backbone = build(model_type)
+    results = dict(run_checks(without_training(backbone.model, backbone.processor, {})))
+    problem = results[PROPERTIES["without_training"].sentence]
+    untrained = "yes" if problem is None else f"no: {problem}"
+    if model_type in UNTRAINED:
+        untrained = f"no: {UNTRAINED[model_type]}"
+    failed = [f"{statement} ({problem})" for statement, problem in results.items() if problem is not None]
+    said = PROPERTIES["without_training"].sentence  # it has a column of its own
     remark = f"{len(results) - len(failed)} of {len(results)} properties"
     if len(failed) == len(results):
-        return "cannot", failed[0]
-    remark += "".join(f"; not: {text}" for text in failed)
-    return "works", remark + (f"; the backbone itself: {WHY[model_type]}" if model_type in WHY else "")
+        return "cannot", "no", failed[0]
+    remark += "".join(f"; not: {text}" for text in failed if not text.startswith(said))
+    return "works", untrained, remark + (f"; the backbone itself: {WHY[model_type]}" if model_type in WHY else "")
 
 
 class NotAnswered(Exception):
     """A small model was made, and it does not answer with fused tokens; why."""
 
 
-def answer_text(model_type: str) -> tuple[str, str]:
-    """A small random model reads and answers words, without images."""
+def answer_text(model_type: str) -> str:
+    """A small random model reads and answers words, without images; whether it does so without training.
+
+    Raises:
+        NotAnswered: it does neither with states put back at depth nor with fused tokens at the input.
+    """
     config = small(CONFIG_MAPPING[model_type]())
     torch.manual_seed(0)
     backbone = model_class(config)._from_config(config).eval()
     backbone.generation_config.eos_token_id = None
     backbone.generation_config.pad_token_id = 0
-    model = AimForConditionalGeneration.from_backbone(backbone)
     ids = torch.arange(20, 20 + LENGTH)[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    options = {"do_sample": False, "max_new_tokens": 3}
-    backbone.generate(**inputs, **options)  # what fails here has nothing to do with AIM
+    backbone.generate(**inputs, do_sample=False, max_new_tokens=3)  # what fails here has nothing to do with AIM
     try:
-        states = read_hidden_states(backbone, inputs, [-1])
-        if states.shape != (1, LENGTH, config.get_text_config().hidden_size):
-            raise ValueError(f"{LENGTH} tokens are read as hidden states of the shape {tuple(states.shape)}.")
-        options |= {"output_logits": True, "return_dict_in_generate": True}
-        found = []
-        for _ in range(2):
-            vectors = torch.nn.functional.normalize(torch.randn(FUSED, states.shape[-1]), dim=-1)
-            demos = FusedDemonstrations(
-                model.config.projector_norm * vectors, (FUSED,), ids[0, :FUSED], source=model.source
-            )
-            found.append(model.generate(**inputs, demos=demos, **options))
-        if found[0].sequences.shape != (1, LENGTH + 3) or not torch.equal(found[0].sequences[:, :LENGTH], ids):
-            raise ValueError("what it generates does not start with the prompt.")
-        if torch.allclose(found[0].logits[0], found[1].logits[0], atol=1e-6):
-            raise ValueError("other fused tokens give the same answer.")
+        answer_words(AimForConditionalGeneration.from_backbone(backbone), inputs)
+        return "yes, with words; images were not tried"
+    except Exception as error:
+        reason = in_short(error)
+    try:
+        answer_words(AimForConditionalGeneration.from_backbone(backbone, preset="paper"), inputs)
     except Exception as error:
         raise NotAnswered(in_short(error)) from error
-    return "answers text", "no processor was tried"
+    return f"no: {reason}"
+
+
+def answer_words(model: AimForConditionalGeneration, inputs: dict[str, torch.Tensor]) -> None:
+    """Raise unless the model reads words, and answers with fused tokens that are not the same for others."""
+    ids = inputs["input_ids"]
+    states = read_hidden_states(model.backbone, inputs, model.config.read_layers)
+    width = len(model.config.read_layers) * model.config.get_text_config().hidden_size
+    if states.shape != (1, LENGTH, width):
+        raise ValueError(f"{LENGTH} tokens are read as hidden states of the shape {tuple(states.shape)}.")
+    size = model.config.projector_norm if model.config.entry_layers == [0] else float(states.norm(dim=-1).mean())
+    options = {"do_sample": False, "max_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True}
+    found = []
+    for _ in range(2):
+        vectors = size * torch.nn.functional.normalize(torch.randn(FUSED, width), dim=-1)
+        demos = FusedDemonstrations(vectors, (FUSED,), ids[0, :FUSED], source=model.source)
+        found.append(model.generate(**inputs, demos=demos, **options))
+    if found[0].sequences.shape != (1, LENGTH + 3) or not torch.equal(found[0].sequences[:, :LENGTH], ids):
+        raise ValueError("what it generates does not start with the prompt.")
+    if torch.allclose(found[0].logits[0], found[1].logits[0], atol=1e-6):
+        raise ValueError("other fused tokens give the same answer.")
 
 
 def model_class(config: Any) -> Any:
@@ -200,18 +224,18 @@ def main(chosen: list[str]) -> None:
     families.FAMILIES.update(families.MORE_FAMILIES)
     rows = []
     for model_type in chosen or NAMES:
-        status, remark = survey(model_type)
-        rows.append((status, model_type, remark))
-        print(f"{model_type}: {status}; {remark}", flush=True)
+        status, untrained, remark = survey(model_type)
+        rows.append((status, model_type, untrained.replace("|", "\\|"), remark))
+        print(f"{model_type}: {status}; without training: {untrained}; {remark}", flush=True)
     if not chosen:
         write_table(rows)
 
 
-def write_table(rows: list[tuple[str, str, str]]) -> None:
-    """Write docs/BACKBONES.md from status, model type and remark of each."""
+def write_table(rows: list[tuple[str, str, str, str]]) -> None:
+    """Write docs/BACKBONES.md from status, model type, what holds without training and remark of each."""
     order = ["works", "answers text", "by construction", "not known", "cannot"]
     rows = sorted(rows, key=lambda row: (order.index(row[0]), row[1]))
-    lines = [f"| `{name}` | {status} | {remark} |" for status, name, remark in rows]
+    lines = [f"| `{name}` | {status} | {untrained} | {remark} |" for status, name, untrained, remark in rows]
     counts = ", ".join(f"{sum(row[0] == status for row in rows)} {status}" for status in order)
     (ROOT / "docs" / "BACKBONES.md").write_text(
         "# Which backbones AIM works with\n\n"
@@ -223,7 +247,9 @@ def write_table(rows: list[tuple[str, str, str]]) -> None:
         "| by construction | the class has what AIM needs; nothing was run |\n"
         "| not known | transformers cannot build it from its default configuration |\n"
         "| cannot | for the reason given |\n\n"
-        "| model type | AIM | remark |\n|---|---|---|\n" + "\n".join(lines) + "\n",
+        "**Without training**: states put back at the depth where they were read change the answer, and so do their "
+        "images. *By construction* there: the decoder has a stack of layers; nothing was run.\n\n"
+        "| model type | AIM | without training | remark |\n|---|---|---|---|\n" + "\n".join(lines) + "\n",
         encoding="utf-8",
     )
 

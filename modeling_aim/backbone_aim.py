@@ -35,8 +35,12 @@ from .batching_aim import repeat_images, shared_images
 from .families_aim import family_of
 from .files_aim import HUB_KWARGS
 
-INPUT, VISION, DECODER = -2, -3, -4  # the first layer's input, the vision tower's output, the decoder's input
-SHARED = -5  # where images of a batch are equal: the call of the vision tower with each of them once
+INPUT, VISION, DECODER = -2, -3, -4  # what enters the first layer, leaves the vision tower, enters the decoder
+SHARED = -5  # asked for where images of a batch are equal: the call of the vision tower with each of them once
+INPUT_ALONE = (
+    "What works is the input: from_backbone(..., preset='paper'), read_layers=[-1] and entry_layers=[0], with a "
+    "projector that is trained."
+)
 STATE_NAMES = ("rope_deltas",)  # what some backbones remember of the last prompt, as attributes of their modules
 
 _TURNS: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()
@@ -87,9 +91,21 @@ def decoder_layers(backbone: PreTrainedModel) -> nn.ModuleList:
             return stack
     raise ValueError(
         f"{type(backbone).__name__} has no stack of {count} decoder layers where AIM looks for it "
-        f"(get_decoder() is {type(decoder).__name__}), so states cannot enter at depth. What works is the input: "
-        "from_backbone(..., preset='paper'), read_layers=[-1] and entry_layers=[0], with a projector that is trained."
+        f"(get_decoder() is {type(decoder).__name__}), so states cannot enter at depth. {INPUT_ALONE}"
     )
+
+
+def check_depth(backbone: PreTrainedModel) -> None:
+    """Raise `ValueError` for a backbone in which no state can be read or enter at depth; the message has the way out.
+
+    Where a family's layers hand on something else is known in `families_aim.py`; of others, `layer_input` says so.
+    """
+    decoder_layers(backbone)
+    if not family_of(backbone.config.model_type).states_at_depth:
+        raise ValueError(
+            f"The decoder layers of {type(backbone).__name__} hand on several streams of states at once, of which "
+            f"none is the state of a word, so states cannot enter at depth. {INPUT_ALONE}"
+        )
 
 
 def watch_layers(backbone: PreTrainedModel) -> None:
@@ -117,12 +133,22 @@ def watch_layers(backbone: PreTrainedModel) -> None:
 
 
 def layer_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int | str, torch.Tensor]:
-    """The hidden states `(batch, length, width)` that a decoder layer is called with, and their argument."""
-    given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-    for place, value in given:
-        if isinstance(value, torch.Tensor) and value.ndim == 3 and value.is_floating_point():
-            return place, value
-    raise ValueError(f"A decoder layer is called without hidden states (batch, length, width): {sorted(kwargs)}.")
+    """The hidden states `(batch, length, width)` that a decoder layer is called with, and the argument they are.
+
+    Raises:
+        ValueError: what it is called with has another shape.
+    """
+    named = [("hidden_states", kwargs["hidden_states"])] if "hidden_states" in kwargs else []
+    given: list[tuple[int | str, Any]] = [*named, *enumerate(args), *kwargs.items()]
+    states = [(place, value) for place, value in given if isinstance(value, torch.Tensor) and value.ndim >= 3]
+    states = [(place, value) for place, value in states if value.is_floating_point()]
+    if states and states[0][1].ndim == 3:
+        return states[0]
+    shape = f"with states of the shape {tuple(states[0][1].shape)}" if states else f"with {sorted(kwargs)}"
+    raise ValueError(
+        f"A decoder layer is called {shape} where (batch, length, width) is expected, so states cannot be read or "
+        f"enter at depth. {INPUT_ALONE}"
+    )
 
 
 def _keep_layer_input(number: int, layer: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
@@ -131,8 +157,8 @@ def _keep_layer_input(number: int, layer: nn.Module, args: Any, kwargs: Mapping[
     if kept is None:
         return
     wanted = [depth for depth in kept if kept[depth] is None and (depth == INPUT or 0 < depth <= number)]
-    if wanted:
-        kept.update(dict.fromkeys(wanted, layer_input(args, kwargs)[1]))
+    with suppress(ValueError) if wanted == [INPUT] else nullcontext():  # images may be seen in the tower instead
+        kept.update(dict.fromkeys(wanted, layer_input(args, kwargs)[1]) if wanted else {})
     if -1 not in kept and max(kept) <= number:
         raise _ReadFinished
 

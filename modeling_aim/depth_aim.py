@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .backbone_aim import decoder_layers, longest_prompt, preserved_state
+from .backbone_aim import check_depth, longest_prompt, preserved_state
 from .batching_aim import CPU_POSITIONS, PASS_POSITIONS
 from .choice_aim import DepthChoice, LeftOut, chosen_depth, drawn_demonstrations, raw_tasks
 from .configuration_aim import AimConfig, default_depth
@@ -64,7 +64,7 @@ class DepthMixin:
                 layers; there are fewer than two demonstrations, or no label occurs twice; a demonstration is too long
                 for the backbone; or a setting is out of its range.
         """
-        decoder_layers(self.backbone)  # raises where there is no stack of them
+        check_depth(self.backbone)
         check_weightless(self.config)
         candidates = _candidates(self.config, depths)
         if prompts not in ASKED or most < 2:
@@ -117,7 +117,7 @@ class DepthMixin:
         Raises:
             ValueError: the model has weights, which are bound to their depth; or there is no such depth.
         """
-        decoder_layers(self.backbone)  # raises where there is no stack of them
+        check_depth(self.backbone)
         check_weightless(self.config)
         if isinstance(depth, bool) or not isinstance(depth, int) or not 0 <= depth < self.config.num_layers:
             raise ValueError(f"depth={depth!r}: expected a whole number from 0 to {self.config.num_layers - 1}.")
@@ -188,7 +188,7 @@ def _encoded(processor: Any, asked: Sequence[tuple[Demonstration, int]], prompts
     """
     texts, spans = [], []
     for demo, known in asked:
-        front = processor.image_text * len(demo.images)
+        front = processor.front(len(demo.images))
         words, start, end = processor.word(demo)
         question = words[: start + known]
         if demo.question is not None and prompts == "chat" and processor.chat_template is not None:

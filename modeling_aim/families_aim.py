@@ -22,6 +22,8 @@ class Family:
             read one by one.
         prefix_kv: when a prompt can continue the KV of its prefix: `"always"`; `"unpadded"` where padding between the
             two counts as positions; `"never"` where words attend to later ones, or positions are lost.
+        states_at_depth: its decoder layers hand on one state a word, `(batch, length, width)`. Where `False`, states
+            are read behind the last layer and enter at the input alone.
     """
 
     processor: str | None = None
@@ -31,6 +33,7 @@ class Family:
     words_alone: str | None = None
     read_alone: bool = False
     prefix_kv: str = "always"
+    states_at_depth: bool = True
 
 
 FAMILIES = {
@@ -47,7 +50,7 @@ FAMILIES = {
     "fast_vlm": Family(),
     "fuyu": Family(processor="FuyuProcessor", image_token=""),
     "gemma3": Family(),
-    "gemma3n": Family(),
+    "gemma3n": Family(states_at_depth=False),
     "gemma4": Family(),
     "gemma4_unified": Family(),
     "glm46v": Family(),

@@ -40,6 +40,12 @@ class _Pass:
     chosen: torch.Tensor
     entered_at: dict[int, int] = field(default_factory=dict)
 
+    def repeat(self, copies: int) -> None:
+        """Follow the pass where each of its rows has been repeated next to itself."""
+        self.rows = (self.rows[:, None] * copies + torch.arange(copies, device=self.rows.device)).T.reshape(-1)
+        self.columns, self.chosen = self.columns.repeat(copies), self.chosen.repeat(copies)
+        self.shape = (self.shape[0] * copies, self.shape[1])
+
 
 class FusedPrompt:
     """The inputs of a batch with room for the fused tokens of each row, right after BOS.
@@ -178,6 +184,9 @@ class FusedPrompt:
             return states
         entered_at = self._pass.entered_at
         entering = [k for k in self.entry_layers if 0 < k <= number and entered_at.setdefault(k, number) == number]
+        copies = states.shape[0] // self._pass.shape[0]
+        if entering and copies > 1:  # a backbone that embeds its prompt before it repeats rows for beams
+            self._pass.repeat(copies)
         if entering and tuple(states.shape[:2]) != self._pass.shape:
             raise RuntimeError(
                 f"Decoder layer {number} gets hidden states of the shape {tuple(states.shape)} for a prompt of the "

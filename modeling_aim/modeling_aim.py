@@ -18,9 +18,9 @@ from transformers import AutoModelForImageTextToText, GenerationConfig, Generati
 
 from .backbone_aim import (
     answering,
+    check_depth,
     check_usable,
     decoder_inputs,
-    decoder_layers,
     embedding_weight,
     longest_prompt,
     never_repack,
@@ -96,7 +96,7 @@ class AimForConditionalGeneration(DepthMixin, FeaturesMixin, AimPreTrainedModel,
             config.backbone_config = backbone.config
             config.check()
         if set(config.read_layers) - {-1, 0}:
-            decoder_layers(backbone)  # raises where there is no stack of them
+            check_depth(backbone)
         self.backbone = backbone.requires_grad_(False).eval() if freeze else backbone
         self.projector = AimProjector(config)
         weight = embedding_weight(backbone)

@@ -81,6 +81,7 @@ class AimProcessor(ProcessorMixin):
         self.question_template = question_template
         self.image_prompt = image_prompt
         self.few_shot_chats = few_shot_chats
+        self._begin: tuple[Any, str] | None = None
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.tokenizer.padding_side = "left"  # generation continues on the right of every row of a batch
@@ -243,6 +244,19 @@ class AimProcessor(ProcessorMixin):
             )
         return prompt.removeprefix(bos) if twice else prompt
 
+    def front(self, images: int) -> str:
+        """What stands before the words of a prompt that no chat template renders: BOS, and `images` images.
+
+        BOS is the tokenizer's own business, but where the chat template alone writes it (SmolVLM, PaddleOCR-VL):
+        there, words that are read without it would not be read as they stand in a prompt, right behind it.
+        """
+        if self._begin is None or self._begin[0] != self.chat_template:
+            bos, begin = self.tokenizer.bos_token, ""
+            if bos and self.chat_template is not None and self.prompt("a", images=0).startswith(bos):
+                begin = bos
+            self._begin = (self.chat_template, begin)
+        return self._begin[1] + self.image_text * images
+
     # --- chats
 
     def apply_chat_template(self, conversation: Any, *args: Any, demos: Any = None, **kwargs: Any) -> Any:
@@ -310,6 +324,7 @@ class AimProcessor(ProcessorMixin):
             "question template": self.question_template,
             "image prompt": self.image_text,
             "image settings": hashlib.sha256(json.dumps(images, sort_keys=True).encode()).hexdigest()[:12],
+            **({"begins with": begin} if (begin := self.front(0)) else {}),
         }
 
     def words_of(self, ids: Sequence[int]) -> str:
@@ -384,7 +399,7 @@ class AimProcessor(ProcessorMixin):
             reason = self.why_unreadable(demonstration)
             if reason is not None:
                 raise ValueError(f"A demonstration cannot be read: {reason}. Its text is {demonstration.text!r:.80}.")
-            front = self.image_text * len(demonstration.images)
+            front = self.front(len(demonstration.images))
             words, *answer = self.word(demonstration)
             prompts.append(front + words)
             start, end = answer if read_span == "answer" else (0, len(words))
