@@ -127,7 +127,7 @@ class AimConfig(PreTrainedConfig):
         read_layers: which hidden states are kept of a demonstration: `k >= 1` is the state after `k` decoder layers,
             `0` the input embedding, `-1` the last state, after the final norm (the paper's). Several are joined along
             the feature axis. `None` is one depth, two fifths of the layers; with a projector at depth also 0: one map
-            changes the word at the input, which steers the query, and one the state at depth, which has seen the image.
+            changes the word at the input, which steers the query, one the state at depth, which has seen the image.
         entry_layers: where fused tokens enter when a query is answered. `[0]` is the input embeddings (the paper's),
             `k` the input of decoder layer `k` (counted from 0). `None`, the default, puts each state back at the depth
             where it was read (entry_layers equals read_layers), which needs no training; for the forms that can only

@@ -142,7 +142,7 @@ def test_a_vision_tower_whose_output_is_not_in_parts_runs_on_all_images(monkeypa
 @pytest.mark.parametrize("rows", [1, 3])
 def test_kept_kv_is_neither_copied_nor_changed(llava: Plugin, rows: int) -> None:
     prefix = llava.model.prefill(DEMOS)
-    cache, _ = next(iter(llava.model.prefix_cache._values.values()))[0]
+    cache = next(iter(llava.model.prefix_cache._values.values()))[0]
     before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
     own = grown_from(cache, rows)
     assert isinstance(own, DynamicCache) and own.get_seq_length() == cache.get_seq_length()

@@ -26,7 +26,7 @@ def test_every_family_of_the_matrix_is_served_or_refused() -> None:
 
 @pytest.mark.parametrize("family", SERVED)
 def test_transformers_gives_the_same_logits_from_them(family: str) -> None:
-    aim = plugin(family)
+    aim = plugin(family, preset="paper")
     inputs = aim.query("What is this?", "And what is that one there?")
     for demos in (DEMOS, [DEMOS, DEMOS[:2]], None):
         embeddings = aim.model.prompt_embeds(inputs, demos=demos)
@@ -44,7 +44,7 @@ def test_transformers_gives_the_same_logits_from_them(family: str) -> None:
 @pytest.mark.parametrize("family", REFUSED)
 def test_a_backbone_that_needs_more_is_refused(family: str) -> None:
     backbone = build(family)
-    model = AimForConditionalGeneration.from_backbone(backbone.model, backbone.processor)
+    model = AimForConditionalGeneration.from_backbone(backbone.model, backbone.processor, preset="paper")
     from modeling_aim.checks import Case
 
     with pytest.raises(ValueError, match=rf"cannot answer from prompt embeddings alone.*({REFUSED[family]})"):
@@ -55,7 +55,7 @@ def test_they_can_be_exported_from_the_command_line(tmp_path: Path) -> None:
     picture(0).save(tmp_path / "dax.png")
     picture(1).save(tmp_path / "query.png")
     (tmp_path / "demos.jsonl").write_text(json.dumps({"image": "dax.png", "label": "dax"}))
-    aim = plugin("llava")
+    aim = plugin("llava", preset="paper")
     aim.model.save_pretrained(tmp_path / "repo", include_backbone=True)
     command = ["export-prompt-embeds", "--repo", str(tmp_path / "repo"), "--demos", str(tmp_path / "demos.jsonl")]
     command += ["--image", str(tmp_path / "query.png"), "--question", "What is this?"]

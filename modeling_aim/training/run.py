@@ -58,15 +58,16 @@ class TrainSettings:
         learning_rate: peak of the learning rate, which falls as a cosine; by default 1e-3 (adamw) or 0.6 / sqrt(the
             longest side) (muon).
         warmup: share of the steps after which the peak is reached.
-        optimizer: adamw (for which `arguments` may name another `optim`) or muon (for the projector's matrices; AdamW, at
-            a third of the rate, for the rest).
+        optimizer: adamw (for which `arguments` may name another `optim`) or muon (for the projector's matrices; AdamW,
+            at a third of the rate, for the rest).
         shots: most demonstrations of an episode.
         shot_law: distribution of their number: exponential, which favours many, uniform or fixed.
         preset: trained (a projector at the depth where states are read) or paper (one for the input).
         projector_form: form of a new projector, in place of the preset's: residual_mlp or residual; for the input mlp,
             linear or linear_norm too.
         projector_size: inner width of the mlp forms.
-        read_layers: depths whose states are read, such as 13 or 0,13; by default the input and two fifths of the layers.
+        read_layers: depths whose states are read, such as 13 or 0,13; by default the input and two fifths of the
+            layers.
         entry_layers: depths that the states enter, 0 for the input; by default those where they were read.
         read_span: tokens of a demonstration that are kept: text or answer.
         max_fused_tokens: most fused tokens of a demonstration.
