@@ -49,7 +49,7 @@ def draw(report: dict[str, Any], ways: int, title: str) -> Figure:
         if not own:
             continue
         places = [shots for shots, _ in own]
-        tokens = f" ({own[-1][1]['tokens'][method]:,.0f} tokens at {places[-1]})" if line == "-" else ""
+        tokens = f" ({own[-1][1]['tokens'][method]:,.0f} prompt tokens at {places[-1]})" if line == "-" else ""
         axes.plot(places, [entry[method] for _, entry in own], line, color=colour, marker="o", label=name + tokens)
         low, high = ([edge(entry["by_seed"][method]) for _, entry in own] for edge in (min, max))
         axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("report", type=Path, help="what `evaluate.py --out` wrote")
     parser.add_argument("--ways", type=int, default=16, help="concepts of an episode")
-    parser.add_argument("--title", default="aim-tiny, held-out concepts and names")
+    parser.add_argument("--title", default="aim-tiny, held-out concepts and names; bands: range over seeds")
     parser.add_argument("--out", type=Path, default=Path("docs/aim_tiny_by_shots.png"))
     args = parser.parse_args()
     figure = draw(json.loads(args.report.read_text()), args.ways, args.title)
