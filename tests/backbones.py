@@ -95,6 +95,8 @@ def plugin(family: str, **settings: Any) -> Plugin:
     torch.manual_seed(1)
     last = bool({-1, 3} & set(settings.get("read_layers", ())))  # behind the last layer: for the input alone
     settings = {"preset": "paper" if last else "trained", **settings}
+    if settings["preset"] == "trained" and "projector_form" not in settings:
+        settings = {"read_layers": [1], **settings}  # one depth: depth 0 embeds the words once more, which tests count
     model = AimForConditionalGeneration.from_backbone(backbone.model, backbone.processor, **settings)
     if model.config.enters_at_depth and len(model.projector.layers):
         torch.nn.init.normal_(model.projector.layers[-1].weight, std=0.05)
