@@ -201,7 +201,7 @@ def test_a_prefix_is_refused_by_another_plug_in(llava: Plugin) -> None:
     other = plugin("llava", projector_form="mlp")
     prefix = llava.model.prefill(DEMOS)
     for use in (lambda: other.model.prefill(prefix), lambda: other.answer(other.query(), prefix)):
-        with pytest.raises(ValueError, match="another model: .*fused"):
+        with pytest.raises(ValueError, match=r"another model: .*fused"):
             use()
     assert len(prefix) == 5 and prefix.num_tokens == prefix.fused.num_tokens
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from modeling_aim import AimConfig, AimForConditionalGeneration, AimProcessor
 from modeling_aim.files_aim import model_card
 
-FORM = ("read_layers", "projector_form", "projector_intermediate_size", "projector_norm")
+FORM = ("read_layers", "entry_layers", "projector_form", "projector_intermediate_size", "projector_norm")
 CARD = """
 ## Training
 
