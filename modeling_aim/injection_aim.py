@@ -172,7 +172,7 @@ class FusedPrompt:
         columns = (self.columns[here] - start).repeat(repeats)
         words = self.words[here].repeat(repeats)
         if not bool((ids[rows.to(ids.device), columns.to(ids.device)] == words.to(ids.device)).all()):
-            return False  # not the prompt: many new tokens at once (assisted decoding), or images as words of the vocabulary
+            return False  # many new tokens at once (assisted decoding), or images as words of the vocabulary
         if waiting and not len(rows):
             return False
         self.seen = end
