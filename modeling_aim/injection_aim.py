@@ -30,7 +30,8 @@ class _Pass:
     Args:
         shape: rows and length of the pass.
         rows, columns: where each fused token stands in it.
-        chosen: which of the prompt's fused tokens they are, one entry for each.
+        chosen: which of the prompt's fused tokens they are, one entry a place.
+        seen_before: how much of the prompt earlier passes have held.
         entered_at: for each depth the decoder layer before which its states have entered.
     """
 
@@ -38,6 +39,7 @@ class _Pass:
     rows: torch.Tensor
     columns: torch.Tensor
     chosen: torch.Tensor
+    seen_before: int
     entered_at: dict[int, int] = field(default_factory=dict)
 
     def repeat(self, copies: int) -> None:
@@ -148,18 +150,21 @@ class FusedPrompt:
         index = self.old.to(values.device)
         return values[torch.arange(len(index), device=values.device)[:, None], index]
 
-    def begin_pass(self, ids: torch.Tensor) -> None:
-        """Find the fused tokens that a forward pass over `ids` holds.
+    def begin_pass(self, ids: torch.Tensor) -> bool:
+        """Find the fused tokens that a forward pass over `ids` holds; returns whether it holds any.
 
         A pass may hold the whole prompt (again at each step, where there is no cache), the next chunk of it, or only
         new tokens. Beams and return sequences repeat each row next to itself.
         """
-        self._check_entered()
-        self._pass = None
+        waiting = self._pass is not None and not self._pass.entered_at and any(self.entry_layers)
+        before = self._pass.seen_before if self._pass is not None and waiting else self.seen
+        if not waiting:  # else the pass may be still to come: some embed their prompt twice, or images behind it
+            self._check_entered()
+            self._pass = None
         whole = ids.shape[1] >= self.width
-        if not whole and self.seen >= self.width:
-            return
-        start = 0 if whole else self.seen
+        if not whole and before >= self.width:
+            return False
+        start = 0 if whole else before
         end = min(start + ids.shape[1], self.width)
         repeats = ids.shape[0] // len(self.old)
         here = (self.columns >= start) & (self.columns < end)
@@ -167,10 +172,14 @@ class FusedPrompt:
         columns = (self.columns[here] - start).repeat(repeats)
         words = self.words[here].repeat(repeats)
         if not bool((ids[rows.to(ids.device), columns.to(ids.device)] == words.to(ids.device)).all()):
-            return  # not the prompt, but several new tokens (assisted decoding) or images as ids of the vocabulary
+            return False  # many new tokens at once (assisted decoding), or images as words of the vocabulary
+        if waiting and not len(rows):
+            return False
         self.seen = end
         if len(rows):
-            self._pass = _Pass((ids.shape[0], ids.shape[1]), rows, columns, here.nonzero()[:, 0].repeat(repeats))
+            chosen = here.nonzero()[:, 0].repeat(repeats)
+            self._pass = _Pass((ids.shape[0], ids.shape[1]), rows, columns, chosen, before)
+        return bool(len(rows))
 
     def enter_embeddings(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Put the vectors of depth 0 into the input embeddings of the pass."""
@@ -243,8 +252,7 @@ def _enter_embeddings(module: nn.Module, args: tuple[Any, ...], output: torch.Te
     prompt = _PROMPT.get()
     if prompt is None or module is not prompt.embedding or not args or args[0].ndim != 2:
         return None
-    prompt.begin_pass(args[0])
-    return prompt.enter_embeddings(output)
+    return prompt.enter_embeddings(output) if prompt.begin_pass(args[0]) else None
 
 
 def _enter_layer(number: int, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:

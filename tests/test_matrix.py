@@ -80,13 +80,14 @@ def test_in_4_bit(case: Case, saved: Path) -> None:
         PROPERTIES[name](small)
     inputs = {**small.query(), "demos": small.demos}  # after inference, for which bitsandbytes repacks the weights
     inputs["labels"] = inputs["input_ids"]
-    quantized(**inputs).loss.backward()
-    weight = quantized.projector.layers[-1].bias
+    trained = AimForConditionalGeneration.from_backbone(quantized.backbone, quantized.processor, preset="trained")
+    trained(**inputs).loss.backward()
+    weight = trained.projector.layers[-1].weight
     slope, step, losses = weight.grad.norm(), 0.001, []
     for side in (step, -step):
         with torch.no_grad():
             weight += side * weight.grad / slope
-            losses.append(quantized(**inputs).loss.double())
+            losses.append(trained(**inputs).loss.double())
             weight -= side * weight.grad / slope
     routed = hasattr(quantized.config.get_text_config(), "num_experts")  # the loss has steps where the route changes
     assert routed or float(losses[0] - losses[1]) / (2 * step) == pytest.approx(float(slope), rel=0.05)

@@ -9,8 +9,9 @@ import popular_families
 import pytest
 import timm_families
 
-from modeling_aim import AimForConditionalGeneration, Demonstration
+from modeling_aim import Demonstration
 from modeling_aim.checks import PROPERTIES, QUESTION, Case
+from modeling_aim.checks.run import without_training
 from modeling_aim.families_aim import FAMILIES, family_of
 
 BUILDERS = {**more_families.BUILDERS, **popular_families.BUILDERS, **further_families.BUILDERS}
@@ -24,7 +25,7 @@ def made(family: str) -> Case:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backbones, "MORE_FAMILIES", {**backbones.MORE_FAMILIES, **BUILDERS})
         backbone = backbones.build(family)
-    return Case(AimForConditionalGeneration.from_backbone(backbone.model, backbone.processor))
+    return Case(without_training(backbone.model, backbone.processor, {}))
 
 
 @pytest.fixture(scope="module", params=[*backbones.FAMILIES, *backbones.MORE_FAMILIES, *BUILDERS])

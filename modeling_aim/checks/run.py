@@ -116,6 +116,7 @@ def make_images_small(model: AimForConditionalGeneration) -> None:
     tile = getattr(images, "max_image_size", None)
     if isinstance(tile, dict) and "longest_edge" in tile and _numbers(processor) > LARGEST_IMAGE:
         images.size = type(images.size)(**tile)  # else images are enlarged before they are made small again
+        model.processor = processor
     for name, value in ONE_TILE.items():
         if _numbers(processor) <= LARGEST_IMAGE:
             return
