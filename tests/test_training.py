@@ -443,7 +443,7 @@ def test_a_run_leaves_a_repository_that_answers(settings: TrainSettings, tmp_pat
     train(replace(settings, eval_data=(held,), eval_episodes=3))
     output = Path(settings.output)
     card = (output / "README.md").read_text()
-    assert "## Training" in card and settings.data[0] in card and "eld-out loss" in card
+    assert "## Training" in card and settings.data[0] in card and "Held-out targets" in card
     history = json.loads(next(output.glob("checkpoint-*/trainer_state.json")).read_text())["log_history"]
     assert next(row["step"] for row in history if "eval_loss" in row) == 0 and "eval_accuracy" in str(history)
     assert (output / "training.png").stat().st_size > 1000 and "training.png" in card
@@ -587,18 +587,18 @@ def test_a_run_that_never_gets_above_the_untrained_start_keeps_that(
 ) -> None:
     data = (data_on_disk(Path(settings.output).parent / "more", 60),)
     run = train(replace(settings, data=data, held_out=0.25, learning_rate=0.0, steps=4))
-    assert sorted(run.held_out_losses) == [0, 2, 4] and not run.improved
+    assert sorted(run.held_out("eval_loss")) == [0, 2, 4] and not run.improved
     weights = load_file(Path(settings.output) / "aim_projector.safetensors")
     assert not any(weights[name].any() for name in weights if name.startswith("projector.layers.2"))
-    assert "never got below" in (Path(settings.output) / "README.md").read_text()
+    assert "never got above step 0" in (Path(settings.output) / "README.md").read_text()
 
 
 def test_the_best_checkpoint_on_held_out_data_is_kept(settings: TrainSettings) -> None:
     data = (data_on_disk(Path(settings.output).parent / "more", 60),)
     run = train(replace(settings, data=data, held_out=0.25, steps=8))
-    losses = run.held_out_losses
-    assert sorted(losses) == [0, 2, 4, 6, 8] and run.improved
-    best = min(losses, key=losses.__getitem__)
+    scores = run.held_out("eval_score")
+    assert sorted(scores) == [0, 2, 4, 6, 8] and run.improved
+    best = max(scores, key=scores.__getitem__)
     kept = load_file(Path(settings.output) / "aim_projector.safetensors")
     at_best = load_file(Path(settings.output) / f"checkpoint-{best}" / "aim_projector.safetensors")
     assert all(torch.equal(kept[name], at_best[name]) for name in kept)

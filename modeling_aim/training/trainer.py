@@ -190,34 +190,37 @@ class AimTrainer(Trainer):
         metrics = super().evaluate(*args, **kwargs)
         right = torch.cat(self._verdicts) if self._verdicts else torch.zeros(0, device=self.args.device)
         counts = self.accelerator.reduce(torch.stack([right.sum(), right.new_tensor(len(right))]).to(self.args.device))
-        accuracy = {"eval_accuracy": round(float(counts[0] / counts[1].clamp(min=1)), 4)}
-        self.log(accuracy)
-        return {**metrics, **accuracy}
+        accuracy = round(float(counts[0] / counts[1].clamp(min=1)), 4)
+        more = {"eval_accuracy": accuracy, "eval_score": accuracy - metrics["eval_loss"] / 1000}
+        self.log(more)
+        return {**metrics, **more}
 
-    @property
-    def held_out_losses(self) -> dict[int, float]:
-        """Loss on held-out data by step; step 0 is before training."""
-        return {int(row["step"]): row["eval_loss"] for row in self.state.log_history if "eval_loss" in row}
+    def held_out(self, name: str) -> dict[int, float]:
+        """`eval_loss`, `eval_accuracy` or `eval_score` by step; step 0 is before training.
+
+        The score is what the best checkpoint is chosen by: accuracy, and the loss where that is equal.
+        """
+        return {int(row["step"]): row[name] for row in self.state.log_history if name in row}
 
     @property
     def improved(self) -> bool:
-        """Whether training brought the held-out loss below that of step 0; `True` where nothing is held out."""
-        losses = self.held_out_losses
-        return 0 not in losses or len(losses) < 2 or min(losses.values()) < losses[0]
+        """Whether training brought the held-out score above that of step 0; `True` where nothing is held out."""
+        scores = self.held_out("eval_score")
+        return 0 not in scores or len(scores) < 2 or max(scores.values()) > scores[0]
 
     @property
     def verdict(self) -> str:
         """In one sentence what training did on held-out data."""
-        losses = self.held_out_losses
-        if 0 not in losses or len(losses) < 2:
+        losses, right, scores = (self.held_out(f"eval_{name}") for name in ("loss", "accuracy", "score"))
+        if 0 not in scores or len(scores) < 2:
             return "Nothing was held out, so nothing tells whether training helped."
-        best = min((step for step in losses if step), key=losses.__getitem__)
+        best = max((step for step in scores if step), key=scores.__getitem__)
+        before, after = (f"{right[step]:.3f} right, loss {losses[step]:.4f}" for step in (0, best))
         if self.improved:
-            return f"Held-out loss {losses[0]:.4f} before training, {losses[best]:.4f} at step {best}, which is kept."
+            return f"Held-out targets: {before} before training; {after} at step {best}, which is kept."
         return (
-            f"Training never got below the held-out loss of step 0 ({losses[0]:.4f}; the best after it is "
-            f"{losses[best]:.4f}, at step {best}), so the untrained projector is kept. Train on other data, longer, "
-            "or at a lower rate."
+            f"On held-out targets training never got above step 0 ({before}; the best after it, at step {best}: {after}"
+            "), so the untrained projector is kept. Train on other data, longer, or at a lower rate."
         )
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
