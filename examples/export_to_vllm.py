@@ -25,7 +25,7 @@ from modeling_aim import AimForConditionalGeneration, AimProcessor
 
 
 def paper_form() -> tuple[Any, Any]:
-    """The paper's form on aim-tiny's backbone: embeddings reach the input alone, and aim-tiny itself enters at depth."""
+    """The paper's form on aim-tiny's backbone: aim-tiny itself enters at depth, which embeddings do not reach."""
     processor = AimProcessor.from_pretrained(AIM_TINY)
     model = AimForConditionalGeneration.from_backbone(Path(AIM_TINY) / "backbone", processor, preset="paper")
     weights = load_file(Path(__file__).parent / "aim_tiny" / "controls" / "aim_paper.safetensors")

@@ -219,8 +219,8 @@ class AimTrainer(Trainer):
         if self.improved:
             return f"Held-out targets: {before} before training; {after} at step {best}, which is kept."
         return (
-            f"On held-out targets training never got above step 0 ({before}; the best after it, at step {best}: {after}"
-            "), so the untrained projector is kept. Train on other data, longer, or at a lower rate."
+            f"On held-out targets training never got above step 0 ({before}; the best after it, at step {best}: "
+            f"{after}), so the untrained projector is kept. Train on other data, longer, or at a lower rate."
         )
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
