@@ -19,18 +19,7 @@ from typing import Any
 
 import torch
 from lesson import AIM_TINY, load, shapes
-from safetensors.torch import load_file, save_file
-
-from modeling_aim import AimForConditionalGeneration, AimProcessor
-
-
-def paper_form() -> tuple[Any, Any]:
-    """The paper's form on aim-tiny's backbone: aim-tiny itself enters at depth, which embeddings do not reach."""
-    processor = AimProcessor.from_pretrained(AIM_TINY)
-    model = AimForConditionalGeneration.from_backbone(Path(AIM_TINY) / "backbone", processor, preset="paper")
-    weights = load_file(Path(__file__).parent / "aim_tiny" / "controls" / "aim_paper.safetensors")
-    model.projector.load_state_dict({name.removeprefix("projector."): w.float() for name, w in weights.items()})
-    return model, processor
+from safetensors.torch import save_file
 
 
 def from_vllm(engine: str, embeddings: torch.Tensor) -> str:
@@ -44,12 +33,12 @@ def from_vllm(engine: str, embeddings: torch.Tensor) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repo", help="AIM repository with a projector for the input; by default the paper's form")
+    parser.add_argument("--repo", default=AIM_TINY, help="AIM repository: a folder or a Hub id")
     parser.add_argument("--engine", help="the backbone for vLLM to serve; without it, only the export is shown")
     parser.add_argument("--output", type=Path, help="file for the embeddings")
     args = parser.parse_args()
 
-    model, processor = paper_form() if args.repo is None else load(args.repo)
+    model, processor = load(args.repo)
     demos, queries = shapes(ways=2, shots=4)
     image, name = queries[0]
     inputs = processor(images=image, text="<image> this is", return_tensors="pt")

@@ -1,8 +1,9 @@
 """AIM projectors on the frozen backbone of aim-tiny: their data is written, then `aim train` is run.
 
-    python examples/aim_tiny/projector.py aim            # also: aim_paper, aim_generic; goes on where it stopped
+    python examples/aim_tiny/projector.py aim      # also: aim_at_depth, aim_paper, aim_generic; rerun it to resume
 
-`aim` is the shipped one, trained on the five tasks of tasks.py; `aim_paper` has the paper's form (last layer, linear
+`aim` is the shipped one, a projector for the input, trained on the five tasks of tasks.py; `aim_at_depth` begins at the
+untrained states at depth (docs/LOG.md compares the two); `aim_paper` has the paper's form (last layer, linear
 and LayerNorm), which on so narrow a decoder has room for names alone; `aim_generic` sees captioned documents only, no
 names and no rules.
 """
@@ -20,11 +21,11 @@ from tasks import few_or_many, training_episodes, write_episodes
 from tqdm import tqdm
 
 EPISODES = {  # how many are written, with at most how many demonstrations
-    "link_context": (12_000, 32),
-    "operator": (3000, 16),
-    "counting": (1500, 16),
-    "attribute": (4000, 16),
-    "captions": (3000, 16),
+    "link_context": (30_000, 32),
+    "operator": (6000, 16),
+    "counting": (3000, 16),
+    "attribute": (6000, 16),
+    "captions": (5000, 16),
 }
 QUERIES = 3
 MIX = {"link_context": 4.0, "operator": 0.8, "counting": 0.4, "attribute": 1.0, "captions": 0.7}
@@ -34,11 +35,12 @@ AT_INPUT = {
     "optimizer": "muon", "learning_rate": 1.5e-2,
 }  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
-    "aim": {**AT_DEPTH, "steps": 2500, "save_every": 250},
+    "aim": {**AT_INPUT, "steps": 5000},
+    "aim_at_depth": {**AT_DEPTH, "steps": 2500, "save_every": 250},
     "aim_paper": {"preset": "paper", "optimizer": "adamw", "learning_rate": 8e-3, "steps": 2000},
     "aim_generic": {**AT_INPUT, "steps": 1000},
 }
-SOURCES = {"aim": MIX, "aim_paper": {"link_context": 1.0}, "aim_generic": {"captions": 1.0}}
+SOURCES = {"aim": MIX, "aim_at_depth": MIX, "aim_paper": {"link_context": 1.0}, "aim_generic": {"captions": 1.0}}
 
 
 def data(folder: Path, task: str, weight: float) -> str:
