@@ -2,10 +2,10 @@
 
     python examples/aim_tiny/projector.py aim      # also: aim_at_depth, aim_paper, aim_generic; rerun it to resume
 
-`aim` is the shipped one, a projector for the input, trained on the five tasks of tasks.py. `aim_at_depth` begins at the
-untrained states at depth; docs/LOG.md compares the two. `aim_paper` has the paper's form (last layer, linear and
-LayerNorm), which on so narrow a decoder has room for names alone. `aim_generic` sees captioned documents only, no names
-and no rules.
+`aim` is the shipped one, a projector for the input, trained on the five tasks of tasks.py. `aim_at_depth` begins at
+the untrained states at depth; docs/LOG.md compares the two. `aim_paper` has the paper's form (last layer, linear and
+LayerNorm), which on so narrow a decoder has room for names alone. `aim_generic` sees captioned documents only, no
+names and no rules.
 """
 
 from __future__ import annotations
