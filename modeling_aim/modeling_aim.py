@@ -52,6 +52,7 @@ from .processing_aim import AimProcessor
 from .projector_aim import AimProjector
 
 if TYPE_CHECKING:  # the other files of a repository: transformers 5.5 copies only files that this one names
+    from .choice_aim import DepthChoice  # noqa: F401
     from .files_aim import locate_file  # noqa: F401
     from .images_aim import open_image  # noqa: F401
 

@@ -109,7 +109,7 @@ def test_a_backbone_without_a_stack_of_layers_is_evaluated_without_states(
     def none(backbone: Any) -> Any:
         raise ValueError("no stack of layers")
 
-    monkeypatch.setattr("modeling_aim.modeling_aim.decoder_layers", none)
+    monkeypatch.setattr("modeling_aim.backbone_aim.decoder_layers", none)
     place: dict[str, Any] = {"repo": None, "backbone": f"{AIM_TINY}/backbone", "tasks": ("pictures:,count=2",)}
     results = evaluate(settings(tmp_path, **place, shots=(2,), seeds=1))
     assert set(figures(results)) == {("zero", 0), ("text", 2), ("full", 2)}

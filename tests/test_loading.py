@@ -309,7 +309,7 @@ def test_a_configuration_made_of_a_live_models_leaves_the_model_alone() -> None:
 
 def test_the_backbone_is_saved_only_if_asked_for(aim: Plugin, tmp_path: Path) -> None:
     backbone = copy_backbone(aim, tmp_path / "backbone")
-    model = AimForConditionalGeneration.from_backbone(backbone)
+    model = AimForConditionalGeneration.from_backbone(backbone, preset="trained")
     model.save_pretrained(tmp_path / "aim")
     assert not list((tmp_path / "aim").glob("**/model*.safetensors")) and not (tmp_path / "aim" / "backbone").exists()
     size = sum(path.stat().st_size for path in (tmp_path / "aim").glob("*.safetensors"))
@@ -437,7 +437,7 @@ def test_what_is_saved_from_4_bit_loads_in_full_precision(aim: Plugin, tmp_path:
 def test_a_backbone_in_4_bit_gets_a_new_projector(aim: Plugin, tmp_path: Path) -> None:
     backbone = copy_backbone(aim, tmp_path / "backbone")
     config = BitsAndBytesConfig(load_in_4bit=True)
-    model = AimForConditionalGeneration.from_backbone(backbone, quantization_config=config)
+    model = AimForConditionalGeneration.from_backbone(backbone, preset="trained", quantization_config=config)
     assert set(linears(model.projector).values()) == {"Linear"} and linears(model)["backbone.lm_head"] == "Linear"
     model.read(DEMOS)
 

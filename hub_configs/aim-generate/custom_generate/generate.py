@@ -27,8 +27,11 @@ from .processing_aim import AimProcessor
 if TYPE_CHECKING:  # the rest of the plug-in: transformers 5.5 copies only files that this one names
     from .batching_aim import reading_batches  # noqa: F401
     from .cache_aim import LRUCache  # noqa: F401
+    from .choice_aim import DepthChoice  # noqa: F401
+    from .depth_aim import DepthMixin  # noqa: F401
     from .families_aim import FAMILIES  # noqa: F401
     from .features_aim import FeaturesMixin  # noqa: F401
+    from .images_aim import open_image  # noqa: F401
     from .prefix_aim import FusedPrefix  # noqa: F401
     from .pretrained_aim import AimPreTrainedModel  # noqa: F401
     from .projector_aim import AimProjector  # noqa: F401
