@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from backbones import DEMOS, FAMILIES, MORE_FAMILIES, Plugin, build, picture, plugin
+from safetensors.torch import load_file, save_file
 from transformers import set_seed
 
 from modeling_aim import AimForConditionalGeneration, Demonstration, FusedDemonstrations
 from modeling_aim.backbone_aim import decoder_layers
+from modeling_aim.pretrained_aim import PROJECTOR_WEIGHTS
 
 DEPTHS = ([0], [1], [2], [1, 2], [0, 1])
 WORDS_ALONE = [{"text": "A sentence without any image."}, {"text": "And one more."}]
@@ -201,6 +204,12 @@ def test_weights_for_the_input_are_refused_at_depth_and_the_reverse(tmp_path: Pa
         aim.model.save_pretrained(tmp_path, include_backbone=True)
         with pytest.raises(ValueError, match=rf"entry_layers=\[{entry[0]}\] \(here: \[{other[0]}\]\)"):
             AimForConditionalGeneration.from_pretrained(tmp_path, entry_layers=other)
+    weights, config = load_file(tmp_path / PROJECTOR_WEIGHTS), tmp_path / "config.json"
+    save_file(weights, tmp_path / PROJECTOR_WEIGHTS, metadata={"format": "pt"})  # an older folder says nothing
+    stored = json.loads(config.read_text())
+    del stored["projector_sha256"]
+    config.write_text(json.dumps(stored))
+    AimForConditionalGeneration.from_pretrained(tmp_path)
 
 
 def test_a_backbone_without_a_stack_of_layers_keeps_to_the_input(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Images of published data sets, found but not opened: in files, in data sets on disk, in zip archives."""
+"""Images of published datasets, found but not opened: in files, in datasets on disk, in zip archives."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class Unopened(Mapping[str, Any]):
 
 
 class DatasetImage(Unopened):
-    """An image in a data set on disk.
+    """An image in a dataset on disk.
 
     Args:
-        data: a data set of `datasets` whose images are not decoded.
+        data: a dataset of `datasets` whose images are not decoded.
         row: number of the row.
         column: of the image.
         folder: what paths are relative to.
@@ -112,7 +112,7 @@ def image_key(image: Any) -> str:
 
 
 class Pictures:
-    """The images of a data set that is published as JSON and archives, whether these are unpacked or not.
+    """The images of a dataset that is published as JSON and archives, whether these are unpacked or not.
 
     Args:
         folder: has the archives, or what was in them.

@@ -52,7 +52,7 @@ class ImageClass:
 
 @dataclass(frozen=True)
 class ClassFeatures:
-    """Features of the classes of one data set, of a model in which texts and images can be compared.
+    """Features of the classes of one dataset, of a model in which texts and images can be compared.
 
     Args:
         classes: keys of the classes (names of their folders), one for each row.

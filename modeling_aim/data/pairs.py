@@ -1,4 +1,4 @@
-"""Pairs of image and text as data sets hold them: raw demonstrations with their images unopened, and opening them."""
+"""Pairs of image and text as datasets hold them: raw demonstrations with their images unopened, and opening them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def is_refused(reason: str) -> bool:
 
 
 def _image(value: Any) -> Any:
-    """An image as `Demonstration` takes it, of what data sets hold; a data set that holds none here has lost it."""
+    """An image as `Demonstration` takes it, of what datasets hold; a dataset that holds none here has lost it."""
     if isinstance(value, (list, tuple)):
         return [_image(one) for one in value]
     if isinstance(value, Mapping) and set(value) <= {"bytes", "path"}:

@@ -1,4 +1,4 @@
-"""Files of data sets: finding them, their rows, and which columns of a row make a pair of image and text."""
+"""Files of datasets: finding them, their rows, and which columns of a row make a pair of image and text."""
 
 from __future__ import annotations
 
@@ -94,12 +94,12 @@ def is_hub_id(path: str) -> bool:
 
 
 def open_dataset(path: str, split: str, config: str | None) -> tuple[Any, Path]:
-    """A `datasets` data set, streamed and with images undecoded, and the folder that its paths are relative to.
+    """A `datasets` dataset, streamed and with images undecoded, and the folder that its paths are relative to.
 
     Args:
         path: parquet files (of a folder those named for the split, where there are such), a folder that
             `save_to_disk` wrote, or a Hub id.
-        split: of the data set.
+        split: of the dataset.
         config: its configuration.
 
     Raises:
@@ -135,14 +135,14 @@ def open_dataset(path: str, split: str, config: str | None) -> tuple[Any, Path]:
 
 
 def dataset_rows(data: Any, rng: random.Random) -> Iterator[dict[str, Any]]:
-    """Rows of a streamed data set, shard by shard in random order."""
+    """Rows of a streamed dataset, shard by shard in random order."""
     # Not by the data set's own `shuffle`, which from datasets 5 on reads shards in threads and sleeps after each pass.
     for index in rng.sample(range(data.num_shards), data.num_shards):
         yield from data.shard(num_shards=data.num_shards, index=index)
 
 
 def columns_of(data: Any) -> Mapping[str, Any]:
-    """Columns of a streamed data set with their kinds, or, where these are not declared, those of its first row."""
+    """Columns of a streamed dataset with their kinds, or, where these are not declared, those of its first row."""
     return data.features or next(iter(data), {})
 
 

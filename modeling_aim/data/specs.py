@@ -1,4 +1,4 @@
-"""What one line of text names: `KIND[:PATH][,name=value...]`, as data sets and tasks are given to the commands."""
+"""What one line of text names: `KIND[:PATH][,name=value...]`, as datasets and tasks are given to the commands."""
 
 from __future__ import annotations
 

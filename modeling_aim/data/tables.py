@@ -1,4 +1,4 @@
-"""Published data sets by rows: one split of a file, a folder or a Hub repository, with its images unopened."""
+"""Published datasets by rows: one split of a file, a folder or a Hub repository, with its images unopened."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ SAME_SPLITS = (("train", "train2014", "training"), ("validation", "val", "val201
 
 
 class MissingSplit(ValueError):
-    """A data set has no split of that name."""
+    """A dataset has no split of that name."""
 
 
 def fetched(path: str, patterns: Sequence[str]) -> Path:
-    """A folder of files: a local one, or those of a data set on the Hub.
+    """A folder of files: a local one, or those of a dataset on the Hub.
 
     Args:
         path: folder, or Hub id.
@@ -49,7 +49,7 @@ def fetched(path: str, patterns: Sequence[str]) -> Path:
 
 @dataclass(frozen=True)
 class Table:
-    """One split of a data set.
+    """One split of a dataset.
 
     Args:
         where: it comes from, for messages.
@@ -88,18 +88,18 @@ class Table:
 
 
 def open_table(path: str, split: str, config: str | None = None, images: str | None = None) -> Table:
-    """A split of a data set.
+    """A split of a dataset.
 
     Args:
         path: a jsonl, json (a list of objects), csv or parquet file, which is the split whatever its name; a folder
             with such a file that is called like the split, or with parquet files as on the Hub; a folder that
             `save_to_disk` wrote; or a Hub id.
-        split: of the data set.
+        split: of the dataset.
         config: its configuration.
         images: folder that paths of images are relative to, instead of that of the files.
 
     Raises:
-        FileNotFoundError: there is no such file, folder or data set.
+        FileNotFoundError: there is no such file, folder or dataset.
         MissingSplit: there is no such split.
         ValueError: a file is damaged or of another kind.
         ImportError: `datasets` is missing.
@@ -171,10 +171,10 @@ def _data_set(place: Path | str, split: str, config: str | None) -> Any:
 
 
 def split_names(path: str, config: str | None = None) -> list[str]:
-    """The splits of a data set as `open_table` takes it; empty where it is one that has no name (a file).
+    """The splits of a dataset as `open_table` takes it; empty where it is one that has no name (a file).
 
     Raises:
-        FileNotFoundError: there is no such data set.
+        FileNotFoundError: there is no such dataset.
         ImportError: `datasets` is missing.
     """
     place = Path(path).expanduser()

@@ -80,7 +80,7 @@ class Task:
     fixed: bool = False
 
     def examples(self, seed: int) -> Sequence[Example]:
-        """The queries, in an order of their own; those of a fixed data set do not depend on `seed`."""
+        """The queries, in an order of their own; those of a fixed dataset do not depend on `seed`."""
         raise NotImplementedError
 
     def pool(self) -> Sequence[Shot]:

@@ -1,6 +1,6 @@
 """Episodes, the unit of training: some pairs of image and text, of which later ones are answered from earlier ones.
 
-A *source* (one data set) gives episodes for ever, in an order that follows from the seed alone; a `Mixture` draws from
+A *source* (one dataset) gives episodes for ever, in an order that follows from the seed alone; a `Mixture` draws from
 several sources by weight. Documents hold *pairs* as raw demonstrations, images unopened; an episode holds them opened,
 and says how many could not be.
 """
@@ -33,7 +33,7 @@ class Episode:
     Args:
         pairs: opened demonstrations.
         targets: places in `pairs`, none of them 0 unless it is to be answered from nothing.
-        source: the data set it comes from.
+        source: the dataset it comes from.
         skipped: what was left out on the way, by reason, and how often.
     """
 
@@ -71,7 +71,7 @@ class ShotLaw:
 
 
 class Source:
-    """One data set, as a stream of episodes. Subclasses give `documents`, and say whether their order has a meaning.
+    """One dataset, as a stream of episodes. Subclasses give `documents`, and say whether their order has a meaning.
 
     What `documents` itself leaves out (a broken line) it counts in `skipped`, which the next episode takes along.
 
@@ -128,7 +128,7 @@ class Source:
         return (int.from_bytes(digest[:8], "big") < share * 2**64) == held_out
 
     def episodes(self, law: ShotLaw, seed: int) -> Iterator[Episode]:
-        """One pass over the data set, cut into episodes.
+        """One pass over the dataset, cut into episodes.
 
         Args:
             law: draws the number of demonstrations of each episode.

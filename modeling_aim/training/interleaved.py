@@ -82,7 +82,7 @@ class Obelics(ShuffledSource):
         images: folder of the images, named as the last part of the URL or by the URL's sha256 (with the URL's suffix,
             with `.jpg`, or bare). Paths are relative to it, or else to the folder of the data.
         download: fetch images that are not there. Slow: download them once instead, where you can.
-        split: of the data set.
+        split: of the dataset.
         config: its configuration, where it has several.
         shuffle_buffer: documents held in memory to be shuffled.
 

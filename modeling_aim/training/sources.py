@@ -1,8 +1,8 @@
-"""Data sets as sources of episodes, in the formats they are published in.
+"""Datasets as sources of episodes, in the formats they are published in.
 
     source, weight = open_source("mmc4:/data/mmc4/docs_shard_*_v2.jsonl.zip,min_similarity=0.28,weight=2")
 
-Files are read as streams and shuffled in a bounded buffer, so a data set may be larger than memory. What cannot be
+Files are read as streams and shuffled in a bounded buffer, so a dataset may be larger than memory. What cannot be
 used is left out and counted by reason in `Source.skipped`: of data from the web a part is always gone or broken.
 """
 
@@ -60,7 +60,7 @@ class Pairs(ShuffledSource):
         images: folder that paths of images are relative to.
         image, text, label, question, answer: which columns (keys, members) are which part; usual names are found
             by themselves. Of several answers or captions the most frequent is taken, or else the first.
-        split: of a data set.
+        split: of a dataset.
         config: its configuration, where it has several.
         shuffle_buffer: pairs held in memory to be shuffled.
 

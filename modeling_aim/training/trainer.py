@@ -66,7 +66,7 @@ class LengthGrouped(IterableDataset):
 
 
 class AimTrainer(Trainer):
-    """`Trainer` for `AimForConditionalGeneration`: data sets give episodes, checkpoints hold the projector alone.
+    """`Trainer` for `AimForConditionalGeneration`: datasets give episodes, checkpoints hold the projector alone.
 
     Args:
         model: the plug-in; its backbone may be in 4-bit.

@@ -1,1 +1,1 @@
-"""Evaluation tasks: published data sets and tasks over files, by name in `registry.TASKS`."""
+"""Evaluation tasks: published datasets and tasks over files, by name in `registry.TASKS`."""

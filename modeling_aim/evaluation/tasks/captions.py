@@ -101,11 +101,11 @@ class CaptionsFile(SplitTask):
 class Flickr30k(CaptionsFile):
     """Flickr30k with Karpathy's split: 1 000 images are asked, each with five references.
 
-    The published data set of `lmms-lab` has all 31 783 images in one split. Which belongs where is in a column
+    The published dataset of `lmms-lab` has all 31 783 images in one split. Which belongs where is in a column
     `split`, or else in a file of its own.
 
     Args:
-        path: the data set: parquet files, a folder that `save_to_disk` wrote, a Hub id; or Karpathy's JSON or csv with
+        path: the dataset: parquet files, a folder that `save_to_disk` wrote, a Hub id; or Karpathy's JSON or csv with
             `images=` the folder of the images. Columns `image` (or `filename`), `caption`, and `split` if there is.
         karpathy: the file that has the split of each image by `filename`, Karpathy's `dataset_flickr30k.json` or
             `flickr_annotations_30k.csv`; from the Hub when it is needed and `None`.
@@ -139,7 +139,7 @@ class Flickr30k(CaptionsFile):
 
     @cached_property
     def _whole(self) -> tuple[Table, list[str]] | None:
-        """All images with the split of each; `None` where the data set is in several splits already."""
+        """All images with the split of each; `None` where the dataset is in several splits already."""
         place = Path(self.path).expanduser()
         if place.is_file() and place.suffix.lower() in (".json", ".csv"):
             table = _karpathy_table(place, self.images)

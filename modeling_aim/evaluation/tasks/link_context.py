@@ -100,10 +100,10 @@ class Isekai(LinkContextTask):
     """ISEKAI: generated images of things that do not exist, beside something that resembles them.
 
     Args:
-        path: folder of the data set, or its Hub id: images, and a file of JSON lines (or a list) with the keys
+        path: folder of the dataset, or its Hub id: images, and a file of JSON lines (or a list) with the keys
             `image_name, positive_list, negative_list, positive_promt, negative_promt, label_name` (spelled so).
         annotations: that file, where it is not in the folder.
-        images: folder that names of images are relative to; that of the data set when `None`.
+        images: folder that names of images are relative to; that of the dataset when `None`.
         wording: `"paper"` or `"label"`.
         name: to show.
 

@@ -1,6 +1,6 @@
 """Tasks by name.
 
-task = open_task("okvqa")                                        # the published data set, from the Hub
+task = open_task("okvqa")                                        # the published dataset, from the Hub
 task = open_task("okvqa:/data/OK-VQA,name=OK-VQA (local)")
 task = open_task("episodes:data/counting.jsonl,match=digits")
 """

@@ -15,7 +15,7 @@ class ScienceQA(SplitTask):
     """The test split: 4 241 questions, 2 017 of them with an image. Answers are parsed as in LLaVA's scorer.
 
     Args:
-        path: the data set of `lmms-lab` (parquet files in a folder for each configuration, or its Hub id). Columns
+        path: the dataset of `lmms-lab` (parquet files in a folder for each configuration, or its Hub id). Columns
             `image` (or none), `question`, `choices`, `answer` (a number) and `hint`. Without a training split, the
             validation split is demonstrated from.
         config: `"ScienceQA-FULL"`, or `"ScienceQA-IMG"` for the questions with an image only.

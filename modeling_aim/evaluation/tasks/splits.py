@@ -1,4 +1,4 @@
-"""Tasks over a data set with splits: queries from one of them, demonstrations from the training split."""
+"""Tasks over a dataset with splits: queries from one of them, demonstrations from the training split."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ class SplitTask(DataTask):
         path: as for `open_table`.
         name: to show.
         split: whose rows are asked.
-        support: where demonstrations come from, as for `open_table`; the same data set when `None`.
+        support: where demonstrations come from, as for `open_table`; the same dataset when `None`.
         support_split: their split; the first there is of the usual ones when `None`.
-        share: of the images of `split` that become demonstrations instead, for data sets without a training split.
+        share: of the images of `split` that become demonstrations instead, for datasets without a training split.
         split_seed: draws this share. It does not change with the seed of an evaluation, so queries stay the same.
         images: folder that paths of images are relative to; that of the files when `None`.
         support_images: the same for `support`.
-        config: configuration of the data set.
+        config: configuration of the dataset.
 
     Raises:
         ValueError: a setting cannot be; when it is read, a column or a row does not fit.
-        FileNotFoundError: when it is read, there is no such data set.
+        FileNotFoundError: when it is read, there is no such dataset.
     """
 
     training: ClassVar[tuple[str, ...]] = ("train",)

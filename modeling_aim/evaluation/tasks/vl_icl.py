@@ -1,6 +1,6 @@
 """The image-to-text tasks of VL-ICL Bench (arXiv 2403.13164), which cannot be solved without their demonstrations.
 
-The data set (`ys-zong/VL-ICL`) has a folder a task with `query.json`, `support.json` and archives of the images, which
+The dataset (`ys-zong/VL-ICL`) has a folder a task with `query.json`, `support.json` and archives of the images, which
 may be unpacked or not.
 """
 
@@ -29,7 +29,7 @@ class VlIcl(DataTask):
     """What the tasks share: their files, and exact match after VL-ICL's cut.
 
     Args:
-        path: folder of the data set or of the one task, or its Hub id.
+        path: folder of the dataset or of the one task, or its Hub id.
         name: to show; that of the task when `None`.
 
     Raises:

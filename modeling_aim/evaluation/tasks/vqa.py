@@ -51,7 +51,7 @@ class OkVqa(VisualQuestions):
     """OK-VQA (arXiv 1906.00067): questions that need knowledge, 5 046 in the validation split, ten answers each.
 
     Args:
-        path: the data set of `lmms-lab` (parquet files, Hub id), which has no training split; or the folder of the
+        path: the dataset of `lmms-lab` (parquet files, Hub id), which has no training split; or the folder of the
             published questions and annotations (`OpenEnded_mscoco_val2014_questions.json`,
             `mscoco_val2014_annotations.json`, and those of `train2014`).
         images: of the published files, the folder that has COCO's `val2014` and `train2014`.
@@ -78,7 +78,7 @@ class OkVqa(VisualQuestions):
 
 
 def coco_table(folder: Path, split: str, images: Path) -> Table:
-    """Questions joined with their annotations, as the VQA data sets over COCO publish them.
+    """Questions joined with their annotations, as the VQA datasets over COCO publish them.
 
     Raises:
         MissingSplit: there are no such files.
@@ -119,7 +119,7 @@ class VizWiz(VisualQuestions):
     "unanswerable" is an answer like others.
 
     Args:
-        path: the data set of `lmms-lab` (parquet files, Hub id), which has no training split; or the folder of the
+        path: the dataset of `lmms-lab` (parquet files, Hub id), which has no training split; or the folder of the
             published `train.json` and `val.json` (or its `Annotations`), with folders `train` and `val` of images.
         images: folder that has `train` and `val`, instead.
         **settings: as for `SplitTask`.
@@ -153,7 +153,7 @@ class HatefulMemes(SplitTask):
     """Hateful Memes (arXiv 2005.04790): is a picture with its text hateful? ROC-AUC by the likelihood of yes and no.
 
     Args:
-        path: the data set (parquet files, Hub id), or the folder of the published `train.jsonl` and `dev_seen.jsonl`
+        path: the dataset (parquet files, Hub id), or the folder of the published `train.jsonl` and `dev_seen.jsonl`
             (then `split=dev_seen`). Columns `image` or `img`, `text`, and `label`: 1 or `hateful`, else it is not.
         **settings: as for `SplitTask`.
     """
