@@ -27,9 +27,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as NAMES
 
 from modeling_aim import AimForConditionalGeneration, FusedDemonstrations
-from modeling_aim.backbone_aim import check_depth, decoder_layers, read_hidden_states, why_not
+from modeling_aim.backbone_aim import check_depth, decoder_layers, why_not
 from modeling_aim.checks import PROPERTIES, run_checks
 from modeling_aim.checks.run import without_training
+from modeling_aim.reading_aim import read_hidden_states
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from .backbone_aim import check_depth, longest_prompt, preserved_state
+from .backbone_aim import check_depth, longest_prompt
 from .batching_aim import CPU_POSITIONS, PASS_POSITIONS
 from .choice_aim import DepthChoice, LeftOut, chosen_depth, drawn_demonstrations, raw_tasks
 from .configuration_aim import AimConfig, default_depth
 from .demonstrations_aim import Demonstration, FusedDemonstrations
 from .injection_aim import FusedPrompt, injected
+from .state_aim import preserved_state
 
 MOST_DEPTHS = 12  # in a deep decoder, evenly spread; plus the default depth and the model's own
 ASKED = ("chat", "plain")

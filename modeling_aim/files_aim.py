@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from huggingface_hub import HfApi
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
 try:
@@ -45,6 +46,27 @@ def check_subfolder(subfolder: str) -> None:
             f"backbone_subfolder={subfolder!r} leaves the repository. Give a folder in it, or name the backbone by "
             "backbone_name_or_path."
         )
+
+
+def backbone_place(config: PreTrainedConfig, name: str, hub: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Where the backbone of the repository `name` lies: its Hub id or folder, and the arguments of a load from there.
+
+    Args:
+        config: the repository's, an `AimConfig`.
+        name: its folder or Hub id.
+        hub: the arguments (`HUB_KWARGS`) that it is loaded with.
+
+    Raises:
+        ValueError: the configuration names no backbone, or a subfolder outside of the repository.
+    """
+    elsewhere = config.backbone_name_or_path is not None
+    folder = config.backbone_subfolder or ""
+    check_subfolder(folder)
+    if elsewhere:
+        return config.backbone_name_or_path, {**hub, "revision": config.backbone_revision, "subfolder": folder}
+    if config.backbone_subfolder is None:
+        raise ValueError(f"The config.json of {name} names no backbone. Pass a loaded one: backbone=model.")
+    return name, {**hub, "subfolder": os.path.join(hub.get("subfolder") or "", folder)}
 
 
 def file_digest(path: str | os.PathLike[str]) -> str:

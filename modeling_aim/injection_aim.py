@@ -19,8 +19,9 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
-from .backbone_aim import decoder_layers, layer_input
+from .backbone_aim import decoder_layers
 from .demonstrations_aim import FusedDemonstrations
+from .reading_aim import layer_input
 
 
 @dataclass

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import nn
 
 from .configuration_aim import AimConfig
+from .files_aim import file_digest, read_safetensors, safetensors_metadata
 
 MOST_WEIGHTS = 2**24
+PROJECTOR_WEIGHTS = "aim_projector.safetensors"
+FORM_KEY = "aim_form"  # in the metadata of the weights: what they are bound to
+DIGEST_KEY = "projector_sha256"  # in config.json: digest of the weights' file, which belongs to it
 
 
 class AimProjector(nn.Module):
@@ -61,6 +68,7 @@ class AimProjector(nn.Module):
             self.layers.append(nn.Linear(read_width, entry_width))
         if config.projector_form == "linear_norm":
             self.layers.append(nn.LayerNorm(width))
+        self._digest: tuple[Any, str] | None = None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -100,6 +108,14 @@ class AimProjector(nn.Module):
         mapped = self.layers(nn.functional.rms_norm(states, states.shape[-1:]) if self.scale_states else states)
         return mapped if isinstance(self.layers[-1], nn.LayerNorm) else self.scale * mapped
 
+    def digest(self) -> str:
+        """Identity of the weights, recomputed only after a change (except by writing to the `.data` of a weight)."""
+        weights = [(id(p), p.data_ptr(), -1 if p.is_inference() else p._version) for p in self.parameters()]
+        state = weights, self.training
+        if self._digest is None or self._digest[0] != state:
+            self._digest = (state, projector_digest(self.state_dict()))
+        return self._digest[1]
+
 
 def inner_width(width: int, outer: int) -> int:
     """The inner width of an MLP: twice the backbone's, with at most as many weights as the paper's projector at 4096.
@@ -119,3 +135,81 @@ def projector_digest(weights: Mapping[str, torch.Tensor]) -> str:
         rounded = weights[name].detach().to(device="cpu", dtype=torch.bfloat16).contiguous()
         digest.update(rounded.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+# --- the file of the weights
+
+
+def projector_file(weights: dict[str, torch.Tensor], config: AimConfig) -> bytes:
+    """Weights as a safetensors file, whose metadata say what they are bound to."""
+    return save(weights, metadata={"format": "pt", FORM_KEY: json.dumps(config.form, sort_keys=True)})
+
+
+def load_projector(
+    projector: AimProjector, config: AimConfig, file: str, name: str, digest: str | None = None
+) -> None:
+    """Load the weights of a projector from a safetensors file of the repository `name`.
+
+    Args:
+        projector: takes the weights.
+        config: its configuration.
+        file: path of the weights.
+        name: of the repository, for messages.
+        digest: the digest of the file in its config.json; `None` where config.json has none.
+
+    Raises:
+        ValueError: they are of another form, of other shapes, or damaged; or belong to another config.json.
+    """
+    weights = {key.removeprefix("projector."): value for key, value in read_safetensors(file).items()}
+    own = {key: tuple(value.shape) for key, value in projector.state_dict().items()}
+    shapes = {key: tuple(value.shape) for key, value in weights.items()}
+    form = _stored_form(file) or config.form
+    wrong = [f"{key}={form.get(key)} (here: {value})" for key, value in config.form.items() if form.get(key) != value]
+    if wrong:
+        raise ValueError(
+            f"The {PROJECTOR_WEIGHTS} of {name} was trained with {', '.join(wrong)}, and its weights are not "
+            "valid with others. Load it with its own settings, or train a new projector: aim train."
+        )
+    if shapes != own:
+        raise ValueError(
+            f"The {PROJECTOR_WEIGHTS} of {name} holds {shapes}, but its config.json "
+            f"(projector_form={config.projector_form!r}, hidden size {config.hidden_size}, "
+            f"read_layers={config.read_layers}, entry_layers={config.entry_layers}) asks for {own}. "
+            "Files of two repositories may be mixed."
+        )
+    if digest is not None and file_digest(file) != digest:
+        raise ValueError(
+            f"The {PROJECTOR_WEIGHTS} and the config.json of {name} were not saved together: a save was cut short "
+            "or one of them was replaced. Save the model again; or, if the weights are those you want, remove "
+            f"{DIGEST_KEY} from config.json."
+        )
+    bad = sorted(
+        key for key, value in weights.items()
+        if not value.is_floating_point() or not bool(torch.isfinite(value.float()).all())
+    )  # fmt: skip
+    if bad:
+        raise ValueError(
+            f"The {PROJECTOR_WEIGHTS} of {name} holds numbers that are not real or not finite, in {bad}: every "
+            "answer would be empty or random. Take an earlier checkpoint, or train the projector again."
+        )
+    projector.load_state_dict(weights)
+
+
+def _stored_form(file: str) -> dict[str, Any] | None:
+    """The settings that the weights in a safetensors file are bound to, by its metadata; `None` where it has none."""
+    stored = safetensors_metadata(file).get(FORM_KEY)
+    try:
+        form = None if stored is None else json.loads(stored)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{FORM_KEY} in the metadata of {file} is no JSON ({error}); the file is damaged.") from error
+    if not isinstance(form, dict | None):
+        raise ValueError(f"{FORM_KEY} in the metadata of {file} is {form!r:.80}; expected an object.")
+    return form
+
+
+def without_digest(config: AimConfig) -> tuple[AimConfig, str | None]:
+    """A configuration without the digest of the weights that it was saved with, and the digest."""
+    digest = vars(config).pop(DIGEST_KEY, None)
+    if not isinstance(digest, str | None):
+        raise ValueError(f"{DIGEST_KEY}={digest!r} of config.json: expected text.")
+    return config, digest

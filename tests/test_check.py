@@ -19,9 +19,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from modeling_aim import AimForConditionalGeneration, checks
-from modeling_aim.backbone_aim import read_hidden_states
 from modeling_aim.checks import PROPERTIES, Answer, Case, check_model, run_checks
 from modeling_aim.cli import app
+from modeling_aim.reading_aim import read_hidden_states
 
 PUBLISHED = Path(__file__).parent.parent / "hub_configs" / "SmolVLM-256M" / "config.json"
 

@@ -20,7 +20,7 @@ from test_bad_input import fails
 
 from modeling_aim import AimForConditionalGeneration, files_aim
 from modeling_aim.files_aim import only_one, staged_folder
-from modeling_aim.pretrained_aim import DIGEST_KEY, PROJECTOR_WEIGHTS
+from modeling_aim.projector_aim import DIGEST_KEY, PROJECTOR_WEIGHTS
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from ..backbone_aim import goes_on_behind_kv
 from ..bank import DemonstrationBank
 from ..prefix_aim import prefilled, serves
+from ..state_aim import goes_on_behind_kv
 from .case import LONG_QUESTION, NEW, QUESTION, Case, NotApplicable, difference, holds, noise, require
 
 

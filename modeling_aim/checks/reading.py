@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from .. import AimForConditionalGeneration, Demonstration
-from ..backbone_aim import decoder_layers, preserved_state, read_hidden_states
+from ..backbone_aim import decoder_layers
+from ..reading_aim import read_hidden_states
+from ..state_aim import preserved_state
 from .case import QUESTION, Case, NotApplicable, difference, holds, noise, require
 
 WORDS_ALONE = {"text": "A dax is a kind of wug."}

@@ -25,7 +25,8 @@ from ..cache_aim import LRUCache
 from ..configuration_aim import AimConfig
 from ..data.pairs import opened
 from ..demonstrations_aim import Demonstration, FusedDemonstrations
-from ..processing_aim import _TOKENIZING, AimProcessor
+from ..encoding_aim import TOKENIZING
+from ..processing_aim import AimProcessor
 from ..runs import PRECISIONS
 from .methods import Prompt, PromptBuilder, Shown
 from .random_projector import random_projector
@@ -306,7 +307,7 @@ class Subject:
     def _single_tokens(self, prompt: str, behind: Sequence[str]) -> list[int] | None:
         """The token of each option behind a prompt; `None` where one has several, or changes the prompt's own."""
         tokenizer = self.processor.tokenizer
-        with _TOKENIZING:  # the next batch is encoded meanwhile
+        with TOKENIZING:  # the next batch is encoded meanwhile
             own = tokenizer(prompt)["input_ids"]
             ends = [tokenizer(prompt + one)["input_ids"] for one in behind]
         alone = all(len(ids) == len(own) + 1 and ids[:-1] == own for ids in ends)

@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging
 
 from ..files_aim import file_digest, read_safetensors
-from ..pretrained_aim import DIGEST_KEY, PROJECTOR_WEIGHTS
+from ..projector_aim import DIGEST_KEY, PROJECTOR_WEIGHTS
 
 logger = logging.get_logger(__name__)
 

@@ -22,7 +22,8 @@ from transformers import Trainer, TrainingArguments
 
 from ..backbone_aim import check_backbone, longest_prompt
 from ..configuration_aim import AimConfig
-from ..pretrained_aim import DIGEST_KEY, PROJECTOR_WEIGHTS
+from ..projector_aim import DIGEST_KEY, PROJECTOR_WEIGHTS
+from ..projector_aim import load_projector as load_weights
 from .episodes import Episode
 from .kept_states import KeptStates
 from .optimizer import OPTIMIZERS, MuonAndAdamW
@@ -269,7 +270,7 @@ def load_projector(model: Any, checkpoint: str) -> None:
     config = AimConfig.from_pretrained(checkpoint)
     check_backbone(model.backbone, config.backbone_config, config.backbone_fingerprint)
     digest = getattr(config, DIGEST_KEY, None)
-    model._load_projector(str(Path(checkpoint) / PROJECTOR_WEIGHTS), checkpoint, digest)
+    load_weights(model.projector, model.config, str(Path(checkpoint) / PROJECTOR_WEIGHTS), checkpoint, digest)
 
 
 def _muon() -> Any:
