@@ -250,7 +250,7 @@ def chosen_depth(
         figures = (*_mean_and_error(values), *_mean_and_error(values - exact[0]))
         rows.append(DepthScore(name, source, *figures, sum(right[source]) / len(values)))
     zero, words, *deep = rows
-    start = default_depth(config.num_layers or 1)
+    start = default_depth(config.get_text_config())
     own = config.entry_layers[0] if len(config.entry_layers) == 1 and config.entry_layers[0] > 0 else start
     chance = chance_of_best(torch.stack([exact[row.depth] - exact[0] for row in deep]))
     better = [row for row, likely in zip(deep, chance, strict=True) if likely <= CHANCE]

@@ -20,6 +20,9 @@ from .families_aim import family_of
 
 STATE_NAMES = ("rope_deltas",)  # what some backbones remember of the last prompt, as attributes of their modules
 
+# what some layers (OPT's) apply in training mode by themselves, not by a part of theirs that evaluates
+DROPOUTS = ("dropout", "hidden_dropout", "attention_dropout", "activation_dropout", "layerdrop")
+
 _TURNS: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()
 _RESTS: WeakKeyDictionary[PreTrainedModel, _Rest] = WeakKeyDictionary()
 
@@ -95,10 +98,21 @@ class _Rest:
         self.lock = RLock()
         self.answers = 0
         self.resting: WeakSet[nn.Module] = WeakSet()  # weak: a value here must not keep its backbone alive
+        self.dropouts: WeakKeyDictionary[nn.Module, dict[str, float]] = WeakKeyDictionary()  # of layers that recompute
 
     def set_training(self, training: set[nn.Module], modules: Sequence[nn.Module]) -> None:
-        """Put `training`, some of `modules`, in training mode: now, or when the last answer has ended."""
+        """Put `training`, some of `modules`, in training mode: now, or when the last answer has ended.
+
+        They recompute what they evaluate: their own dropout is off until they leave training mode.
+        """
         with self.lock:
+            for module in modules:
+                if module in training:
+                    given = {name: value for name in DROPOUTS if type(value := vars(module).get(name)) is float}
+                    self.dropouts.setdefault(module, given)
+                    vars(module).update(dict.fromkeys(given, 0.0))
+                else:
+                    vars(module).update(self.dropouts.pop(module, {}))
             self.resting = WeakSet(training if self.answers else ())
             for module in modules:
                 wanted = module in training and not self.answers

@@ -132,7 +132,7 @@ def main() -> None:
     processor = AimProcessor.from_pretrained(args.backbone)
     with tempfile.TemporaryDirectory() as folder:
         turns = []
-        depth = [default_depth(backbone.config.get_text_config().num_hidden_layers)]
+        depth = [default_depth(backbone.config.get_text_config())]
         settings: tuple[dict[str, Any], ...] = ({}, {"read_layers": depth}, {"entry_layers": [0]})
         for place, layers in zip(PLACES, settings, strict=True):
             model = AimForConditionalGeneration.from_backbone(backbone, processor, preset="trained", **layers)
