@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PARALLEL = -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-all test-lowest test-lmms-eval style bench aim-tiny clean
+.PHONY: demo test test-all test-lowest test-lmms-eval style docs bench aim-tiny clean
 
 demo: $(VENV)/.installed-demo  ## answer held-out queries from demonstrations; writes demo.png
 	$(BIN)/python examples/demo.py --output demo.png
@@ -26,6 +26,9 @@ style: $(VENV)/.installed-dev  ## what CI checks beside the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-dev  ## the docs site, in build/site; broken links are errors
+	$(BIN)/mkdocs build --quiet
 
 bench: $(VENV)/.installed-demo  ## a bank of 100 000 demonstrations (2 GB of disk for a minute), training, and answers: ten minutes
 	$(BIN)/python -m modeling_aim.speed.bank
