@@ -36,6 +36,7 @@ from .configuration_aim import AimConfig
 from .demonstrations_aim import (
     Demonstration,
     FusedDemonstrations,
+    check_finite,
     check_source,
     concatenated,
     demos_by_row,
@@ -45,7 +46,7 @@ from .demonstrations_aim import (
 from .depth_aim import DepthMixin
 from .families_aim import family_of
 from .features_aim import FeaturesMixin
-from .injection_aim import FusedPrompt, injected, own_tokens_only, watch_entries
+from .injection_aim import FusedPrompt, check_mask, injected, own_tokens_only, shape_of, watch_entries
 from .prefix_aim import FusedPrefix, check_continued, note_fused, prefilled, prefix_kv
 from .pretrained_aim import AimPreTrainedModel
 from .processing_aim import AimProcessor
@@ -285,6 +286,8 @@ class AimForConditionalGeneration(DepthMixin, FeaturesMixin, AimPreTrainedModel,
             kwargs["generation_config"] = generation_config
         given = {**kwargs, "input_ids": input_ids}
         rows = self._parts(given, demos, chat_demos, shots, select)
+        if input_ids is not None and kwargs.get("past_key_values") is None:
+            check_mask(given)
         if not any(rows):
             if input_ids is not None:
                 kwargs["input_ids"] = input_ids
@@ -336,7 +339,7 @@ class AimForConditionalGeneration(DepthMixin, FeaturesMixin, AimPreTrainedModel,
             with one_at_a_time(self.backbone), injected(None):
                 return self.backbone(**given)
         return_dict = given.pop("return_dict", None)
-        fused = self._fused_rows(rows, given["input_ids"].shape[1])
+        fused = self._fused_rows(rows, given["input_ids"].shape[1], finite=labels is None)
         prompt = self._fused_prompt({**given, "return_dict": True}, fused)
         labels = prompt.inputs.pop("labels", None)
         with one_at_a_time(self.backbone), injected(prompt):
@@ -411,14 +414,14 @@ class AimForConditionalGeneration(DepthMixin, FeaturesMixin, AimPreTrainedModel,
         Raises:
             ValueError: the demonstrations alone are longer than the backbone's positions.
         """
-        prefix: Any = demos if kind_of(demos) == "prefix" else FusedPrefix(self.read(demos))
+        self._check_count(demos, 1)
+        parsed = parse_demos(demos, self.image_rules)
+        if isinstance(parsed, tuple):  # counted before anything is read
+            self._check_prefix(sum(len(ids) for ids in self.word_ids(parsed)))
+        prefix: Any = parsed if kind_of(parsed) == "prefix" else FusedPrefix(self.read(parsed))
         check_source(prefix.fused.source, self.source)
-        longest = longest_prompt(self.backbone.config)
-        if longest is not None and prefix.num_tokens >= longest:
-            raise ValueError(
-                f"The demonstrations have {prefix.num_tokens} fused tokens, but the backbone has {longest} positions, "
-                "of which the query needs some. Prefill fewer demonstrations: model.prefill(fused[:k])."
-            )
+        check_finite(prefix.fused)
+        self._check_prefix(prefix.num_tokens)
         if len(prefix):
             likely = self.processor(text=[self.processor.prompt("a", images=0)], return_tensors="pt")["input_ids"]
             prefix_kv(self, prefix, self._bos_of(int(likely[0, 0])))
@@ -435,20 +438,33 @@ class AimForConditionalGeneration(DepthMixin, FeaturesMixin, AimPreTrainedModel,
         select: Any = None,
     ) -> list[tuple[Any, ...]]:
         """The demonstrations of each row of the batch, in order, in parts as `parse_demos` returns them."""
+        ids: Any = inputs.get("input_ids")
+        whole = isinstance(ids, torch.Tensor) and ids.ndim == 2 and ids.dtype in (torch.long, torch.int)
+        if ids is not None and not (whole and ids.numel()):
+            kind = f"{ids.dtype} of the shape " if isinstance(ids, torch.Tensor) else ""
+            raise ValueError(
+                f"input_ids are {kind}{shape_of(ids)}; expected a tensor of whole numbers (batch, length), one at "
+                'least, as processor(images=..., text=..., return_tensors="pt") makes it.'
+            )
+        for given in () if ids is None else (demos, chat_demos):
+            self._check_count(given, ids.shape[1])
         demos, chat_demos = (parse_demos(given, self.image_rules) for given in (demos, chat_demos))
-        ids = inputs.get("input_ids")
         if ids is None:
             if demos is None and chat_demos is None:
                 return []
             raise ValueError("demos stand in front of input_ids; inputs_embeds cannot take them.")
-        if ids.ndim != 2:
-            raise ValueError(f"input_ids have the shape {tuple(ids.shape)}; expected (batch, length).")
         rows = self._selected(demos_by_row(demos, len(ids)), inputs, shots, select)
         chats = demos_by_row(chat_demos, len(ids))
         return [tuple(part for part in pair if part is not None) for pair in zip(rows, chats, strict=True)]
 
-    def _fused_rows(self, rows: Sequence[tuple[Any, ...]], length: int) -> list[FusedDemonstrations | None]:
-        """The fused tokens of each row, for prompts of `length` tokens; raw parts are read together, each once."""
+    def _fused_rows(
+        self, rows: Sequence[tuple[Any, ...]], length: int, finite: bool = True
+    ) -> list[FusedDemonstrations | None]:
+        """The fused tokens of each row, for prompts of `length` tokens; raw parts are read together, each once.
+
+        Raises:
+            ValueError: they do not fit, or, where `finite` is asked for, some are NaN or infinite.
+        """
         parts = {id(part): part for row in rows for part in row}
         raw = {number: part for number, part in parts.items() if kind_of(part) is None}
         for part in raw.values():  # counted before anything is read
@@ -460,6 +476,8 @@ class AimForConditionalGeneration(DepthMixin, FeaturesMixin, AimPreTrainedModel,
             assert read is not None
             fused[number] = read[taken : taken + len(part)]
             taken += len(part)
+        for part in fused.values() if finite else ():
+            check_finite(part)
         return [concatenated([fused[id(part)] for part in row]) if row else None for row in rows]
 
     def _fused_prompt(
@@ -477,6 +495,29 @@ class AimForConditionalGeneration(DepthMixin, FeaturesMixin, AimPreTrainedModel,
         for row in rows:
             self._check_room([] if row is None else row.lengths, inputs["input_ids"].shape[1])
         return self._widened(inputs, rows, first)
+
+    def _check_count(self, demos: Any, prompt: int) -> None:
+        """Raise `ValueError` for more raw demonstrations than positions: then nothing is opened, counted or read."""
+        longest = longest_prompt(self.backbone.config)
+        if longest is None or kind_of(demos) is not None or not isinstance(demos, (list, tuple)):
+            return
+        for row in [demos, *demos]:
+            raw = kind_of(row) is None and isinstance(row, (list, tuple)) and bool(row)
+            if raw and kind_of(row[0]) == "demonstration" and len(row) + prompt > longest:
+                raise ValueError(
+                    f"{len(row)} demonstrations and a prompt of {prompt} tokens are too many for the backbone's "
+                    f"{longest} positions, of which a demonstration takes at least one. Keep them in a "
+                    'DemonstrationBank and select some: generate(..., demos=bank, shots=8, select="image").'
+                )
+
+    def _check_prefix(self, tokens: int) -> None:
+        """Raise `ValueError` where so many fused tokens leave no position for a query."""
+        longest = longest_prompt(self.backbone.config)
+        if longest is not None and tokens >= longest:
+            raise ValueError(
+                f"The demonstrations have {tokens} fused tokens, but the backbone has {longest} positions, of which "
+                "the query needs some. Prefill fewer demonstrations: model.prefill(demos[:k])."
+            )
 
     def _check_room(self, lengths: Sequence[int], prompt: int) -> None:
         """Raise `ValueError` where demonstrations of these lengths and a prompt are longer than the backbone reads."""

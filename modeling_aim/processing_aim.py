@@ -17,7 +17,7 @@ from .configuration_aim import usable
 from .demonstrations_aim import Demonstration, parse_demos
 from .families_aim import family_of_processor
 from .files_aim import check_place, copy_shipped_files, staged_folder
-from .images_aim import ImageRules, block_images, opened_chat, opened_images
+from .images_aim import ImageRules, block_images, opened_chat, opened_images, opened_media
 
 PROCESSOR_FILE = "processor_config.json"
 SETTINGS = (
@@ -154,6 +154,7 @@ class AimProcessor(ProcessorMixin):
     def _encode(self, images: Any, text: Any, **kwargs: Any) -> BatchFeature:
         """The backbone's inputs; images stand between the words for a processor that takes them there."""
         images, texts = opened_images(images, self.image_rules), [text] if isinstance(text, str) else text
+        kwargs = opened_media(kwargs, self.image_rules)
         family = family_of_processor(self.processor)
         if family.words_alone is not None and images is None and texts is not None:
             bos = self.tokenizer.bos_token or ""
@@ -274,6 +275,7 @@ class AimProcessor(ProcessorMixin):
             **kwargs: as for the backbone's processor.
         """
         few_shot = kwargs.pop("few_shot_chats", self.few_shot_chats)
+        kwargs = opened_media(kwargs, self.image_rules)
         if not (kwargs.get("tokenize") and kwargs.get("return_dict")):
             if demos is not None:
                 raise ValueError("apply_chat_template takes demos only with tokenize=True and return_dict=True.")
