@@ -364,14 +364,14 @@ def concatenated(parts: Sequence[FusedDemonstrations]) -> FusedDemonstrations:
 
 
 def check_finite(fused: FusedDemonstrations) -> None:
-    """Raise `ValueError` for fused tokens that are NaN or infinite: every answer from them would be empty or random."""
+    """Raise `ValueError` for fused tokens that are NaN or infinite: answers from them would be empty or random."""
     finite = torch.isfinite(fused.vectors).all(dim=1)
     if not bool(finite.all()):
         number = next(i for i, part in enumerate(finite.split(fused.lengths)) if not bool(part.all()))
         words = f" ({fused.texts[number]!r:.60})" if fused.texts else ""
         raise ValueError(
-            f"Fused tokens of demonstration {number}{words} are not finite (NaN or infinite). Check the weights of the "
-            "projector, or load the backbone in bfloat16 or float32."
+            f"Fused tokens of demonstration {number}{words} are not finite (NaN or infinite). Check the weights of "
+            "the projector, or load the backbone in bfloat16 or float32."
         )
 
 

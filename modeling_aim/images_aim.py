@@ -158,7 +158,9 @@ def _check_unnamed(media: Any, what: str, rules: ImageRules) -> None:
     if rules.sources == "any":
         return
     if isinstance(media, (str, os.PathLike)):
-        raise ValueError(f"image_sources={rules.sources!r}: no {what} is fetched, such as {media!r:.80}. Give it opened.")
+        raise ValueError(
+            f"image_sources={rules.sources!r}: no {what} is fetched, such as {media!r:.80}. Give it opened."
+        )
     for part in media.values() if isinstance(media, Mapping) else media if isinstance(media, (list, tuple)) else ():
         _check_unnamed(part, what, rules)
 
@@ -217,7 +219,7 @@ def _check_finite(pixels: Any) -> None:
 
 
 def _check_array(pixels: Any, rules: ImageRules) -> None:
-    """Raise `ValueError` for an array, of one image or several, of too many pixels or with some that are not finite."""
+    """Raise `ValueError` for an array (one image or several) of too many pixels, or with some that are not finite."""
     shape = tuple(pixels.shape)
     last = len(shape) > 2 and shape[-1] in (1, 3, 4)
     if len(shape) >= 2:

@@ -100,8 +100,8 @@ class FusedPrompt:
         counts = torch.tensor([0 if row is None else row.num_tokens for row in fused])
         self.width = length + int(counts.max())
         filled = [row for row in fused if row is not None and row.num_tokens]
-        for row in filled:
-            _check_words(row.ids, self.embedding)
+        for demos in filled:
+            _check_words(demos.ids, self.embedding)
         self.vectors = [row.vectors.unflatten(-1, (len(self.entry_layers), -1)) for row in filled]
         self.words = torch.cat([row.ids.to(ids) for row in filled]) if filled else ids.new_empty(0)
         self.seen = 0

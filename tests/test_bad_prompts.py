@@ -44,12 +44,11 @@ WRONG_MASKS: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
 def test_ids_of_another_form_are_named_whatever_the_demonstrations(llava: Plugin, wrong: str) -> None:
     change, said = WRONG_IDS[wrong]
     inputs = llava.query()
+    given = {**inputs, "input_ids": change(inputs["input_ids"])}
     for demos in (make(llava) for make in GIVEN.values()):
         for call in (llava.model.generate, llava.model):
-            fails(
-                lambda call=call, demos=demos: call(**{**inputs, "input_ids": change(inputs["input_ids"])}, demos=demos),
-                "input_ids are", said, r"expected a tensor of whole numbers \(batch, length\)",
-            )  # fmt: skip
+            words = "input_ids are", said, r"expected a tensor of whole numbers \(batch, length\)"
+            fails(lambda call=call, demos=demos: call(**given, demos=demos), *words)
 
 
 @pytest.mark.parametrize("wrong", WRONG_MASKS)

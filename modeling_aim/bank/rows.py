@@ -120,9 +120,7 @@ def _undecoded(data: Any) -> Iterable[Any]:
     return streamed.decode(False) if hasattr(streamed, "decode") else data
 
 
-def _opened(
-    row: Any, columns: Mapping[str, str] | None, kinds: Mapping[str, Any], rules: ImageRules
-) -> Demonstration:
+def _opened(row: Any, columns: Mapping[str, str] | None, kinds: Mapping[str, Any], rules: ImageRules) -> Demonstration:
     if columns is None or not isinstance(row, Mapping):
         demo = Demonstration.of(row, rules)
     else:
