@@ -87,7 +87,7 @@ def preset_settings(
         raise ValueError(f"preset={preset!r}: expected one of {', '.join(PRESETS)}.")
     given = {"read_layers": read_layers, "entry_layers": entry_layers, "projector_form": projector_form}
     given = {name: value for name, value in given.items() if value is not None}
-    return {**PRESETS[preset], **{k: v if isinstance(v, str) else list(v) for k, v in given.items()}}
+    return {**PRESETS[preset], **{k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}}
 
 
 def deepest_entry(text: PreTrainedConfig) -> int:

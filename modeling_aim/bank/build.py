@@ -125,7 +125,8 @@ def build_bank(
     settings["features"] = feature_size if features else 0
     with only_writer(folder):
         builder = _Builder(model, folder, settings, shard_bytes, bad)
-        for batch in _batches(_progress(open_rows(demos, columns, bad), demos, total), builder, batch_size):
+        rows = open_rows(demos, columns, bad, model.image_rules)
+        for batch in _batches(_progress(rows, demos, total), builder, batch_size):
             builder.add(batch)
         builder.finish()
     return sorted(bad.rows)
