@@ -19,6 +19,9 @@ from .pairs import located
 class Unopened(Mapping[str, Any]):
     """An image as `datasets` holds it undecoded, `{"bytes", "path"}`, but read only when it is asked for.
 
+    Training holds thousands of them at a time, and walks past those of other processes: making one opens nothing, and
+    it holds no bytes. `repr` is its identity in a dataset, the same in every process and run.
+
     Attributes:
         place: where it is. Images are the same if their places are; they are not read for that.
     """
@@ -83,6 +86,29 @@ class Member(Unopened):
 
     def __repr__(self) -> str:
         return f"<{self.name} in {self.archive}>"
+
+
+class Stretch(Unopened):
+    """An image in a stretch of a file, such as a member of a tar that is not compressed.
+
+    Args:
+        path: the file.
+        offset, size: of the image in it, in bytes.
+    """
+
+    def __init__(self, path: Path, offset: int, size: int) -> None:
+        self.path, self.offset, self.size = path, offset, size
+        self.place = (path, offset)
+
+    def __getitem__(self, key: str) -> Any:
+        if key == "path":
+            return None
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return {"bytes": file.read(self.size)}[key]
+
+    def __repr__(self) -> str:
+        return f"<image at byte {self.offset} of {self.path}>"
 
 
 def is_image(image: Any) -> bool:

@@ -11,46 +11,99 @@ from typing import Any
 from transformers.utils import logging
 
 from ..demonstrations_aim import Demonstration
+from ..images_aim import open_image
 
 logger = logging.get_logger(__name__)
 
+Shrink = Callable[[tuple[int, int]], int]
 Pair = Mapping[str, Any]  # a raw demonstration as a dict; `image` may also be bytes, or {"bytes": ..., "path": ...}
 NAMED_AT_MOST = 5  # of each reason, in the log; all are counted
 NO_UNICODE = "text that is no Unicode"
+NO_IMAGE = "unreadable or missing image"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 
 
 _NAMED: Counter[str] = Counter()
 
 
+class Replaceable:
+    """An image in whose place another one stands if it cannot be read.
+
+    Args:
+        image: the first choice, unopened.
+        spares: others, which several images may share: each is used once.
+    """
+
+    def __init__(self, image: Any, spares: list[Any]) -> None:
+        self.image, self.spares = image, spares
+
+
 def opened(
     pairs: Iterable[Pair], skipped: Counter[str], unusable: Callable[[Demonstration], str | None] | None = None
 ) -> Iterator[Demonstration]:
-    """Pairs with their images opened; what cannot be used is left out and counted in `skipped`.
+    """Pairs with their images opened; what cannot be used is left out and counted in `skipped`, see `opened_pair`."""
+    found = (opened_pair(pair, skipped, unusable) for pair in pairs)
+    return (demo for demo in found if demo is not None)
+
+
+def opened_pair(
+    pair: Pair | Demonstration,
+    skipped: Counter[str],
+    unusable: Callable[[Demonstration], str | None] | None = None,
+    shrink: Shrink | None = None,
+) -> Demonstration | None:
+    """A pair with its images opened; `None` where it cannot be used.
 
     Args:
-        pairs: raw demonstrations.
+        pair: a raw demonstration, or one that is opened already.
         skipped: counts reasons.
         unusable: says why a model cannot read a demonstration, if it cannot (`AimProcessor.why_unreadable`).
+        shrink: by how much a large image may be shrunk when it is opened, see `open_image`.
     """
-    for pair in pairs:
+    try:
+        demo = pair if isinstance(pair, Demonstration) else _demonstration(pair, skipped, shrink)
+        reason = None if unusable is None else unusable(demo)
+    except (ValueError, OSError) as error:
+        demo, reason = None, _reason(pair, error)
+    if reason is None:
+        return demo
+    skipped[reason] += 1
+    if is_refused(reason):
+        _NAMED[reason] += 1
+        if _NAMED[reason] <= NAMED_AT_MOST:
+            words: Mapping[str, Any] = pair if isinstance(pair, Mapping) else vars(pair)
+            shown = {key: value for key, value in words.items() if isinstance(value, str)}
+            logger.warning(f"Left out, {reason}: {str(shown)[:200]!a}")
+    return None
+
+
+def _demonstration(pair: Pair, skipped: Counter[str], shrink: Shrink | None) -> Demonstration:
+    words = {key: value for key, value in pair.items() if "image" not in key}
+    Demonstration.of(words)  # an image is not opened for words that cannot be used
+    return Demonstration.of({k: words[k] if k in words else _open(v, skipped, shrink) for k, v in pair.items()})
+
+
+def _open(value: Any, skipped: Counter[str], shrink: Shrink | None) -> Any:
+    """An image, or several, opened; what can be replaced is, as often as it has to be."""
+    if isinstance(value, (list, tuple)):
+        return [_open(one, skipped, shrink) for one in value]
+    if not isinstance(value, Replaceable):
+        return open_image(_image(value), shrink=shrink)
+    while True:
         try:
-            demo = Demonstration.of({key: _image(value) if "image" in key else value for key, value in pair.items()})
-            reason = None if unusable is None else unusable(demo)
-        except (ValueError, OSError) as error:
-            words = any(isinstance(pair.get(key), str) and pair[key].strip() for key in ("text", "label", "answer"))
-            image = "read the image" in str(error).lower()
-            other = NO_UNICODE if "lone surrogate" in str(error) else "other bad pair"
-            reason = "no text" if not words else "unreadable or missing image" if image else other
-        if reason is None:
-            yield demo
-            continue
-        skipped[reason] += 1
-        if is_refused(reason):
-            _NAMED[reason] += 1
-            if _NAMED[reason] <= NAMED_AT_MOST:
-                shown = {key: value for key, value in pair.items() if isinstance(value, str)}
-                logger.warning(f"Left out, {reason}: {str(shown)[:200]!a}")
+            return open_image(_image(value.image), shrink=shrink)
+        except (ValueError, OSError):
+            if not value.spares:
+                raise
+            skipped[NO_IMAGE] += 1
+            value.image = value.spares.pop(0)
+
+
+def _reason(pair: Any, error: Exception) -> str:
+    words = any(isinstance(pair.get(key), str) and pair[key].strip() for key in ("text", "label", "answer"))
+    image = "read the image" in str(error).lower()
+    other = NO_UNICODE if "lone surrogate" in str(error) else "other bad pair"
+    return "no text" if not words else NO_IMAGE if image else other
 
 
 def is_refused(reason: str) -> bool:
@@ -59,9 +112,7 @@ def is_refused(reason: str) -> bool:
 
 
 def _image(value: Any) -> Any:
-    """An image as `Demonstration` takes it, of what datasets hold; a dataset that holds none here has lost it."""
-    if isinstance(value, (list, tuple)):
-        return [_image(one) for one in value]
+    """An image as `open_image` takes it, of what datasets hold; a dataset that holds none here has lost it."""
     if isinstance(value, Mapping) and set(value) <= {"bytes", "path"}:
         value = value.get("bytes") or value.get("path")
     if value is None or value == []:

@@ -20,6 +20,7 @@ from typing import Any
 from transformers.utils import logging
 
 from .pairs import IMAGE_SUFFIXES, Pair, located
+from .pairs import NO_IMAGE as NO_IMAGE
 
 logger = logging.get_logger(__name__)
 
@@ -33,7 +34,7 @@ COLUMNS = {
     "question": ("question",),
     "answer": ("answer", "answers"),
 }
-NO_IMAGE, NO_TEXT = "unreadable or missing image", "no text"
+NO_TEXT = "no text"
 
 
 def find_files(path: str, suffixes: tuple[str, ...], missing_ok: bool = False) -> list[Path]:
