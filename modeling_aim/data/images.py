@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,32 +13,7 @@ from typing import Any
 from PIL import Image
 
 from ..images_aim import is_address, is_readable
-from .pairs import located
-
-
-class Unopened(Mapping[str, Any]):
-    """An image as `datasets` holds it undecoded, `{"bytes", "path"}`, but read only when it is asked for.
-
-    Training holds thousands of them at a time, and walks past those of other processes: making one opens nothing, and
-    it holds no bytes. `repr` is its identity in a dataset, the same in every process and run.
-
-    Attributes:
-        place: where it is. Images are the same if their places are; they are not read for that.
-    """
-
-    place: tuple[Any, ...]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Unopened) and self.place == other.place
-
-    def __hash__(self) -> int:
-        return hash(self.place)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(("bytes", "path"))
-
-    def __len__(self) -> int:
-        return 2
+from .pairs import Unopened, located
 
 
 class DatasetImage(Unopened):

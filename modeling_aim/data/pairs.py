@@ -21,9 +21,55 @@ NAMED_AT_MOST = 5  # of each reason, in the log; all are counted
 NO_UNICODE = "text that is no Unicode"
 NO_IMAGE = "unreadable or missing image"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-
-
 _NAMED: Counter[str] = Counter()
+
+
+class Unopened(Mapping[str, Any]):
+    """An image as `datasets` holds it undecoded, `{"bytes", "path"}`, but read only when it is asked for.
+
+    Training holds thousands of them at a time, and walks past those of other processes: making one opens nothing, and
+    it holds no bytes. `repr` is its identity in a dataset, the same in every process and run.
+
+    Attributes:
+        place: where it is. Images are the same if their places are; they are not read for that.
+    """
+
+    place: tuple[Any, ...]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Unopened) and self.place == other.place
+
+    def __hash__(self) -> int:
+        return hash(self.place)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("bytes", "path"))
+
+    def __len__(self) -> int:
+        return 2
+
+
+class Unread(Mapping[str, Any]):
+    """A raw demonstration whose words are read from a file only when they are asked for.
+
+    Attributes:
+        size: its characters and its images.
+    """
+
+    size: tuple[int, int]
+
+    def read(self) -> dict[str, Any]:
+        """What it holds."""
+        raise NotImplementedError
+
+    def __getitem__(self, key: str) -> Any:
+        return self.read()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.read())
+
+    def __len__(self) -> int:
+        return len(self.read())
 
 
 class Replaceable:
@@ -60,6 +106,7 @@ def opened_pair(
         unusable: says why a model cannot read a demonstration, if it cannot (`AimProcessor.why_unreadable`).
         shrink: by how much a large image may be shrunk when it is opened, see `open_image`.
     """
+    pair = pair.read() if isinstance(pair, Unread) else pair
     try:
         demo = pair if isinstance(pair, Demonstration) else _demonstration(pair, skipped, shrink)
         reason = None if unusable is None else unusable(demo)
@@ -106,6 +153,18 @@ def _reason(pair: Any, error: Exception) -> str:
     return "no text" if not words else NO_IMAGE if image else other
 
 
+def size_of(pair: Pair | Demonstration) -> tuple[int, int]:
+    """Characters and images of a pair, which is not opened for it."""
+    if isinstance(pair, Demonstration):
+        return len(pair.text) + len(pair.question or ""), len(pair.images)
+    if isinstance(pair, Unread):
+        return pair.size
+    words = (pair.get(key) for key in ("text", "label", "question", "answer"))
+    images = pair.get("images") if pair.get("images") is not None else pair.get("image")
+    number = len(images) if isinstance(images, (list, tuple)) else int(images is not None)
+    return sum(len(one) for one in words if isinstance(one, str)), number
+
+
 def is_refused(reason: str) -> bool:
     """Whether a reason to leave a pair out speaks of words or images that are there, and no model can read."""
     return reason == NO_UNICODE or reason.startswith(("text that holds", "image that the processor"))
@@ -124,6 +183,8 @@ def located(folder: Path, image: Any) -> Any:
     """An image (or several) where the data says it is: paths relative to a folder, URLs and bytes as they are."""
     if isinstance(image, (list, tuple)):
         return [located(folder, one) for one in image]
+    if isinstance(image, Unopened):
+        return image
     if isinstance(image, Mapping):
         return image.get("bytes") or located(folder, image.get("path"))
     if isinstance(image, str) and image and not image.startswith(("http://", "https://", "data:")):
