@@ -154,6 +154,22 @@ def test_labels_are_answer_and_end_behind_the_prompt_of_answering_time(family: s
             assert torch.equal(ids[~scored][-len(query) :], query)
 
 
+@pytest.mark.parametrize("family", ["smolvlm", "llava", "idefics3"])
+@pytest.mark.parametrize("prompts", ["plain", "chat"])
+@pytest.mark.parametrize("teacher", ["full", "text"])
+def test_targets_and_their_teacher_begin_with_bos_once(family: str, prompts: str, teacher: str) -> None:
+    """Captions and plain questions are rendered by no chat template, which alone writes SmolVLM's BOS."""
+    model = backbones.plugin(family).model
+    bos = model.processor.tokenizer.bos_token_id
+    pairs = [Demonstration.of(pair) for document in Things(6).documents(0) for pair in document]
+    batch = EpisodeCollator(model, teacher, prompts)([Episode(tuple(pairs), tuple(range(1, 6)))])
+    assert {pair.question for pair in pairs[1:]} == {None, "What is it?"}
+    for inputs in (batch, batch["teacher"]):
+        for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
+            kept = ids[mask.bool()].tolist()
+            assert kept[0] == bos and kept.count(bos) == 1
+
+
 def test_a_target_without_room_is_skipped_and_early_demonstrations_leave() -> None:
     built = backbones.build("llava", max_position_embeddings=60)
     model = AimForConditionalGeneration.from_backbone(built.model, built.processor)
