@@ -14,7 +14,7 @@ import os
 import socket
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
@@ -31,7 +31,7 @@ from urllib.request import (
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")  # no EPS: it is a program
 IMAGE_SOURCES = ("any", "public", "given")
@@ -71,13 +71,17 @@ class ImageRules:
             )
 
 
-def open_image(image: Any, rules: ImageRules | None = None) -> Image.Image:
+def open_image(
+    image: Any, rules: ImageRules | None = None, shrink: Callable[[tuple[int, int]], int] | None = None
+) -> Image.Image:
     """Load one image as RGB.
 
     Args:
         image: a PIL image, an array `(height, width[, 1, 3 or 4])`, uint8 or float in 0..1, bytes of an image file, a
             path, a URL, a `data:` URL or base64.
         rules: what may be opened.
+        shrink: the power of two by which the sides of an image of a size `(width, height)` may be divided, 1 for none.
+            A JPEG is decoded at that scale. The size that comes out is rounded up.
 
     Raises:
         ValueError: it cannot be read, is cut short, has too many pixels or numbers that are not finite, or comes from
@@ -89,8 +93,8 @@ def open_image(image: Any, rules: ImageRules | None = None) -> Image.Image:
             return _of_array(image, rules)
         if not isinstance(image, Image.Image):
             with Image.open(_file(image, rules), formats=_formats()) as opened:
-                return _loaded(opened, rules)
-        return _loaded(image, rules)
+                return _loaded(opened, rules, shrink)
+        return _loaded(image, rules, shrink)
     except Exception as error:
         raise ValueError(
             f"Cannot read the image {image!r:.120} ({type(error).__name__}: {error}). "
@@ -205,9 +209,19 @@ def _formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def _loaded(image: Image.Image, rules: ImageRules) -> Image.Image:
+def _loaded(
+    image: Image.Image, rules: ImageRules, shrink: Callable[[tuple[int, int]], int] | None = None
+) -> Image.Image:
     rules.check_size(image.size)  # before its pixels are decoded
-    return ImageOps.exif_transpose(image).convert("RGB")
+    size, scale = image.size, 1
+    if shrink is not None:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        scale = shrink(size[::-1] if turned else size)
+        if scale > 1 and isinstance(image, ImageFile.ImageFile):
+            image.draft(None, (size[0] // scale, size[1] // scale))  # JPEG decodes at a half, a quarter or an eighth
+            scale //= max(round(size[0] / image.width), 1)
+    whole = ImageOps.exif_transpose(image).convert("RGB")
+    return whole.reduce(scale) if scale > 1 else whole
 
 
 def _check_finite(pixels: Any) -> None:

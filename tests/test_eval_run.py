@@ -134,9 +134,10 @@ def test_a_full_prompt_has_the_words_that_aim_reads(family: str) -> None:
     builder = PromptBuilder(processor, separator=" | ")
     marks = [processor.image_text * count for count in (1, 2, 0)]
     fronts = "".join(mark + word + " | " for mark, word in zip(marks, words, strict=True))
-    assert builder.prompt(example, shown) == fronts + processor.image_text + "What?"
+    begin = processor.front(0)
+    assert builder.prompt(example, shown) == begin + fronts + processor.image_text + "What?"
     told = "".join(word + " | " for word in words)
-    assert builder.prompt(example, shown, images=False) == told + processor.image_text + "What?"
+    assert builder.prompt(example, shown, images=False) == begin + told + processor.image_text + "What?"
     prompt = METHODS["full"].show(builder, example, shown, 0)
     assert [id(image) for image in prompt.images[:3]] == [id(one) for one in (shots[0].pair["image"],
             *shots[1].pair["images"])]  # fmt: skip
@@ -146,6 +147,21 @@ def test_a_full_prompt_has_the_words_that_aim_reads(family: str) -> None:
             assert chat.count(word) == 1
         assert chat.count(processor.image_text.strip()) == 4
         assert PromptBuilder(processor, "chat").prompt(example) == processor.prompt("What?")
+
+
+@pytest.mark.parametrize("family", ["smolvlm", "llava", "idefics3"])
+@pytest.mark.parametrize("prompts", ["plain", "chat"])
+def test_a_prompt_begins_with_bos_once_where_the_backbone_has_one(family: str, prompts: str) -> None:
+    """SmolVLM's is written by its chat template alone, and prompts that no template renders need it too."""
+    processor = backbones.plugin(family).processor
+    shown = [Shown(shot, shot) for shot in (Shot("a", {"image": picture(1), "label": "dax"}),)]
+    builder = PromptBuilder(processor, prompts)
+    example = Example("q", (picture(4),), "What?", ("x",))
+    bos = processor.tokenizer.bos_token_id
+    ids = processor.tokenizer([builder.prompt(example, some, images=False) for some in ([], shown)])["input_ids"]
+    template = processor.tokenizer(processor.prompt("What?"))["input_ids"]
+    assert all(row[0] == template[0] for row in ids)
+    assert all(row.count(bos) == template.count(bos) for row in ids)
 
 
 def test_dealt_images_are_those_of_the_prompt() -> None:

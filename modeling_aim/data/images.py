@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,29 +13,7 @@ from typing import Any
 from PIL import Image
 
 from ..images_aim import is_address, is_readable
-from .pairs import located
-
-
-class Unopened(Mapping[str, Any]):
-    """An image as `datasets` holds it undecoded, `{"bytes", "path"}`, but read only when it is asked for.
-
-    Attributes:
-        place: where it is. Images are the same if their places are; they are not read for that.
-    """
-
-    place: tuple[Any, ...]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Unopened) and self.place == other.place
-
-    def __hash__(self) -> int:
-        return hash(self.place)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(("bytes", "path"))
-
-    def __len__(self) -> int:
-        return 2
+from .pairs import Unopened, located
 
 
 class DatasetImage(Unopened):
@@ -83,6 +61,29 @@ class Member(Unopened):
 
     def __repr__(self) -> str:
         return f"<{self.name} in {self.archive}>"
+
+
+class Stretch(Unopened):
+    """An image in a stretch of a file, such as a member of a tar that is not compressed.
+
+    Args:
+        path: the file.
+        offset, size: of the image in it, in bytes.
+    """
+
+    def __init__(self, path: Path, offset: int, size: int) -> None:
+        self.path, self.offset, self.size = path, offset, size
+        self.place = (path, offset)
+
+    def __getitem__(self, key: str) -> Any:
+        if key == "path":
+            return None
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return {"bytes": file.read(self.size)}[key]
+
+    def __repr__(self) -> str:
+        return f"<image at byte {self.offset} of {self.path}>"
 
 
 def is_image(image: Any) -> bool:

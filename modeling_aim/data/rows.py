@@ -19,7 +19,9 @@ from typing import Any
 
 from transformers.utils import logging
 
+from .images import Stretch
 from .pairs import IMAGE_SUFFIXES, Pair, located
+from .pairs import NO_IMAGE as NO_IMAGE
 
 logger = logging.get_logger(__name__)
 
@@ -33,7 +35,7 @@ COLUMNS = {
     "question": ("question",),
     "answer": ("answer", "answers"),
 }
-NO_IMAGE, NO_TEXT = "unreadable or missing image", "no text"
+NO_TEXT = "no text"
 
 
 def find_files(path: str, suffixes: tuple[str, ...], missing_ok: bool = False) -> list[Path]:
@@ -194,27 +196,40 @@ def csv_rows(path: Path, skipped: Counter[str]) -> Iterator[dict[str, Any]]:
 def tar_rows(path: Path, skipped: Counter[str]) -> Iterator[dict[str, Any]]:
     """Samples of a webdataset shard: members whose names agree up to the first dot, by what comes after it.
 
-    The image is there as `image` too, and of a `.json` member each key.
+    The image is there as `image` too, and of a `.json` member each key. Images of a tar that is not compressed are
+    not read.
     """
     row: dict[str, Any] = {}
     sample = None
     try:
-        with tarfile.open(path, "r|*") as tar:
+        tar, seekable = _open_tar(path)
+        with tar:
             for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # it would keep all of them
                 folder, name = os.path.split(member.name)
                 stem, _, end = name.partition(".")
                 if sample != (folder, stem) and row:
                     yield row
                     row = {}
-                file = tar.extractfile(member)  # None: a folder or a link
                 sample = (folder, stem)
-                if file is not None:
+                file = tar.extractfile(member) if member.isreg() else None
+                if file is not None and seekable and f".{end.lower()}" in IMAGE_SUFFIXES:
+                    row[end.lower()] = row["image"] = Stretch(path, member.offset_data, member.size)
+                elif file is not None:
                     _add_member(row, end.lower(), file.read(), skipped)
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         _damaged(path, error, skipped)
         return
     if row:
         yield row
+
+
+def _open_tar(path: Path) -> tuple[tarfile.TarFile, bool]:
+    """A tar, and whether what is in it has a place of its own in the file: not where it is compressed."""
+    try:
+        return tarfile.open(path, "r:"), True
+    except tarfile.ReadError:
+        return tarfile.open(path, "r|*"), False
 
 
 def _add_member(row: dict[str, Any], end: str, content: bytes, skipped: Counter[str]) -> None:

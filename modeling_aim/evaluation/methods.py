@@ -103,7 +103,8 @@ class PromptBuilder:
         """
         if self.prompts == "plain":
             parts = [self._plain(one, images) + self.separator for one in shown]
-            return "".join(parts) + self.processor.image_text * len(example.images) + example.question
+            begin = self.processor.front(0)  # BOS that only a chat template writes
+            return begin + "".join(parts) + self.processor.image_text * len(example.images) + example.question
         turns = [turn for one in shown for turn in self._turns(one, images)]
         query = _turn("user", example.question, len(example.images))
         return self.processor.rendered([*turns, query])

@@ -379,7 +379,7 @@ class Subject:
         grey, black, white = (Image.new("RGB", (64, 64), (light,) * 3) for light in (127, 0, 255))
 
         def next_token(*images: Image.Image) -> torch.Tensor:
-            text = self.processor.image_text * len(images) + "What is this?"
+            text = self.processor.front(len(images)) + "What is this?"
             inputs = self._encoded([list(images)], [text]).to(self.device, self.model.dtype)
             options = {"max_new_tokens": 1, "do_sample": False, "num_beams": 1, "output_logits": True}
             return self.model.generate(**inputs, **options, return_dict_in_generate=True).logits[0]

@@ -166,7 +166,7 @@ class TrainSettings:
 
 
 class Held(Dataset):
-    """The first episodes of a stream, held for evaluation."""
+    """The first episodes of a stream, held for evaluation with their images unopened."""
 
     def __init__(self, episodes: Sequence[Episode]) -> None:
         self.episodes = list(episodes)
@@ -193,11 +193,11 @@ def train(settings: TrainSettings) -> AimTrainer:
         NotFinite: the loss is no number any more.
     """
     mixture = _mixture(settings.data, settings)
-    _check_data(mixture)
+    mixture.check()  # before the backbone is loaded
     held: Mixture | None = None
     if settings.eval_data:
         held = _mixture(settings.eval_data, settings, seed=10**6)
-        _check_data(held)
+        held.check()
     elif settings.held_out:
         mixture, held = _split(mixture, settings.held_out)
     arguments = _arguments(settings, held is not None)
@@ -213,9 +213,6 @@ def _train(
     """The run, after all that can be checked without a model."""
     last = claim(settings)
     model = _model(settings)
-    for data in (mixture, held):
-        if data is not None:
-            data.check_with(model.processor.why_unreadable)
     if settings.learning_rate is None and "learning_rate" not in settings.arguments:
         arguments.learning_rate = usual_rate(settings.optimizer, model.projector.parameters())
     if last is None:
@@ -321,8 +318,8 @@ def _split(mixture: Mixture, share: float) -> tuple[Mixture, Mixture | None]:
     """What is trained on and what is held out; `None` where the data is too little to hold some of it out."""
     train, held = mixture.split(share)
     try:
-        _check_data(train)
-        _check_data(held)
+        train.check()
+        held.check()
     except ValueError:
         logger.warning(
             f"The data is too little to hold {share:.0%} of its documents out, so nothing tells whether training "
@@ -340,12 +337,6 @@ def _check_processes(arguments: TrainingArguments) -> None:
             f"{started} processes were started, but this one would train alone (use_cpu={arguments.use_cpu}), and all "
             "would write the same folder. Leave use_cpu as it is, or start one process."
         )
-
-
-def _check_data(mixture: Mixture) -> None:
-    """Look at one episode of every source before the backbone is loaded."""
-    for source in mixture.sources:
-        next(iter(Mixture([source], [1.0], mixture.law, mixture.seed)))
 
 
 def _model(settings: TrainSettings) -> Any:

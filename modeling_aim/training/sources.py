@@ -8,9 +8,7 @@ used is left out and counted by reason in `Source.skipped`: of data from the web
 
 from __future__ import annotations
 
-import json
 import random
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -41,6 +39,7 @@ from ..data.specs import spec_named, split_spec
 from .episodes import Episode, ShotLaw, Source
 from .interleaved import Mmc4, Obelics
 from .link_context import LclRows, LinkContext
+from .llava import LlavaConversations
 from .shuffled import ShuffledSource, shuffled
 
 # --- independent pairs
@@ -144,62 +143,6 @@ def _given(row: Mapping[str, Any]) -> Mapping[str, Any]:
     return {name: value for name, value in row.items() if value is not None}
 
 
-class LlavaConversations(Source):
-    """Conversations about images in LLaVA's JSON (arXiv 2304.08485): each question and its answer is a pair.
-
-    A human turn that is nothing but the image makes a caption of the answer, as in stage 1. Turns of a conversation
-    are spread over the whole pass: side by side they would be demonstrations for one another, and a target could be
-    answered from what was just said of the same image, without looking at it.
-
-    Args:
-        path: the JSON file, a list of `{"id", "image", "conversations": [{"from", "value"}]}`. It is read whole.
-        images: folder of the images; that of the file when `None`.
-        captions: take answers as captions, without their questions: LLaVA's stage 1, where questions are
-            "Describe the image concisely" in other words.
-
-    Raises:
-        ValueError: the file is no such list.
-        FileNotFoundError: there is no such file.
-    """
-
-    def __init__(self, path: str, *, images: str | None = None, captions: bool = False) -> None:
-        place = existing(path)
-        self.name, self.folder = f"llava {place.name}", place.parent if images is None else existing(images)
-        try:
-            records = json.loads(place.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not JSON ({error}); it is cut short or another kind of file.") from error
-        if not isinstance(records, list):
-            raise ValueError(f"{path} holds a JSON {type(records).__name__}; LLaVA's format is a list of objects.")
-        self._left_out: Counter[str] = Counter()
-        self.pairs = [pair for record in records for pair in self._pairs(record, captions)]
-
-    def _pairs(self, record: Any, captions: bool) -> Iterator[Pair]:
-        image, turns = (record.get(key) for key in ("image", "conversations")) if isinstance(record, dict) else (0, 0)
-        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-            self._left_out["record without a conversation"] += 1
-        elif not image:
-            self._left_out["record without an image"] += 1
-        else:
-            question = None
-            for turn in turns:
-                value = turn["value"].strip() if isinstance(turn.get("value"), str) else ""
-                if turn.get("from") == "gpt" and question is not None:
-                    words = {"question": question, "answer": value} if question and not captions else {"text": value}
-                    yield {"image": located(self.folder, image), **words}
-                    question = None
-                else:
-                    self._left_out["turn without its question or answer"] += question is not None
-                    question = value.replace("<image>", "").strip() if turn.get("from") == "human" else None
-            self._left_out["turn without its question or answer"] += question is not None
-
-    def documents(self, seed: int) -> Iterator[Sequence[Pair]]:
-        self.skipped.update(+self._left_out)
-        order = list(range(len(self.pairs)))
-        random.Random(f"order {seed}").shuffle(order)
-        return ([self.pairs[place]] for place in order)
-
-
 # --- ready-made episodes
 
 
@@ -234,12 +177,8 @@ class EpisodeFile(ShuffledSource):
             if len(demos) > law.most:
                 self.skipped["demonstration beyond the largest number of shots"] += len(demos) - law.most
                 demos = demos[-law.most :]
-            shown = list(self.opened(demos))
-            if len(shown) < len(demos):
-                self.skipped["episode with a demonstration that cannot be read"] += 1
-                continue
-            for query in self.opened(queries):
-                yield self._episode([*shown, query], targets=(len(shown),))
+            for query in queries:
+                yield self._episode([*demos, query], targets=(len(demos),), whole=True)
 
     def _lines(self, seed: int) -> Iterator[tuple[list[Pair], list[Pair]]]:
         rng = random.Random(f"order {seed}")
