@@ -46,7 +46,7 @@ from .files_aim import (
 from .images_aim import ImageRules
 from .injection_aim import recomputed, watch_embeddings
 from .processing_aim import AimProcessor
-from .projector_aim import AimProjector, projector_digest
+from .projector_aim import SCALE_KEY, AimProjector, projector_digest
 
 if TYPE_CHECKING:
     from typing import Self
@@ -227,7 +227,7 @@ class AimPreTrainedModel(PreTrainedModel):
 
     def _projector_state(self) -> Any:
         """A value that changes when a weight of the projector changes, except by writing to its `.data`."""
-        weights = list(self.projector.parameters())
+        weights = [*self.projector.parameters(), *self.projector.buffers()]
         return [
             (id(p), p.data_ptr(), -1 if p.is_inference() else p._version) for p in weights
         ], self.projector.training
@@ -384,6 +384,9 @@ class AimPreTrainedModel(PreTrainedModel):
         """
         weights = {key.removeprefix("projector."): value for key, value in read_safetensors(file).items()}
         own = {key: tuple(value.shape) for key, value in self.projector.state_dict().items()}
+        own.pop(SCALE_KEY, None)
+        if SCALE_KEY in weights and self.projector.can_calibrate:
+            own[SCALE_KEY] = (self.projector.read_width,)
         shapes = {key: tuple(value.shape) for key, value in weights.items()}
         form = _stored_form(file) or self.config.form
         wrong = [
@@ -418,6 +421,10 @@ class AimPreTrainedModel(PreTrainedModel):
                 f"The {PROJECTOR_WEIGHTS} of {name} holds numbers that are not real or not finite, in {bad}: every "
                 "answer would be empty or random. Take an earlier checkpoint, or train the projector again."
             )
+        scale = weights.get(SCALE_KEY)
+        if scale is not None and not bool((scale > 0).all()):
+            raise ValueError(f"{SCALE_KEY} in the {PROJECTOR_WEIGHTS} of {name} has scales that are not above 0.")
+        self.projector.set_scale(None if scale is None else scale.to(next(self.projector.parameters()).device))
         self.projector.load_state_dict(weights)
         self._projector_id = (self._projector_state(), projector_digest(weights))
 

@@ -26,6 +26,7 @@ from ..configuration_aim import AimConfig
 from ..data.pairs import opened
 from ..demonstrations_aim import Demonstration, FusedDemonstrations
 from ..processing_aim import _TOKENIZING, AimProcessor
+from ..projector_aim import SCALE_KEY
 from ..runs import PRECISIONS
 from .methods import Prompt, PromptBuilder, Shown
 from .random_projector import random_projector
@@ -266,7 +267,8 @@ class Subject:
     def _random_projector(self, seed: int) -> nn.Module:
         assert self.plugin is not None
         if seed not in self._random:
-            self._random[seed] = random_projector(self.plugin.config, seed).to(self.device)
+            scale = getattr(self.plugin.projector, SCALE_KEY, None)
+            self._random[seed] = random_projector(self.plugin.config, seed, scale).to(self.device)
         return self._random[seed]
 
     def _with(self, fused: Sequence[FusedDemonstrations | None]) -> dict[str, Any]:

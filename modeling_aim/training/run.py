@@ -25,7 +25,7 @@ from ..backbone_aim import laptop_quantization_config
 from ..configuration_aim import PRESETS, preset_settings
 from ..files_aim import model_card, only_one
 from ..runs import PRECISIONS, RunRecord
-from .checkpoints import last_checkpoint
+from .checkpoints import last_checkpoint, stored_scale
 from .episodes import Episode, Mixture, ShotLaw
 from .kept_states import KeptStates
 from .optimizer import OPTIMIZERS, usual_rate
@@ -235,6 +235,10 @@ def _train(
         train_dataset=mixture,
         eval_dataset=None if held is None else Held(list(itertools.islice(held, settings.eval_episodes))),
     )
+    if last is None:
+        trainer.calibrate()
+    elif (scale := stored_scale(last)) is not None:
+        model.projector.set_scale(scale.to(model.device))
     untrained = {name: weight.clone() for name, weight in model.projector.state_dict().items()}
     try:
         trainer.train(resume_from_checkpoint=last)

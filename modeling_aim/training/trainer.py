@@ -13,20 +13,29 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
+from transformers.utils import logging
 
 from ..backbone_aim import check_backbone, longest_prompt
 from ..configuration_aim import AimConfig
 from ..pretrained_aim import DIGEST_KEY, PROJECTOR_WEIGHTS
+from ..projector_aim import SCALE_KEY
 from .episodes import Episode
 from .kept_states import KeptStates
 from .optimizer import OPTIMIZERS, MuonAndAdamW
 from .targets import EpisodeCollator
+
+logger = logging.get_logger(__name__)
+
+CALIBRATION_STATES = 512  # states of demonstrations' tokens that a projector to the input is calibrated on
+MOST_EPISODES = 64
 
 
 class NotFinite(ValueError):
@@ -115,7 +124,7 @@ class AimTrainer(Trainer):
         model.read_cache = KeptStates(2**30) if kept_states is None else kept_states
         kwargs.setdefault("data_collator", EpisodeCollator(model, teacher, prompts))
         kwargs.setdefault("processing_class", model.processor)
-        train = kwargs.get("train_dataset")
+        self._episodes = train = kwargs.get("train_dataset")
         if group_by_length and isinstance(train, IterableDataset):
             block = args.per_device_train_batch_size * args.world_size
             kwargs["train_dataset"] = LengthGrouped(train, block, seed=args.seed)
@@ -134,6 +143,30 @@ class AimTrainer(Trainer):
         self.skipped: Counter[str] = Counter()
         taken = inspect.signature(model.backbone.forward).parameters
         self._keeps_logits = "logits_to_keep" in taken
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's training, after the projector is calibrated where its form needs that (`AimProjector`)."""
+        if not resume_from_checkpoint:  # a checkpoint has the scales of its run
+            self.calibrate()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def calibrate(self) -> None:
+        """Calibrate the projector on some hundred states of the training data, unless it is, or its form needs none."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        projector = model.projector
+        if not projector.can_calibrate or getattr(projector, SCALE_KEY) is not None or self._episodes is None:
+            return
+        sample: list[torch.Tensor] = []
+        for episode in islice(iter(self._episodes), MOST_EPISODES):
+            demos = {demo.key: demo for row in self.data_collator([episode])["demos"] for demo in row}
+            sample += model.read_states(list(demos.values()))
+            if sum(map(len, sample)) >= CALIBRATION_STATES:
+                break
+        if sample:
+            projector.calibrate(torch.cat(sample))
+            scale = broadcast(getattr(projector, SCALE_KEY))  # processes may see different data
+            projector.set_scale(scale)
+            logger.info(f"Calibrated the projector's {len(scale)} channels on {sum(map(len, sample))} states.")
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
