@@ -57,13 +57,10 @@ def answer(settings: AnswerSettings) -> None:
 
 def answered(settings: AnswerSettings, demos: list[dict[str, Any]]) -> dict[str, Any]:
     """Load, read the demonstrations, answer; with tokens and milliseconds."""
-    from .. import AimProcessor
     from ..images_aim import open_image
 
-    processor = AimProcessor.from_pretrained(
-        settings.repo, **({"revision": settings.revision} if settings.revision else {})
-    )
     model: Any = settings.load(settings.repo)
+    processor = model.processor
     images = None if settings.image is None else [open_image(settings.image)]
     prompt = processor.prompt(settings.question, images=0 if images is None else 1)
     inputs = processor(images=images, text=prompt, return_tensors="pt").to(model.device, model.dtype)

@@ -82,6 +82,7 @@ def attention(settings: AttentionSettings) -> None:
     subject = load_subject(
         settings.repo, settings.backbone, revision=settings.revision, dtype=settings.dtype,
         load_in_4bit=settings.load_in_4bit, device_map=settings.device_map, prompts=settings.prompts,
+        image_settings=settings.image_settings,
     )  # fmt: skip
     about = {
         **subject.identity,

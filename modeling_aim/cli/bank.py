@@ -19,7 +19,7 @@ from rich.table import Table
 from ..data.jsonl import read_demonstrations
 from .loading import LoadingSettings
 from .options import check_least, command
-from .terminal import print_json, safe
+from .terminal import errors, print_json, safe
 
 app = typer.Typer(
     help="Demonstrations read once: build, inspect and choose.",
@@ -74,6 +74,7 @@ class BuildSettings(LoadingSettings):
 def build(settings: BuildSettings) -> None:
     """Read demonstrations into a bank; rerun the same command to resume."""
     from .. import DemonstrationBank
+    from ..image_settings import tokens_line
 
     stream: Iterable[Any]
     if settings.demos is None:
@@ -81,6 +82,7 @@ def build(settings: BuildSettings) -> None:
     else:
         stream = list(read_demonstrations(settings.demos))[: settings.limit]
     model: Any = settings.load(settings.repo)
+    errors.print(tokens_line(model.processor), soft_wrap=True, highlight=False)
     bank = DemonstrationBank.build(
         model,
         stream,

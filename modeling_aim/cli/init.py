@@ -49,6 +49,7 @@ def init(settings: InitSettings) -> None:
     if settings.output.exists() and any(settings.output.iterdir()):
         raise ValueError(f"{settings.output} is not empty; give a new folder with --output.")
     from .. import AimForConditionalGeneration
+    from ..image_settings import tokens_line
 
     model = AimForConditionalGeneration.from_backbone(
         settings.backbone,
@@ -59,11 +60,13 @@ def init(settings: InitSettings) -> None:
         max_fused_tokens=settings.max_fused_tokens,
         **settings.options(),
     )
+    settings.with_images(model)
     model.save_pretrained(settings.output, include_backbone=settings.include_backbone)
     parameters = sum(p.numel() for p in model.projector.parameters())
     weights = f"an untrained projector of {parameters:,} parameters" if parameters else "no weights are needed"
     read = safe(model.config.read_layers)
     Console().print(
-        f"{safe(settings.output)}: AIM for {safe(settings.backbone)}, read at {read}; {weights}.",
+        f"{safe(settings.output)}: AIM for {safe(settings.backbone)}, read at {read}; {weights}. "
+        f"{tokens_line(model.processor)}",
         soft_wrap=True,
     )

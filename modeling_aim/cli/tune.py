@@ -22,6 +22,7 @@ from rich.table import Table
 from ..choice_aim import DepthChoice
 from ..data.jsonl import read_demonstrations, read_json
 from ..files_aim import write_whole
+from ..image_settings import tokens_line
 from .loading import LoadingSettings
 from .options import check_least, command
 from .terminal import errors, print_json, safe
@@ -73,6 +74,7 @@ def tune(settings: TuneSettings) -> None:
     _check(repo, settings.backbone, settings.revision, output, settings.picture, settings.dry_run)
     tasks = [_demonstrations(path) for path in settings.demos]
     model = _load(settings)
+    errors.print(tokens_line(model.processor), soft_wrap=True, highlight=False)
     before = model.config.read_layers
     with _progress() as told:
         choice = model.choose_depth(
@@ -131,7 +133,9 @@ def _load(settings: TuneSettings) -> Any:
 
     if settings.repo is not None:
         return settings.load(settings.repo)
-    return AimForConditionalGeneration.from_backbone(str(settings.backbone), **settings.options())
+    return settings.with_images(
+        AimForConditionalGeneration.from_backbone(str(settings.backbone), **settings.options())
+    )
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from transformers.utils import logging
 from .. import AimForConditionalGeneration, DemonstrationBank
 from ..cache_aim import LRUCache
 from ..files_aim import only_one, write_whole
+from ..image_settings import tokens_line
 from .asked import Asked, open_asked
 from .choosing import choose_all, read_chosen
 from .folder import RECORD, begin, claim
@@ -72,8 +73,10 @@ def _evaluate(settings: EvalSettings, asked: Sequence[Asked], state: PartialStat
     subject = load_subject(
         settings.repo, settings.backbone, revision=settings.revision, dtype=settings.dtype,
         load_in_4bit=settings.load_in_4bit, device_map=settings.device_map, prompts=settings.prompts,
-        separator=settings.separator,
+        separator=settings.separator, image_settings=settings.image_settings,
     )  # fmt: skip
+    if state.is_main_process:
+        Console(stderr=True).print(tokens_line(subject.processor), soft_wrap=True, highlight=False)
     state.wait_for_everyone()
     if state.is_main_process:
         begin(settings, _model(settings, subject), {one.task.name: one.digest for one in asked})

@@ -25,6 +25,7 @@ from ..cache_aim import LRUCache
 from ..configuration_aim import AimConfig
 from ..data.pairs import opened
 from ..demonstrations_aim import Demonstration, FusedDemonstrations
+from ..image_settings import set_image_settings
 from ..processing_aim import _TOKENIZING, AimProcessor
 from ..projector_aim import SCALE_KEY
 from ..runs import PRECISIONS
@@ -419,6 +420,7 @@ def load_subject(
     device_map: str | None = None,
     prompts: str = "plain",
     separator: str = "\n",
+    image_settings: Mapping[str, Any] | None = None,
 ) -> Subject:
     """Load a plug-in, or a bare backbone.
 
@@ -429,6 +431,7 @@ def load_subject(
         dtype: of the backbone; what its repository says when `None`.
         load_in_4bit, device_map: of the backbone.
         prompts, separator: see `PromptBuilder`.
+        image_settings: in place of the image processor's own.
 
     Raises:
         ValueError: the repository holds no plug-in, or the backbone cannot be used.
@@ -450,4 +453,5 @@ def load_subject(
     else:
         model = load_backbone(name, **options).eval()
         processor = AimProcessor.from_pretrained(name, **place)
+    set_image_settings(processor, image_settings or {})
     return Subject(model, processor, PromptBuilder(processor, prompts, separator))

@@ -24,6 +24,7 @@ from .. import AimConfig, AimForConditionalGeneration
 from ..backbone_aim import laptop_quantization_config
 from ..configuration_aim import PRESETS, preset_settings
 from ..files_aim import model_card, only_one
+from ..image_settings import check_readable, set_image_settings
 from ..runs import PRECISIONS, RunRecord
 from .checkpoints import last_checkpoint, stored_scale
 from .episodes import Episode, Mixture, ShotLaw
@@ -75,6 +76,8 @@ class TrainSettings:
         dtype: precision of the backbone: bfloat16, float16 or float32.
         load_in_4bit: load the backbone in 4-bit, for a laptop.
         device_map: where the backbone goes; by default one device.
+        image_settings: settings of the backbone's image processor by its own names, such as max_pixels=200704 or
+            do_image_splitting=false: how many tokens an image is. They are stored in the repository.
         gradient_checkpointing: recompute the backbone's layers in the backward pass, for memory.
         prompts: how questions are written: chat, plain or mixed.
         teacher: distil from the backbone that reads the demonstrations full, or as text.
@@ -115,6 +118,7 @@ class TrainSettings:
     dtype: str = "bfloat16"
     load_in_4bit: bool = False
     device_map: str | None = None
+    image_settings: dict[str, Any] = field(default_factory=dict)
     gradient_checkpointing: bool = False
     prompts: str = "chat"
     teacher: str | None = None
@@ -213,6 +217,8 @@ def _train(
     """The run, after all that can be checked without a model."""
     last = claim(settings)
     model = _model(settings)
+    set_image_settings(model.processor, settings.image_settings)
+    check_readable(model, settings.image_settings)
     for data in (mixture, held):
         if data is not None:
             data.check_with(model.processor.why_unreadable)
