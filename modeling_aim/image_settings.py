@@ -80,8 +80,9 @@ def image_tokens(processor: AimProcessor, image: Image.Image | None = None) -> i
         image: by default one of 500 x 400 pixels.
     """
     image = Image.new("RGB", TRIED, "gray") if image is None else image
-    words = processor(text=[processor.front(0) + "a"], return_tensors="pt")["input_ids"].shape[1]
-    return processor(images=[[image]], text=[processor.front(1) + "a"], return_tensors="pt")["input_ids"].shape[1] - words
+    words = processor(text=[processor.front(0) + "a"], return_tensors="pt")
+    shown = processor(images=[[image]], text=[processor.front(1) + "a"], return_tensors="pt")
+    return shown["input_ids"].shape[1] - words["input_ids"].shape[1]
 
 
 def tokens_line(processor: AimProcessor) -> str:

@@ -108,7 +108,7 @@ class AimProjector(nn.Module):
         shaped = states.ndim == 2 and len(states) and states.shape[1] == self.read_width
         if not shaped or not bool(states.isfinite().all()):
             raise ValueError(
-                f"The sample has the shape {tuple(states.shape)}; expected finite numbers, (tokens, {self.read_width})."
+                f"The sample has the shape {tuple(states.shape)}; expected finite states (tokens, {self.read_width})."
             )
         scale = states.float().abs().median(dim=0).values.unflatten(0, (-1, self.width))
         usual = scale.median(dim=-1, keepdim=True).values.clamp(min=torch.finfo(torch.float32).tiny)

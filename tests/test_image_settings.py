@@ -1,4 +1,4 @@
-"""`--image NAME=VALUE`: settings of the backbone's image processor, tried, stored in the repository, shown as tokens."""
+"""`--image NAME=VALUE`: settings of the backbone's image processor, tried, stored, and shown as tokens."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_setting_changes_the_tokens_and_is_saved(
 @pytest.mark.parametrize(
     ("family", "settings", "message"),
     [
-        ("qwen2_5_vl", {"max_pixel": 9}, r"--image max_pixel=9: Qwen2VLImageProcessor takes .*max_pixels, .*min_pixels"),
+        ("qwen2_5_vl", {"max_pixel": 9}, "--image max_pixel=9: Qwen2VLImageProcessor takes .*max_pixels, "),
         ("qwen2_5_vl", {"max_pixels": "many"}, r"--image max_pixels=many: expected a positive number"),
         ("idefics3", {"do_image_splitting": "maybe"}, r"--image do_image_splitting=maybe: expected true or false"),
         ("llava", {"size": "x"}, r"--image size=x: CLIPImageProcessor does not take this .* Its own: size="),
@@ -105,7 +105,8 @@ def test_init_stores_it_and_answer_and_bank_take_it(idefics: Path, tmp_path: Pat
 )
 def test_bad_settings_of_a_command_are_one_line(idefics: Path, tmp_path: Path, typed: list[str], message: str) -> None:
     run("init", idefics / "backbone", "--output", tmp_path / "repo")
-    done = run("answer", "--repo", tmp_path / "repo", "--demos", idefics / "demos.jsonl", "--question", "What?", *typed)
+    ask = ["--repo", tmp_path / "repo", "--demos", idefics / "demos.jsonl", "--question", "What?"]
+    done = run("answer", *ask, *typed)
     said = [line for line in done.stderr.splitlines() if line.startswith("aim answer")]
     assert done.exit_code == 1 and len(said) == 1 and message in said[0], done.output
 

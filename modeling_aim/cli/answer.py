@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ..data.jsonl import read_demonstrations
 from .loading import LoadingSettings
 from .options import check_least, command
-from .terminal import print_json, safe
+from .terminal import print_json, safe, wide_console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -52,7 +51,7 @@ def answer(settings: AnswerSettings) -> None:
         return
     table = Table("answer", "demonstrations", "prompt tokens", "of them fused", "read ms", "answer ms")
     table.add_row(safe(result["answer"]), *(str(result[key]) for key in list(result)[1:]))
-    Console().print(table)
+    wide_console().print(table)
 
 
 def answered(settings: AnswerSettings, demos: list[dict[str, Any]]) -> dict[str, Any]:

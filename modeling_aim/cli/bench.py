@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import transformers
 import typer
-from rich.console import Console
 from rich.progress import Progress
 from transformers import AutoConfig
 
@@ -25,7 +24,7 @@ from ..speed.prompts import RandomPrompts
 from ..speed.report import notes, rich_table, save, with_ratios
 from ..speed.shapes import picture_of, picture_with, random_backbone, shape_config, shape_picture
 from .options import check_least, command
-from .terminal import errors, safe
+from .terminal import errors, safe, wide_console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -91,7 +90,7 @@ def bench(settings: BenchSettings) -> None:
     about, rows = _run(settings)
     title = f"{settings.backbone or settings.shape}, {about['visual_tokens']} visual tokens an image"
     title += ", counted" if settings.count_only else f", {about['dtype']} on {about['device_name']}"
-    console = Console()
+    console = wide_console()
     console.print(rich_table(rows, safe(title)))
     for line in notes(rows):
         console.print(line)

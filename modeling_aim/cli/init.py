@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import typer
-from rich.console import Console
 
 from .loading import LoadingSettings
 from .options import command
-from .terminal import safe
+from .terminal import safe, wide_console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -65,7 +64,7 @@ def init(settings: InitSettings) -> None:
     parameters = sum(p.numel() for p in model.projector.parameters())
     weights = f"an untrained projector of {parameters:,} parameters" if parameters else "no weights are needed"
     read = safe(model.config.read_layers)
-    Console().print(
+    wide_console().print(
         f"{safe(settings.output)}: AIM for {safe(settings.backbone)}, read at {read}; {weights}. "
         f"{tokens_line(model.processor)}",
         soft_wrap=True,

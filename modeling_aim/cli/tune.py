@@ -9,23 +9,22 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from ..choice_aim import DepthChoice
 from ..data.jsonl import read_demonstrations, read_json
 from ..files_aim import write_whole
 from ..image_settings import tokens_line
+from ..progress import shown
 from .loading import LoadingSettings
 from .options import check_least, command
-from .terminal import errors, print_json, safe
+from .terminal import errors, print_json, safe, wide_console
 
 BAR = 16  # characters of the longest bar
 
@@ -85,7 +84,7 @@ def tune(settings: TuneSettings) -> None:
     if settings.as_json:
         print_json({**choice.to_dict(), "picture": None if drawn is None else str(drawn), "config": kept})
         return
-    console = Console()
+    console = wide_console()
     console.print(_table(choice))
     for line in (choice.verdict, *choice.notes, kept, *([] if drawn is None else [str(drawn)])):
         console.print(safe(line), soft_wrap=True, highlight=False)
@@ -140,21 +139,19 @@ def _load(settings: TuneSettings) -> Any:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[int, int], None]]:
-    """What `choose_depth` reports to: a bar on a terminal, a line each tenth elsewhere."""
-    if errors.is_terminal:
-        with Progress(console=errors, transient=True) as bar:
-            task = bar.add_task("prompts", total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
-        return
-    tenth = 0
+    """What `choose_depth` reports to."""
+    with ExitStack() as stack:
+        told: Callable[[int, str], None] | None = None
+        before = 0
 
-    def told(done: int, total: int) -> None:
-        nonlocal tenth
-        if 10 * done // total > tenth:
-            tenth = 10 * done // total
-            errors.print(f"{done} of {total} prompts", highlight=False)
+        def so_far(done: int, total: int) -> None:
+            nonlocal told, before
+            if told is None:
+                told = stack.enter_context(shown("tune", "prompts", total))
+            told(done - before, "")
+            before = done
 
-    yield told
+        yield so_far
 
 
 def _keep(choice: DepthChoice, model: Any, repo: str | None, output: Path | None, before: list[int]) -> str:

@@ -7,6 +7,7 @@ import itertools
 import os
 import pickle
 import shutil
+import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -17,7 +18,7 @@ import torch
 from accelerate import PartialState
 from huggingface_hub import HfApi
 from torch.utils.data import Dataset
-from transformers import PreTrainedConfig, TrainingArguments
+from transformers import PreTrainedConfig, PrinterCallback, TrainingArguments
 from transformers.utils import logging
 
 from .. import AimConfig, AimForConditionalGeneration
@@ -25,11 +26,14 @@ from ..backbone_aim import laptop_quantization_config
 from ..configuration_aim import PRESETS, preset_settings
 from ..files_aim import model_card, only_one
 from ..image_settings import check_readable, set_image_settings
+from ..progress import has_bars, write_line
 from ..runs import PRECISIONS, RunRecord
 from .checkpoints import last_checkpoint, stored_scale
 from .episodes import Episode, Mixture, ShotLaw
+from .estimate import MOST_EPISODES, Estimate
 from .kept_states import KeptStates
 from .optimizer import OPTIMIZERS, usual_rate
+from .pace import MEASURED, WARM_UP, LogLines, StepTimes
 from .report import curves, training_section
 from .sources import open_source
 from .targets import PROMPTS, TEACHERS
@@ -40,7 +44,7 @@ logger = logging.get_logger(__name__)
 RUN_FILE = "aim_training.json"
 GIB = 2**30
 CHANGEABLE = {
-    "output", "overwrite", "push_to_hub", "save_every", "log_every", "memory", "keep_states", "disk", "device_map",
+    "output", "overwrite", "push_to_hub", "save_every", "log_every", "memory", "keep_states", "disk", "device_map", "dry_run",
 }  # fmt: skip
 RECORD = RunRecord("aim train", RUN_FILE, frozenset(CHANGEABLE))
 
@@ -92,6 +96,7 @@ class TrainSettings:
         log_every: steps from one report to the next.
         seed: seed of the order, the episodes, and the projector's first weights.
         overwrite: replace another run in the output folder.
+        dry_run: show what the run will take, measure a few steps, and write nothing.
         push_to_hub: repository to push the result to.
         arguments: further `TrainingArguments` of transformers by name, such as report_to=wandb.
     """
@@ -133,6 +138,7 @@ class TrainSettings:
     log_every: int = 10
     seed: int = 0
     overwrite: bool = False
+    dry_run: bool = False
     push_to_hub: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
 
@@ -190,7 +196,7 @@ def train(settings: TrainSettings) -> AimTrainer:
 
     Returns:
         The trainer, after `settings.output` was written: projector, processor, code, and a model card with data,
-        settings and curves.
+        settings and curves. With `dry_run` nothing is written.
 
     Raises:
         ValueError: settings or data that cannot work, or an output folder that holds another run.
@@ -207,8 +213,22 @@ def train(settings: TrainSettings) -> AimTrainer:
     arguments = _arguments(settings, held is not None)
     _check_processes(arguments)
     RECORD.earlier(settings)  # before a folder is made
+    if settings.dry_run:
+        return _dry_run(settings, mixture)
     with only_one(settings.output, "aim train") if PartialState().is_main_process else nullcontext():
         return _train(settings, arguments, mixture, held)
+
+
+def _dry_run(settings: TrainSettings, mixture: Mixture) -> AimTrainer:
+    """Write what the run will take, and measure some steps of it in a folder that is removed."""
+    model = _model(settings)
+    with tempfile.TemporaryDirectory() as folder:
+        steps = min(WARM_UP + MEASURED, settings.steps)
+        own = {**settings.arguments, "save_strategy": "no", "report_to": "none"}
+        short = replace(settings, output=folder, steps=steps, arguments=own, log_every=steps + 1)
+        trainer = _trainer(model, short, _arguments(short, False), mixture, None, planned=settings)
+        trainer.train()
+    return trainer
 
 
 def _train(
@@ -217,30 +237,9 @@ def _train(
     """The run, after all that can be checked without a model."""
     last = claim(settings)
     model = _model(settings)
-    set_image_settings(model.processor, settings.image_settings)
-    check_readable(model, settings.image_settings)
-    for data in (mixture, held):
-        if data is not None:
-            data.check_with(model.processor.why_unreadable)
-    if settings.learning_rate is None and "learning_rate" not in settings.arguments:
-        arguments.learning_rate = usual_rate(settings.optimizer, model.projector.parameters())
     if last is None:
         _begin(settings)
-    reader = _reader(model, settings)
-    kept = KeptStates(
-        int(settings.memory * GIB), settings.keep_states, int(settings.disk * GIB), reader, read_width(model)
-    )
-    trainer = AimTrainer(
-        model,
-        arguments,
-        prompts=settings.prompts,
-        teacher=settings.teacher,
-        distillation=settings.distillation,
-        optimizer=settings.optimizer,
-        kept_states=kept,
-        train_dataset=mixture,
-        eval_dataset=None if held is None else Held(list(itertools.islice(held, settings.eval_episodes))),
-    )
+    trainer = _trainer(model, settings, arguments, mixture, held)
     if last is None:
         trainer.calibrate()
     elif (scale := stored_scale(last)) is not None:
@@ -255,6 +254,71 @@ def _train(
         model.projector.load_state_dict(untrained)
     finish(trainer, settings)
     return trainer
+
+
+def _trainer(
+    model: Any,
+    settings: TrainSettings,
+    arguments: TrainingArguments,
+    mixture: Mixture,
+    held: Mixture | None,
+    planned: TrainSettings | None = None,
+) -> AimTrainer:
+    """The trainer of a run; what the run will take is written on the main process.
+
+    Args:
+        model: the plug-in.
+        settings: of this run.
+        arguments: of `Trainer`.
+        mixture, held: trained on, and held out.
+        planned: the run whose estimate is shown, where this one is a part of it.
+    """
+    for data in (mixture, held):
+        if data is not None:
+            data.check_with(model.processor.why_unreadable)
+    if settings.learning_rate is None and "learning_rate" not in settings.arguments:
+        arguments.learning_rate = usual_rate(settings.optimizer, model.projector.parameters())
+    keep_states = None if settings.dry_run else settings.keep_states
+    kept = KeptStates(
+        int(settings.memory * GIB), keep_states, int(settings.disk * GIB), _reader(model, settings), read_width(model)
+    )
+    trainer = AimTrainer(
+        model,
+        arguments,
+        prompts=settings.prompts,
+        teacher=settings.teacher,
+        distillation=settings.distillation,
+        optimizer=settings.optimizer,
+        kept_states=kept,
+        train_dataset=mixture,
+        eval_dataset=None if held is None else Held(list(itertools.islice(held, settings.eval_episodes))),
+    )
+    if arguments.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(LogLines())
+    if PartialState().is_main_process:
+        _announce(trainer, planned or settings, mixture)
+    return trainer
+
+
+def _announce(trainer: AimTrainer, settings: TrainSettings, mixture: Mixture) -> None:
+    """Write what a run will take, and after some steps what was measured."""
+    model: Any = trainer.model
+    try:
+        first = itertools.islice(iter(mixture), min(settings.batch_size, MOST_EPISODES))
+        estimate = Estimate.of(model, settings, trainer.data_collator, first, trainer.args.world_size)
+        lines = estimate.lines()
+    except Exception as error:  # a run that can train does not end for want of an estimate
+        write_line(f"There is no estimate of this run: {type(error).__name__}: {error!s:.300}")
+        return
+    for line in lines:
+        write_line(line)
+
+    def measured(seconds: float, share: float, steps_done: int) -> None:
+        left = settings.steps if settings.dry_run else settings.steps - steps_done
+        write_line(estimate.measured_line(seconds, share, left))
+
+    trainer.add_callback(StepTimes(trainer.reading_seconds, measured))
 
 
 def finish(trainer: AimTrainer, settings: TrainSettings) -> None:
@@ -359,6 +423,14 @@ def _check_data(mixture: Mixture) -> None:
 
 
 def _model(settings: TrainSettings) -> Any:
+    """The plug-in to train, with the image settings of the run."""
+    model = _loaded(settings)
+    set_image_settings(model.processor, settings.image_settings)
+    check_readable(model, settings.image_settings)
+    return model
+
+
+def _loaded(settings: TrainSettings) -> Any:
     """The plug-in to train: a new projector on a backbone, or that of an AIM repository."""
     options: dict[str, Any] = {"dtype": PRECISIONS[settings.dtype], "device_map": settings.device_map}
     if settings.revision:
@@ -463,6 +535,7 @@ def _arguments(settings: TrainSettings, evaluates: bool) -> TrainingArguments:
         "ddp_find_unused_parameters": False,
         "seed": settings.seed,
         "report_to": "none",
+        "disable_tqdm": not has_bars(),
         "use_cpu": not torch.accelerator.is_available(),  # without it, several processes on CPUs train each alone
     }
     return TrainingArguments(**{**values, **settings.arguments})

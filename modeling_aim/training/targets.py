@@ -125,7 +125,10 @@ class EpisodeCollator:
         self.budget = model.config.max_fused_tokens
 
     def __call__(self, episodes: Sequence[Episode]) -> dict[str, Any]:
-        """Inputs, `labels`, `demos` (a list for each row), `sources`, what was `skipped`, and the teacher's inputs."""
+        """Inputs, `labels`, `demos` (a list for each row), and the teacher's inputs.
+
+        Beside them `sources`, what was `skipped`, and `counts` of episodes, images, and tokens of the targets' prompts.
+        """
         skipped: Counter[str] = sum((episode.skipped for episode in episodes), Counter())
         rows = [(episode.pairs[:place], episode.pairs[place]) for episode in episodes for place in episode.targets]
         rows, inputs, labels = self._fitting(self._readable(rows, skipped), skipped)
@@ -136,6 +139,12 @@ class EpisodeCollator:
         }
         batch["sources"] = [episode.source for episode in episodes]
         batch["skipped"] = dict(skipped)
+        pairs = {id(pair): len(pair.images) for demos, target in rows for pair in (*demos, target)}
+        batch["counts"] = {
+            "episodes": len(episodes),
+            "images": sum(pairs.values()),
+            "tokens": int(inputs["attention_mask"].sum()),
+        }
         if self.teacher is not None:
             fronts = [self._front(demos) for demos, _ in rows]
             full, known = encode_targets(self.processor, self.frame, [target for _, target in rows], fronts)

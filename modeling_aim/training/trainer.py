@@ -30,6 +30,7 @@ from ..projector_aim import SCALE_KEY
 from .episodes import Episode
 from .kept_states import KeptStates
 from .optimizer import OPTIMIZERS, MuonAndAdamW
+from .pace import Pace
 from .targets import EpisodeCollator
 
 logger = logging.get_logger(__name__)
@@ -141,6 +142,7 @@ class AimTrainer(Trainer):
         self.teacher, self.distillation, self.temperature = teacher, distillation, temperature
         self._verdicts: list[torch.Tensor] = []
         self.skipped: Counter[str] = Counter()
+        self._pace = Pace(self.reading_seconds, args.world_size)
         taken = inspect.signature(model.backbone.forward).parameters
         self._keeps_logits = "logits_to_keep" in taken
 
@@ -151,7 +153,7 @@ class AimTrainer(Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def calibrate(self) -> None:
-        """Calibrate the projector on some hundred states of the training data, unless it is, or its form needs none."""
+        """Calibrate the projector on some hundred states of the data, unless it is, or its form needs none."""
         model: Any = self.accelerator.unwrap_model(self.model)
         projector = model.projector
         if not projector.can_calibrate or getattr(projector, SCALE_KEY) is not None or self._episodes is None:
@@ -175,6 +177,7 @@ class AimTrainer(Trainer):
         inputs = {**inputs}
         self.skipped.update(inputs.pop("skipped", {}))
         inputs.pop("sources", None)
+        self._pace.count(inputs.pop("counts", {}) if model.training else {})
         taught = inputs.pop("teacher", None)
         if self._keeps_logits:
             scored = (inputs["labels"] != -100).int()
@@ -220,7 +223,8 @@ class AimTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's evaluation, with the share of targets of which every token is the most likely one."""
         self._verdicts = []
-        metrics = super().evaluate(*args, **kwargs)
+        with self._pace.paused():
+            metrics = super().evaluate(*args, **kwargs)
         right = torch.cat(self._verdicts) if self._verdicts else torch.zeros(0, device=self.args.device)
         counts = self.accelerator.reduce(torch.stack([right.sum(), right.new_tensor(len(right))]).to(self.args.device))
         accuracy = round(float(counts[0] / counts[1].clamp(min=1)), 4)
@@ -270,13 +274,19 @@ class AimTrainer(Trainer):
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Trainer's log, with what was skipped and how often a read was spared."""
+        """Trainer's log, with the pace, what was skipped and how often a read was spared."""
         kept = self.model.read_cache  # type: ignore[union-attr]
+        if "loss" in logs:
+            logs = {**logs, **self._pace.report()}
         if "loss" in logs and isinstance(kept, KeptStates) and kept.hits + kept.misses:
             logs = {**logs, "reads_spared": round(kept.hits / (kept.hits + kept.misses), 4)}
         if "loss" in logs and self.skipped:
             logs = {**logs, **{f"skipped/{reason}": count for reason, count in sorted(self.skipped.items())}}
         super().log(logs, *args, **kwargs)
+
+    def reading_seconds(self) -> float:
+        """Seconds that this process has read demonstrations for."""
+        return getattr(self.model.read_cache, "reading_seconds", 0.0)  # type: ignore[union-attr]
 
     # --- checkpoints hold a projector, not a model.safetensors
 
