@@ -426,6 +426,7 @@ class AimPreTrainedModel(PreTrainedModel):
             raise ValueError(f"{SCALE_KEY} in the {PROJECTOR_WEIGHTS} of {name} has scales that are not above 0.")
         self.projector.set_scale(None if scale is None else scale.to(next(self.projector.parameters()).device))
         self.projector.load_state_dict(weights)
+        self.projector.is_new = False
         self._projector_id = (self._projector_state(), projector_digest(weights))
 
     def save_pretrained(

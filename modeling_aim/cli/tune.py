@@ -167,7 +167,9 @@ def _keep(choice: DepthChoice, model: Any, repo: str | None, output: Path | None
     if before == [choice.depth]:
         return f"{path} has this depth already."
     write_depth(path, choice.depth)
-    return f"{path}: read_layers and entry_layers are {[choice.depth]} now; they were {before}."
+    card = path.with_name("README.md")
+    named = " The model card names it too." if write_depth_on_card(card, before, choice.depth) else ""
+    return f"{path}: read_layers and entry_layers are {[choice.depth]} now; they were {before}.{named}"
 
 
 def write_depth(path: Path, depth: int) -> None:
@@ -180,6 +182,28 @@ def write_depth(path: Path, depth: int) -> None:
     config = read_json(path)
     config |= {"read_layers": [depth], "entry_layers": [depth]}
     write_whole(path, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def write_depth_on_card(path: Path, before: list[int], depth: int) -> bool:
+    """Change the depth where the model card names it; everything else stays as it is.
+
+    Args:
+        path: of the card, which is replaced as a whole.
+        before: the depth that it names.
+        depth: the new one.
+
+    Returns:
+        Whether it named the depth.
+    """
+    if not path.is_file():
+        return False
+    card = path.read_text(encoding="utf-8")
+    changed = card
+    for words in ("| read | states after {} layers", "| enter | input of decoder layer {}, where"):
+        changed = changed.replace(words.format(before), words.format([depth]))
+    if changed != card:
+        write_whole(path, changed.encode())
+    return changed != card
 
 
 def _table(choice: DepthChoice) -> Table:

@@ -13,6 +13,7 @@ from ..image_settings import tokens_line
 from ..progress import duration
 from ..speed.counting import Twin
 from ..speed.shapes import free_memory, picture_with
+from .targets import logits_kept
 
 GIB = 2**30
 ADAM_BYTES, MUON_BYTES = 8, 4  # of optimizer state for a weight
@@ -30,7 +31,7 @@ class Sample:
         visual_tokens: of a demonstration.
         text_tokens: of a demonstration, which are its fused tokens.
         read_tokens: of a demonstration, those that frame it included.
-        answer_tokens: of a row, fused tokens included.
+        answer_tokens: of a row, fused tokens and padding included.
         scored_tokens: of a row: those whose logits are kept.
     """
 
@@ -81,16 +82,19 @@ def sample_episodes(model: Any, collator: Any, episodes: Iterable[Any]) -> Sampl
         images = int((inputs["input_ids"] == image_id).sum()) if image_id is not None else read[-1] - words
         visual.append(images)
     fused = dict(zip((demo.key for demo in demos), text, strict=True))
-    rows = [
-        (int(mask.sum()) + sum(fused[demo.key] for demo in row), int((labels != -100).sum()))
-        for batch in batches
-        for row, mask, labels in zip(batch["demos"], batch["attention_mask"], batch["labels"], strict=True)
-    ]
+    rows, answered, scored = 0, 0, 0
+    for batch in batches:
+        lengths = [
+            int(mask.sum()) + sum(fused[demo.key] for demo in row)
+            for row, mask in zip(batch["demos"], batch["attention_mask"], strict=True)
+        ]
+        rows += len(lengths)
+        answered += len(lengths) * max(lengths)  # rows are padded to the longest one
+        scored += len(lengths) * logits_kept(batch["labels"])
     count = len(batches)
     return Sample(
-        len(demos) / count, len(rows) / count, _mean(visual), _mean(text), _mean(read),
-        _mean([length for length, _ in rows]), _mean([scored for _, scored in rows]) + 1,
-    )  # fmt: skip
+        len(demos) / count, rows / count, _mean(visual), _mean(text), _mean(read), answered / rows, scored / rows
+    )
 
 
 def count_compute(model: Any, sample: Sample, episodes: int, recomputed: bool) -> Compute:
@@ -211,7 +215,8 @@ class Estimate:
     def _projector_line(self) -> str:
         config, trained = self.model.config, self._trained
         frozen = sum(_numel(p) for p in self.model.backbone.parameters())
-        calibrated = ", calibrated" if self.model.projector.can_calibrate else ""
+        projector = self.model.projector
+        calibrated = ", calibrated on its first states" if projector.can_calibrate and projector.is_new else ""
         return (
             f"Projector: {config.projector_form}{calibrated}, read at {config.read_layers}, enters at "
             f"{config.entry_layers}; {trained:,} weights are trained, {trained / (trained + frozen):.2%} of "
@@ -226,7 +231,7 @@ class Estimate:
         lines = [
             f"A demonstration: {sample.visual_tokens:,.0f} visual and {sample.text_tokens:,.0f} text tokens.",
             f"A step: {episodes} episodes, {episodes * sample.targets:,.0f} targets, {read:,.0f} tokens read and "
-            f"{answered:,.0f} answered.",
+            f"{answered:,.0f} answered, padding included.",
         ]
         if isinstance(self.compute, str):
             return [*lines, f"Compute: not counted ({self.compute})."]

@@ -104,6 +104,12 @@ def encode_targets(
     return inputs, inputs["input_ids"].masked_fill(~mask, -100)
 
 
+def logits_kept(labels: torch.Tensor) -> int:
+    """Positions at the end of a batch whose logits are needed, from its labels `(batch, length)`."""
+    scored = (labels != -100).int()
+    return int((scored.shape[1] - scored.argmax(dim=1)).max()) + 1
+
+
 class EpisodeCollator:
     """Makes a batch of episodes into what `AimForConditionalGeneration.forward` takes: a row for each target.
 

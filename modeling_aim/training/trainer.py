@@ -31,7 +31,7 @@ from .episodes import Episode
 from .kept_states import KeptStates
 from .optimizer import OPTIMIZERS, MuonAndAdamW
 from .pace import Pace
-from .targets import EpisodeCollator
+from .targets import EpisodeCollator, logits_kept
 
 logger = logging.get_logger(__name__)
 
@@ -153,10 +153,11 @@ class AimTrainer(Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def calibrate(self) -> None:
-        """Calibrate the projector on some hundred states of the data, unless it is, or its form needs none."""
+        """Calibrate a new projector on some hundred states of the data, unless its form needs no calibration."""
         model: Any = self.accelerator.unwrap_model(self.model)
         projector = model.projector
-        if not projector.can_calibrate or getattr(projector, SCALE_KEY) is not None or self._episodes is None:
+        done = getattr(projector, SCALE_KEY) is not None or not projector.is_new
+        if done or not projector.can_calibrate or self._episodes is None:
             return
         sample: list[torch.Tensor] = []
         for episode in islice(iter(self._episodes), MOST_EPISODES):
@@ -180,8 +181,7 @@ class AimTrainer(Trainer):
         self._pace.count(inputs.pop("counts", {}) if model.training else {})
         taught = inputs.pop("teacher", None)
         if self._keeps_logits:
-            scored = (inputs["labels"] != -100).int()
-            inputs["logits_to_keep"] = int((scored.shape[1] - scored.argmax(dim=1)).max()) + 1
+            inputs["logits_to_keep"] = logits_kept(inputs["labels"])
         labels = inputs["labels"]
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if not model.training:
