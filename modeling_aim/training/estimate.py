@@ -1,18 +1,20 @@
-"""What a run will take, before it begins: from its first episodes, and from FLOPs counted as `aim bench` counts them."""
+"""What a run will take, before it begins: from its first episodes, and FLOPs counted as `aim bench` counts them."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 
 from ..image_settings import tokens_line
-from ..progress import duration
+from ..progress import duration, write_line
 from ..speed.counting import Twin
 from ..speed.shapes import free_memory, picture_with
+from .pace import StepTimes
 from .targets import logits_kept
 
 GIB = 2**30
@@ -244,7 +246,8 @@ class Estimate:
         room = "" if free is None else f"; {_bytes(free)} are free on {device} beside the weights"
         return (
             f"Memory of a process: weights {_bytes(memory['weights'])}, activations about "
-            f"{_bytes(memory['activations'])}, projector with gradient and optimizer {_bytes(memory['optimizer'])}{room}."
+            f"{_bytes(memory['activations'])}, projector with gradient and optimizer {_bytes(memory['optimizer'])}"
+            f"{room}."
         )
 
     def _states_line(self) -> str:
@@ -281,6 +284,31 @@ class Estimate:
             line += f"; peak memory {_bytes(peak)}, {_bytes(sum(self.memory.values()))} by estimate"
         hours, reading = left * seconds, left * seconds * share
         return f"{line}; {duration(hours)} to the end, of which {duration(reading)} reading."
+
+
+def announce(trainer: Any, settings: Any, episodes: Iterable[Any]) -> None:
+    """Write what a run will take, and have what is measured written after some steps.
+
+    Args:
+        trainer: before training.
+        settings: `TrainSettings` of the run.
+        episodes: its stream; a few are taken.
+    """
+    try:
+        first = islice(episodes, min(settings.batch_size, MOST_EPISODES))
+        estimate = Estimate.of(trainer.model, settings, trainer.data_collator, first, trainer.args.world_size)
+        lines = estimate.lines()
+    except Exception as error:  # a run that can train does not end for want of an estimate
+        write_line(f"There is no estimate of this run: {type(error).__name__}: {error!s:.300}")
+        return
+    for line in lines:
+        write_line(line)
+
+    def measured(seconds: float, share: float, steps_done: int) -> None:
+        left = settings.steps if settings.dry_run else settings.steps - steps_done
+        write_line(estimate.measured_line(seconds, share, left))
+
+    trainer.add_callback(StepTimes(trainer.reading_seconds, measured))
 
 
 def _numel(weight: torch.Tensor) -> int:

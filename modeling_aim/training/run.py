@@ -26,14 +26,14 @@ from ..backbone_aim import laptop_quantization_config
 from ..configuration_aim import PRESETS, preset_settings
 from ..files_aim import model_card, only_one
 from ..image_settings import check_readable, set_image_settings
-from ..progress import has_bars, write_line
+from ..progress import has_bars
 from ..runs import PRECISIONS, RunRecord
 from .checkpoints import last_checkpoint, stored_scale
 from .episodes import Episode, Mixture, ShotLaw
-from .estimate import MOST_EPISODES, Estimate
+from .estimate import announce
 from .kept_states import KeptStates
 from .optimizer import OPTIMIZERS, usual_rate
-from .pace import MEASURED, WARM_UP, LogLines, StepTimes
+from .pace import MEASURED, WARM_UP, LogLines
 from .report import curves, training_section
 from .sources import open_source
 from .targets import PROMPTS, TEACHERS
@@ -44,7 +44,8 @@ logger = logging.get_logger(__name__)
 RUN_FILE = "aim_training.json"
 GIB = 2**30
 CHANGEABLE = {
-    "output", "overwrite", "push_to_hub", "save_every", "log_every", "memory", "keep_states", "disk", "device_map", "dry_run",
+    "output", "overwrite", "push_to_hub", "save_every", "log_every", "memory", "keep_states", "disk", "device_map",
+    "dry_run",
 }  # fmt: skip
 RECORD = RunRecord("aim train", RUN_FILE, frozenset(CHANGEABLE))
 
@@ -297,28 +298,8 @@ def _trainer(
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(LogLines())
     if PartialState().is_main_process:
-        _announce(trainer, planned or settings, mixture)
+        announce(trainer, planned or settings, iter(mixture))
     return trainer
-
-
-def _announce(trainer: AimTrainer, settings: TrainSettings, mixture: Mixture) -> None:
-    """Write what a run will take, and after some steps what was measured."""
-    model: Any = trainer.model
-    try:
-        first = itertools.islice(iter(mixture), min(settings.batch_size, MOST_EPISODES))
-        estimate = Estimate.of(model, settings, trainer.data_collator, first, trainer.args.world_size)
-        lines = estimate.lines()
-    except Exception as error:  # a run that can train does not end for want of an estimate
-        write_line(f"There is no estimate of this run: {type(error).__name__}: {error!s:.300}")
-        return
-    for line in lines:
-        write_line(line)
-
-    def measured(seconds: float, share: float, steps_done: int) -> None:
-        left = settings.steps if settings.dry_run else settings.steps - steps_done
-        write_line(estimate.measured_line(seconds, share, left))
-
-    trainer.add_callback(StepTimes(trainer.reading_seconds, measured))
 
 
 def finish(trainer: AimTrainer, settings: TrainSettings) -> None:

@@ -133,7 +133,7 @@ class EpisodeCollator:
     def __call__(self, episodes: Sequence[Episode]) -> dict[str, Any]:
         """Inputs, `labels`, `demos` (a list for each row), and the teacher's inputs.
 
-        Beside them `sources`, what was `skipped`, and `counts` of episodes, images, and tokens of the targets' prompts.
+        Beside them `sources`, what was `skipped`, and `counts` of episodes, images and tokens of the targets' prompts.
         """
         skipped: Counter[str] = sum((episode.skipped for episode in episodes), Counter())
         rows = [(episode.pairs[:place], episode.pairs[place]) for episode in episodes for place in episode.targets]
