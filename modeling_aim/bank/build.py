@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from ..demonstrations_aim import Demonstration
 from ..files_aim import write_whole
+from ..progress import has_bars, tracked
 from .card import bank_card
 from .contents import BankContents
 from .manifest import (
@@ -137,6 +138,8 @@ def _progress(
 ) -> Iterable[tuple[int, Demonstration]]:
     if total is None and hasattr(given, "__len__"):
         total = len(given)
+    if not has_bars() and logging.is_progress_bar_enabled():
+        return tracked(demos, "read", "demonstrations", total)
     return logging.tqdm(demos, total=total, desc="Reading demonstrations", unit="demo")
 
 

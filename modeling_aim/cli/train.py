@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import typer
-from rich.console import Console
 
 from ..training import TrainSettings
 from ..training import train as run
 from .options import command
-from .terminal import safe
+from .terminal import safe, wide_console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -21,7 +20,9 @@ def train(settings: TrainSettings) -> None:
     configuration of DDP, FSDP or DeepSpeed.
     """
     trainer = run(settings)
-    if trainer.args.should_save:
-        Console().print(
+    if settings.dry_run:
+        wide_console().print("Nothing was written (--dry-run).")
+    elif trainer.args.should_save:
+        wide_console().print(
             f"{safe(settings.output)}: trained for {trainer.state.global_step} steps; its README.md says how it went."
         )

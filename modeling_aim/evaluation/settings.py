@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from ..runs import PRECISIONS
 from .choosing import Choice
@@ -32,6 +33,8 @@ class EvalSettings:
         dtype: precision of the backbone: bfloat16, float16 or float32; by default its own.
         load_in_4bit: load the backbone in 4-bit, for a laptop.
         device_map: where the backbone goes, such as "auto" or "cuda".
+        image_settings: settings of the backbone's image processor by its own names, such as max_pixels=200704 or
+            do_image_splitting=false: how many tokens an image is.
         batch_size: prompts answered together.
         images_at_once: most images in one batch, unless one prompt alone has more.
         memory: GiB of demonstrations' hidden states that are kept.
@@ -58,6 +61,7 @@ class EvalSettings:
     dtype: str | None = None
     load_in_4bit: bool = False
     device_map: str | None = None
+    image_settings: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 8
     images_at_once: int = 64
     memory: float = 2.0

@@ -26,7 +26,9 @@ from ..configuration_aim import AimConfig
 from ..data.pairs import opened
 from ..demonstrations_aim import Demonstration, FusedDemonstrations
 from ..encoding_aim import TOKENIZING
+from ..image_settings import set_image_settings
 from ..processing_aim import AimProcessor
+from ..projector_aim import SCALE_KEY
 from ..runs import PRECISIONS
 from .methods import Prompt, PromptBuilder, Shown
 from .random_projector import random_projector
@@ -267,7 +269,8 @@ class Subject:
     def _random_projector(self, seed: int) -> nn.Module:
         assert self.plugin is not None
         if seed not in self._random:
-            self._random[seed] = random_projector(self.plugin.config, seed).to(self.device)
+            scale = getattr(self.plugin.projector, SCALE_KEY, None)
+            self._random[seed] = random_projector(self.plugin.config, seed, scale).to(self.device)
         return self._random[seed]
 
     def _with(self, fused: Sequence[FusedDemonstrations | None]) -> dict[str, Any]:
@@ -418,6 +421,7 @@ def load_subject(
     device_map: str | None = None,
     prompts: str = "plain",
     separator: str = "\n",
+    image_settings: Mapping[str, Any] | None = None,
 ) -> Subject:
     """Load a plug-in, or a bare backbone.
 
@@ -428,6 +432,7 @@ def load_subject(
         dtype: of the backbone; what its repository says when `None`.
         load_in_4bit, device_map: of the backbone.
         prompts, separator: see `PromptBuilder`.
+        image_settings: in place of the image processor's own.
 
     Raises:
         ValueError: the repository holds no plug-in, or the backbone cannot be used.
@@ -449,4 +454,5 @@ def load_subject(
     else:
         model = load_backbone(name, **options).eval()
         processor = AimProcessor.from_pretrained(name, **place)
+    set_image_settings(processor, image_settings or {})
     return Subject(model, processor, PromptBuilder(processor, prompts, separator))

@@ -58,6 +58,7 @@ def training_section(settings: Mapping[str, Any], trainer: AimTrainer, picture: 
     state = trainer.state
     rows = [(name.replace("_", " "), settings[name]) for name in SHOWN if settings[name] is not None]
     rows += [(name, value) for name, value in sorted(settings["arguments"].items())]
+    rows += [(f"image: {name}", value) for name, value in sorted((settings.get("image_settings") or {}).items())]
     if not settings["teacher"]:
         rows = [row for row in rows if row[0] != "distillation"]
     table = "\n".join(f"| {name} | {_worded(value)} |" for name, value in rows)
