@@ -37,10 +37,10 @@ def test_every_snippet_parses_and_every_command_exists() -> None:
     for snippet in SNIPPETS:
         ast.parse(snippet)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    commands = set(re.findall(r"`?aim (answer|init|check|tune|train|bank|eval|bench)\b", text))
+    commands = set(re.findall(r"`?aim (answer|init|check|tune|train|bank|eval|publish|bench)\b", text))
     from modeling_aim.cli.main import COMMANDS
 
-    assert commands <= set(COMMANDS) and len(commands) == 8
+    assert commands <= set(COMMANDS) and len(commands) == 9
 
 
 def test_links_lead_somewhere() -> None:
