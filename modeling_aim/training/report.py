@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..publishing import base_names
+
 if TYPE_CHECKING:
     from .trainer import AimTrainer
 
@@ -87,5 +89,5 @@ Left out of the data on the main process: {skipped}.
 
 def _worded(value: Any) -> str:
     if isinstance(value, (list, tuple)):
-        return "<br>".join(f"`{one}`" for one in value)
+        return "<br>".join(f"`{base_names(str(one))}`" for one in value)
     return f"`{value}`" if isinstance(value, str) else json.dumps(value, default=str)

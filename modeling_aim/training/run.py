@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from huggingface_hub import HfApi
 from torch.utils.data import Dataset
 from transformers import PreTrainedConfig, PrinterCallback, TrainingArguments
 from transformers.utils import logging
@@ -27,6 +26,7 @@ from ..configuration_aim import PRESETS, preset_settings
 from ..files_aim import model_card, only_one
 from ..image_settings import check_readable, set_image_settings
 from ..progress import has_bars
+from ..publishing import publish
 from ..runs import PRECISIONS, RunRecord
 from .checkpoints import last_checkpoint, stored_scale
 from .episodes import Episode, Mixture, ShotLaw
@@ -311,13 +311,7 @@ def finish(trainer: AimTrainer, settings: TrainSettings) -> None:
     (output / "README.md").write_text(model_card(model.config, model.projector) + section, encoding="utf-8")
     _write_run(output, settings, finished=True, settled=settled)
     if settings.push_to_hub is not None:
-        model.push_to_hub(settings.push_to_hub)
-        HfApi().upload_folder(
-            repo_id=settings.push_to_hub,
-            folder_path=output,
-            allow_patterns=["README.md", "training.png", RUN_FILE],
-            commit_message="How it was trained",
-        )
+        publish(output, settings.push_to_hub, check=False)
 
 
 def claim(settings: TrainSettings) -> str | None:
