@@ -1,7 +1,8 @@
 """Methods: ways to show demonstrations to a model. All of a run see the same examples with the same demonstrations.
 
 A method makes a `Prompt` of a query and its demonstrations. It never opens an image and never sees a model, so a new
-one is a function of a few lines with an entry in `METHODS`. Its name may carry a setting: `aim-untrained:depth=12`.
+one is a function of a few lines with an entry in `METHODS`. Its name may carry settings: `aim-untrained:depth=12`,
+`snapkv:ratio=.5:window=16`. Those that work on the KV of a prompt's pieces are in `modeling_aim/rivals`.
 """
 
 from __future__ import annotations

@@ -148,7 +148,11 @@ def cell_figures(
         "examples": len({row["example"] for row in everything}),
         "answers": len(everything),
         "seeds": len(rows),
-        **{name: round(float(np.mean([row[name] for row in everything])), 2) for name in COSTS},
+        **{  # rows of an earlier version lack some
+            name: round(float(np.mean([row[name] for row in everything])), 2)
+            for name in COSTS
+            if all(name in row for row in everything)
+        },
     }
 
 

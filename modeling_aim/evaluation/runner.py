@@ -365,7 +365,7 @@ class Run:
             "tasks": [self._task(one) for one in self.asked.values()],
             "cells": cells,
             "curves": curves(cells),
-            "notes": self.notes + self._too_long(ordered),
+            "notes": self.notes + self._too_long(ordered) + self._timed(),
         }
         write_whole(
             self.output / RESULTS,
@@ -428,6 +428,14 @@ class Run:
                     f"{method}: {over} of {len(lengths)} prompts have more than the backbone's {longest} positions."
                 )
         return found
+
+    def _timed(self) -> list[str]:
+        """A word on times that cannot be compared."""
+        alone = [m for m in self.settings.methods if method_of(m).rival is not None and m not in self._cannot]
+        if not alone or self.settings.batch_size == 1:
+            return []
+        return [f"{', '.join(alone)}: one prompt at a time. The times of other methods are shares of batches of up to "
+                f"{self.settings.batch_size}; with batch_size=1 all can be compared."]  # fmt: skip
 
 
 def _check_names(plan: Sequence[Shown], task: str) -> None:

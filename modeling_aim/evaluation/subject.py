@@ -247,7 +247,7 @@ class Subject:
         return [ids[-1] for ids in ends] if alone else None
 
     def _behind(
-        self, batch: Batch, fused: Sequence[Any], behind: Sequence[Sequence[str]], clock: FirstToken
+        self, batch: Batch, fused: Sequence[Any], behind: Sequence[Sequence[str]], clock: FirstToken | None = None
     ) -> list[list[float]]:
         """Mean log-probability of the tokens of every option, each in a row of its own behind its prompt."""
         rows = [(place, one) for place, options in enumerate(behind) for one in options]
