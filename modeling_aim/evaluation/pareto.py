@@ -10,7 +10,7 @@ Figures = Mapping[str, Any]
 COSTS_SHOWN = {
     "prompt_tokens": "prompt tokens",
     "kv_bytes": "KV behind the prompt, KiB",
-    "first_token_milliseconds": "first token, ms, what can be read before the query not counted",
+    "first_token_milliseconds": "first token behind what was read, ms",
 }
 UNITS = {"kv_bytes": 1024}
 CONTROLS = ("aim-random", "-shuffled")  # methods that must fail are on no front
