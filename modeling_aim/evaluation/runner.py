@@ -33,10 +33,12 @@ from .asked import Asked, open_asked
 from .choosing import choose_all, read_chosen
 from .folder import RECORD, begin, claim
 from .methods import Prompt, Shown, method_of
+from .reads import Reads, Unusable
 from .report import write_report
 from .results import LEFT_OUT, PREDICTIONS, RESULTS, Cell, Kept, Key, PredictionRow, cell_figures, curves, write_rows
+from .rivals import refuses
 from .settings import EvalSettings
-from .subject import Answer, Reads, Subject, Unusable, load_subject
+from .subject import Answer, Subject, load_subject
 from .task import Example
 
 logger = logging.get_logger(__name__)
@@ -169,13 +171,18 @@ class Run:
         many = [m for m, method in methods.items() if method.many_images]
         untrained = [m for m, method in methods.items() if method.projector == "untrained"]
         found: set[str] = set()
-        for names, refuses, what in (
+        for names, why_not, what in (
             (many, self.subject.refuses_two_images, "this backbone takes one image a prompt"),
             (untrained, self.subject.refuses_states, "states cannot enter this backbone at depth"),
         ):
-            if names and (why := refuses()):
+            if names and (why := why_not()):
                 self.notes.append(f"{', '.join(names)}: left out, {what} ({why}).")
                 found.update(names)
+        for name in [m for m in methods if m not in found]:
+            rival = methods[name].rival
+            if rival is not None and (why := refuses(rival, self.subject)):
+                self.notes.append(f"{name}: left out, this backbone cannot be served ({why}).")
+                found.add(name)
         return found
 
     def batches(self, cell: Cell) -> list[list[int]]:
@@ -339,6 +346,8 @@ class Run:
             "fused_tokens": answer.fused_tokens,
             "milliseconds": round(answer.milliseconds, 3),
             "reading_milliseconds": round(answer.reading_milliseconds, 3),
+            "first_token_milliseconds": round(answer.first_token_milliseconds, 3),
+            "kv_bytes": answer.kv_bytes,
         }
 
     # --- results
@@ -360,7 +369,7 @@ class Run:
             "tasks": [self._task(one) for one in self.asked.values()],
             "cells": cells,
             "curves": curves(cells),
-            "notes": self.notes + self._too_long(ordered),
+            "notes": self.notes + self._too_long(ordered) + self._timed(),
         }
         write_whole(
             self.output / RESULTS,
@@ -423,6 +432,14 @@ class Run:
                     f"{method}: {over} of {len(lengths)} prompts have more than the backbone's {longest} positions."
                 )
         return found
+
+    def _timed(self) -> list[str]:
+        """A word on times that cannot be compared."""
+        alone = [m for m in self.settings.methods if method_of(m).rival is not None and m not in self._cannot]
+        if not alone or self.settings.batch_size == 1:
+            return []
+        return [f"{', '.join(alone)}: one prompt at a time. The times of other methods are shares of batches of up to "
+                f"{self.settings.batch_size}; with batch_size=1 all can be compared."]  # fmt: skip
 
 
 def _check_names(plan: Sequence[Shown], task: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..runs import PRECISIONS
 from .choosing import Choice
-from .methods import METHODS, PROMPTS, check_methods, method_of
+from .methods import BY_DEFAULT, METHODS, PROMPTS, check_methods, method_of
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,9 @@ class EvalSettings:
         backbone: instead of `repo`, a model to evaluate without AIM.
         shots: numbers of demonstrations. At 0 all methods are the same: that is answered once, as `zero`.
         methods: of zero, text, full, aim, aim-shuffled, aim-random, aim-untrained and aim-untrained-shuffled (the
-            last two also with :depth=K); by default all that the model can do.
+            last two also with :depth=K), by default all of these that the model can do; and of prefix-kv, text-kv,
+            text-kv-together, parallel-icl, fastv, catp, snapkv, emloc and task-vector, with settings as in
+            snapkv:ratio=.5:window=16.
         seeds: number of seeds: 0, 1, ... decide demonstrations, and examples where a task draws them.
         select: selection strategy for demonstrations: random, image, text, fused, mmices, or fixed:FILE.
         balanced: take labels in turn.
@@ -87,7 +89,7 @@ class EvalSettings:
         if self.select == "fused" and self.repo is None:
             raise ValueError("select='fused' compares fused tokens, so it needs an AIM repository (repo).")
         if not self.methods:
-            can = [name for name, method in METHODS.items() if self.repo is not None or not method.needs_aim]
+            can = [name for name in BY_DEFAULT if self.repo is not None or not METHODS[name].needs_aim]
             object.__setattr__(self, "methods", tuple(can))
         check_methods(self.methods, self.repo is not None)
         if not any(self.shots) and any(method_of(name).shots for name in self.methods):
