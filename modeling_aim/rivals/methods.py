@@ -18,7 +18,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from ..backbone_aim import decoder_layers, layer_input
+from ..backbone_aim import decoder_layers
+from ..reading_aim import layer_input
 from .image_tokens import catp, fastv
 from .kv_rows import emloc, snapkv
 from .reading import Context, Expert, Reading, Ready, SeenError, forward, joined

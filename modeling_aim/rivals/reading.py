@@ -19,7 +19,8 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ..backbone_aim import decoder_layers, image_positions, preserved_state
+from ..backbone_aim import decoder_layers, image_positions
+from ..state_aim import preserved_state
 
 Inputs = dict[str, torch.Tensor]
 CROSS_ATTENTION = ("cross_layer_interval", "cross_attention_layers")  # settings of decoders that have it

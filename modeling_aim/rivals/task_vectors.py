@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from ..backbone_aim import decoder_layers, layer_input
+from ..backbone_aim import decoder_layers
 from ..configuration_aim import default_depth
+from ..reading_aim import layer_input
 from .reading import Expert, Reading, Ready, SeenError, checked_depth, forward
 
 
@@ -32,8 +33,11 @@ def task_vector(reading: Reading, depth: int | None = None, reads: int = 8) -> R
     Raises:
         ValueError: the backbone has not as many layers.
     """
-    layers = len(decoder_layers(reading.backbone))
-    depth = checked_depth(reading, default_depth(layers) if depth is None else depth, "task-vector")
+    depth = checked_depth(
+        reading,
+        default_depth(reading.backbone.config.get_text_config(decoder=True)) if depth is None else depth,
+        "task-vector",
+    )
     asked = reading.numbers[-reads:]
     states = [_state_of(reading, number, depth) for number in asked]
     mean = torch.stack(states).mean(0) if states else None

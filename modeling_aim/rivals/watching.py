@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..backbone_aim import decoder_layers, layer_input
+from ..backbone_aim import decoder_layers
+from ..reading_aim import layer_input
 from .reading import CannotServe
 
 
