@@ -21,6 +21,7 @@ COMMANDS = {
     "eval": ("eval", "Evaluate a model few-shot; compare runs; measure attention."),
     "bank": ("bank", "Demonstrations read once: build, inspect and choose."),
     "bench": ("bench", "Count and measure what few-shot answers cost on a backbone."),
+    "serve": ("serve", "Serve OpenAI chat completions that take demonstrations."),
     "export-prompt-embeds": ("export", "Write the assembled prompt as embeddings, for vLLM."),
 }
 
