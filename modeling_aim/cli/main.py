@@ -22,6 +22,7 @@ COMMANDS = {
     "bank": ("bank", "Demonstrations read once: build, inspect and choose."),
     "publish": ("publish", "Publish a repository on the Hub, after loading it as others will."),
     "bench": ("bench", "Count and measure what few-shot answers cost on a backbone."),
+    "serve": ("serve", "Serve OpenAI chat completions that take demonstrations."),
     "export-prompt-embeds": ("export", "Write the assembled prompt as embeddings, for vLLM."),
 }
 
