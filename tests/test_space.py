@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "examples" / "images"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SECONDS = 60  # most for a step, on a busy machine
-EXAMPLES = {"Two names": "finap", "Five names": "kuko", "Sixteen images": "boflo"}
+EXAMPLES = {"Two names, 4 images": "finap", "Five names, 10 images": "kuko", "Two names, 16 images": "boflo"}
 
 if CHROMIUM is None:
     pytest.skip("there is no Chromium here: apt-get install chromium", allow_module_level=True)
@@ -157,7 +157,7 @@ def test_uploaded_images_are_labelled_changed_asked_and_read_once(page: Any) -> 
     page.locator("#demonstrations button.thumbnail-item").nth(0).click()
     button(page, "Remove").click()
     expect(page.get_by_text("3 demonstrations of 2 labels")).to_be_visible()
-    page.get_by_label("Label of the images you add").fill("fibra")
+    page.get_by_label("Label of new images").fill("fibra")
     upload(page, "#images", IMAGES / "fibra-1.png")
     expect(page.get_by_text("4 demonstrations of 2 labels")).to_be_visible()
 
@@ -185,7 +185,7 @@ def test_errors_are_a_sentence_and_leave_a_way_on(page: Any, tmp_path: Path) -> 
     page.locator("#backbone input, #backbone textarea").fill("nobody/nothing")
     button(page, "Load").click()
     assert error(page) == "nobody/nothing cannot be loaded: the Hub cannot be reached from here."
-    button(page, "Two names").click()
+    button(page, "Two names, 4 images").click()
     expect(answer(page, "aim")).to_contain_text("✓ right")
 
 
@@ -201,7 +201,7 @@ def test_everything_is_reached_by_the_keyboard(page: Any) -> None:
                 return
         raise AssertionError(f"Tab does not reach {name}")
 
-    tab_to("Two names")
+    tab_to("Two names, 4 images")
     page.keyboard.press("Enter")
     expect(answer(page, "aim")).to_contain_text("✓ right")
     tab_to("Question")
@@ -217,7 +217,7 @@ def test_everything_is_reached_by_the_keyboard(page: Any) -> None:
 
 
 def test_a_narrow_screen_shows_everything_without_scrolling_sideways(narrow: Any) -> None:
-    button(narrow, "Five names").click()
+    button(narrow, "Five names, 10 images").click()
     expect(answer(narrow, "aim")).to_contain_text("✓ right")
     for tab in ("Backbone", "Bank", "Depth"):
         narrow.get_by_role("tab", name=tab).click()
@@ -228,7 +228,7 @@ def test_a_narrow_screen_shows_everything_without_scrolling_sideways(narrow: Any
 
 
 def test_a_bank_is_saved_loaded_and_asked_without_reading(page: Any, tmp_path: Path) -> None:
-    button(page, "Two names").click()
+    button(page, "Two names, 4 images").click()
     expect(answer(page, "aim")).to_contain_text("✓ right")
     page.get_by_role("tab", name="Bank").click()
     button(page, "Save the demonstrations as a bank").click()
@@ -252,7 +252,7 @@ def test_a_bank_is_saved_loaded_and_asked_without_reading(page: Any, tmp_path: P
 
 
 def test_the_depths_are_drawn_and_one_is_used(page: Any) -> None:
-    button(page, "Sixteen images").click()
+    button(page, "Two names, 16 images").click()
     expect(answer(page, "aim")).to_contain_text("✓ right")
     page.get_by_role("tab", name="Depth").click()
     button(page, "Compare depths on these demonstrations").click()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -111,7 +112,7 @@ def _load(name: str, projector: bool) -> Any:
             return AimForConditionalGeneration.from_pretrained(folder)
         processor = AimProcessor.from_pretrained(folder)
         return AimForConditionalGeneration.from_backbone(folder / "backbone", processor)
-    if name.count("/") != 1 or Path(name).exists():
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) or Path(name).exists():
         raise ValueError(f"{name!r:.80} is no Hub id; write OWNER/NAME, such as llava-hf/llava-1.5-7b-hf.")
     try:
         return _load_from_hub(name, projector)

@@ -33,7 +33,11 @@ from modeling_aim.cli.tune import draw  # noqa: E402
 
 logger = logging.getLogger("space")
 HERE = Path(__file__).resolve().parent
-EXAMPLES = {"two-names": "Two names", "five-names": "Five names", "sixteen-images": "Sixteen images"}
+EXAMPLES = {
+    "two-names": "Two names, 4 images",
+    "five-names": "Five names, 10 images",
+    "sixteen-images": "Two names, 16 images",
+}
 QUESTION = "What is this?"
 WITHOUT, WITH = "without projector", "with its projector"
 HUB_ID = "HuggingFaceTB/SmolVLM-256M-Instruct"
@@ -248,12 +252,12 @@ def page() -> gr.Blocks:
     start = Session(Backbone(AIM_TINY if aim_tiny_folder() else HUB_ID))
     with gr.Blocks(title="AIM", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         session = gr.State(start, time_to_live=3600)
-        gr.HTML(INTRODUCTION)
+        gr.HTML(INTRODUCTION, padding=False)
         with gr.Row(elem_classes="examples"):
             starts = {folder: gr.Button(title, size="sm", min_width=120) for folder, title in EXAMPLES.items()}
         with gr.Row():
             with gr.Column(min_width=300):
-                gr.HTML("<h2>1. Demonstrations</h2>")
+                gr.HTML("<h2>1. Demonstrations</h2>", padding=False)
                 gallery = gr.Gallery(
                     show_label=False, columns=6, height="auto", object_fit="contain", allow_preview=False,
                     interactive=False, buttons=[], elem_id="demonstrations",
@@ -267,19 +271,21 @@ def page() -> gr.Blocks:
                     drop = gr.Button("Remove", size="sm", min_width=80)
                 with gr.Row():
                     label = gr.Textbox(
-                        label="Label of the images you add", elem_id="label", min_width=200, max_length=200,
-                        info="Empty: the file's name (dax-1.png is a dax)",
+                        label="Label of new images", elem_id="label", min_width=200, max_length=200,
+                        info="Empty: the file's name (dax-1.png: dax)",
                     )  # fmt: skip
-                    files = UploadedFiles(file_count="multiple", file_types=["image"], label="Images to add", height=120,
-                                  min_width=200, elem_id="images")  # fmt: skip
+                    files = UploadedFiles(
+                        file_count="multiple", file_types=["image"], label="Add images", height=140, min_width=200,
+                        elem_id="images",
+                    )  # fmt: skip
             with gr.Column(min_width=300):
-                gr.HTML("<h2>2. A new image</h2>")
+                gr.HTML("<h2>2. A new image</h2>", padding=False)
                 query = UploadedImage(type="filepath", image_mode=None, sources=["upload", "clipboard"], height=220,
                                 show_label=False, buttons=[], elem_id="query")  # fmt: skip
                 question = gr.Textbox(QUESTION, label="Question", elem_id="question", max_length=500)
                 asking = gr.Button("Ask", variant="primary", elem_id="ask")
-        gr.HTML("<h2>3. Four answers</h2>")
-        result = gr.HTML(cards(None), elem_id="answers")
+        gr.HTML("<h2>3. Four answers</h2>", padding=False)
+        result = gr.HTML(cards(None), elem_id="answers", padding=False)
         with gr.Tabs():
             with gr.Tab("Backbone"):
                 told = gr.Markdown(elem_id="backbone-line")

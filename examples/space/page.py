@@ -38,7 +38,7 @@ CSS = """
 .intro h1 {font-size: 1.7rem; font-weight: 700; margin: .4rem 0 .3rem}
 .intro p {max-width: 46rem; margin: 0; line-height: 1.5; color: var(--body-text-color-subdued)}
 .intro .start {margin-top: .8rem; font-weight: 600; color: var(--body-text-color)}
-.gradio-container h2 {font-size: 1.1rem; font-weight: 700; margin: .6rem 0 0}
+.gradio-container .prose h2 {font-size: 1.1rem; font-weight: 700; margin: .5rem 0 0}
 .line {align-items: center}
 .changing {align-items: end}
 .quiet {color: var(--body-text-color-subdued); font-size: .9rem}
@@ -61,13 +61,14 @@ CSS = """
 .card .cost {font-size: .85rem; color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums}
 .read {margin: .6rem 0 0; font-size: .9rem; color: var(--body-text-color-subdued)}
 #demonstrations {min-height: 7rem}
-#demonstrations .grid-wrap {max-height: 19rem; padding: .6rem}
+#demonstrations .grid-wrap {height: auto; min-height: 0; max-height: 19rem; padding: .6rem}
 #demonstrations .grid-container {grid-template-columns: repeat(auto-fill, minmax(72px, 1fr)); gap: .5rem}
 #demonstrations .gallery-item, #demonstrations .thumbnail-lg {height: auto; aspect-ratio: auto}
 #demonstrations .thumbnail-lg {display: flex; flex-direction: column; padding: 3px}
 #demonstrations .thumbnail-lg img {aspect-ratio: 1; width: 100%; height: auto; border-radius: 4px}
 #demonstrations .caption-label {position: static; max-width: 100%; margin: 2px 0 0; padding: 0; border: 0;
-  background: none; box-shadow: none; font-size: .8rem; text-align: center}
+  background: none; box-shadow: none; font-size: .8rem; text-align: center; color: var(--body-text-color) !important;
+  opacity: 1}
 #query .image-frame img, #query img {width: 100%; height: 100%; object-fit: contain}
 footer {display: none !important}
 """
