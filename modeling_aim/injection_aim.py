@@ -337,6 +337,11 @@ def own_tokens_only(prompt: FusedPrompt, input_ids: torch.Tensor, defaults: Gene
         defaults: the backbone's generation settings.
     """
     options, width = dict(prompt.inputs), prompt.width
+    config = options.get("generation_config")
+    settings = [c for c in (config, defaults) if c is not None]
+
+    def setting(name: str) -> Any:
+        return options.get(name) or next((value for c in settings if (value := getattr(c, name, None))), None)
 
     def own(ids: torch.Tensor) -> torch.Tensor:
         queries = input_ids.to(ids.device).repeat_interleave(len(ids) // len(input_ids), dim=0)
@@ -352,14 +357,12 @@ def own_tokens_only(prompt: FusedPrompt, input_ids: torch.Tensor, defaults: Gene
         options["stopping_criteria"] = StoppingCriteriaList(criteria)
     if options.get("prefix_allowed_tokens_fn") is not None:
         allowed = options["prefix_allowed_tokens_fn"]
-        copies = 1 if (options.get("num_beams") or 1) > 1 else options.get("num_return_sequences") or 1
+        copies = 1 if (setting("num_beams") or 1) > 1 else setting("num_return_sequences") or 1
         options["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(
             row, torch.cat([input_ids[row // copies].to(ids.device), ids[width:]])
         )
 
     # max_length and min_length count the caller's own tokens: extend them by the fused ones
-    config = options.get("generation_config")
-    settings = [c for c in (config, defaults) if c is not None]
     counted = options.get("max_new_tokens") or any(c.max_new_tokens for c in settings)  # overrides max_length
     for name in ("min_length",) if counted else ("max_length", "min_length"):
         if options.get(name):
