@@ -96,7 +96,7 @@ class _Text:
                 if self.ended or len(self.text) - self.at > LONGEST:
                     raise
             else:
-                if end < len(self.text) or self.ended:  # a number may go on
+                if self.ended or self.text[end : end + 1] not in ("", *".eE"):  # a number may go on
                     self.take(end - self.at)
                     return value
             self._more()

@@ -7,6 +7,7 @@ what is learned does not depend on how many processes and workers share the work
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
@@ -42,25 +43,13 @@ class EpisodeStream(IterableDataset):
     def __iter__(self) -> Iterator[Episode | None]:
         worker = get_worker_info()
         own, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        for number, block in enumerate(self._blocks()):
-            if number % workers == own:
-                yield from [None] * len(block) if number < self.skip else block
-
-    def _blocks(self) -> Iterator[list[Episode]]:
         order = torch.Generator().manual_seed(self.seed)
-        held: list[Episode] = []
-        window = self.block * (WINDOW if self.group_by_length else 1)
-        for episode in self.episodes:
-            held.append(episode)
-            if len(held) == window:
-                yield from self._cut(held, order)
-                held = []
-        yield from self._cut(held, order)
-
-    def _cut(self, held: list[Episode], order: torch.Generator) -> Iterator[list[Episode]]:
-        if not self.group_by_length:
-            yield from [held] if held else []
-            return
-        held.sort(key=lambda episode: episode.length)
-        blocks = [held[start : start + self.block] for start in range(0, len(held), self.block)]
-        yield from (blocks[place] for place in torch.randperm(len(blocks), generator=order).tolist())
+        episodes, number = iter(self.episodes), 0
+        while held := list(islice(episodes, self.block * (WINDOW if self.group_by_length else 1))):
+            if self.group_by_length and number + WINDOW > self.skip:  # of those that are skipped none is looked at
+                held.sort(key=lambda episode: episode.length)
+            blocks = [held[start : start + self.block] for start in range(0, len(held), self.block)]
+            for place in torch.randperm(len(blocks), generator=order).tolist():
+                if number % workers == own:
+                    yield from [None] * len(blocks[place]) if number < self.skip else blocks[place]
+                number += 1
