@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -102,7 +102,7 @@ def shown(what: str, unit: str, total: int | None = None, disable: bool = False)
         disable: show nothing, as on other processes than the main one.
     """
     if disable:
-        yield lambda count, note="": None
+        yield _nothing
     elif not has_bars():
         lines = PlainLines(what, unit, total)
         yield lines.advance
@@ -122,9 +122,13 @@ def shown(what: str, unit: str, total: int | None = None, disable: bool = False)
             bar.stop()
 
 
+def _nothing(count: int, note: str) -> None:
+    """Show nothing."""
+
+
 def tracked(items: Iterable[Item], what: str, unit: str, total: int | None = None) -> Iterator[Item]:
     """The same items, with their progress shown."""
-    total = len(items) if total is None and hasattr(items, "__len__") else total
+    total = len(items) if total is None and isinstance(items, Sized) else total
     with shown(what, unit, total) as told:
         for item in items:
             yield item
