@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from modeling_aim.cli import app
 from modeling_aim.projector_aim import PROJECTOR_WEIGHTS
+from modeling_aim.speed.estimate import Compute, Estimate, activation_bytes, announce
 from modeling_aim.training import AimTrainer, Mixture, ShotLaw, TrainSettings, train
-from modeling_aim.training.estimate import Compute, Estimate, activation_bytes
 from modeling_aim.training.pace import LogLines, Pace, StepTimes
 from modeling_aim.training.targets import logits_kept
 
@@ -105,7 +105,7 @@ def test_a_dry_run_shows_all_of_it_and_writes_nothing(settings: TrainSettings, l
 def test_a_run_begins_with_it_and_its_logs_have_the_pace(
     settings: TrainSettings, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = train(replace(settings, held_out=0.4, save_every=3))
+    run = train(replace(settings, held_out=0.4, save_every=3), announce)
     said = capsys.readouterr().err.splitlines()
     assert [line for line in said if line.startswith("Projector: ")] and "Measured: " in "\n".join(said)
     rows = [row for row in run.state.log_history if "loss" in row]

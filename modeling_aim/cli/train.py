@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from ..speed.estimate import announce
 from ..training import TrainSettings
 from ..training import train as run
 from .options import command
@@ -19,7 +20,7 @@ def train(settings: TrainSettings) -> None:
     Several processes: `torchrun --nproc_per_node 8 -m modeling_aim train ...`, or `accelerate launch` with a
     configuration of DDP, FSDP or DeepSpeed.
     """
-    trainer = run(settings)
+    trainer = run(settings, announce)
     if settings.dry_run:
         wide_console().print("Nothing was written (--dry-run).")
     elif trainer.args.should_save:

@@ -8,7 +8,7 @@ import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -30,7 +30,6 @@ from ..publishing import publish
 from ..runs import PRECISIONS, RunRecord
 from .checkpoints import last_checkpoint, stored_scale
 from .episodes import Episode, Mixture, ShotLaw
-from .estimate import announce
 from .kept_states import KeptStates
 from .optimizer import OPTIMIZERS, usual_rate
 from .pace import MEASURED, WARM_UP, LogLines
@@ -47,6 +46,7 @@ CHANGEABLE = {
     "output", "overwrite", "push_to_hub", "save_every", "log_every", "memory", "keep_states", "disk", "device_map",
     "dry_run",
 }  # fmt: skip
+Announce = Callable[[AimTrainer, "TrainSettings", Iterable[Episode]], None]
 RECORD = RunRecord("aim train", RUN_FILE, frozenset(CHANGEABLE))
 
 
@@ -189,11 +189,13 @@ class Held(Dataset):
         return self.episodes[place]
 
 
-def train(settings: TrainSettings) -> AimTrainer:
+def train(settings: TrainSettings, announce: Announce | None = None) -> AimTrainer:
     """Train a projector; goes on where a run with the same settings was interrupted.
 
     Args:
         settings: all of the run.
+        announce: is called on the main process before training with trainer, settings and the stream of episodes;
+            `modeling_aim.speed.estimate.announce` writes what the run will take.
 
     Returns:
         The trainer, after `settings.output` was written: projector, processor, code, and a model card with data,
@@ -215,32 +217,40 @@ def train(settings: TrainSettings) -> AimTrainer:
     _check_processes(arguments)
     RECORD.earlier(settings)  # before a folder is made
     if settings.dry_run:
-        return _dry_run(settings, mixture)
+        return _dry_run(settings, mixture, announce)
     with only_one(settings.output, "aim train") if PartialState().is_main_process else nullcontext():
-        return _train(settings, arguments, mixture, held)
+        return _train(settings, arguments, mixture, held, announce)
 
 
-def _dry_run(settings: TrainSettings, mixture: Mixture) -> AimTrainer:
+def _dry_run(settings: TrainSettings, mixture: Mixture, announce: Announce | None) -> AimTrainer:
     """Write what the run will take, and measure some steps of it in a folder that is removed."""
     model = _model(settings)
     with tempfile.TemporaryDirectory() as folder:
         steps = min(WARM_UP + MEASURED, settings.steps)
         own = {**settings.arguments, "save_strategy": "no", "report_to": "none"}
         short = replace(settings, output=folder, steps=steps, arguments=own, log_every=steps + 1)
-        trainer = _trainer(model, short, _arguments(short, False), mixture, None, planned=settings)
+        trainer = _trainer(model, short, _arguments(short, False), mixture, None)
+        if announce is not None and PartialState().is_main_process:
+            announce(trainer, settings, mixture)
         trainer.train()
     return trainer
 
 
 def _train(
-    settings: TrainSettings, arguments: TrainingArguments, mixture: Mixture, held: Mixture | None
+    settings: TrainSettings,
+    arguments: TrainingArguments,
+    mixture: Mixture,
+    held: Mixture | None,
+    announce: Announce | None,
 ) -> AimTrainer:
     """The run, after all that can be checked without a model."""
     last = claim(settings)
     model = _model(settings)
+    trainer = _trainer(model, settings, arguments, mixture, held)
     if last is None:
         _begin(settings)
-    trainer = _trainer(model, settings, arguments, mixture, held)
+    if announce is not None and PartialState().is_main_process:
+        announce(trainer, settings, mixture)
     if last is None:
         trainer.calibrate()
     elif (scale := stored_scale(last)) is not None:
@@ -258,21 +268,15 @@ def _train(
 
 
 def _trainer(
-    model: Any,
-    settings: TrainSettings,
-    arguments: TrainingArguments,
-    mixture: Mixture,
-    held: Mixture | None,
-    planned: TrainSettings | None = None,
+    model: Any, settings: TrainSettings, arguments: TrainingArguments, mixture: Mixture, held: Mixture | None
 ) -> AimTrainer:
-    """The trainer of a run; what the run will take is written on the main process.
+    """The trainer of a run.
 
     Args:
         model: the plug-in.
-        settings: of this run.
+        settings: of the run.
         arguments: of `Trainer`.
         mixture, held: trained on, and held out.
-        planned: the run whose estimate is shown, where this one is a part of it.
     """
     if settings.learning_rate is None and "learning_rate" not in settings.arguments:
         arguments.learning_rate = usual_rate(settings.optimizer, model.projector.parameters())
@@ -294,8 +298,6 @@ def _trainer(
     if arguments.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(LogLines())
-    if PartialState().is_main_process:
-        announce(trainer, planned or settings, iter(mixture))
     return trainer
 
 

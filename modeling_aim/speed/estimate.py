@@ -12,10 +12,10 @@ import torch
 
 from ..image_settings import tokens_line
 from ..progress import duration, write_line
-from ..speed.counting import Twin
-from ..speed.shapes import free_memory, picture_with
-from .pace import StepTimes
-from .targets import logits_kept
+from ..training.pace import StepTimes
+from ..training.targets import logits_kept
+from .counting import Twin
+from .shapes import free_memory, picture_with
 
 GIB = 2**30
 ADAM_BYTES, MUON_BYTES = 8, 4  # of optimizer state for a weight
