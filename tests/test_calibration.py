@@ -13,7 +13,7 @@ from test_training import trainer
 
 from modeling_aim import AimConfig, AimForConditionalGeneration
 from modeling_aim.configuration_aim import PROJECTOR_FORMS
-from modeling_aim.projector_aim import PROJECTOR_WEIGHTS, SCALE_KEY, AimProjector
+from modeling_aim.projector_aim import PROJECTOR_WEIGHTS, SCALE_KEY, AimProjector, load_projector
 
 WIDTH = 512
 OUTLIERS = torch.tensor([10.0, 13.0, 16.0, 19.0, 22.0, 25.0]) * 0.6745  # of the median size of the others
@@ -122,7 +122,7 @@ def test_weights_without_a_calibration_load_as_they_were(tmp_path: Path) -> None
     trainer(loaded, tmp_path / "run", max_steps=1).train()  # trained without, it goes on without
     assert getattr(loaded.projector, SCALE_KEY) is None
     loaded.projector.calibrate(torch.randn(20, 2 * model.config.hidden_size))
-    loaded._load_projector(str(tmp_path / PROJECTOR_WEIGHTS), str(tmp_path))
+    load_projector(loaded.projector, loaded.config, str(tmp_path / PROJECTOR_WEIGHTS), str(tmp_path))
     assert getattr(loaded.projector, SCALE_KEY) is None
 
 
