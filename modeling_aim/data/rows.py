@@ -32,7 +32,7 @@ logger = logging.get_logger(__name__)
 
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.zip")
 METADATA = ("metadata.jsonl", "metadata.csv")
-# Names that published data sets use. A webdataset's members are columns by the ends of their names.
+# Names that published datasets use. A webdataset's members are columns by the ends of their names.
 COLUMNS = {
     "image": ("image", "images", "img", *(suffix[1:] for suffix in sorted(IMAGE_SUFFIXES)), "image_path", "file_name"),
     "text": ("text", "caption", "txt", "captions", "sentence"),
@@ -128,7 +128,7 @@ def open_dataset(path: str, split: str, config: str | None) -> tuple[Any, Path]:
 
 def dataset_rows(data: Any, rng: random.Random) -> Iterator[dict[str, Any]]:
     """Rows of a streamed dataset, shard by shard in random order."""
-    # Not by the data set's own `shuffle`, which from datasets 5 on reads shards in threads and sleeps after each pass.
+    # Not by the dataset's own `shuffle`, which from datasets 5 on reads shards in threads and sleeps after each pass.
     for index in rng.sample(range(data.num_shards), data.num_shards):
         yield from data.shard(num_shards=data.num_shards, index=index)
 
