@@ -19,7 +19,14 @@ from typing import Any
 
 from transformers.utils import logging
 
+from .images import Stretch
 from .pairs import IMAGE_SUFFIXES, Pair, located
+from .pairs import NO_IMAGE as NO_IMAGE
+
+try:
+    import orjson
+except ImportError:  # of the extra `train`
+    orjson = None  # type: ignore[assignment]
 
 logger = logging.get_logger(__name__)
 
@@ -33,7 +40,7 @@ COLUMNS = {
     "question": ("question",),
     "answer": ("answer", "answers"),
 }
-NO_IMAGE, NO_TEXT = "unreadable or missing image", "no text"
+NO_TEXT = "no text"
 
 
 def find_files(path: str, suffixes: tuple[str, ...], missing_ok: bool = False) -> list[Path]:
@@ -46,7 +53,7 @@ def find_files(path: str, suffixes: tuple[str, ...], missing_ok: bool = False) -
     if place.is_file():
         return [place]
     if place.is_dir():
-        found = [file for file in _walk(place) if file.name.lower().endswith(suffixes)]
+        found = [file for file in files_of(place) if file.name.lower().endswith(suffixes)]
         if not found and not missing_ok:
             raise FileNotFoundError(f"{path} holds no file that ends in one of {suffixes}. Check the folder.")
         return found
@@ -56,24 +63,9 @@ def find_files(path: str, suffixes: tuple[str, ...], missing_ok: bool = False) -
     return found
 
 
-def _walk(folder: Path) -> list[Path]:
+def files_of(folder: Path) -> list[Path]:
+    """All files under a folder by name, hidden ones left out."""
     return sorted(file for file in folder.rglob("*") if not file.name.startswith(".") and file.is_file())
-
-
-def data_files(folder: Path) -> list[Path]:
-    """The files in a folder that hold its pairs, by the kind of folder it is."""
-    files = _walk(folder)
-    for ends in (*((name,) for name in METADATA), (".parquet",), (".tar",), LINES):
-        found = [file for file in files if file.name.lower().endswith(ends)]
-        if found:
-            return found
-    found = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and file.parent != folder]
-    if not found:
-        raise ValueError(
-            f"{folder} holds no pairs: expected metadata.jsonl or metadata.csv beside images, .parquet, .tar or "
-            ".jsonl files, what datasets' save_to_disk wrote, or a folder of images for each label."
-        )
-    return found
 
 
 def existing(path: str) -> Path:
@@ -171,14 +163,21 @@ def json_rows(path: Path, skipped: Counter[str]) -> Iterator[dict[str, Any]]:
     for line in _lines(path, skipped):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
+        row = _json(line)
         if isinstance(row, dict):
             yield row
         else:
             skipped["line that is no JSON object"] += 1
+
+
+def _json(line: bytes) -> Any:
+    """A JSON value, by the faster parser where that takes it (no NaN, no lone surrogate); `None` where none is."""
+    for loads in (json.loads,) if orjson is None else (orjson.loads, json.loads):
+        try:
+            return loads(line)
+        except (ValueError, RecursionError):
+            continue
+    return None
 
 
 def csv_rows(path: Path, skipped: Counter[str]) -> Iterator[dict[str, Any]]:
@@ -194,27 +193,60 @@ def csv_rows(path: Path, skipped: Counter[str]) -> Iterator[dict[str, Any]]:
 def tar_rows(path: Path, skipped: Counter[str]) -> Iterator[dict[str, Any]]:
     """Samples of a webdataset shard: members whose names agree up to the first dot, by what comes after it.
 
-    The image is there as `image` too, and of a `.json` member each key.
+    The image is there as `image` too, and of a `.json` member each key. Images of a tar that is not compressed are
+    not read.
     """
     row: dict[str, Any] = {}
     sample = None
     try:
-        with tarfile.open(path, "r|*") as tar:
+        tar, seekable = _open_tar(path)
+        with tar:
             for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # it would keep all of them
                 folder, name = os.path.split(member.name)
                 stem, _, end = name.partition(".")
                 if sample != (folder, stem) and row:
                     yield row
                     row = {}
-                file = tar.extractfile(member)  # None: a folder or a link
                 sample = (folder, stem)
-                if file is not None:
+                file = tar.extractfile(member) if member.isreg() else None
+                if file is not None and seekable and f".{end.lower()}" in IMAGE_SUFFIXES:
+                    row[end.lower()] = row["image"] = Stretch(path, member.offset_data, member.size)
+                elif file is not None:
                     _add_member(row, end.lower(), file.read(), skipped)
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         _damaged(path, error, skipped)
         return
     if row:
         yield row
+
+
+def _open_tar(path: Path) -> tuple[tarfile.TarFile, bool]:
+    """A tar, and whether what is in it has a place of its own in the file: not where it is compressed."""
+    try:
+        return tarfile.open(path, "r:"), True
+    except tarfile.ReadError:
+        return tarfile.open(path, "r|*"), False
+
+
+def json_members(path: Path, skipped: Counter[str]) -> Iterator[tuple[dict[str, Any], int, int]]:
+    """The JSON members of a tar that is not compressed: what each holds, and where its bytes begin and how many."""
+    try:
+        with tarfile.open(path, "r|") as tar:
+            for member in tar:
+                file = tar.extractfile(member) if member.name.lower().endswith(".json") else None
+                if file is None:
+                    continue
+                try:
+                    fields = json.loads(file.read())
+                except (ValueError, RecursionError):
+                    fields = None
+                if isinstance(fields, dict):
+                    yield fields, member.offset_data, member.size
+                else:
+                    skipped["member that is no JSON object"] += 1
+    except (OSError, EOFError, tarfile.TarError) as error:
+        _damaged(path, error, skipped)
 
 
 def _add_member(row: dict[str, Any], end: str, content: bytes, skipped: Counter[str]) -> None:

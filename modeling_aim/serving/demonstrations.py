@@ -14,8 +14,8 @@ from jinja2 import TemplateError
 from ..backbone_aim import longest_prompt
 from ..cache_aim import LRUCache
 from ..demonstrations_aim import Demonstration, FusedDemonstrations, concatenated
+from ..encoding_aim import raw_few_shot_chat
 from ..images_aim import open_image
-from ..processing_aim import raw_few_shot_chat
 from .requests import ChatRequest, Refused
 
 if TYPE_CHECKING:

@@ -172,6 +172,16 @@ class HatefulMemes(SplitTask):
         super().__init__(path, name=name or "Hateful Memes", split=split, **settings)
         roc_auc([], [])  # so that a missing library is known now, not after hours
 
+    def table(self, path: str, split: str, config: str | None, images: str | None) -> Table:
+        place = Path(path).expanduser()
+        published = sorted(one.stem for one in place.glob("*.jsonl"))
+        if published and split not in published:
+            raise MissingSplit(
+                f"{place} holds the splits {', '.join(published)}, but not {split!r}. Say which is asked: "
+                f"hateful_memes:{path},split={'dev_seen' if 'dev_seen' in published else published[0]}"
+            )
+        return super().table(path, split, config, images)
+
     def check(self, table: Table) -> None:
         table.need("text", "label")
         table.first_of("image", "img")
