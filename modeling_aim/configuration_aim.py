@@ -36,6 +36,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_aim.AimConfig",
     "AutoModel": "modeling_aim.AimForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_aim.AimForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_aim.AimForConditionalGeneration",
 }
 
 
@@ -52,6 +53,7 @@ def check_versions() -> None:
 check_versions()  # before names that old releases lack are imported
 
 from transformers import AutoConfig, PreTrainedConfig  # noqa: E402
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES  # noqa: E402
 
 
 def by_part(asked: Any) -> Any:
@@ -335,3 +337,8 @@ class AimConfig(PreTrainedConfig):
         if self.backbone_config is None:
             return self
         return self.backbone_config.get_text_config(*args, **kwargs)
+
+
+# `transformers serve` and the any-to-any pipeline look here for what a model type takes and how it is loaded; no list
+# of transformers that is made from it has configurations of other packages in it.
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault(AimConfig.model_type, "AimForConditionalGeneration")

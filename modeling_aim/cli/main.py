@@ -23,6 +23,7 @@ COMMANDS = {
     "publish": ("publish", "Publish a repository on the Hub, after loading it as others will."),
     "bench": ("bench", "Count and measure what few-shot answers cost on a backbone."),
     "serve": ("serve", "Serve OpenAI chat completions that take demonstrations."),
+    "export-chat": ("export_chat", "Write demonstrations and a chat template, for vLLM."),
     "export-prompt-embeds": ("export", "Write the assembled prompt as embeddings, for vLLM."),
 }
 
