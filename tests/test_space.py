@@ -34,8 +34,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 SECONDS = 60  # most for a step, on a busy machine
 EXAMPLES = {"Two names, 4 images": "finap", "Five names, 10 images": "kuko", "Two names, 16 images": "boflo"}
 
-if CHROMIUM is None:
-    pytest.skip("there is no Chromium here: apt-get install chromium", allow_module_level=True)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here: apt-get install chromium")
 
 
 @pytest.fixture(scope="module")
