@@ -62,8 +62,10 @@ $(VENV)-lowest/.installed: pyproject.toml
 		"transformers==5.5.0" "torch==2.10.0"
 	touch $@
 
-$(VENV)-space/.installed: pyproject.toml
+$(VENV)-space/.installed: $(VENV)/.installed-demo  # over the packages of that one: Gradio wants an older Pillow
 	$(PYTHON) -m venv $(VENV)-space
+	$(BIN)/python -c "import sysconfig as s; print(s.get_path('purelib'), s.get_path('platlib'), sep='\n')" > \
+		"$$($(VENV)-space/bin/python -c "import sysconfig as s; print(s.get_path('purelib'))")/over.pth"
 	$(VENV)-space/bin/python -m pip install --quiet --disable-pip-version-check -e ".[space]"
 	touch $@
 

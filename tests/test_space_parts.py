@@ -73,6 +73,13 @@ def test_only_hub_ids_are_loaded(name: str, monkeypatch: pytest.MonkeyPatch) -> 
         answers.loaded(Backbone(name))
 
 
+def test_the_owner_of_a_space_limits_what_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIM_BACKBONES", "me/one me/two")
+    with pytest.raises(ValueError, match=r"^This Space loads aim-tiny, me/one, me/two, not me/three\.$"):
+        answers.loaded(Backbone("me/three"))
+    assert answers.description(Backbone()).startswith("aim-tiny")
+
+
 def test_the_file_name_is_the_label_where_none_is_given(tmp_path: Path) -> None:
     names = {"dax-1.png": "dax", "a_red_wug (12).png": "a red wug", "gacre.png": "gacre", "IMG_0017.png": "IMG"}
     for file in names:
