@@ -1,6 +1,6 @@
 """Which backbones AIM works with, for every class that AutoModelForImageTextToText maps; writes docs/BACKBONES.md.
 
-    python docs/survey_backbones.py                    # all of them, some minutes
+    python docs/survey_backbones.py                    # all of them, five minutes of one core
     python docs/survey_backbones.py internvl kosmos-2  # some, printed only
 
 A model type "works" when a tiny random model of its real class, with its real processor, has passed the properties
@@ -12,14 +12,21 @@ construction".
 
 from __future__ import annotations
 
+import argparse
 import copy
 import logging
+import multiprocessing
+import os
 import re
 import sys
+import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -27,9 +34,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as NAMES
 
 from modeling_aim import AimForConditionalGeneration, FusedDemonstrations
-from modeling_aim.backbone_aim import check_depth, decoder_layers, read_hidden_states, why_not
+from modeling_aim.backbone_aim import check_depth, decoder_layers, why_not
 from modeling_aim.checks import PROPERTIES, run_checks
 from modeling_aim.checks.run import without_training
+from modeling_aim.reading_aim import read_hidden_states
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -55,79 +63,119 @@ SMALL = {
     "n_group": 1,
     "topk_group": 1,
 }
+STATUS = {
+    "works": "a tiny random model of the real class, with its processor, was tried on the properties of `aim check`",
+    "answers text": "a small random model reads words and answers with fused tokens; images were not tried",
+    "by construction": "the class has what AIM needs; nothing was run",
+    "not known": "transformers cannot build it here",
+    "cannot": "for the reason given",
+}
 WHY = {  # what the backbone itself, without AIM, does otherwise; tried on it alone
-    "blip-2": "the model takes no prompt without an image",
+    "blip-2": "it takes no prompt without an image",
     "emu3": "images of a batch are padded to one size, and padding changes the tokens they become",
     "fuyu": "its processor takes one image a prompt",
-    "gemma3n": "its decoder layers hand on several streams of states, of which no inner layer is read",
+    "gemma3n": "its decoder layers hand on several streams of states, of which no inner layer is read; AIM needs a "
+    'trained projector at the input (`preset="paper"`)',
     "minimax_m3_vl": "padding moves its blocks of keys: once there are more than it chooses, a row of a padded batch "
     "differs from the row alone",
     "perception_lm": "its processor takes no images with different numbers of tiles at once",
 }
-UNTRAINED = {  # why not, in the words of a reader of the table
-    "gemma3n": "several streams of states between its layers; with a trained projector at the input, as in the paper",
-}
 LENGTH, FUSED = 9, 4  # of the words of the prompt, and of the fused tokens before them
 
 
-def survey(model_type: str) -> tuple[str, str, str]:
-    """How far AIM goes with a model type, whether it does so without training, and a remark."""
-    if model_type in families.FAMILIES:
-        try:
-            return run_properties(model_type)
-        except ImportError as error:
-            return "not known", "not known", f"it needs the package {missing_package(error)}, not installed here"
+@dataclass
+class Row:
+    """What is known of a model type.
+
+    Args:
+        model_type: of transformers.
+        status: a key of `STATUS`.
+        untrained: whether it answers without training: `"yes"`, `"no"`, or `"not known"`.
+        remark: what else is to be said, or why.
+        tried: how many properties apply to it.
+        failed: what went wrong, by the name of the property that does not hold.
+        seconds: how long it took.
+    """
+
+    model_type: str
+    status: str
+    untrained: str
+    remark: str = ""
+    tried: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def line(self) -> str:
+        """The row as it is printed meanwhile."""
+        held = f"{self.tried - len(self.failed)} of {self.tried} properties; " if self.tried else ""
+        failed = "".join(f"\n    not {name}: {problem}" for name, problem in self.failed.items())
+        text = f"{self.model_type}: {self.status}; without training: {self.untrained}; {held}{self.remark}"
+        return f"{text.rstrip(' ;')} ({self.seconds:.1f} s){failed}"
+
+
+def survey(model_type: str) -> Row:
+    """How far AIM goes with a model type, and whether it does so without training."""
+    start = time.perf_counter()
+    try:
+        row = run_properties(model_type) if model_type in families.FAMILIES else run_small(model_type)
+    except ImportError as error:
+        row = Row(model_type, "not known", "not known", f"it needs the package {missing_package(error)}")
+    row.seconds = time.perf_counter() - start
+    return row
+
+
+def run_properties(model_type: str) -> Row:
+    """The properties of `aim check` on a tiny model of its real class with its real processor."""
+    backbone = build(model_type)
+    names = {tried.sentence: name for name, tried in PROPERTIES.items()}
+    results = dict(run_checks(without_training(backbone.model, backbone.processor, {})))
+    failed = {names[sentence]: problem for sentence, problem in results.items() if problem is not None}
+    if len(failed) == len(results):
+        return Row(model_type, "cannot", "no", next(iter(failed.values())))
+    untrained = "no" if "without_training" in failed else "yes"
+    return Row(model_type, "works", untrained, WHY.get(model_type, ""), len(results), failed)
+
+
+def run_small(model_type: str) -> Row:
+    """What the class is by its default configuration, and what a small model of it answers to words."""
     try:
         config = CONFIG_MAPPING[model_type]()
         with torch.device("meta"):
             model = model_class(config)._from_config(config)
         reason = why_not(model)
-        if reason is not None:
-            return "cannot", "no", reason
+    except ImportError:
+        raise
     except Exception as error:
-        package = missing_package(error)
-        if package is not None:
-            return "not known", "not known", f"it needs the package {package}, not installed here"
-        return "not known", "not known", f"its default configuration does not build: {in_short(error)}"
+        return Row(
+            model_type, "not known", "not known", f"its default configuration does not build: {in_short(error)}"
+        )
+    if reason is not None:
+        return Row(model_type, "cannot", "no", reason)
     try:
         check_depth(model)
-        depth, layers = "by construction", f"{len(decoder_layers(model))} decoder layers"
-    except ValueError as error:
-        depth, layers = f"no: {in_short(error)}", "no decoder layers that can be told apart"
+        untrained, layers = "not known", f"{len(decoder_layers(model))} decoder layers"
+    except ValueError:
+        untrained, layers = "no", "no decoder layers that can be told apart"
     try:
-        return "answers text", answer_text(model_type), "no processor was tried"
+        reason = answer_text(model_type)
+        return Row(model_type, "answers text", "no" if reason else "yes", reason or "")
     except NotAnswered as error:
-        return "cannot", "no", str(error)
+        return Row(model_type, "cannot", "no", str(error))
     except Exception as error:
         package = missing_package(error)
-        if package is not None:
-            return "by construction", depth, f"{layers}; to run, it needs the package {package}, not installed here"
-        return "by construction", depth, f"{layers}; not run, as no small model was made: {in_short(error)}"
-
-
-def run_properties(model_type: str) -> tuple[str, str, str]:
-    """The properties of `aim check` on a tiny model of its real class with its real processor."""
-    backbone = build(model_type)
-    results = dict(run_checks(without_training(backbone.model, backbone.processor, {})))
-    problem = results[PROPERTIES["without_training"].sentence]
-    untrained = "yes" if problem is None else f"no: {problem}"
-    if model_type in UNTRAINED:
-        untrained = f"no: {UNTRAINED[model_type]}"
-    failed = [f"{statement} ({problem})" for statement, problem in results.items() if problem is not None]
-    said = PROPERTIES["without_training"].sentence  # it has a column of its own
-    remark = f"{len(results) - len(failed)} of {len(results)} properties"
-    if len(failed) == len(results):
-        return "cannot", "no", failed[0]
-    remark += "".join(f"; not: {text}" for text in failed if not text.startswith(said))
-    return "works", untrained, remark + (f"; the backbone itself: {WHY[model_type]}" if model_type in WHY else "")
+        reason = (
+            f"no small model was made: {in_short(error)}" if package is None else f"it needs the package {package}"
+        )
+        return Row(model_type, "by construction", untrained, f"{layers}; not run, as {reason}")
 
 
 class NotAnswered(Exception):
     """A small model was made, and it does not answer with fused tokens; why."""
 
 
-def answer_text(model_type: str) -> str:
-    """A small random model reads and answers words, without images; whether it does so without training.
+def answer_text(model_type: str) -> str | None:
+    """Why a small random model does not answer words without training, images aside; `None` where it does.
 
     Raises:
         NotAnswered: it does neither with states put back at depth nor with fused tokens at the input.
@@ -142,14 +190,14 @@ def answer_text(model_type: str) -> str:
     backbone.generate(**inputs, do_sample=False, max_new_tokens=3)  # what fails here has nothing to do with AIM
     try:
         answer_words(AimForConditionalGeneration.from_backbone(backbone), inputs)
-        return "yes, with words; images were not tried"
+        return None
     except Exception as error:
         reason = in_short(error)
     try:
         answer_words(AimForConditionalGeneration.from_backbone(backbone, preset="paper"), inputs)
     except Exception as error:
         raise NotAnswered(in_short(error)) from error
-    return f"no: {reason}"
+    return reason
 
 
 def answer_words(model: AimForConditionalGeneration, inputs: dict[str, torch.Tensor]) -> None:
@@ -210,49 +258,121 @@ def missing_package(error: Exception) -> str | None:
 def in_short(error: Exception) -> str:
     """The first sentence of an error, on one line."""
     words = " ".join(str(error).split()).split(". ")[0]
-    return f"{type(error).__name__}: {words}"[:160].replace("|", "\\|")
+    return f"{type(error).__name__}: {words}"[:200]
 
 
-def main(chosen: list[str]) -> None:
-    """Survey the model types `chosen`, or all and write the table."""
+def prepare() -> None:
+    """Make a process quiet, and tell it the tiny models."""
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     logging.getLogger("modeling_aim").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     for some in (more_families, popular_families, further_families, timm_families):
         families.FAMILIES.update(some.BUILDERS)
     families.FAMILIES.update(families.MORE_FAMILIES)
-    rows = []
-    for model_type in chosen or NAMES:
-        status, untrained, remark = survey(model_type)
-        rows.append((status, model_type, untrained.replace("|", "\\|"), remark))
-        print(f"{model_type}: {status}; without training: {untrained}; {remark}", flush=True)
-    if not chosen:
-        write_table(rows)
 
 
-def write_table(rows: list[tuple[str, str, str, str]]) -> None:
-    """Write docs/BACKBONES.md from status, model type, what holds without training and remark of each."""
-    order = ["works", "answers text", "by construction", "not known", "cannot"]
-    rows = sorted(rows, key=lambda row: (order.index(row[0]), row[1]))
-    lines = [f"| `{name}` | {status} | {untrained} | {remark} |" for status, name, untrained, remark in rows]
-    counts = ", ".join(f"{sum(row[0] == status for row in rows)} {status}" for status in order)
-    (ROOT / "docs" / "BACKBONES.md").write_text(
-        "# Which backbones AIM works with\n\n"
-        f"All that AutoModelForImageTextToText maps in transformers {transformers.__version__}: {counts}. "
-        "Made by `python docs/survey_backbones.py`; your own backbone is tried by `aim check BACKBONE`.\n\n"
-        "| | |\n|---|---|\n"
-        "| works | a tiny random model of the real class, with its processor, has the properties of `aim check` |\n"
-        "| answers text | a small random model reads words and answers with fused tokens; images were not tried |\n"
-        "| by construction | the class has what AIM needs; nothing was run |\n"
-        "| not known | transformers cannot build it from its default configuration |\n"
-        "| cannot | for the reason given |\n\n"
-        "**Without training**: states put back at the depth where they were read change the answer, and so do their "
-        "images. *By construction* there: the decoder has a stack of layers; nothing was run.\n\n"
-        "| model type | AIM | without training | remark |\n|---|---|---|---|\n" + "\n".join(lines) + "\n",
-        encoding="utf-8",
-    )
+def main() -> None:
+    """Survey the model types that are given, or all and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model_types", nargs="*")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, one a core by default")
+    args = parser.parse_args()
+    unknown = sorted(set(args.model_types) - set(NAMES))
+    if unknown:
+        parser.error(f"AutoModelForImageTextToText has no model type {', '.join(unknown)}")
+    chosen, rows = args.model_types or list(NAMES), []
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(args.workers, len(chosen)), spawn, initializer=prepare) as pool:
+        for row in pool.map(survey, chosen):
+            rows.append(row)
+            print(row.line, flush=True)
+    if not args.model_types:
+        (ROOT / "docs" / "BACKBONES.md").write_text(page(rows), encoding="utf-8")
+
+
+def page(rows: list[Row]) -> str:
+    """The page docs/BACKBONES.md."""
+    rows = sorted(rows, key=lambda row: row.model_type)
+    of = {status: [row for row in rows if row.status == status] for status in STATUS}
+    links = [f"[{status}](#{status.replace(' ', '-')})" for status in STATUS]
+    counts = zip(links, of.values(), STATUS.values(), strict=True)
+    lines = [
+        "# Which backbones AIM works with",
+        "",
+        f"The {len(rows)} model types of AutoModelForImageTextToText in transformers {transformers.__version__}, "
+        "tried by `python docs/survey_backbones.py`. `aim check BACKBONE` tries yours.",
+        "",
+        "| | model types | |",
+        "|---|---|---|",
+        *(f"| {link} | {len(some)} | {meaning} |" for link, some, meaning in counts),
+        "",
+        '**Without training** (`preset="untrained"`, the default): states put back at the depth where they were read '
+        "change the answer, and so do the images of the demonstrations.",
+        "",
+        *works(of["works"]),
+        *answers_text(of["answers text"]),
+    ]
+    for status in ("by construction", "not known"):
+        lines += [f"## {status.capitalize()}", "", "| model type | remark |", "|---|---|"]
+        lines += [*(f"| `{row.model_type}` | {cell(row.remark)} |" for row in of[status]), ""]
+    reasons = dict.fromkeys(row.remark for row in of["cannot"])
+    same = ([row for row in of["cannot"] if row.remark == reason] for reason in reasons)
+    lines += ["## Cannot", "", *(f"- {listed(some)}: {reason}" for some, reason in zip(same, reasons, strict=True))]
+    return "\n".join(lines) + "\n"
+
+
+def works(rows: list[Row]) -> list[str]:
+    """The section of the model types that work."""
+    failed = [name for name in PROPERTIES if any(name in row.failed for row in rows)]
+    table = [
+        f"| `{row.model_type}` | {row.untrained} | {row.tried - len(row.failed)} of {row.tried} | {limits(row)} |"
+        for row in rows
+    ]
+    return [
+        "## Works",
+        "",
+        "| model type | without training | properties | what does not hold |",
+        "|---|---|---|---|",
+        *table,
+        "",
+        "Where the backbone itself, without AIM, does not do what a property is about, the property is not counted. "
+        "Those named above:",
+        "",
+        *(f"- `{name}`: {PROPERTIES[name].sentence}" for name in failed),
+        "",
+    ]
+
+
+def answers_text(rows: list[Row]) -> list[str]:
+    """The section of the model types that answer text."""
+    untrained = [row for row in rows if row.untrained == "yes"]
+    others = [
+        f"Only with a trained projector at the input, `{row.model_type}`: {row.remark}"
+        for row in rows
+        if row not in untrained
+    ]
+    return ["## Answers text", "", f"Without training, with words: {listed(untrained)}.", "", *others, ""]
+
+
+def limits(row: Row) -> str:
+    """What does not hold on a model type that works, for a cell of a table."""
+    names = ", ".join(f"`{name}`" for name in row.failed)
+    reason = row.remark or "; ".join(dict.fromkeys(row.failed.values()))
+    return f"{names}: {cell(reason)}" if names else cell(reason)
+
+
+def listed(rows: list[Row]) -> str:
+    """The model types of rows, in a sentence."""
+    return ", ".join(f"`{row.model_type}`" for row in rows)
+
+
+def cell(text: str) -> str:
+    """A text that a cell of a table can hold."""
+    return text.replace("|", "\\|")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -36,6 +36,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_aim.AimConfig",
     "AutoModel": "modeling_aim.AimForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_aim.AimForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_aim.AimForConditionalGeneration",
 }
 
 
@@ -52,6 +53,7 @@ def check_versions() -> None:
 check_versions()  # before names that old releases lack are imported
 
 from transformers import AutoConfig, PreTrainedConfig  # noqa: E402
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES  # noqa: E402
 
 
 def by_part(asked: Any) -> Any:
@@ -87,12 +89,35 @@ def preset_settings(
         raise ValueError(f"preset={preset!r}: expected one of {', '.join(PRESETS)}.")
     given = {"read_layers": read_layers, "entry_layers": entry_layers, "projector_form": projector_form}
     given = {name: value for name, value in given.items() if value is not None}
-    return {**PRESETS[preset], **{k: v if isinstance(v, str) else list(v) for k, v in given.items()}}
+    return {**PRESETS[preset], **{k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}}
 
 
-def default_depth(num_layers: int) -> int:
-    """The default depth: after 2 of 5 layers, after 13 of 32 (docs/LOG.md says how it was chosen)."""
-    return max(1, round(DEPTH * num_layers))
+def deepest_entry(text: PreTrainedConfig) -> int:
+    """The deepest place at which states can enter: the last layer, or the last one with keys and values of its own.
+
+    Behind it, layers that use the keys and values of earlier ones (Gemma 4) would not show the states to other words.
+
+    Args:
+        text: the configuration of a text decoder.
+    """
+    return text.num_hidden_layers - 1 - (getattr(text, "num_kv_shared_layers", 0) or 0)
+
+
+def default_depth(text: PreTrainedConfig) -> int:
+    """The default depth: after 2 of 5 layers, after 13 of 32 (docs/LOG.md says how it was chosen).
+
+    It is behind the first layer of cross-attention, before which words have seen no image (Mllama), and not behind
+    the layers whose keys and values later layers use (Gemma 4).
+
+    Args:
+        text: the configuration of a text decoder.
+    """
+    layers, deepest = text.num_hidden_layers, deepest_entry(text)
+    depth = max(round(DEPTH * layers), min(getattr(text, "cross_attention_layers", None) or [-1]) + 1)
+    if deepest < layers - 1:  # of each kind of layers, the last one's keys and values are used
+        last = {kind: number for number, kind in enumerate(text.layer_types[: deepest + 1])}
+        depth = min(depth, *last.values())
+    return max(1, depth)
 
 
 @contextmanager
@@ -232,16 +257,17 @@ class AimConfig(PreTrainedConfig):
             raise ValueError(f"backbone_fingerprint={prints!r:.80}: expected a list of finite numbers, or None.")
         layers = self.num_layers
         if self.read_layers is None and layers is not None:
-            self.read_layers = self._default_layers(layers)
+            self.read_layers = self._default_layers()
         if self.read_layers is not None:
             self._check_layers(layers)
 
-    def _default_layers(self, layers: int) -> list[int]:
+    def _default_layers(self) -> list[int]:
         """The default read layers: one depth, and the input too for a projector at depth."""
         if self.entry_layers not in (None, [0]):
             return list(self.entry_layers)
         both = self.entry_layers is None and self.projector_form in DEPTH_FORMS and self.projector_form != "identity"
-        return [0, default_depth(layers)] if both else [default_depth(layers)]
+        depth = default_depth(self.get_text_config())
+        return [0, depth] if both else [depth]
 
     def _check_layers(self, layers: int | None) -> None:
         """Raise `ValueError` for layers that do not exist, or that states cannot enter."""
@@ -267,12 +293,15 @@ class AimConfig(PreTrainedConfig):
                 f"entry_layers={self.entry_layers} with read_layers={read}: states enter either where they were read "
                 "(entry_layers=None) or, through a projector, at the input embeddings (entry_layers=[0])."
             )
-        outside = [k for k in read if k == -1 or (layers is not None and k >= layers)]
+        deepest = None if layers is None else deepest_entry(self.get_text_config())
+        outside = [k for k in read if k == -1 or (deepest is not None and k > deepest)]
         if outside:
-            limit = f"0..{layers - 1}" if layers else "0, 1, 2, ..."
+            limit = "0, 1, 2, ..." if deepest is None else f"0..{deepest}"
+            last = layers is None or deepest == layers - 1
+            place = "behind the last layer" if last else "behind the last layer that has keys and values of its own"
             raise ValueError(
-                f"read_layers={read}: states can be put back at {limit}, but not at {outside[0]}, behind the last "
-                "layer. Read at a smaller depth, or use entry_layers=[0] with a projector (preset 'paper')."
+                f"read_layers={read}: states can be put back at {limit}, but not at {outside[0]}, {place}. Read at a "
+                "smaller depth, or use entry_layers=[0] with a projector (preset 'paper')."
             )
         if self.projector_form not in DEPTH_FORMS:
             raise ValueError(
@@ -308,3 +337,8 @@ class AimConfig(PreTrainedConfig):
         if self.backbone_config is None:
             return self
         return self.backbone_config.get_text_config(*args, **kwargs)
+
+
+# `transformers serve` and the any-to-any pipeline look here for what a model type takes and how it is loaded; no list
+# of transformers that is made from it has configurations of other packages in it.
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault(AimConfig.model_type, "AimForConditionalGeneration")

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from .backbone_aim import check_depth, longest_prompt, preserved_state
+from .backbone_aim import check_depth, longest_prompt
 from .batching_aim import CPU_POSITIONS, PASS_POSITIONS
 from .choice_aim import DepthChoice, LeftOut, chosen_depth, drawn_demonstrations, raw_tasks
-from .configuration_aim import AimConfig, default_depth
+from .configuration_aim import AimConfig, deepest_entry, default_depth
 from .demonstrations_aim import Demonstration, FusedDemonstrations
 from .injection_aim import FusedPrompt, injected
+from .state_aim import preserved_state
 
 MOST_DEPTHS = 12  # in a deep decoder, evenly spread; plus the default depth and the model's own
 ASKED = ("chat", "plain")
@@ -69,7 +70,8 @@ class DepthMixin:
         candidates = _candidates(self.config, depths)
         if prompts not in ASKED or most < 2:
             raise ValueError(f"prompts={prompts!r}, most={most}: expected one of {', '.join(ASKED)}, and at least 2.")
-        used, left_out, notes = drawn_demonstrations(raw_tasks(demos), self.processor, most, seed)
+        tasks = raw_tasks(demos, self.image_rules)
+        used, left_out, notes = drawn_demonstrations(tasks, self.processor, most, seed)
         total, done = len(used) + len(left_out) * (len(candidates) + 2), 0
 
         def computed(prompts: int) -> None:
@@ -112,15 +114,17 @@ class DepthMixin:
         What was read at the earlier depth is then refused, by its source. Save the model to keep the new depth.
 
         Args:
-            depth: from 1 to one less than the decoder's layers; 0 uses the embeddings of the words.
+            depth: from 1 to one less than the decoder's layers, less where its last layers have no keys and values of
+                their own; 0 uses the embeddings of the words.
 
         Raises:
             ValueError: the model has weights, which are bound to their depth; or there is no such depth.
         """
         check_depth(self.backbone)
         check_weightless(self.config)
-        if isinstance(depth, bool) or not isinstance(depth, int) or not 0 <= depth < self.config.num_layers:
-            raise ValueError(f"depth={depth!r}: expected a whole number from 0 to {self.config.num_layers - 1}.")
+        deepest = deepest_entry(self.config.get_text_config())
+        if isinstance(depth, bool) or not isinstance(depth, int) or not 0 <= depth <= deepest:
+            raise ValueError(f"depth={depth!r}: expected a whole number from 0 to {deepest}.")
         self.config.read_layers, self.config.entry_layers = [depth], [depth]
         self.read_cache.clear()
         self.prefix_cache.clear()
@@ -141,17 +145,18 @@ def check_weightless(config: AimConfig) -> None:
 
 def _candidates(config: AimConfig, depths: Sequence[int] | None) -> list[int]:
     """The depths that are compared, in order."""
-    layers = config.num_layers or 0
-    inner = list(range(1, layers))
+    text = config.get_text_config()
+    layers, deepest = text.num_hidden_layers, deepest_entry(text)
+    inner = list(range(1, deepest + 1))
     if depths is None:
         if not inner:
             raise ValueError(f"The decoder has {layers} layers; to choose a depth between layers takes two or more.")
         if len(inner) <= MOST_DEPTHS:
             return inner
         spread = {inner[i * (len(inner) - 1) // (MOST_DEPTHS - 1)] for i in range(MOST_DEPTHS)}
-        return sorted(spread | {default_depth(layers)} | set(config.entry_layers).intersection(inner))
+        return sorted(spread | {default_depth(text)} | set(config.entry_layers).intersection(inner))
     if not depths or not set(depths) <= set(inner) or len(set(depths)) < len(depths):
-        raise ValueError(f"depths={list(depths)}: expected different whole numbers from 1 to {layers - 1}.")
+        raise ValueError(f"depths={list(depths)}: expected different whole numbers from 1 to {deepest}.")
     return sorted(depths)
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .backbone_aim import image_features, image_positions, read_hidden_states
+from .backbone_aim import image_positions
 from .demonstrations_aim import Demonstration, kind_of
 from .injection_aim import injected
+from .reading_aim import image_features, read_hidden_states
 
 FEATURE_KINDS = ("image", "text", "fused")
 

@@ -133,8 +133,40 @@ def opened_images(images: Any, rules: ImageRules) -> Any:
         except Exception as error:
             raise ValueError(f"Cannot read the image {images!r:.120} ({type(error).__name__}: {error}).") from error
     elif isinstance(images, np.ndarray | torch.Tensor):
-        _check_finite(images)
+        _check_array(images, rules)
     return images
+
+
+def opened_media(options: Mapping[str, Any], rules: ImageRules) -> dict[str, Any]:
+    """Arguments for the backbone's processor with their images opened, so that nothing else fetches them.
+
+    Args:
+        options: of a call of the processor, among them `processor_kwargs` of a chat.
+        rules: what may be opened.
+
+    Raises:
+        ValueError: an image cannot be opened, or a video or audio file is named that may not be fetched.
+    """
+    opened = dict(options)
+    for name in ("videos", "audio"):
+        _check_unnamed(opened.get(name), name, rules)
+    if opened.get("images") is not None:
+        opened["images"] = opened_images(opened["images"], rules)
+    if isinstance(opened.get("processor_kwargs"), Mapping):
+        opened["processor_kwargs"] = opened_media(opened["processor_kwargs"], rules)
+    return opened
+
+
+def _check_unnamed(media: Any, what: str, rules: ImageRules) -> None:
+    """Raise `ValueError` for a path or URL among videos or audio, however nested, where none is fetched."""
+    if rules.sources == "any":
+        return
+    if isinstance(media, (str, os.PathLike)):
+        raise ValueError(
+            f"image_sources={rules.sources!r}: no {what} is fetched, such as {media!r:.80}. Give it opened."
+        )
+    for part in media.values() if isinstance(media, Mapping) else media if isinstance(media, (list, tuple)) else ():
+        _check_unnamed(part, what, rules)
 
 
 def opened_chat(chat: Any, rules: ImageRules) -> list[Any]:
@@ -153,10 +185,8 @@ def _opened_turn(turn: Any, rules: ImageRules) -> Any:
     blocks = []
     for block in content:
         kind = block.get("type") if isinstance(block, Mapping) else None
-        if kind in ("video", "audio") and rules.sources != "any":
-            given = block.get(kind)
-            if given is None or isinstance(given, (str, os.PathLike)):
-                raise ValueError(f"image_sources={rules.sources!r}: a {kind} is not fetched; give it opened.")
+        if kind in ("video", "audio"):
+            _check_unnamed([block.get(key) for key in (kind, "url", "path", "base64")], kind, rules)
         if kind in ("image", "image_url"):
             blocks += [{"type": "image", "image": opened_images(one, rules)} for one in block_images(block)] or [block]
         else:
@@ -170,7 +200,7 @@ def block_images(block: Mapping[str, Any]) -> list[Any]:
         return [block[key] for key in ("image", "url", "path", "base64") if block.get(key) is not None]
     if block["type"] == "image_url":
         address = block["image_url"]
-        return [address["url"] if isinstance(address, Mapping) else address]
+        return [address.get("url", "") if isinstance(address, Mapping) else address]
     return []
 
 
@@ -200,6 +230,18 @@ def _check_finite(pixels: Any) -> None:
         raise ValueError("Cannot read the image: it has pixels that are not finite (NaN or infinite).")
     if tensor is None and pixels.dtype.kind == "f" and not bool(np.isfinite(pixels).all()):
         raise ValueError("Cannot read the image: it has pixels that are not finite (NaN or infinite).")
+
+
+def _check_array(pixels: Any, rules: ImageRules) -> None:
+    """Raise `ValueError` for an array (one image or several) of too many pixels, or with some that are not finite."""
+    shape = tuple(pixels.shape)
+    last = len(shape) > 2 and shape[-1] in (1, 3, 4)
+    if len(shape) >= 2:
+        try:
+            rules.check_size(shape[-3:-1][::-1] if last else shape[-2:][::-1])
+        except ValueError as error:
+            raise ValueError(f"Cannot read the image: {error}.") from None
+    _check_finite(pixels)
 
 
 def _of_array(image: Any, rules: ImageRules) -> Image.Image:

@@ -9,55 +9,44 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, GenerationConfig, GenerationMixin, PreTrainedModel
 
-from .backbone_aim import (
-    answering,
-    check_depth,
-    check_usable,
-    decoder_inputs,
-    embedding_weight,
-    longest_prompt,
-    never_repack,
-    one_at_a_time,
-    read_hidden_states,
-    read_with_images,
-    watch_layers,
-    weights_state,
-)
+from .backbone_aim import check_depth, check_usable, embedding_weight, never_repack
 from .batching_aim import CPU_POSITIONS, PASS_POSITIONS, reading_batches
 from .cache_aim import LRUCache
 from .configuration_aim import AimConfig
 from .demonstrations_aim import (
     Demonstration,
     FusedDemonstrations,
+    check_finite,
     check_source,
-    concatenated,
-    demos_by_row,
     kind_of,
     parse_demos,
 )
 from .depth_aim import DepthMixin
 from .families_aim import family_of
 from .features_aim import FeaturesMixin
-from .injection_aim import FusedPrompt, injected, own_tokens_only, watch_entries
+from .injection_aim import check_mask, injected, own_tokens_only, watch_entries
 from .prefix_aim import FusedPrefix, check_continued, note_fused, prefilled, prefix_kv
 from .pretrained_aim import AimPreTrainedModel
 from .processing_aim import AimProcessor
 from .projector_aim import AimProjector
+from .reading_aim import decoder_inputs, read_hidden_states, read_with_images, watch_layers
+from .rows_aim import RowsMixin
+from .state_aim import answering, goes_on_behind_kv, one_at_a_time, weights_state
 
 if TYPE_CHECKING:  # the other files of a repository: transformers 5.5 copies only files that this one names
     from .choice_aim import DepthChoice  # noqa: F401
+    from .encoding_aim import EncodingMixin  # noqa: F401
     from .files_aim import locate_file  # noqa: F401
     from .images_aim import open_image  # noqa: F401
 
 
-class AimForConditionalGeneration(DepthMixin, FeaturesMixin, AimPreTrainedModel, GenerationMixin):
+class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTrainedModel, GenerationMixin):
     """A frozen vision-language backbone with a projector that fuses demonstrations into virtual tokens.
 
     Everywhere, `demos` is one of:
@@ -108,7 +97,6 @@ class AimForConditionalGeneration(DepthMixin, FeaturesMixin, AimPreTrainedModel,
         never_repack(backbone, only_odd=True)
         self._processor = processor
         self._loaded_from: tuple[str, dict[str, Any]] | None = None
-        self._projector_id: tuple[Any, str] | None = None
         self.read_cache = LRUCache(256 * 2**20)  # hidden states of raw demonstrations; max_bytes = 0 turns it off
         self.prefix_cache = LRUCache(2**30)  # KV of prefixes, see `prefill`
         for name in ("hf_device_map", "hf_quantizer", "is_loaded_in_4bit", "is_loaded_in_8bit"):
@@ -285,6 +273,8 @@ class AimForConditionalGeneration(DepthMixin, FeaturesMixin, AimPreTrainedModel,
             kwargs["generation_config"] = generation_config
         given = {**kwargs, "input_ids": input_ids}
         rows = self._parts(given, demos, chat_demos, shots, select)
+        if input_ids is not None and kwargs.get("past_key_values") is None:
+            check_mask(given)
         if not any(rows):
             if input_ids is not None:
                 kwargs["input_ids"] = input_ids
@@ -336,7 +326,7 @@ class AimForConditionalGeneration(DepthMixin, FeaturesMixin, AimPreTrainedModel,
             with one_at_a_time(self.backbone), injected(None):
                 return self.backbone(**given)
         return_dict = given.pop("return_dict", None)
-        fused = self._fused_rows(rows, given["input_ids"].shape[1])
+        fused = self._fused_rows(rows, given["input_ids"].shape[1], finite=labels is None)
         prompt = self._fused_prompt({**given, "return_dict": True}, fused)
         labels = prompt.inputs.pop("labels", None)
         with one_at_a_time(self.backbone), injected(prompt):
@@ -411,109 +401,15 @@ class AimForConditionalGeneration(DepthMixin, FeaturesMixin, AimPreTrainedModel,
         Raises:
             ValueError: the demonstrations alone are longer than the backbone's positions.
         """
-        prefix: Any = demos if kind_of(demos) == "prefix" else FusedPrefix(self.read(demos))
+        self._check_count(demos, 1)
+        parsed = parse_demos(demos, self.image_rules)
+        if isinstance(parsed, tuple):  # counted before anything is read
+            self._check_prefix(sum(len(ids) for ids in self.word_ids(parsed)))
+        prefix: Any = parsed if kind_of(parsed) == "prefix" else FusedPrefix(self.read(parsed))
         check_source(prefix.fused.source, self.source)
-        longest = longest_prompt(self.backbone.config)
-        if longest is not None and prefix.num_tokens >= longest:
-            raise ValueError(
-                f"The demonstrations have {prefix.num_tokens} fused tokens, but the backbone has {longest} positions, "
-                "of which the query needs some. Prefill fewer demonstrations: model.prefill(fused[:k])."
-            )
-        if len(prefix):
+        check_finite(prefix.fused)
+        self._check_prefix(prefix.num_tokens)
+        if len(prefix) and goes_on_behind_kv(self.backbone):
             likely = self.processor(text=[self.processor.prompt("a", images=0)], return_tensors="pt")["input_ids"]
             prefix_kv(self, prefix, self._bos_of(int(likely[0, 0])))
         return prefix
-
-    # --- rows of a batch
-
-    def _parts(
-        self,
-        inputs: Mapping[str, Any],
-        demos: Any,
-        chat_demos: Any = None,
-        shots: int | None = None,
-        select: Any = None,
-    ) -> list[tuple[Any, ...]]:
-        """The demonstrations of each row of the batch, in order, in parts as `parse_demos` returns them."""
-        demos, chat_demos = (parse_demos(given, self.image_rules) for given in (demos, chat_demos))
-        ids = inputs.get("input_ids")
-        if ids is None:
-            if demos is None and chat_demos is None:
-                return []
-            raise ValueError("demos stand in front of input_ids; inputs_embeds cannot take them.")
-        if ids.ndim != 2:
-            raise ValueError(f"input_ids have the shape {tuple(ids.shape)}; expected (batch, length).")
-        rows = self._selected(demos_by_row(demos, len(ids)), inputs, shots, select)
-        chats = demos_by_row(chat_demos, len(ids))
-        return [tuple(part for part in pair if part is not None) for pair in zip(rows, chats, strict=True)]
-
-    def _fused_rows(self, rows: Sequence[tuple[Any, ...]], length: int) -> list[FusedDemonstrations | None]:
-        """The fused tokens of each row, for prompts of `length` tokens; raw parts are read together, each once."""
-        parts = {id(part): part for row in rows for part in row}
-        raw = {number: part for number, part in parts.items() if kind_of(part) is None}
-        for part in raw.values():  # counted before anything is read
-            self._check_room([len(ids) for ids in self.word_ids(part)], length)
-        fused = {number: self.read(part) for number, part in parts.items() if number not in raw}
-        read = self._project([demo for part in raw.values() for demo in part]) if raw else None
-        taken = 0
-        for number, part in raw.items():
-            assert read is not None
-            fused[number] = read[taken : taken + len(part)]
-            taken += len(part)
-        return [concatenated([fused[id(part)] for part in row]) if row else None for row in rows]
-
-    def _fused_prompt(
-        self, inputs: Mapping[str, Any], rows: Sequence[FusedDemonstrations | None], first: bool = False
-    ) -> FusedPrompt:
-        """Room for each row's fused tokens in the prompt, checked against the backbone's positions."""
-        if inputs.get("inputs_embeds") is not None:
-            raise ValueError("demos stand in front of input_ids; inputs_embeds cannot take them.")
-        cache = inputs.get("past_key_values")
-        if cache is not None and cache.get_seq_length():
-            raise ValueError(
-                f"demos stand at the start of a prompt, but past_key_values already hold {cache.get_seq_length()} "
-                "tokens. Give demos with the whole prompt and an empty cache."
-            )
-        for row in rows:
-            self._check_room([] if row is None else row.lengths, inputs["input_ids"].shape[1])
-        return self._widened(inputs, rows, first)
-
-    def _check_room(self, lengths: Sequence[int], prompt: int) -> None:
-        """Raise `ValueError` where demonstrations of these lengths and a prompt are longer than the backbone reads."""
-        longest = longest_prompt(self.backbone.config)
-        if longest is None or sum(lengths) + prompt <= longest or not lengths:
-            return
-        fitting = sum(total + prompt <= longest for total in accumulate(lengths))
-        raise ValueError(
-            f"The prompt has {prompt} tokens and the demonstrations {sum(lengths)} fused tokens, together "
-            f"{sum(lengths) + prompt}, but the backbone has {longest} positions. The first {fitting} of "
-            f"{len(lengths)} demonstrations fit: pass demos[:{fitting}]."
-        )
-
-    def _widened(
-        self, inputs: Mapping[str, Any], rows: Sequence[FusedDemonstrations | None], first: bool = False
-    ) -> FusedPrompt:
-        bos = getattr(self.config.get_text_config(), "bos_token_id", None)
-        return FusedPrompt(inputs, rows, bos, self.backbone, self.config.entry_layers, first)
-
-    def _bos_of(self, first_id: int) -> list[int]:
-        """The ids before the fused tokens of a prompt that begins with `first_id`: BOS, or none."""
-        return [first_id] if first_id == getattr(self.config.get_text_config(), "bos_token_id", None) else []
-
-    def _check_bank(self, bank: Any) -> None:
-        """Raise `ValueError` for a bank that no prompt can hold, before it is loaded."""
-        longest = longest_prompt(self.backbone.config)
-        tokens = getattr(bank, "num_tokens", 0)
-        if longest is not None and tokens > longest and len(bank) > 1:
-            raise ValueError(
-                f"The bank's {len(bank)} demonstrations have {tokens} fused tokens, but the backbone has {longest} "
-                'positions. Choose some: generate(..., demos=bank, shots=8, select="image"), or bank[:8].'
-            )
-
-    def _check_length(self, length: int, texts: list[str]) -> None:
-        longest = longest_prompt(self.backbone.config)
-        if longest is not None and length > longest:
-            raise ValueError(
-                f"One of the demonstrations {[text[:40] for text in texts]} has {length} tokens with its images, but "
-                f"the backbone has {longest} positions. Shorten its text, or give it fewer or smaller images."
-            )

@@ -13,10 +13,10 @@ from packaging.version import Version
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
-from .backbone_aim import goes_on_behind_kv, preserved_state
 from .demonstrations_aim import FusedDemonstrations, check_source, kind_of
 from .files_aim import as_bytes
 from .injection_aim import injected
+from .state_aim import goes_on_behind_kv, preserved_state
 
 logger = logging.get_logger(__name__)
 

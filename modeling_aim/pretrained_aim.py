@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -12,51 +11,51 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file, logging
 
 from .backbone_aim import (
     check_backbone,
-    check_usable,
+    check_given,
     embedding_norm,
     fingerprint,
     has_fingerprint,
     load_backbone,
     module_device,
-    set_recomputing,
 )
 from .cache_aim import LRUCache
 from .configuration_aim import IMPLEMENTATIONS, OWN_SETTINGS, AimConfig, by_part, implementation, preset_settings
-from .families_aim import FAMILIES
 from .files_aim import (
     HUB_KWARGS,
+    backbone_place,
     check_place,
-    check_subfolder,
     copy_shipped_files,
     file_digest,
     locate_file,
     model_card,
-    read_safetensors,
-    safetensors_metadata,
     staged_folder,
     upload,
 )
 from .images_aim import ImageRules
 from .injection_aim import recomputed, watch_embeddings
 from .processing_aim import AimProcessor
-from .projector_aim import AimProjector, projector_digest
+from .projector_aim import (
+    DIGEST_KEY,
+    PROJECTOR_WEIGHTS,
+    AimProjector,
+    load_projector,
+    projector_file,
+    without_digest,
+)
+from .state_aim import set_recomputing
 
 if TYPE_CHECKING:
     from typing import Self
 
 logger = logging.get_logger(__name__)
 
-PROJECTOR_WEIGHTS = "aim_projector.safetensors"
 BACKBONE_FOLDER = "backbone"
-FORM_KEY = "aim_form"  # in the metadata of the weights: what they are bound to
-DIGEST_KEY = "projector_sha256"  # in config.json: digest of the weights' file, which belongs to it
 
 
 class AimPreTrainedModel(PreTrainedModel):
@@ -73,7 +72,6 @@ class AimPreTrainedModel(PreTrainedModel):
     projector: AimProjector
     _processor: AimProcessor | None
     _loaded_from: tuple[str, dict[str, Any]] | None
-    _projector_id: tuple[Any, str] | None
     read_cache: LRUCache
     prefix_cache: LRUCache
 
@@ -204,7 +202,7 @@ class AimPreTrainedModel(PreTrainedModel):
     def source(self) -> dict[str, str]:
         """Identity of this model as a reader: only a model with an equal one can use its fused demonstrations."""
         form = f"{self.config.projector_form}, entering at {self.config.entry_layers}"
-        return {**self.reader, "fused": form, "projector": self._projector_digest()[:12]}
+        return {**self.reader, "fused": form, "projector": self.projector.digest()[:12]}
 
     @property
     def reader(self) -> dict[str, str]:
@@ -217,20 +215,6 @@ class AimPreTrainedModel(PreTrainedModel):
             f"at most {self.config.max_fused_tokens} tokens",
             **(self.processor.reading_settings if knows_processor else {}),
         }
-
-    def _projector_digest(self) -> str:
-        """Identity of the projector's weights, recomputed only after a change."""
-        state = self._projector_state()
-        if self._projector_id is None or self._projector_id[0] != state:
-            self._projector_id = (state, projector_digest(self.projector.state_dict()))
-        return self._projector_id[1]
-
-    def _projector_state(self) -> Any:
-        """A value that changes when a weight of the projector changes, except by writing to its `.data`."""
-        weights = list(self.projector.parameters())
-        return [
-            (id(p), p.data_ptr(), -1 if p.is_inference() else p._version) for p in weights
-        ], self.projector.training
 
     # --- make, load, save
 
@@ -272,18 +256,7 @@ class AimPreTrainedModel(PreTrainedModel):
                     f"{given} is an AIM repository already. Load it with from_pretrained, train it further with "
                     "`aim train --backbone`, or give the backbone itself for a new one."
                 )
-        if not isinstance(backbone, PreTrainedModel) or backbone.config.model_type == AimConfig.model_type:
-            raise TypeError(
-                f"backbone is a {type(backbone).__name__}; expected a Hub id, a folder, or a vision-language model of "
-                "transformers (of a PEFT model: peft_model.merge_and_unload())."
-            )
-        if backbone.config.model_type not in FAMILIES:
-            logger.warning(
-                f"AIM has not been tested with {backbone.config.model_type} backbones. It works if the properties "
-                "that `aim check BACKBONE` tries hold; please report those that do not."
-            )
-        check_usable(backbone)
-        loaded = backbone
+        loaded = check_given(backbone)
         name = loaded.config.name_or_path or None
         if processor is None and name is not None:
             processor = AimProcessor.from_pretrained(name, **hub)
@@ -339,7 +312,7 @@ class AimPreTrainedModel(PreTrainedModel):
         hub = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
         settings = {key: kwargs.pop(key) for key in OWN_SETTINGS if key in kwargs}
         config = AimConfig.from_pretrained(name, **hub, **settings) if config is None else copy.deepcopy(config)
-        config, digest = _without_digest(config)
+        config, digest = without_digest(config)
         said = config if config.backbone_config is None else config.backbone_config
         options = {"dtype": config.dtype, **{option: implementation(said, option) for option in IMPLEMENTATIONS}}
         for option, taken in options.items():
@@ -351,14 +324,8 @@ class AimPreTrainedModel(PreTrainedModel):
         identity = config.projector_form == "identity"
         file = None if identity else locate_file(name, PROJECTOR_WEIGHTS, **hub)
         if backbone is None:
-            elsewhere = config.backbone_name_or_path is not None
-            place = {**hub, "revision": config.backbone_revision} if elsewhere else dict(hub)
-            folder = config.backbone_subfolder or ""
-            check_subfolder(folder)
-            place["subfolder"] = folder if elsewhere else os.path.join(hub.get("subfolder") or "", folder)
-            if not elsewhere and config.backbone_subfolder is None:
-                raise ValueError(f"The config.json of {name} names no backbone. Pass a loaded one: backbone=model.")
-            backbone = load_backbone(config.backbone_name_or_path or name, **place, **kwargs)
+            place, located = backbone_place(config, name, hub)
+            backbone = load_backbone(place, **located, **kwargs)
         backbone, info = backbone if isinstance(backbone, tuple) else (backbone, None)
         check_backbone(backbone, config.backbone_config, config.backbone_fingerprint)
         config.backbone_config = copy.deepcopy(backbone.config)
@@ -368,58 +335,8 @@ class AimPreTrainedModel(PreTrainedModel):
             model.generation_config = GenerationConfig.from_pretrained(name, **hub)
         model._loaded_from = (name, {**hub, "trust_remote_code": trusted})
         if file is not None:
-            model._load_projector(file, name, digest)
+            load_projector(model.projector, config, file, name, digest)
         return model if info is None else (model, info)  # type: ignore[return-value]
-
-    def _load_projector(self, file: str, name: str, digest: str | None = None) -> None:
-        """Load the projector's weights from a safetensors file of the repository `name`.
-
-        Args:
-            file: path of the weights.
-            name: of the repository, for messages.
-            digest: the digest of the file in its config.json; `None` where config.json has none.
-
-        Raises:
-            ValueError: they are of another form, of other shapes, or damaged; or belong to another config.json.
-        """
-        weights = {key.removeprefix("projector."): value for key, value in read_safetensors(file).items()}
-        own = {key: tuple(value.shape) for key, value in self.projector.state_dict().items()}
-        shapes = {key: tuple(value.shape) for key, value in weights.items()}
-        form = _stored_form(file) or self.config.form
-        wrong = [
-            f"{key}={form.get(key)} (here: {value})"
-            for key, value in self.config.form.items()
-            if form.get(key) != value
-        ]
-        if wrong:
-            raise ValueError(
-                f"The {PROJECTOR_WEIGHTS} of {name} was trained with {', '.join(wrong)}, and its weights are not "
-                "valid with others. Load it with its own settings, or train a new projector: aim train."
-            )
-        if shapes != own:
-            raise ValueError(
-                f"The {PROJECTOR_WEIGHTS} of {name} holds {shapes}, but its config.json "
-                f"(projector_form={self.config.projector_form!r}, hidden size {self.config.hidden_size}, "
-                f"read_layers={self.config.read_layers}, entry_layers={self.config.entry_layers}) asks for {own}. "
-                "Files of two repositories may be mixed."
-            )
-        if digest is not None and file_digest(file) != digest:
-            raise ValueError(
-                f"The {PROJECTOR_WEIGHTS} and the config.json of {name} were not saved together: a save was cut short "
-                "or one of them was replaced. Save the model again; or, if the weights are those you want, remove "
-                f"{DIGEST_KEY} from config.json."
-            )
-        bad = sorted(
-            key for key, value in weights.items()
-            if not value.is_floating_point() or not bool(torch.isfinite(value.float()).all())
-        )  # fmt: skip
-        if bad:
-            raise ValueError(
-                f"The {PROJECTOR_WEIGHTS} of {name} holds numbers that are not real or not finite, in {bad}: every "
-                "answer would be empty or random. Take an earlier checkpoint, or train the projector again."
-            )
-        self.projector.load_state_dict(weights)
-        self._projector_id = (self._projector_state(), projector_digest(weights))
 
     def save_pretrained(
         self,
@@ -455,8 +372,7 @@ class AimPreTrainedModel(PreTrainedModel):
         tensors = {key: value.cpu().contiguous() for key, value in weights.items() if key.startswith("projector.")}
         with staged_folder(save_directory) as folder:
             if tensors:
-                metadata = {"format": "pt", FORM_KEY: json.dumps(config.form, sort_keys=True)}
-                (folder / PROJECTOR_WEIGHTS).write_bytes(save(tensors, metadata=metadata))
+                (folder / PROJECTOR_WEIGHTS).write_bytes(projector_file(tensors, config))
                 setattr(config, DIGEST_KEY, file_digest(folder / PROJECTOR_WEIGHTS))
             config.save_pretrained(folder)
             self.generation_config.save_pretrained(folder)
@@ -516,26 +432,6 @@ class AimPreTrainedModel(PreTrainedModel):
                     "include_backbone=True, or load the plug-in with a backbone from the Hub."
                 )
             return upload(folder, repo_id, **kwargs)
-
-
-def _stored_form(file: str) -> dict[str, Any] | None:
-    """The settings that the weights in a safetensors file are bound to, by its metadata; `None` where it has none."""
-    stored = safetensors_metadata(file).get(FORM_KEY)
-    try:
-        form = None if stored is None else json.loads(stored)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{FORM_KEY} in the metadata of {file} is no JSON ({error}); the file is damaged.") from error
-    if not isinstance(form, dict | None):
-        raise ValueError(f"{FORM_KEY} in the metadata of {file} is {form!r:.80}; expected an object.")
-    return form
-
-
-def _without_digest(config: AimConfig) -> tuple[AimConfig, str | None]:
-    """A configuration without the digest of the weights that it was saved with, and the digest."""
-    digest = vars(config).pop(DIGEST_KEY, None)
-    if not isinstance(digest, str | None):
-        raise ValueError(f"{DIGEST_KEY}={digest!r} of config.json: expected text.")
-    return config, digest
 
 
 def _renamed(backbone: PreTrainedModel, name: str) -> Any:

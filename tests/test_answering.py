@@ -15,7 +15,7 @@ from transformers import GenerationConfig, TextStreamer, set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_aim import Demonstration, DemonstrationBank, FusedDemonstrations
-from modeling_aim.backbone_aim import goes_on_behind_kv
+from modeling_aim.state_aim import goes_on_behind_kv
 
 NOTHING = (None, [], (), [[], None])
 MODES: dict[str, dict[str, Any]] = {

@@ -18,7 +18,7 @@ from hub_server import run_python
 from safetensors.torch import load_file, save_file
 
 from modeling_aim import AimConfig, AimForConditionalGeneration, AimProcessor, Demonstration, configuration_aim
-from modeling_aim.pretrained_aim import PROJECTOR_WEIGHTS
+from modeling_aim.projector_aim import PROJECTOR_WEIGHTS
 
 
 def fails(action: Callable[[], Any], *words: str, error: type[Exception] = ValueError) -> str:

@@ -14,7 +14,7 @@ from packaging.version import Version
 from PIL import Image
 from typer.testing import CliRunner
 
-from modeling_aim.backbone_aim import decoder_layers, goes_on_behind_kv
+from modeling_aim.backbone_aim import decoder_layers
 from modeling_aim.cli.bench import app
 from modeling_aim.prefix_aim import prefix_kv, serves
 from modeling_aim.speed import measure
@@ -23,6 +23,7 @@ from modeling_aim.speed.measure import Measuring, Memory
 from modeling_aim.speed.methods import METHODS, Bench, Clock
 from modeling_aim.speed.prompts import RandomPrompts
 from modeling_aim.speed.shapes import PICTURES, SHAPES, random_backbone, shape_config, shape_picture
+from modeling_aim.state_aim import goes_on_behind_kv
 
 WIDE = {"COLUMNS": "250"}
 CURRENT = Version(transformers.__version__) >= Version("5.23")

@@ -19,9 +19,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from modeling_aim import AimForConditionalGeneration, checks
-from modeling_aim.backbone_aim import read_hidden_states
 from modeling_aim.checks import PROPERTIES, Answer, Case, check_model, run_checks
 from modeling_aim.cli import app
+from modeling_aim.reading_aim import read_hidden_states
 
 PUBLISHED = Path(__file__).parent.parent / "hub_configs" / "SmolVLM-256M" / "config.json"
 
@@ -34,6 +34,16 @@ def test_another_family_gets_its_table(tmp_path: Path, monkeypatch: pytest.Monke
     done = CliRunner().invoke(app, ["check", str(tmp_path)])
     assert done.exit_code == 0, done.output
     assert done.output.count("│ yes") >= len(PROPERTIES) - 2 and "│ no " not in done.output
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("idefics3", torch.float32), ("qwen2_vl", torch.float16)])
+def test_all_properties_hold_in_the_other_precisions(family: str, dtype: torch.dtype) -> None:
+    """bfloat16 is the test above; tests/test_matrix.py has every family."""
+    built = backbones.build(family)
+    model = AimForConditionalGeneration.from_backbone(built.model.to(dtype), built.processor)
+    results = list(run_checks(model))
+    assert len(results) >= len(PROPERTIES) - 3
+    assert [(sentence, problem) for sentence, problem in results if problem] == []
 
 
 def test_a_class_that_cannot_work_is_told_why(tmp_path: Path) -> None:

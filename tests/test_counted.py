@@ -12,10 +12,11 @@ from torch import nn
 from transformers import DynamicCache
 
 from modeling_aim import Demonstration, FusedDemonstrations
-from modeling_aim.backbone_aim import decoder_layers, goes_on_behind_kv
+from modeling_aim.backbone_aim import decoder_layers
 from modeling_aim.prefix_aim import prefix_kv, serves
 from modeling_aim.speed.counting import COUNTED, Twin, analytic, analytic_kv, count, count_flops, kv_bytes
 from modeling_aim.speed.shapes import SHAPES, shape_config, shape_picture
+from modeling_aim.state_aim import goes_on_behind_kv
 
 IMAGES = ("pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw")
 HYBRID = ("qwen3_5", "qwen3_5_moe")  # recurrent layers: the decoder alone is the measure, not a formula

@@ -19,8 +19,8 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, Genera
 from transformers.dynamic_module_utils import get_relative_imports
 
 from modeling_aim import AimForConditionalGeneration, AimProcessor, DemonstrationBank, FusedDemonstrations
-from modeling_aim.backbone_aim import answering
 from modeling_aim.files_aim import shipped_files
+from modeling_aim.state_aim import answering
 
 FOLDER = Path(__file__).resolve().parents[1] / "hub_configs" / "aim-generate"
 STOCK = {"custom_generate": str(FOLDER), "trust_remote_code": True}

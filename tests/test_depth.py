@@ -17,7 +17,7 @@ from transformers import set_seed
 
 from modeling_aim import AimForConditionalGeneration, Demonstration, FusedDemonstrations
 from modeling_aim.backbone_aim import decoder_layers
-from modeling_aim.pretrained_aim import PROJECTOR_WEIGHTS
+from modeling_aim.projector_aim import PROJECTOR_WEIGHTS
 
 DEPTHS = ([0], [1], [2], [1, 2], [0, 1])
 WORDS_ALONE = [{"text": "A sentence without any image."}, {"text": "And one more."}]

@@ -29,7 +29,7 @@ from modeling_aim import (
     laptop_quantization_config,
 )
 from modeling_aim.backbone_aim import decoder_layers
-from modeling_aim.pretrained_aim import PROJECTOR_WEIGHTS
+from modeling_aim.projector_aim import PROJECTOR_WEIGHTS
 
 # huggingface_hub uploads large files with an argument that its HTTP client deprecates
 pytestmark = [pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"), pytest.mark.timeout(900)]

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import backbones
 import further_families
 import more_families
 import popular_families
 import pytest
 import timm_families
+from transformers import PreTrainedConfig
 
-from modeling_aim import Demonstration
+from modeling_aim import AimForConditionalGeneration, Demonstration
+from modeling_aim.backbone_aim import decoder_layers
 from modeling_aim.checks import PROPERTIES, QUESTION, Case
 from modeling_aim.checks.run import without_training
+from modeling_aim.configuration_aim import deepest_entry, default_depth
 from modeling_aim.families_aim import FAMILIES, family_of
 
 BUILDERS = {**more_families.BUILDERS, **popular_families.BUILDERS, **further_families.BUILDERS}
 BUILDERS |= timm_families.BUILDERS
+PATTERN = ["sliding_attention"] * 4 + ["full_attention"]  # of the layers of Gemma
 SHORT = "no_demonstrations", "demonstrations_reach", "images_matter"
 
 
@@ -49,11 +55,7 @@ def test_what_is_kept_of_a_demonstration_is_its_words(case: Case) -> None:
 
 @pytest.mark.parametrize("case", BUILDERS, indirect=True, scope="module")  # the matrix tries the others
 @pytest.mark.parametrize("name", SHORT)
-def test_property(case: Case, name: str, request: pytest.FixtureRequest) -> None:
-    model_type = case.model.backbone.config.model_type
-    if name == "images_matter" and model_type in ("mllama", "fast_vlm"):
-        reason = "at the tiny model's default depth its words have not seen the image; not understood yet"
-        request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=True))
+def test_property(case: Case, name: str) -> None:
     PROPERTIES[name](case)
 
 
@@ -64,6 +66,42 @@ def test_a_processor_that_wants_images_does_without_them(family: str) -> None:
 
 def test_images_that_are_embedded_as_words_are_not_taken_for_the_prompt() -> None:
     PROPERTIES["read_or_raw"](made("chameleon"))  # generate() embeds its images before the prompt
+
+
+@pytest.mark.parametrize("name", ["without_training", "prompt_lookup", "words_at_depth"])
+def test_states_enter_before_layers_that_use_the_keys_of_earlier_ones(name: str) -> None:
+    PROPERTIES[name](made("gemma4"))
+
+
+def test_gradient_checkpointing_of_layers_with_dropout_of_their_own() -> None:
+    case = made("blip-2")
+    layer = decoder_layers(case.model.backbone)[0]
+    assert layer.dropout == 0.1
+    PROPERTIES["gradients"](case)
+    assert layer.dropout == 0.1  # for who trains the backbone later
+
+
+@pytest.mark.parametrize(
+    ("text", "depth", "deepest"),
+    [
+        ({"num_hidden_layers": 32}, 13, 31),
+        ({"num_hidden_layers": 40, "cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38]}, 16, 39),  # Llama 3.2 11B
+        ({"num_hidden_layers": 6, "cross_attention_layers": [3]}, 4, 5),
+        ({"num_hidden_layers": 35, "num_kv_shared_layers": 20, "layer_types": PATTERN * 7}, 13, 14),  # Gemma 4 E2B
+        ({"num_hidden_layers": 42, "num_kv_shared_layers": 18, "layer_types": PATTERN * 8 + PATTERN[:2]}, 17, 23),
+    ],
+)
+def test_the_default_depth_is_one_where_states_count(text: dict[str, Any], depth: int, deepest: int) -> None:
+    config = PreTrainedConfig(**text)
+    assert (default_depth(config), deepest_entry(config)) == (depth, deepest)
+
+
+def test_a_depth_behind_the_last_keys_is_refused() -> None:
+    case = made("gemma4")
+    with pytest.raises(ValueError, match=r"put back at 0..1, but not at 2, behind the last layer that has keys"):
+        AimForConditionalGeneration.from_backbone(case.model.backbone, case.processor, read_layers=[2])
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        case.model.set_depth(2)
 
 
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.prefix_kv != "always"])

@@ -11,7 +11,7 @@ from backbones import DEMOS, FAMILIES, Plugin, picture, plugin
 from transformers import pipeline
 
 from modeling_aim import Demonstration
-from modeling_aim.processing_aim import split_few_shot_chat
+from modeling_aim.encoding_aim import split_few_shot_chat
 
 QUESTION = "What is this?"
 

@@ -13,8 +13,8 @@ from test_reading import calls
 from transformers import DynamicCache
 
 from modeling_aim import DemonstrationBank
-from modeling_aim.backbone_aim import goes_on_behind_kv
 from modeling_aim.cache_aim import LRUCache
+from modeling_aim.state_aim import goes_on_behind_kv
 
 NEW = {"max_new_tokens": 6, "do_sample": False}
 

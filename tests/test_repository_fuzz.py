@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from modeling_aim import AimForConditionalGeneration, AimProcessor
 from modeling_aim.files_aim import safetensors_metadata
-from modeling_aim.pretrained_aim import DIGEST_KEY, PROJECTOR_WEIGHTS
+from modeling_aim.projector_aim import DIGEST_KEY, PROJECTOR_WEIGHTS
 
 SEED = os.environ.get("FUZZ_SEED", "0")
 ONE = os.environ.get("FUZZ_CASE")

@@ -14,7 +14,7 @@ import torch
 from backbones import DEMOS, Plugin, picture, plugin
 from test_reading import loss_of
 
-from modeling_aim.backbone_aim import answering
+from modeling_aim.state_aim import answering
 
 FAMILIES = ("llava", "qwen2_5_vl", "smolvlm")
 

@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 from modeling_aim import AimForConditionalGeneration, Demonstration, laptop_quantization_config
 from modeling_aim.cli import app
 from modeling_aim.configuration_aim import PROJECTOR_FORMS
-from modeling_aim.pretrained_aim import PROJECTOR_WEIGHTS
+from modeling_aim.projector_aim import PROJECTOR_WEIGHTS
 from modeling_aim.training import (
     AimTrainer,
     Episode,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import transformers as hf
 from families import Pair, text_settings
 from popular_families import CHATML, chat, ids_of, tokenizer_of
@@ -92,7 +93,11 @@ def fast_vlm() -> Pair:
         num_additional_image_tokens=0,
         chat_template=template,
     )
-    return hf.FastVlmForConditionalGeneration(config), processor
+    model = hf.FastVlmForConditionalGeneration(config)
+    for weight in model.model.vision_tower.parameters():
+        if weight.ndim == 4:  # as timm draws them: with transformers' own range, 1e-14 is left of an image
+            torch.nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
+    return model, processor
 
 
 BUILDERS: dict[str, Callable[..., Pair]] = {"fast_vlm": fast_vlm, "gemma3n": gemma3n, "perception_lm": perception_lm}

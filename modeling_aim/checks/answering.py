@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from ..backbone_aim import goes_on_behind_kv
 from ..bank import DemonstrationBank
 from ..prefix_aim import prefilled, serves
+from ..state_aim import goes_on_behind_kv
 from .case import LONG_QUESTION, NEW, QUESTION, Case, NotApplicable, difference, holds, noise, require
+
+NO_CACHE: dict[str, Any] = {"use_cache": False}
+STATIC: dict[str, Any] = {"cache_implementation": "static"}
 
 
 def _alone(case: Case, **options: Any) -> Exception | None:
@@ -24,15 +27,13 @@ def _alone(case: Case, **options: Any) -> Exception | None:
     return None
 
 
-def _needs_no_cache(case: Case, **options: Any) -> bool:
-    """Whether the backbone itself, without AIM, answers the same with and without KV cache."""
+def _same_alone(case: Case, change: dict[str, Any], **options: Any) -> bool:
+    """Whether the backbone itself, without AIM, answers the same with options that should change nothing."""
     try:
-        cached, computed = (
-            case.answered_alone(case.query(), use_cache=use_cache, **options) for use_cache in (True, False)
-        )
+        expected, found = (case.answered_alone(case.query(), **options, **more) for more in ({}, change))
     except Exception:
         return False
-    return case.why_other(computed, cached) is None
+    return case.why_other(found, expected) is None
 
 
 @holds("without demonstrations it is the backbone, bit for bit")
@@ -50,7 +51,7 @@ def no_demonstrations(case: Case) -> None:
 @holds("demonstrations reach the answer, and their order and content count")
 def demonstrations_reach(case: Case) -> None:
     inputs = case.query()
-    fused = case.model.read(case.demos)
+    fused = case.fused
     plain, shown = case.logits(inputs), case.logits(inputs, fused)
     turned, fewer = case.logits(inputs, fused[[2, 1, 0]]), case.logits(inputs, fused[:1])
     for other in (plain, turned, fewer):
@@ -70,7 +71,7 @@ def read_or_raw(case: Case) -> None:
 @holds("a row of a left-padded batch is the batch of one, whatever the other rows have")
 def rows_of_a_batch(case: Case) -> None:
     both = case.query(QUESTION, LONG_QUESTION)
-    fused = case.model.read(case.demos)
+    fused = case.fused
     pictures = [noise(10), noise(20)]
     for row, (question, demos) in enumerate(zip((QUESTION, LONG_QUESTION), (fused, fused[:1]), strict=True)):
         single = case.processor(
@@ -86,15 +87,15 @@ def rows_of_a_batch(case: Case) -> None:
 
 @holds("an answer without KV cache is the cached one")
 def without_cache(case: Case) -> None:
-    if not _needs_no_cache(case):
+    if not _same_alone(case, NO_CACHE):
         raise NotApplicable("without a cache, the backbone itself fails or answers otherwise")
-    inputs, fused = case.query(), case.model.read(case.demos)
+    inputs, fused = case.query(), case.fused
     case.require_same(case.answered(inputs, fused, use_cache=False), case.answered(inputs, fused))
 
 
 @holds("a cache object given by the caller is used")
 def given_cache(case: Case) -> None:
-    inputs, fused = case.query(), case.model.read(case.demos)
+    inputs, fused = case.query(), case.fused
     cache = DynamicCache(config=case.model.backbone.config.get_text_config())
     case.require_same(case.answered(inputs, fused, past_key_values=cache), case.answered(inputs, fused))
     require(cache.get_seq_length(), "the cache is empty")
@@ -102,27 +103,27 @@ def given_cache(case: Case) -> None:
 
 @holds("a static cache answers as the dynamic one")
 def static_cache(case: Case) -> None:
-    inputs, fused = case.query(), case.model.read(case.demos)
-    if (problem := _alone(case, cache_implementation="static")) is not None:
-        raise NotApplicable(f"the backbone's own static cache fails: {problem}")
-    case.require_same(case.answered(inputs, fused, cache_implementation="static"), case.answered(inputs, fused))
+    inputs, fused = case.query(), case.fused
+    if not _same_alone(case, STATIC):
+        raise NotApplicable("with a static cache, the backbone itself fails or answers otherwise")
+    case.require_same(case.answered(inputs, fused, **STATIC), case.answered(inputs, fused))
 
 
 @holds("beam search and several return sequences")
 def beams(case: Case) -> None:
-    inputs, fused = case.query(), case.model.read(case.demos)
+    inputs, fused = case.query(), case.fused
     if (problem := _alone(case, num_beams=3)) is not None:
         raise NotApplicable(f"the backbone's own beam search fails: {problem}")
     options: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 2}
     found = case.answered(inputs, fused, **options)
     require(found.ids.shape == (2, NEW), f"two sequences have the shape {tuple(found.ids.shape)}")
-    if _needs_no_cache(case, **options):
+    if _same_alone(case, NO_CACHE, **options):
         case.require_same(found, case.answered(inputs, fused, use_cache=False, **options))
 
 
 @holds("sampling repeats with its seed")
 def sampling(case: Case) -> None:
-    inputs, fused = case.query(), case.model.read(case.demos)
+    inputs, fused = case.query(), case.fused
     if (problem := _alone(case, do_sample=True, num_return_sequences=3)) is not None:
         raise NotApplicable(f"the backbone's own sampling of several answers fails: {problem}")
     drawn = []
@@ -137,13 +138,13 @@ def sampling(case: Case) -> None:
 def prompt_lookup(case: Case) -> None:
     if case.model.backbone._is_stateful:
         raise NotApplicable("the backbone has a recurrent state")
-    inputs, fused = case.query(images=0), case.model.read(case.demos)  # it may propose image tokens it has seen
+    inputs, fused = case.query(images=0), case.fused  # it may propose image tokens it has seen
     case.require_same(case.answered(inputs, fused, prompt_lookup_num_tokens=2), case.answered(inputs, fused))
 
 
 @holds("repetition penalty and stop strings work with demonstrations")
 def penalties(case: Case) -> None:
-    inputs, fused = case.query(), case.model.read(case.demos)
+    inputs, fused = case.query(), case.fused
     found = case.answer(inputs, fused, repetition_penalty=1.3)
     require(found.shape == (1, NEW), f"the answer has the shape {tuple(found.shape)}")
     words = case.processor.decode(case.answer(inputs, fused)[0, :2])
@@ -170,7 +171,7 @@ class _Collector:
 
 @holds("a streamer sees the query and every new token, and no fused token")
 def streaming(case: Case) -> None:
-    inputs, fused = case.query(), case.model.read(case.demos)
+    inputs, fused = case.query(), case.fused
     streamer = _Collector()
     new = case.answer(inputs, fused, streamer=streamer)
     expected = torch.cat([inputs["input_ids"][0].cpu(), new[0].cpu()])
@@ -196,7 +197,7 @@ def attention_kinds(case: Case) -> None:
 def kept_prefix(case: Case) -> None:
     if not goes_on_behind_kv(case.model.backbone):
         raise NotApplicable("with this version of transformers, prompts of this backbone do not go on behind given KV")
-    fused = case.model.read(case.demos)
+    fused = case.fused
     prefix = case.model.prefill(case.demos)
     queries = case.query(), case.query(QUESTION, LONG_QUESTION)
     kept = [value for value, _ in case.model.prefix_cache._values.values()]
@@ -301,7 +302,7 @@ def nothing_leaks(case: Case) -> None:
         long = case.query(images=2)
     except ValueError:  # a processor of one image a prompt
         long = case.query(LONG_QUESTION)
-    fused = case.model.read(case.demos)
+    fused = case.fused
     before = case.logits(short, fused)
     case.answer(long, fused)
     case.model.read(case.demos[::-1])
@@ -314,7 +315,7 @@ def nothing_leaks(case: Case) -> None:
 
 @holds("two threads with different demonstrations get the answers they get alone")
 def two_threads(case: Case) -> None:
-    inputs, fused = case.query(), case.model.read(case.demos)
+    inputs, fused = case.query(), case.fused
     given = [fused, fused[[2]], fused[[1, 0]], None]
     alone = [case.answered(inputs, demos) for demos in given]
     with ThreadPoolExecutor(4) as pool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .. import AimForConditionalGeneration, AimProcessor
+from .. import AimForConditionalGeneration, AimProcessor, FusedDemonstrations
 
 NEW = 5  # new tokens of a test answer
 QUESTION = "What is this?"
@@ -122,6 +122,11 @@ class Case:
         if self.model.device.type == "cuda":
             tolerances.append(ROUNDINGS[torch.float16] * TF32_EPS)
         return max(tolerances)
+
+    @cached_property
+    def fused(self) -> FusedDemonstrations:
+        """The demonstrations, read once for all properties that are not about reading."""
+        return self.model.read(self.demos)
 
     def query(self, *questions: str, images: int = 1) -> Any:
         """Inputs of one query, or of a padded batch of them, with `images` images each."""

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from .. import AimForConditionalGeneration, Demonstration
-from ..backbone_aim import decoder_layers, preserved_state, read_hidden_states
+from ..backbone_aim import decoder_layers
+from ..reading_aim import read_hidden_states
+from ..state_aim import preserved_state
 from .case import QUESTION, Case, NotApplicable, difference, holds, noise, require
 
 WORDS_ALONE = {"text": "A dax is a kind of wug."}
@@ -104,9 +106,12 @@ def words_at_depth(case: Case) -> None:
     if _looks_ahead(case, model.config.read_layers):
         raise NotApplicable("words attend to the words behind them, which a demonstration read alone has not seen")
     fused = model.read([WORDS_ALONE])
+    plain = with_words(case, inputs, fused.ids)
+    if _sees_behind(case, plain, len(fused.ids), model.config.read_layers):
+        raise NotApplicable("the backbone itself shows the words of a prompt an image that stands behind them")
     with torch.no_grad():
         found = model(**inputs, demos=fused).logits[:, -1]
-        wanted = model.backbone(**with_words(case, inputs, fused.ids)).logits[:, -1]
+        wanted = model.backbone(**plain).logits[:, -1]
     case.require_close(found, wanted)
 
 
@@ -121,6 +126,14 @@ def _looks_ahead(case: Case, layers: list[int]) -> bool:
     with preserved_state(case.model.backbone):
         whole, begun = (read_hidden_states(case.model.backbone, given, layers) for given in (inputs, shorter))
     return difference(begun, whole[:, : length - 4]) > case.tolerance
+
+
+def _sees_behind(case: Case, inputs: dict[str, Any], count: int, layers: list[int]) -> bool:
+    """Whether the states of the first `count` tokens change with an image behind them (Mllama's cross-attention)."""
+    other = {k: -v if k.startswith("pixel_values") and v.is_floating_point() else v for k, v in inputs.items()}
+    with preserved_state(case.model.backbone):
+        found = [read_hidden_states(case.model.backbone, given, layers)[:, :count] for given in (inputs, other)]
+    return difference(*found) > case.tolerance
 
 
 def with_words(case: Case, inputs: Any, ids: torch.Tensor) -> dict[str, Any]:

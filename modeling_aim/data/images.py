@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -87,6 +89,35 @@ class Stretch(Unopened):
 
     def __repr__(self) -> str:
         return f"<image at byte {self.offset} of {self.path}>"
+
+
+class Encoded(Unopened):
+    """An image in base64 in a JSON member of a tar, as OpenFlamingo keeps MMC4: read and decoded when it is asked for.
+
+    Args:
+        archive: the tar, not compressed.
+        offset, size: of the member, in bytes.
+        number: of the image in its `image_info`.
+    """
+
+    def __init__(self, archive: Path, offset: int, size: int, number: int) -> None:
+        self.archive, self.offset, self.size, self.number = archive, offset, size, number
+        self.place = (archive, offset, number)
+
+    def __getitem__(self, key: str) -> Any:
+        if key == "path":
+            return None
+        try:
+            with self.archive.open("rb") as file:
+                file.seek(self.offset)
+                encoded = json.loads(file.read(self.size))["image_info"][self.number]["image_base64"]
+            # str(bytes) in convert_mmc4_to_wds.py left b'...' around it
+            return {"bytes": base64.b64decode(encoded.removeprefix("b'").removesuffix("'"), validate=True)}[key]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"Cannot read the image {self!r} ({error}).") from error
+
+    def __repr__(self) -> str:
+        return f"<image {self.number} of the document at byte {self.offset} of {self.archive}>"
 
 
 def is_image(image: Any) -> bool:

@@ -32,7 +32,7 @@ logger = logging.get_logger(__name__)
 
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.zip")
 METADATA = ("metadata.jsonl", "metadata.csv")
-# Names that published data sets use. A webdataset's members are columns by the ends of their names.
+# Names that published datasets use. A webdataset's members are columns by the ends of their names.
 COLUMNS = {
     "image": ("image", "images", "img", *(suffix[1:] for suffix in sorted(IMAGE_SUFFIXES)), "image_path", "file_name"),
     "text": ("text", "caption", "txt", "captions", "sentence"),
@@ -53,7 +53,7 @@ def find_files(path: str, suffixes: tuple[str, ...], missing_ok: bool = False) -
     if place.is_file():
         return [place]
     if place.is_dir():
-        found = [file for file in _walk(place) if file.name.lower().endswith(suffixes)]
+        found = [file for file in files_of(place) if file.name.lower().endswith(suffixes)]
         if not found and not missing_ok:
             raise FileNotFoundError(f"{path} holds no file that ends in one of {suffixes}. Check the folder.")
         return found
@@ -63,24 +63,9 @@ def find_files(path: str, suffixes: tuple[str, ...], missing_ok: bool = False) -
     return found
 
 
-def _walk(folder: Path) -> list[Path]:
+def files_of(folder: Path) -> list[Path]:
+    """All files under a folder by name, hidden ones left out."""
     return sorted(file for file in folder.rglob("*") if not file.name.startswith(".") and file.is_file())
-
-
-def data_files(folder: Path) -> list[Path]:
-    """The files in a folder that hold its pairs, by the kind of folder it is."""
-    files = _walk(folder)
-    for ends in (*((name,) for name in METADATA), (".parquet",), (".tar",), LINES):
-        found = [file for file in files if file.name.lower().endswith(ends)]
-        if found:
-            return found
-    found = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and file.parent != folder]
-    if not found:
-        raise ValueError(
-            f"{folder} holds no pairs: expected metadata.jsonl or metadata.csv beside images, .parquet, .tar or "
-            ".jsonl files, what datasets' save_to_disk wrote, or a folder of images for each label."
-        )
-    return found
 
 
 def existing(path: str) -> Path:
@@ -170,7 +155,7 @@ class SavedRows:
 
 def dataset_rows(data: Any, rng: random.Random) -> Iterator[dict[str, Any]]:
     """Rows of a streamed dataset, shard by shard in random order."""
-    # Not by the data set's own `shuffle`, which from datasets 5 on reads shards in threads and sleeps after each pass.
+    # Not by the dataset's own `shuffle`, which from datasets 5 on reads shards in threads and sleeps after each pass.
     for index in rng.sample(range(data.num_shards), data.num_shards):
         yield from data.shard(num_shards=data.num_shards, index=index)
 
@@ -269,6 +254,26 @@ def _open_tar(path: Path) -> tuple[tarfile.TarFile, bool]:
         return tarfile.open(path, "r:"), True
     except tarfile.ReadError:
         return tarfile.open(path, "r|*"), False
+
+
+def json_members(path: Path, skipped: Counter[str]) -> Iterator[tuple[dict[str, Any], int, int]]:
+    """The JSON members of a tar that is not compressed: what each holds, and where its bytes begin and how many."""
+    try:
+        with tarfile.open(path, "r|") as tar:
+            for member in tar:
+                file = tar.extractfile(member) if member.name.lower().endswith(".json") else None
+                if file is None:
+                    continue
+                try:
+                    fields = json.loads(file.read())
+                except (ValueError, RecursionError):
+                    fields = None
+                if isinstance(fields, dict):
+                    yield fields, member.offset_data, member.size
+                else:
+                    skipped["member that is no JSON object"] += 1
+    except (OSError, EOFError, tarfile.TarError) as error:
+        _damaged(path, error, skipped)
 
 
 def _add_member(row: dict[str, Any], end: str, content: bytes, skipped: Counter[str]) -> None:

@@ -19,9 +19,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..backbone_aim import decoder_layers, image_positions, preserved_state
+from ..backbone_aim import decoder_layers, image_positions
 from ..configuration_aim import implementation
 from ..processing_aim import AimProcessor
+from ..state_aim import preserved_state
 from .methods import PromptBuilder, Shown, full
 from .subject import Subject
 from .task import Example

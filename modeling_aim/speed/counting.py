@@ -243,7 +243,7 @@ def count(
         new = fused + query
     if kind.startswith("cold") and shots:
         layers = text.num_hidden_layers
-        read = {"cold": layers, "cold-half": max(layers // 2, 1), "depth-cold": default_depth(layers)}[method]
+        read = {"cold": layers, "cold-half": max(layers // 2, 1), "depth-cold": default_depth(text)}[method]
         part = read / layers  # layers that are not read do not run
         reads = shots * (twin.image + part * twin.decoder(bos + demo)[0])
         reads += 0 if method == "depth-cold" else twin.fuse(fused)

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from .. import AimForConditionalGeneration
-from ..backbone_aim import preserved_state
 from ..demonstrations_aim import FusedDemonstrations
+from ..state_aim import preserved_state
 from .prompts import RandomPrompts
 
 

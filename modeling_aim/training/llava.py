@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..data.json_array import json_entries
+from ..data.layouts import llava_file
 from ..data.pairs import Pair, Unread, located, size_of
 from ..data.rows import existing
 from .episodes import Source
@@ -57,7 +58,7 @@ class LlavaConversations(Source):
     """
 
     def __init__(self, path: str, *, images: str | None = None, captions: bool = False) -> None:
-        self.path, self.captions = existing(path), captions
+        self.path, self.captions = llava_file(existing(path)), captions
         self.name = f"llava {self.path.name}"
         self.folder = self.path.parent if images is None else existing(images)
         self._left_out: Counter[str] = Counter()

@@ -109,6 +109,12 @@ def encode_targets(
     return inputs, inputs["input_ids"].masked_fill(~mask, -100)
 
 
+def logits_kept(labels: torch.Tensor) -> int:
+    """Positions at the end of a batch whose logits are needed, from its labels `(batch, length)`."""
+    scored = (labels != -100).int()
+    return int((scored.shape[1] - scored.argmax(dim=1)).max()) + 1
+
+
 class EpisodeCollator:
     """Makes a batch of episodes into what `AimForConditionalGeneration.forward` takes: a row for each target.
 
@@ -134,7 +140,9 @@ class EpisodeCollator:
         self.open = Opener(self.processor.why_unreadable, ShrinkFor(self.processor))
 
     def __call__(self, given: Sequence[Episode | None]) -> dict[str, Any]:
-        """Inputs, `labels`, `demos` (a list for each row), `sources`, what was `skipped`, and the teacher's inputs.
+        """Inputs, `labels`, `demos` (a list for each row), and the teacher's inputs.
+
+        Beside them `sources`, what was `skipped`, and `counts` of episodes, images and tokens of the targets' prompts.
 
         Args:
             given: episodes, or `None` for each that a resumed run has behind it; of these alone comes an empty batch.
@@ -162,6 +170,12 @@ class EpisodeCollator:
         }
         batch["sources"] = [episode.source for episode in episodes]
         batch["skipped"] = dict(skipped)
+        pairs = {id(pair): len(pair.images) for demos, target in rows for pair in (*demos, target)}
+        batch["counts"] = {
+            "episodes": len(episodes),
+            "images": sum(pairs.values()),
+            "tokens": int(inputs["attention_mask"].sum()),
+        }
         if self.teacher is not None:
             fronts = [self._front(demos) for demos, _ in rows]
             full, known = encode_targets(self.processor, self.frame, [target for _, target in rows], fronts)

@@ -12,21 +12,31 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 from ..backbone_aim import check_backbone, longest_prompt
 from ..configuration_aim import AimConfig
-from ..pretrained_aim import DIGEST_KEY, PROJECTOR_WEIGHTS
+from ..projector_aim import DIGEST_KEY, PROJECTOR_WEIGHTS, SCALE_KEY
+from ..projector_aim import load_projector as load_weights
 from .episodes import Mixture
 from .kept_states import KeptStates
 from .optimizer import OPTIMIZERS, MuonAndAdamW
+from .pace import Pace
 from .stream import EpisodeStream
-from .targets import EpisodeCollator
+from .targets import EpisodeCollator, logits_kept
+
+logger = logging.get_logger(__name__)
+
+CALIBRATION_STATES = 512  # states of demonstrations' tokens that a projector to the input is calibrated on
+MOST_EPISODES = 64
 
 
 class NotFinite(ValueError):
@@ -100,7 +110,7 @@ class AimTrainer(Trainer):
         model.read_cache = KeptStates(2**30) if kept_states is None else kept_states
         kwargs.setdefault("data_collator", EpisodeCollator(model, teacher, prompts))
         kwargs.setdefault("processing_class", model.processor)
-        train = kwargs.get("train_dataset")
+        self._episodes = train = kwargs.get("train_dataset")
         if isinstance(train, (Mixture, IterableDataset)) and not isinstance(train, EpisodeStream):
             train = EpisodeStream(train, args.train_batch_size * args.world_size, group_by_length, args.seed)
         if isinstance(train, EpisodeStream):
@@ -119,8 +129,34 @@ class AimTrainer(Trainer):
         self.teacher, self.distillation, self.temperature = teacher, distillation, temperature
         self._verdicts: list[torch.Tensor] = []
         self.skipped: Counter[str] = Counter()
+        self._pace = Pace(self.reading_seconds, args.world_size)
         taken = inspect.signature(model.backbone.forward).parameters
         self._keeps_logits = "logits_to_keep" in taken
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's training, after the projector is calibrated where its form needs that (`AimProjector`)."""
+        if not resume_from_checkpoint:  # a checkpoint has the scales of its run
+            self.calibrate()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def calibrate(self) -> None:
+        """Calibrate a new projector on some hundred states of the data, unless its form needs no calibration."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        projector = model.projector
+        done = getattr(projector, SCALE_KEY) is not None or not projector.is_new
+        if done or not projector.can_calibrate or self._episodes is None:
+            return
+        sample: list[torch.Tensor] = []
+        for episode in islice(iter(self._episodes), MOST_EPISODES):
+            demos = {demo.key: demo for row in self.data_collator([episode])["demos"] for demo in row}
+            sample += model.read_states(list(demos.values()))
+            if sum(map(len, sample)) >= CALIBRATION_STATES:
+                break
+        if sample:
+            projector.calibrate(torch.cat(sample))
+            scale = broadcast(getattr(projector, SCALE_KEY))  # processes may see different data
+            projector.set_scale(scale)
+            logger.info(f"Calibrated the projector's {len(scale)} channels on {sum(map(len, sample))} states.")
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -129,10 +165,10 @@ class AimTrainer(Trainer):
         inputs = {**inputs}
         self.skipped.update(inputs.pop("skipped", {}))
         inputs.pop("sources", None)
+        self._pace.count(inputs.pop("counts", {}) if model.training else {})
         taught = inputs.pop("teacher", None)
         if self._keeps_logits:
-            scored = (inputs["labels"] != -100).int()
-            inputs["logits_to_keep"] = int((scored.shape[1] - scored.argmax(dim=1)).max()) + 1
+            inputs["logits_to_keep"] = logits_kept(inputs["labels"])
         labels = inputs["labels"]
         if num_items_in_batch is not None:  # none at all, where nothing of the batch could be read
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
@@ -178,7 +214,8 @@ class AimTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's evaluation, with the share of targets of which every token is the most likely one."""
         self._verdicts = []
-        metrics = super().evaluate(*args, **kwargs)
+        with self._pace.paused():
+            metrics = super().evaluate(*args, **kwargs)
         right = torch.cat(self._verdicts) if self._verdicts else torch.zeros(0, device=self.args.device)
         counts = self.accelerator.reduce(torch.stack([right.sum(), right.new_tensor(len(right))]).to(self.args.device))
         accuracy = round(float(counts[0] / counts[1].clamp(min=1)), 4)
@@ -228,13 +265,19 @@ class AimTrainer(Trainer):
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Trainer's log, with what was skipped and how often a read was spared."""
+        """Trainer's log, with the pace, what was skipped and how often a read was spared."""
         kept = self.model.read_cache  # type: ignore[union-attr]
+        if "loss" in logs:
+            logs = {**logs, **self._pace.report()}
         if "loss" in logs and isinstance(kept, KeptStates) and kept.hits + kept.misses:
             logs = {**logs, "reads_spared": round(kept.hits / (kept.hits + kept.misses), 4)}
         if "loss" in logs and self.skipped:
             logs = {**logs, **{f"skipped/{reason}": count for reason, count in sorted(self.skipped.items())}}
         super().log(logs, *args, **kwargs)
+
+    def reading_seconds(self) -> float:
+        """Seconds that this process has read demonstrations for."""
+        return getattr(self.model.read_cache, "reading_seconds", 0.0)  # type: ignore[union-attr]
 
     # --- checkpoints hold a projector, not a model.safetensors
 
@@ -260,7 +303,7 @@ def load_projector(model: Any, checkpoint: str) -> None:
     config = AimConfig.from_pretrained(checkpoint)
     check_backbone(model.backbone, config.backbone_config, config.backbone_fingerprint)
     digest = getattr(config, DIGEST_KEY, None)
-    model._load_projector(str(Path(checkpoint) / PROJECTOR_WEIGHTS), checkpoint, digest)
+    load_weights(model.projector, model.config, str(Path(checkpoint) / PROJECTOR_WEIGHTS), checkpoint, digest)
 
 
 def _muon() -> Any:

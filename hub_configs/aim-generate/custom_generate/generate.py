@@ -16,25 +16,29 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel
 
-from .backbone_aim import answering, fingerprint
+from .backbone_aim import fingerprint
 from .configuration_aim import AimConfig, preset_settings
 from .demonstrations_aim import kind_of, parse_demos
 from .files_aim import HUB_KWARGS
 from .injection_aim import watch_entries
 from .modeling_aim import AimForConditionalGeneration
 from .processing_aim import AimProcessor
+from .state_aim import answering
 
 if TYPE_CHECKING:  # the rest of the plug-in: transformers 5.5 copies only files that this one names
     from .batching_aim import reading_batches  # noqa: F401
     from .cache_aim import LRUCache  # noqa: F401
     from .choice_aim import DepthChoice  # noqa: F401
     from .depth_aim import DepthMixin  # noqa: F401
+    from .encoding_aim import EncodingMixin  # noqa: F401
     from .families_aim import FAMILIES  # noqa: F401
     from .features_aim import FeaturesMixin  # noqa: F401
     from .images_aim import open_image  # noqa: F401
     from .prefix_aim import FusedPrefix  # noqa: F401
     from .pretrained_aim import AimPreTrainedModel  # noqa: F401
     from .projector_aim import AimProjector  # noqa: F401
+    from .reading_aim import read_hidden_states  # noqa: F401
+    from .rows_aim import RowsMixin  # noqa: F401
 
 # Nothing here keeps a model or a tokenizer alive: the plug-ins lie here without the model that they are made for.
 _PLUGINS: WeakKeyDictionary[PreTrainedModel, dict[Any, Any]] = WeakKeyDictionary()  # by depths
@@ -77,7 +81,8 @@ def generate(
     """
     for name in (*HUB_KWARGS, "repo_type"):  # where this code comes from
         kwargs.pop(name, None)
-    parsed = [parse_demos(given) for given in (demos, chat_demos)]
+    rules = getattr(processor, "image_rules", None)  # of an AimProcessor
+    parsed = [parse_demos(given, rules) for given in (demos, chat_demos)]
     parts = [part for given in parsed for part in (given if isinstance(given, list) else [given]) if part is not None]
     if not parts:
         return type(model).generate(model, **kwargs)  # `model.generate` may be this very function

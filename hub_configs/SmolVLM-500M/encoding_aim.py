@@ -1,0 +1,1 @@
+../../modeling_aim/encoding_aim.py

@@ -1,0 +1,1 @@
+../../modeling_aim/state_aim.py

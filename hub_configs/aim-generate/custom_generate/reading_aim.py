@@ -1,0 +1,1 @@
+../../../modeling_aim/reading_aim.py

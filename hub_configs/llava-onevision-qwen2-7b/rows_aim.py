@@ -1,0 +1,1 @@
+../../modeling_aim/rows_aim.py

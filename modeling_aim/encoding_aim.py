@@ -1,0 +1,245 @@
+"""Demonstrations as the backbone reads them: found in a chat, put into words, encoded with the words that are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from threading import RLock
+from typing import Any
+
+import torch
+from transformers import BatchFeature
+
+from .demonstrations_aim import Demonstration
+from .images_aim import ImageRules, block_images
+
+IMAGE_SETTINGS = (
+    "size", "crop_size", "do_resize", "do_center_crop", "do_rescale", "rescale_factor", "do_normalize", "image_mean",
+    "image_std", "do_pad", "do_image_splitting", "max_image_size", "image_grid_pinpoints", "min_pixels", "max_pixels",
+    "crop_to_patches", "min_patches", "max_patches", "patch_size", "merge_size",
+)  # fmt: skip
+UNKNOWN_IMAGE = 1024  # positions of an image whose number of tokens is not known before it is encoded
+SENTINEL = "aimtextgoeshere"
+TOKENIZING = RLock()  # a fast tokenizer keeps its padding as state and refuses two threads at once
+
+
+class EncodingMixin:
+    """What `AimProcessor` does with demonstrations; `self` is the processor."""
+
+    def word(self: Any, demonstration: Demonstration) -> tuple[str, int, int]:
+        """The words of a demonstration as the backbone reads them, and where its answer starts and ends in them."""
+        text = demonstration.text
+        if demonstration.question is not None:
+            before, after = self.question_template.split("{answer}", 1)
+            before = before.replace("{question}", demonstration.question)
+        elif demonstration.is_label or self._is_bare_label(text):
+            before, after = self.label_template.split("{label}", 1)
+        else:
+            before = after = ""
+        return before + text + after, len(before), len(before) + len(text)
+
+    def is_label(self: Any, demonstration: Demonstration) -> bool:
+        """Whether the text of a demonstration is a bare name."""
+        return demonstration.question is None and (demonstration.is_label or self._is_bare_label(demonstration.text))
+
+    @property
+    def reading_settings(self) -> dict[str, str]:
+        """The settings that decide how a demonstration is read; fused tokens are bound to them."""
+        processor: Any = self
+        images = {name: _plain(getattr(processor.image_processor, name, None)) for name in IMAGE_SETTINGS}
+        return {
+            "label template": processor.label_template,
+            "question template": processor.question_template,
+            "image prompt": processor.image_text,
+            "image settings": hashlib.sha256(json.dumps(images, sort_keys=True).encode()).hexdigest()[:12],
+            **({"begins with": begin} if (begin := processor.front(0)) else {}),
+        }
+
+    def words_of(self: Any, ids: Sequence[int]) -> str:
+        """The words of a prompt, from its ids without images, without those that the chat template adds."""
+        words = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        with TOKENIZING:
+            frame = self.tokenizer(self.prompt(SENTINEL, images=0))["input_ids"]
+        before, _, after = self.tokenizer.decode(frame, skip_special_tokens=True).partition(SENTINEL)
+        return words.removeprefix(before.strip()).removesuffix(after.strip()).strip()
+
+    def _is_bare_label(self: Any, text: str) -> bool:
+        """Whether a text is a bare name: one or two words, no punctuation at the end, not yet in the label template.
+
+        Only in ASCII: in other scripts a sentence may be one word, and `label=` marks a name.
+        """
+        worded = self.label_template.split("{label}", 1)[0].strip().lower()
+        name = len(text.split()) <= 2 and text.isascii() and text[-1].isalnum()
+        return name and not (worded and text.lower().startswith(worded))
+
+    def why_unreadable(self: Any, demonstration: Demonstration) -> str | None:
+        """Why a backbone cannot read a demonstration, in a few words; `None` where it can."""
+        words = self.word(demonstration)[0]
+        for token in {self._image_token, self.image_text.strip(), getattr(self.processor, "video_token", None)}:
+            if isinstance(token, str) and token and token in words:
+                return f"text that holds the placeholder {token}"
+        try:
+            self.reading_lengths([demonstration])
+        except Exception as error:  # of the backbone's processor, for an image of an extreme shape
+            return f"image that the processor refuses ({type(error).__name__})"
+        return None
+
+    def reading_lengths(self: Any, demonstrations: Sequence[Demonstration]) -> list[int]:
+        """An estimate of the positions that each demonstration takes when it is read, rather too high than too low.
+
+        A character counts as one position. An image counts what the backbone's processor expects for its size, or
+        `UNKNOWN_IMAGE` where that is not known.
+        """
+        images = [image for demonstration in demonstrations for image in demonstration.images]
+        counts = [UNKNOWN_IMAGE] * len(images)
+        if images and hasattr(self.processor, "_get_num_multimodal_tokens"):
+            sizes = [(image.height, image.width) for image in images]
+            counts = self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens or counts
+        remaining = iter(counts)
+        return [len(self.word(d)[0]) + sum(next(remaining) for _ in d.images) for d in demonstrations]
+
+    def encode_demonstrations(
+        self: Any, demonstrations: Sequence[Demonstration], read_span: str = "text"
+    ) -> tuple[BatchFeature, torch.Tensor]:
+        """Make one padded batch of demonstrations for the backbone to read.
+
+        Args:
+            demonstrations: all with images, or all without.
+            read_span: which positions are kept: `"text"` or `"answer"`.
+
+        Returns:
+            The backbone's inputs, and a mask `(batch, length)` that is true at the positions to keep: words of the
+            demonstration, without image positions, special tokens and padding.
+        """
+        prompts, spans = self._reading_prompts(demonstrations, read_span)
+        inputs, mask = self.encode_spans([list(d.images) for d in demonstrations], prompts, spans)
+        empty = [d.text for d, kept in zip(demonstrations, mask.any(dim=1).tolist(), strict=True) if not kept]
+        if empty:
+            raise ValueError(f"The tokenizer finds no token in the words of these demonstrations: {empty[:3]}.")
+        return inputs, mask
+
+    def _reading_prompts(
+        self: Any, demonstrations: Sequence[Demonstration], read_span: str
+    ) -> tuple[list[str], list[tuple[int, int]]]:
+        """The prompt of each demonstration when it is read, and the characters of it that are kept."""
+        prompts, spans = [], []
+        for demonstration in demonstrations:
+            reason = self.why_unreadable(demonstration)
+            if reason is not None:
+                raise ValueError(f"A demonstration cannot be read: {reason}. Its text is {demonstration.text!r:.80}.")
+            front = self.front(len(demonstration.images))
+            words, *answer = self.word(demonstration)
+            prompts.append(front + words)
+            start, end = answer if read_span == "answer" else (0, len(words))
+            spans.append((len(front) + start, len(front) + end))
+        return prompts, spans
+
+    def kept_ids(self: Any, demonstrations: Sequence[Demonstration], read_span: str = "text") -> list[torch.Tensor]:
+        """Ids `(tokens,)` of the words that are kept of each demonstration; images are not encoded."""
+        prompts, spans = self._reading_prompts(demonstrations, read_span)
+        plain = self._tokenized(prompts) if prompts else {"input_ids": []}
+        kept = [self._kept_places(plain, row, span) for row, span in enumerate(spans)]
+        return [torch.tensor(ids)[places] for ids, places in zip(plain["input_ids"], kept, strict=True)]
+
+    def encode_spans(
+        self: Any, images: Sequence[Sequence[Any]], prompts: Sequence[str], spans: Sequence[tuple[int, int]]
+    ) -> tuple[BatchFeature, torch.Tensor]:
+        """Make one padded batch of prompts, with a mask of the tokens of a part of each.
+
+        Args:
+            images: the images of each prompt, which has their placeholders.
+            prompts: one a row.
+            spans: first character of the part and the one after its last; it follows the last placeholder.
+
+        Returns:
+            The backbone's inputs, and a mask `(batch, length)` that is true at the tokens of the part.
+        """
+        shown = [list(row) for row in images] if any(images) else None
+        with TOKENIZING:
+            inputs = self._encode(shown, list(prompts), padding=True, padding_side="left", return_tensors="pt")
+        plain, ids = self._tokenized(prompts), inputs["input_ids"]
+        mask = torch.zeros(ids.shape, dtype=torch.bool)
+        # The processor expands images, so positions are counted from the end, where the text is unchanged except for
+        # what some processors append.
+        for row, span in enumerate(spans):
+            part = self._kept_places(plain, row, span)
+            if not part:
+                continue
+            words = torch.tensor(plain["input_ids"][row])
+            places = ids.shape[1] - len(words) + torch.tensor(part)
+            shifts = (n for n in range(int(places[0]) + 1) if torch.equal(ids[row, places - n], words[part]))
+            mask[row, places - next(shifts, 0)] = True
+        return inputs, mask
+
+    def _tokenized(self: Any, prompts: Sequence[str]) -> Any:
+        with TOKENIZING:
+            return self.tokenizer(list(prompts), return_offsets_mapping=True, return_special_tokens_mask=True)
+
+    @staticmethod
+    def _kept_places(plain: Any, row: int, span: tuple[int, int]) -> list[int]:
+        """Positions of the tokens that lie in a span of characters, in a prompt whose images are not expanded."""
+        tokens = zip(plain["offset_mapping"][row], plain["special_tokens_mask"][row], strict=True)
+        start, end = span
+        return [i for i, ((a, b), special) in enumerate(tokens) if b > start and a < end and b > a and not special]
+
+
+def _plain(value: Any) -> Any:
+    """A setting of an image processor in a form that saving and loading does not change."""
+    if isinstance(value, Mapping) or hasattr(value, "items"):
+        return {str(k): _plain(v) for k, v in value.items() if v is not None}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return float(value) if isinstance(value, (int, float)) else None if value is None else str(value)
+
+
+def split_few_shot_chat(
+    chat: Sequence[Mapping[str, Any]], rules: ImageRules | None = None
+) -> tuple[list[Demonstration], list[Mapping[str, Any]]]:
+    """Split a few-shot chat into demonstrations, with their images opened, and the chat that is to be answered.
+
+    Returns:
+        The demonstrations (none for an ordinary chat), and the system turns with the last user turn and, when the
+        chat ends in one, the assistant turn it begins.
+    """
+    raw, rest = raw_few_shot_chat(chat)
+    return [Demonstration.of(fields, rules) for fields in raw], rest
+
+
+def raw_few_shot_chat(
+    chat: Sequence[Mapping[str, Any]],
+) -> tuple[list[dict[str, Any]], list[Mapping[str, Any]]]:
+    """The same as `split_few_shot_chat`, with raw demonstrations: no image is opened."""
+    chat = list(chat)
+    system = [turn for turn in chat if turn["role"] == "system"]
+    turns = [turn for turn in chat if turn["role"] != "system"]
+    last = len(turns) - 1 if turns and turns[-1]["role"] == "user" else len(turns) - 2
+    earlier, query = turns[: max(last, 0)], turns[max(last, 0) :]
+    users, answers = earlier[::2], earlier[1::2]
+    few_shot = (
+        len(users) == len(answers) > 0
+        and query[0]["role"] == "user"
+        and all(turn["role"] == "user" and _chat_images(turn) for turn in [*users, query[0]])
+        and all(turn["role"] == "assistant" and _chat_text(turn) and not _chat_images(turn) for turn in answers)
+    )
+    if not few_shot:
+        return [], chat
+    demonstrations = []
+    for user, answer in zip(users, answers, strict=True):
+        question = _chat_text(user)
+        fields = {"question": question, "answer": _chat_text(answer)} if question else {"text": _chat_text(answer)}
+        demonstrations.append({"images": _chat_images(user), **fields})
+    return demonstrations, [*system, *query]
+
+
+def _blocks(turn: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    content = turn.get("content") or []
+    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+
+
+def _chat_text(turn: Mapping[str, Any]) -> str:
+    return " ".join(block["text"] for block in _blocks(turn) if block["type"] == "text").strip()
+
+
+def _chat_images(turn: Mapping[str, Any]) -> list[Any]:
+    return [image for block in _blocks(turn) for image in block_images(block)]

@@ -1,0 +1,154 @@
+"""The demonstrations of each row of a batch: parsed, selected, read together, and given room in the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from .backbone_aim import longest_prompt
+from .demonstrations_aim import (
+    FusedDemonstrations,
+    check_finite,
+    concatenated,
+    demos_by_row,
+    kind_of,
+    parse_demos,
+)
+from .injection_aim import FusedPrompt, shape_of
+
+
+class RowsMixin:
+    """What `AimForConditionalGeneration` does with the rows of a batch; `self` is the model."""
+
+    def _parts(
+        self: Any,
+        inputs: Mapping[str, Any],
+        demos: Any,
+        chat_demos: Any = None,
+        shots: int | None = None,
+        select: Any = None,
+    ) -> list[tuple[Any, ...]]:
+        """The demonstrations of each row of the batch, in order, in parts as `parse_demos` returns them."""
+        ids: Any = inputs.get("input_ids")
+        whole = isinstance(ids, torch.Tensor) and ids.ndim == 2 and ids.dtype in (torch.long, torch.int)
+        if ids is not None and not (whole and ids.numel()):
+            kind = f"{ids.dtype} of the shape " if isinstance(ids, torch.Tensor) else ""
+            raise ValueError(
+                f"input_ids are {kind}{shape_of(ids)}; expected a tensor of whole numbers (batch, length), one at "
+                'least, as processor(images=..., text=..., return_tensors="pt") makes it.'
+            )
+        for given in () if ids is None else (demos, chat_demos):
+            self._check_count(given, ids.shape[1])
+        demos, chat_demos = (parse_demos(given, self.image_rules) for given in (demos, chat_demos))
+        if ids is None:
+            if demos is None and chat_demos is None:
+                return []
+            raise ValueError("demos stand in front of input_ids; inputs_embeds cannot take them.")
+        rows = self._selected(demos_by_row(demos, len(ids)), inputs, shots, select)
+        chats = demos_by_row(chat_demos, len(ids))
+        return [tuple(part for part in pair if part is not None) for pair in zip(rows, chats, strict=True)]
+
+    def _fused_rows(
+        self: Any, rows: Sequence[tuple[Any, ...]], length: int, finite: bool = True
+    ) -> list[FusedDemonstrations | None]:
+        """The fused tokens of each row, for prompts of `length` tokens; raw parts are read together, each once.
+
+        Raises:
+            ValueError: they do not fit, or, where `finite` is asked for, some are NaN or infinite.
+        """
+        parts = {id(part): part for row in rows for part in row}
+        raw = {number: part for number, part in parts.items() if kind_of(part) is None}
+        for part in raw.values():  # counted before anything is read
+            self._check_room([len(ids) for ids in self.word_ids(part)], length)
+        fused = {number: self.read(part) for number, part in parts.items() if number not in raw}
+        read = self._project([demo for part in raw.values() for demo in part]) if raw else None
+        taken = 0
+        for number, part in raw.items():
+            assert read is not None
+            fused[number] = read[taken : taken + len(part)]
+            taken += len(part)
+        for part in fused.values() if finite else ():
+            check_finite(part)
+        return [concatenated([fused[id(part)] for part in row]) if row else None for row in rows]
+
+    def _fused_prompt(
+        self: Any, inputs: Mapping[str, Any], rows: Sequence[FusedDemonstrations | None], first: bool = False
+    ) -> FusedPrompt:
+        """Room for each row's fused tokens in the prompt, checked against the backbone's positions."""
+        if inputs.get("inputs_embeds") is not None:
+            raise ValueError("demos stand in front of input_ids; inputs_embeds cannot take them.")
+        cache = inputs.get("past_key_values")
+        if cache is not None and cache.get_seq_length():
+            raise ValueError(
+                f"demos stand at the start of a prompt, but past_key_values already hold {cache.get_seq_length()} "
+                "tokens. Give demos with the whole prompt and an empty cache."
+            )
+        for row in rows:
+            self._check_room([] if row is None else row.lengths, inputs["input_ids"].shape[1])
+        return self._widened(inputs, rows, first)
+
+    def _check_count(self: Any, demos: Any, prompt: int) -> None:
+        """Raise `ValueError` for more raw demonstrations than positions: then nothing is opened, counted or read."""
+        longest = longest_prompt(self.backbone.config)
+        if longest is None or kind_of(demos) is not None or not isinstance(demos, (list, tuple)):
+            return
+        for row in [demos, *demos]:
+            raw = kind_of(row) is None and isinstance(row, (list, tuple)) and bool(row)
+            if raw and kind_of(row[0]) == "demonstration" and len(row) + prompt > longest:
+                raise ValueError(
+                    f"{len(row)} demonstrations and a prompt of {prompt} tokens are too many for the backbone's "
+                    f"{longest} positions, of which a demonstration takes at least one. Keep them in a "
+                    'DemonstrationBank and select some: generate(..., demos=bank, shots=8, select="image").'
+                )
+
+    def _check_prefix(self: Any, tokens: int) -> None:
+        """Raise `ValueError` where so many fused tokens leave no position for a query."""
+        longest = longest_prompt(self.backbone.config)
+        if longest is not None and tokens >= longest:
+            raise ValueError(
+                f"The demonstrations have {tokens} fused tokens, but the backbone has {longest} positions, of which "
+                "the query needs some. Prefill fewer demonstrations: model.prefill(demos[:k])."
+            )
+
+    def _check_room(self: Any, lengths: Sequence[int], prompt: int) -> None:
+        """Raise `ValueError` where demonstrations of these lengths and a prompt are longer than the backbone reads."""
+        longest = longest_prompt(self.backbone.config)
+        if longest is None or sum(lengths) + prompt <= longest or not lengths:
+            return
+        fitting = sum(total + prompt <= longest for total in accumulate(lengths))
+        raise ValueError(
+            f"The prompt has {prompt} tokens and the demonstrations {sum(lengths)} fused tokens, together "
+            f"{sum(lengths) + prompt}, but the backbone has {longest} positions. The first {fitting} of "
+            f"{len(lengths)} demonstrations fit: pass demos[:{fitting}]."
+        )
+
+    def _widened(
+        self: Any, inputs: Mapping[str, Any], rows: Sequence[FusedDemonstrations | None], first: bool = False
+    ) -> FusedPrompt:
+        bos = getattr(self.config.get_text_config(), "bos_token_id", None)
+        return FusedPrompt(inputs, rows, bos, self.backbone, self.config.entry_layers, first)
+
+    def _bos_of(self: Any, first_id: int) -> list[int]:
+        """The ids before the fused tokens of a prompt that begins with `first_id`: BOS, or none."""
+        return [first_id] if first_id == getattr(self.config.get_text_config(), "bos_token_id", None) else []
+
+    def _check_bank(self: Any, bank: Any) -> None:
+        """Raise `ValueError` for a bank that no prompt can hold, before it is loaded."""
+        longest = longest_prompt(self.backbone.config)
+        tokens = getattr(bank, "num_tokens", 0)
+        if longest is not None and tokens > longest and len(bank) > 1:
+            raise ValueError(
+                f"The bank's {len(bank)} demonstrations have {tokens} fused tokens, but the backbone has {longest} "
+                'positions. Choose some: generate(..., demos=bank, shots=8, select="image"), or bank[:8].'
+            )
+
+    def _check_length(self: Any, length: int, texts: list[str]) -> None:
+        longest = longest_prompt(self.backbone.config)
+        if longest is not None and length > longest:
+            raise ValueError(
+                f"One of the demonstrations {[text[:40] for text in texts]} has {length} tokens with its images, but "
+                f"the backbone has {longest} positions. Shorten its text, or give it fewer or smaller images."
+            )
