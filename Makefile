@@ -36,6 +36,7 @@ docs: $(VENV)/.installed-dev  ## the docs site, in build/site; broken links are 
 bench: $(VENV)/.installed-demo  ## a bank of 100 000 demonstrations (2 GB of disk for a minute), training, and answers: ten minutes
 	$(BIN)/python -m modeling_aim.speed.bank
 	$(BIN)/python -m modeling_aim.speed.training
+	$(BIN)/python -m modeling_aim.speed.training_data
 	$(BIN)/aim bench --shape cpu-576 --shots 4,8,16 --repeats 3 \
 		--methods zero,overhead,full,prefix-kv,cold,cold-half,bank,bank-kv,depth-cold,depth-bank,depth-bank-kv
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from .images import Stretch
+from .images import DatasetImage, Stretch
 from .pairs import IMAGE_SUFFIXES, Pair, located
 from .pairs import NO_IMAGE as NO_IMAGE
 
@@ -86,7 +86,7 @@ def is_hub_id(path: str) -> bool:
 
 
 def open_dataset(path: str, split: str, config: str | None) -> tuple[Any, Path]:
-    """A `datasets` dataset, streamed and with images undecoded, and the folder that its paths are relative to.
+    """A dataset of `datasets`, streamed, or mapped into memory with its images unopened, and the folder of its paths.
 
     Args:
         path: parquet files (of a folder those named for the split, where there are such), a folder that
@@ -113,8 +113,9 @@ def open_dataset(path: str, split: str, config: str | None) -> tuple[Any, Path]:
             if split not in data:
                 raise ValueError(f"{path} has the splits {sorted(data)}, but not {split!r}. Choose one with split=.")
             data = data[split]
-        pieces = max(1, min(64, len(data)))  # so that rows in the order of their classes are mixed all the same
-        return data.to_iterable_dataset(num_shards=pieces).decode(False), place
+        return SavedRows(
+            data, [name for name, kind in data.features.items() if isinstance(kind, datasets.Image)]
+        ), place
     if not shards:
         try:
             return datasets.load_dataset(path, config, split=split, streaming=True).decode(False), Path()
@@ -124,6 +125,32 @@ def open_dataset(path: str, split: str, config: str | None) -> tuple[Any, Path]:
     names = [str(one) for one in named or shards]
     data = datasets.load_dataset("parquet", data_files=names, split="train", streaming=True)
     return data.decode(False), place if place.is_dir() else shards[0].parent
+
+
+class SavedRows:
+    """Rows of a dataset that is mapped into memory, as a streamed dataset gives them, but with its images unopened.
+
+    Args:
+        data: as `datasets` loads it from disk.
+        images: columns of images.
+    """
+
+    def __init__(self, data: Any, images: list[str]) -> None:
+        self.features, self.images, self.data = data.features, images, data
+        for name in images:
+            self.data = self.data.cast_column(name, type(data.features[name])(decode=False))
+        self.num_shards = max(
+            1, min(64, len(data))
+        )  # so that rows in the order of their classes are mixed all the same
+        words = data.select_columns([name for name in data.features if name not in images])
+        self.words = words.to_iterable_dataset(num_shards=self.num_shards).decode(False)
+
+    def shard(self, num_shards: int, index: int) -> Iterator[dict[str, Any]]:
+        """Rows of one of as many parts as there are shards."""
+        each, more = divmod(len(self.data), num_shards)
+        start = each * index + min(index, more)
+        for number, row in enumerate(self.words.shard(num_shards=num_shards, index=index), start):
+            yield {**row, **{name: DatasetImage(self.data, number, name, Path()) for name in self.images}}
 
 
 def dataset_rows(data: Any, rng: random.Random) -> Iterator[dict[str, Any]]:

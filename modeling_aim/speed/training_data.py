@@ -161,18 +161,17 @@ def _wait_for(path: Path) -> None:
         time.sleep(0.05)
 
 
-def run_ranks(code: Path, ranks: int, arguments: list[str]) -> list[dict[str, float]]:
+def run_ranks(code: Path, ranks: int, data: str, output: str, arguments: list[str]) -> list[dict[str, float]]:
     """What each rank of a run measures, with the package of a checkout."""
-    command = [sys.executable, __file__, "--child", *arguments]
+    command = [sys.executable, __file__, "--child", data, output, *arguments]
     if ranks > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
         command = [*launcher, *command[1:]]
     environment = {**os.environ, "PYTHONPATH": str(code), "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"peak')]
-    if done.returncode or len(found) != ranks:
+    if done.returncode:
         raise RuntimeError(f"{command} ended with {done.returncode}: {done.stderr[-2000:]}")
-    return found
+    return [json.loads(Path(f"{output}.{rank}.json").read_text()) for rank in range(ranks)]
 
 
 def main() -> None:
@@ -191,7 +190,8 @@ def main() -> None:
     if args.child:
         sys.path = [place for place in sys.path if Path(place).resolve() != Path(__file__).resolve().parent]
         data, output = args.child
-        print(json.dumps(measured(data, output, args.steps, args.batch_size, args.skipped)), flush=True)
+        found = measured(data, output, args.steps, args.batch_size, args.skipped)
+        Path(f"{output}.{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
         os._exit(0)  # torch ends its threads in an order that now and then aborts the process
     here = Path(__file__).resolve().parents[2]
     codes = [("before", args.before.resolve(), args.before_skipped)] if args.before else []
@@ -200,9 +200,9 @@ def main() -> None:
         data = make_pages(Path(folder), args.pages, (args.size[0], args.size[1]))
         for name, code, skipped in [*codes, ("now", here, args.skipped)]:
             for ranks in args.ranks:
-                given = [data, os.path.join(folder, f"{name}-{ranks}"), "--steps", str(args.steps)]
-                given += ["--batch-size", str(args.batch_size), "--skipped", str(skipped)]
-                for rank, found in enumerate(run_ranks(code, ranks, given)):
+                output = os.path.join(folder, f"{name}-{ranks}")
+                given = ["--steps", str(args.steps), "--batch-size", str(args.batch_size), "--skipped", str(skipped)]
+                for rank, found in enumerate(run_ranks(code, ranks, data, output, given)):
                     scaled = found["resume s"] * args.skipped / skipped
                     rows.append({"code": name, "ranks": ranks, "rank": rank, **found, "resume s": scaled})
     if args.json:
