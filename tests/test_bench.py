@@ -304,13 +304,13 @@ def test_methods_of_others_cost_what_is_counted(family: str, monkeypatch: pytest
 
 
 def test_a_run_with_methods_of_others(tmp_path: Path) -> None:
-    methods = "full,text-kv,snapkv-cold:ratio=.9,fastv,emloc"
+    methods = "full,text-kv,snapkv-cold:ratio=.9,fastv:depth=1,emloc"
     options = ["--shape", "tiny", "--shots", "0,3", "--methods", "zero," + methods, "--repeats", "1"]
     result = run(*options, "--device", "cpu", "--max-new-tokens", "2", "--output", str(tmp_path))
     assert result.exit_code == 0, result.output
     rows = {row["method"]: row for row in json.loads((tmp_path / "bench.json").read_text())["rows"] if row["shots"]}
     assert set(rows) == {"zero", *methods.split(",")}
-    for name in ("text-kv", "snapkv-cold:ratio=.9", "fastv"):
+    for name in ("text-kv", "snapkv-cold:ratio=.9", "fastv:depth=1"):
         assert rows[name]["measured_kv_bytes"] == 2 * rows[name]["kv_bytes"] < rows["full"]["measured_kv_bytes"]
     assert rows["emloc"]["measured_kv_bytes"] <= 2 * rows["emloc"]["kv_bytes"]  # all rows are its bound
     assert "snapkv-cold:ratio=.9" in (tmp_path / "bench.md").read_text()

@@ -103,6 +103,11 @@ class _Count:
     def _together(self, tokens: int, images: int) -> float:
         return images * self.twin.image + self.twin.decoder(tokens)[0]
 
+    def _depth(self, depth: int) -> int:
+        if depth >= self.layers:
+            raise ValueError(f"depth={depth}: expected less than the {self.layers} layers of this backbone.")
+        return depth
+
     def _kept_images(self, count: int, share: float) -> int:
         return round(count * share)
 
@@ -145,13 +150,13 @@ class _Count:
         return round(rows), self.context + self.query, flops, round(kv)
 
     def fastv(self, cold: bool) -> tuple[int, int, float, int]:
-        depth, total = min(self.settings["depth"], self.layers - 1), self.context + self.query
+        depth, total = self._depth(self.settings["depth"]), self.context + self.query
         images = self.shots * self.images
         kept = total - images + self._kept_images(images, 1 - self.settings["ratio"])
         return self._stages([(total, depth), (kept, self.layers - depth)], self._watched(1, total, 1))
 
     def catp(self, cold: bool) -> tuple[int, int, float, int]:
-        depth = self.settings["depth"] or max(self.layers // 4, 2)
+        depth = self._depth(self.settings["depth"] or max(self.layers // 4, 2))
         share, words = (1 - self.settings["ratio"]) ** 0.5, self.context + self.query - self.shots * self.images
         first = self.shots * self._kept_images(self.images, share)
         second = self._kept_images(first, share)
@@ -159,7 +164,10 @@ class _Count:
         return self._stages([(words + first, depth), (words + second, self.layers - depth)], watched)
 
     def task_vector(self, cold: bool) -> tuple[int, int, float, int]:
-        depth, asked = self.settings["depth"] or default_depth(self.layers), min(self.shots, self.settings["reads"])
+        depth, asked = (
+            self._depth(self.settings["depth"] or default_depth(self.layers)),
+            min(self.shots, self.settings["reads"]),
+        )
         part = self.twin.decoder(self.context - SAID)[0] * depth / self.layers
         reading = asked * (self.shots * self.twin.image + part) if cold else 0.0
         flops, kv = self.twin.decoder(self.bos + self.query)
