@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PARALLEL = -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-all test-lowest test-lmms-eval style bench aim-tiny clean
+.PHONY: demo test test-all test-lowest test-lmms-eval test-space style docs bench space aim-tiny clean
 
 demo: $(VENV)/.installed-demo  ## answer held-out queries from demonstrations; writes demo.png
 	$(BIN)/python examples/demo.py --output demo.png
@@ -22,16 +22,26 @@ test-lowest: $(VENV)-lowest/.installed  ## the tests on the oldest transformers 
 test-lmms-eval: $(VENV)-lmms-eval/.installed  ## the adapter inside the real lmms-eval, in an environment of its own
 	$(VENV)-lmms-eval/bin/python -m pytest tests/test_lmms_eval.py
 
+test-space: $(VENV)-space/.installed-test  ## examples/space in a browser: chromium, which Debian has (apt-get install chromium)
+	$(VENV)-space/bin/python -m pytest tests/test_space.py
+
 style: $(VENV)/.installed-dev  ## what CI checks beside the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.installed-dev  ## the docs site, in build/site; broken links are errors
+	$(BIN)/mkdocs build --quiet
+
 bench: $(VENV)/.installed-demo  ## a bank of 100 000 demonstrations (2 GB of disk for a minute), training, and answers: ten minutes
 	$(BIN)/python -m modeling_aim.speed.bank
 	$(BIN)/python -m modeling_aim.speed.training
+	$(BIN)/python -m modeling_aim.speed.training_data
 	$(BIN)/aim bench --shape cpu-576 --shots 4,8,16 --repeats 3 \
 		--methods zero,overhead,full,prefix-kv,cold,cold-half,bank,bank-kv,depth-cold,depth-bank,depth-bank-kv
+
+space: $(VENV)-space/.installed  ## the Gradio Space on hub_configs/aim-tiny, at http://127.0.0.1:7860
+	$(VENV)-space/bin/python examples/space/app.py
 
 aim-tiny: $(VENV)/.installed-dev  ## train hub_configs/aim-tiny again, from nothing; resumes where it was stopped
 	$(BIN)/python examples/aim_tiny/build.py
@@ -53,10 +63,21 @@ $(VENV)-lowest/.installed: pyproject.toml
 		"transformers==5.5.0" "torch==2.10.0"
 	touch $@
 
+$(VENV)-space/.installed: $(VENV)/.installed-demo  # over the packages of that one: Gradio wants an older Pillow
+	$(PYTHON) -m venv $(VENV)-space
+	$(BIN)/python -c "import sysconfig as s; print(s.get_path('purelib'), s.get_path('platlib'), sep='\n')" > \
+		"$$($(VENV)-space/bin/python -c "import sysconfig as s; print(s.get_path('purelib'))")/over.pth"
+	$(VENV)-space/bin/python -m pip install --quiet --disable-pip-version-check -e ".[space]"
+	touch $@
+
+$(VENV)-space/.installed-test: $(VENV)-space/.installed
+	$(VENV)-space/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test-space]"
+	touch $@
+
 $(VENV)-lmms-eval/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-lmms-eval
 	$(VENV)-lmms-eval/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" "lmms-eval==0.7.3"
 	touch $@
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-lmms-eval build *.egg-info demo.png
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-lmms-eval $(VENV)-space build *.egg-info demo.png

@@ -12,6 +12,7 @@ import torch
 
 from .configuration_aim import AimConfig, default_depth
 from .demonstrations_aim import Demonstration, kind_of, parse_demos
+from .images_aim import ImageRules
 
 CHANCE = 0.05  # significance level of a difference to words only
 FEW = 20  # with fewer answers, a difference that is not significant may still be real
@@ -101,8 +102,8 @@ class LeftOut:
 # --- what is left out
 
 
-def raw_tasks(demos: Any) -> list[list[Any]]:
-    """The raw demonstrations of each task, none of them opened."""
+def raw_tasks(demos: Any, rules: ImageRules | None = None) -> list[list[Any]]:
+    """The raw demonstrations of each task, none of them opened; `rules` say which images may be."""
 
     def are_raw(value: Any) -> bool:
         return isinstance(value, (list, tuple)) and all(kind_of(one) == "demonstration" for one in value)
@@ -112,7 +113,7 @@ def raw_tasks(demos: Any) -> list[list[Any]]:
             return [list(demos)]
         if all(kind_of(task) is None and are_raw(task) for task in demos):
             return [list(task) for task in demos]
-    parsed = parse_demos(demos)  # raises where it is of no known kind
+    parsed = parse_demos(demos, rules)  # raises where it is of no known kind
     read = parsed if isinstance(parsed, list) else [parsed]
     kinds = sorted({str(kind_of(one)) for one in read})
     raise ValueError(
@@ -139,7 +140,7 @@ def drawn_demonstrations(
         rng = random.Random(f"{seed} {number}")
         bare = [_bare(demo) for demo in task]
         named = _is_naming(bare, processor)
-        drawn = [Demonstration.of(task[i]) for i in _pool(bare, most, named, rng)]
+        drawn = [Demonstration.of(task[i], processor.image_rules) for i in _pool(bare, most, named, rng)]
         not_drawn += len(task) - len(drawn)
         pool = list({demo.key: demo for demo in drawn}.values())  # an equal one would give the answer away
         says = Counter(map(_says, pool))

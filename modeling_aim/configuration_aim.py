@@ -36,6 +36,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_aim.AimConfig",
     "AutoModel": "modeling_aim.AimForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_aim.AimForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_aim.AimForConditionalGeneration",
 }
 
 
@@ -52,6 +53,7 @@ def check_versions() -> None:
 check_versions()  # before names that old releases lack are imported
 
 from transformers import AutoConfig, PreTrainedConfig  # noqa: E402
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES  # noqa: E402
 
 
 def by_part(asked: Any) -> Any:
@@ -87,7 +89,7 @@ def preset_settings(
         raise ValueError(f"preset={preset!r}: expected one of {', '.join(PRESETS)}.")
     given = {"read_layers": read_layers, "entry_layers": entry_layers, "projector_form": projector_form}
     given = {name: value for name, value in given.items() if value is not None}
-    return {**PRESETS[preset], **{k: v if isinstance(v, str) else list(v) for k, v in given.items()}}
+    return {**PRESETS[preset], **{k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}}
 
 
 def deepest_entry(text: PreTrainedConfig) -> int:
@@ -335,3 +337,8 @@ class AimConfig(PreTrainedConfig):
         if self.backbone_config is None:
             return self
         return self.backbone_config.get_text_config(*args, **kwargs)
+
+
+# `transformers serve` and the any-to-any pipeline look here for what a model type takes and how it is loaded; no list
+# of transformers that is made from it has configurations of other packages in it.
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault(AimConfig.model_type, "AimForConditionalGeneration")

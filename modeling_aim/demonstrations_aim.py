@@ -326,6 +326,8 @@ class FusedDemonstrations:
                 tensors = {name: file.get_tensor(name) for name in ("vectors", "ids")}
             if metadata["sha256"] != _digest(metadata["about"], tensors):
                 raise ValueError("its sha256 does not match")
+            if not bool(torch.isfinite(tensors["vectors"]).all()):
+                raise ValueError("its fused tokens are not finite (NaN or infinite)")
             about = json.loads(metadata["about"])
             lists: dict[str, Any] = {name: tuple(about[name]) for name in ("lengths", "keys", "texts")}
             return cls(**tensors, **lists, source=dict(about["source"]))
@@ -359,6 +361,18 @@ def concatenated(parts: Sequence[FusedDemonstrations]) -> FusedDemonstrations:
         texts=texts if len(texts) == count else (),
         source=first.source,
     )
+
+
+def check_finite(fused: FusedDemonstrations) -> None:
+    """Raise `ValueError` for fused tokens that are NaN or infinite: answers from them would be empty or random."""
+    finite = torch.isfinite(fused.vectors).all(dim=1)
+    if not bool(finite.all()):
+        number = next(i for i, part in enumerate(finite.split(fused.lengths)) if not bool(part.all()))
+        words = f" ({fused.texts[number]!r:.60})" if fused.texts else ""
+        raise ValueError(
+            f"Fused tokens of demonstration {number}{words} are not finite (NaN or infinite). Check the weights of "
+            "the projector, or load the backbone in bfloat16 or float32."
+        )
 
 
 def check_source(given: Mapping[str, str], expected: Mapping[str, str]) -> None:

@@ -70,7 +70,8 @@ class DepthMixin:
         candidates = _candidates(self.config, depths)
         if prompts not in ASKED or most < 2:
             raise ValueError(f"prompts={prompts!r}, most={most}: expected one of {', '.join(ASKED)}, and at least 2.")
-        used, left_out, notes = drawn_demonstrations(raw_tasks(demos), self.processor, most, seed)
+        tasks = raw_tasks(demos, self.image_rules)
+        used, left_out, notes = drawn_demonstrations(tasks, self.processor, most, seed)
         total, done = len(used) + len(left_out) * (len(candidates) + 2), 0
 
         def computed(prompts: int) -> None:

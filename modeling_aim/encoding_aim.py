@@ -202,6 +202,14 @@ def split_few_shot_chat(
         The demonstrations (none for an ordinary chat), and the system turns with the last user turn and, when the
         chat ends in one, the assistant turn it begins.
     """
+    raw, rest = raw_few_shot_chat(chat)
+    return [Demonstration.of(fields, rules) for fields in raw], rest
+
+
+def raw_few_shot_chat(
+    chat: Sequence[Mapping[str, Any]],
+) -> tuple[list[dict[str, Any]], list[Mapping[str, Any]]]:
+    """The same as `split_few_shot_chat`, with raw demonstrations: no image is opened."""
     chat = list(chat)
     system = [turn for turn in chat if turn["role"] == "system"]
     turns = [turn for turn in chat if turn["role"] != "system"]
@@ -218,9 +226,9 @@ def split_few_shot_chat(
         return [], chat
     demonstrations = []
     for user, answer in zip(users, answers, strict=True):
-        question, images = _chat_text(user), _chat_images(user)
+        question = _chat_text(user)
         fields = {"question": question, "answer": _chat_text(answer)} if question else {"text": _chat_text(answer)}
-        demonstrations.append(Demonstration.of({"images": images, **fields}, rules))
+        demonstrations.append({"images": _chat_images(user), **fields})
     return demonstrations, [*system, *query]
 
 

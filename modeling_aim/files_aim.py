@@ -9,24 +9,30 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from huggingface_hub import HfApi
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedConfig
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+logger = logging.get_logger(__name__)
+
 STAGE = ".saving-"  # prefix of the scratch folders of a save
+LOCK_FILE = ".aim.lock"  # of a folder that is written to, where a folder itself cannot be locked
+NO_LOCKS = "{folder} cannot be locked ({error}): let only one process write there."
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -164,28 +170,62 @@ def only_one(folder: str | os.PathLike[str], work: str) -> Iterator[None]:
         ValueError: another process, or another block of this one, has the lock.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    handle = _locked(folder)
-    if handle is None:
+    release = _locked(folder)
+    if release is None:
         raise ValueError(f"Another `{work}` is at work in {folder}. Wait for it, or give another folder.")
     try:
         yield
     finally:
-        os.close(handle)
+        release()
         with suppress(OSError):
             os.rmdir(folder)
 
 
-def _locked(folder: str | os.PathLike[str]) -> int | None:
-    """A handle that holds the lock of a folder; `None` where another has it."""
-    handle = os.open(folder if fcntl is not None else os.devnull, os.O_RDONLY)
+@contextmanager
+def folder_lock(folder: str | os.PathLike[str]) -> Iterator[bool]:
+    """Lock a folder while this block runs; the value is whether it is locked, or another has the lock."""
+    release = _locked(folder)
     try:
-        if fcntl is not None:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield release is not None
+    finally:
+        if release is not None:
+            release()
+
+
+def _locked(folder: str | os.PathLike[str]) -> Callable[[], object] | None:
+    """Lock a folder; returns what releases the lock, or `None` where another has it.
+
+    The system releases the lock of a process that ends. On Windows a folder cannot be opened, so a file in it is
+    locked, which is removed at the end. Where the file system knows no locks, the log says so, and nobody is kept out.
+    """
+    if fcntl is None:
+        return _locked_by_file(Path(folder))
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
             os.close(handle)
-            return None  # else the file system has no locks
-    return handle
+            return None
+        logger.warning(NO_LOCKS.format(folder=folder, error=error))
+    return partial(os.close, handle)
+
+
+def _locked_by_file(folder: Path) -> Callable[[], object] | None:
+    lock = FileLock(folder / LOCK_FILE)
+
+    def release() -> None:
+        lock.release()
+        with suppress(OSError):  # another process has opened it
+            (folder / LOCK_FILE).unlink()
+
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    except (OSError, NotImplementedError) as error:
+        logger.warning(NO_LOCKS.format(folder=folder, error=error))
+    return release
 
 
 @contextmanager
@@ -200,43 +240,49 @@ def staged_folder(save_directory: str | os.PathLike[str]) -> Iterator[Path]:
         raise ValueError(f"{target} is a file; give a folder to save to.")
     existed = target.exists()
     target.mkdir(parents=True, exist_ok=True)
-    stage, handle = _stage(target)
+    stage, release = _stage(target)
     try:
         _remove_left(target)
         yield stage
-        files = [path for path in sorted(stage.rglob("*")) if path.is_file()]
+        files = [path for path in sorted(stage.rglob("*")) if path.is_file() and path != stage / LOCK_FILE]
         for path in sorted(files, key=lambda path: path == stage / "config.json"):
             final = target / path.relative_to(stage)
             final.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, final)
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
-        os.close(handle)
+        _remove_locked(stage, release)
         if not existed:
             with suppress(OSError):  # fails, as it should, where anything was saved
                 target.rmdir()
 
 
-def _stage(target: Path) -> tuple[Path, int]:
-    """A new scratch folder in `target`, so that files move within one disk, and the handle that holds its lock."""
+def _stage(target: Path) -> tuple[Path, Callable[[], object]]:
+    """A new scratch folder in `target`, so that files move within one disk, and what releases its lock."""
     while True:
         stage = Path(tempfile.mkdtemp(prefix=STAGE, dir=target))
         with suppress(FileNotFoundError):  # removed by another process before it was locked
-            handle = _locked(stage)
-            if handle is not None and stage.exists():
-                return stage, handle
-            if handle is not None:
-                os.close(handle)
+            release = _locked(stage)
+            if release is not None and stage.exists():
+                return stage, release
+            if release is not None:
+                release()
 
 
 def _remove_left(target: Path) -> None:
     """Remove scratch folders in `target` whose process is dead."""
-    for left in target.glob(f"{STAGE}*") if fcntl is not None else ():
+    for left in target.glob(f"{STAGE}*"):
         with suppress(OSError):
-            handle = _locked(left)
-            if handle is not None:
-                shutil.rmtree(left, ignore_errors=True)
-                os.close(handle)
+            release = _locked(left)
+            if release is not None:
+                _remove_locked(left, release)
+
+
+def _remove_locked(folder: Path, release: Callable[[], object]) -> None:
+    """Remove a folder and release its lock, which may be a file in it that cannot be removed before."""
+    shutil.rmtree(folder, ignore_errors=True)
+    release()
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def upload(folder: str | os.PathLike[str], repo_id: str, **kwargs: Any) -> Any:

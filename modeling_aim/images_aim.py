@@ -14,7 +14,7 @@ import os
 import socket
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
@@ -31,7 +31,7 @@ from urllib.request import (
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")  # no EPS: it is a program
 IMAGE_SOURCES = ("any", "public", "given")
@@ -71,13 +71,17 @@ class ImageRules:
             )
 
 
-def open_image(image: Any, rules: ImageRules | None = None) -> Image.Image:
+def open_image(
+    image: Any, rules: ImageRules | None = None, shrink: Callable[[tuple[int, int]], int] | None = None
+) -> Image.Image:
     """Load one image as RGB.
 
     Args:
         image: a PIL image, an array `(height, width[, 1, 3 or 4])`, uint8 or float in 0..1, bytes of an image file, a
             path, a URL, a `data:` URL or base64.
         rules: what may be opened.
+        shrink: the power of two by which the sides of an image of a size `(width, height)` may be divided, 1 for none.
+            A JPEG is decoded at that scale. The size that comes out is rounded up.
 
     Raises:
         ValueError: it cannot be read, is cut short, has too many pixels or numbers that are not finite, or comes from
@@ -89,8 +93,8 @@ def open_image(image: Any, rules: ImageRules | None = None) -> Image.Image:
             return _of_array(image, rules)
         if not isinstance(image, Image.Image):
             with Image.open(_file(image, rules), formats=_formats()) as opened:
-                return _loaded(opened, rules)
-        return _loaded(image, rules)
+                return _loaded(opened, rules, shrink)
+        return _loaded(image, rules, shrink)
     except Exception as error:
         raise ValueError(
             f"Cannot read the image {image!r:.120} ({type(error).__name__}: {error}). "
@@ -129,8 +133,40 @@ def opened_images(images: Any, rules: ImageRules) -> Any:
         except Exception as error:
             raise ValueError(f"Cannot read the image {images!r:.120} ({type(error).__name__}: {error}).") from error
     elif isinstance(images, np.ndarray | torch.Tensor):
-        _check_finite(images)
+        _check_array(images, rules)
     return images
+
+
+def opened_media(options: Mapping[str, Any], rules: ImageRules) -> dict[str, Any]:
+    """Arguments for the backbone's processor with their images opened, so that nothing else fetches them.
+
+    Args:
+        options: of a call of the processor, among them `processor_kwargs` of a chat.
+        rules: what may be opened.
+
+    Raises:
+        ValueError: an image cannot be opened, or a video or audio file is named that may not be fetched.
+    """
+    opened = dict(options)
+    for name in ("videos", "audio"):
+        _check_unnamed(opened.get(name), name, rules)
+    if opened.get("images") is not None:
+        opened["images"] = opened_images(opened["images"], rules)
+    if isinstance(opened.get("processor_kwargs"), Mapping):
+        opened["processor_kwargs"] = opened_media(opened["processor_kwargs"], rules)
+    return opened
+
+
+def _check_unnamed(media: Any, what: str, rules: ImageRules) -> None:
+    """Raise `ValueError` for a path or URL among videos or audio, however nested, where none is fetched."""
+    if rules.sources == "any":
+        return
+    if isinstance(media, (str, os.PathLike)):
+        raise ValueError(
+            f"image_sources={rules.sources!r}: no {what} is fetched, such as {media!r:.80}. Give it opened."
+        )
+    for part in media.values() if isinstance(media, Mapping) else media if isinstance(media, (list, tuple)) else ():
+        _check_unnamed(part, what, rules)
 
 
 def opened_chat(chat: Any, rules: ImageRules) -> list[Any]:
@@ -149,10 +185,8 @@ def _opened_turn(turn: Any, rules: ImageRules) -> Any:
     blocks = []
     for block in content:
         kind = block.get("type") if isinstance(block, Mapping) else None
-        if kind in ("video", "audio") and rules.sources != "any":
-            given = block.get(kind)
-            if given is None or isinstance(given, (str, os.PathLike)):
-                raise ValueError(f"image_sources={rules.sources!r}: a {kind} is not fetched; give it opened.")
+        if kind in ("video", "audio"):
+            _check_unnamed([block.get(key) for key in (kind, "url", "path", "base64")], kind, rules)
         if kind in ("image", "image_url"):
             blocks += [{"type": "image", "image": opened_images(one, rules)} for one in block_images(block)] or [block]
         else:
@@ -166,7 +200,7 @@ def block_images(block: Mapping[str, Any]) -> list[Any]:
         return [block[key] for key in ("image", "url", "path", "base64") if block.get(key) is not None]
     if block["type"] == "image_url":
         address = block["image_url"]
-        return [address["url"] if isinstance(address, Mapping) else address]
+        return [address.get("url", "") if isinstance(address, Mapping) else address]
     return []
 
 
@@ -175,9 +209,19 @@ def _formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def _loaded(image: Image.Image, rules: ImageRules) -> Image.Image:
+def _loaded(
+    image: Image.Image, rules: ImageRules, shrink: Callable[[tuple[int, int]], int] | None = None
+) -> Image.Image:
     rules.check_size(image.size)  # before its pixels are decoded
-    return ImageOps.exif_transpose(image).convert("RGB")
+    size, scale = image.size, 1
+    if shrink is not None:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        scale = shrink(size[::-1] if turned else size)
+        if scale > 1 and isinstance(image, ImageFile.ImageFile):
+            image.draft(None, (size[0] // scale, size[1] // scale))  # JPEG decodes at a half, a quarter or an eighth
+            scale //= max(round(size[0] / image.width), 1)
+    whole = ImageOps.exif_transpose(image).convert("RGB")
+    return whole.reduce(scale) if scale > 1 else whole
 
 
 def _check_finite(pixels: Any) -> None:
@@ -186,6 +230,18 @@ def _check_finite(pixels: Any) -> None:
         raise ValueError("Cannot read the image: it has pixels that are not finite (NaN or infinite).")
     if tensor is None and pixels.dtype.kind == "f" and not bool(np.isfinite(pixels).all()):
         raise ValueError("Cannot read the image: it has pixels that are not finite (NaN or infinite).")
+
+
+def _check_array(pixels: Any, rules: ImageRules) -> None:
+    """Raise `ValueError` for an array (one image or several) of too many pixels, or with some that are not finite."""
+    shape = tuple(pixels.shape)
+    last = len(shape) > 2 and shape[-1] in (1, 3, 4)
+    if len(shape) >= 2:
+        try:
+            rules.check_size(shape[-3:-1][::-1] if last else shape[-2:][::-1])
+        except ValueError as error:
+            raise ValueError(f"Cannot read the image: {error}.") from None
+    _check_finite(pixels)
 
 
 def _of_array(image: Any, rules: ImageRules) -> Image.Image:

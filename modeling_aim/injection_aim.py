@@ -70,7 +70,8 @@ class FusedPrompt:
         width: length of the widened prompt.
 
     Raises:
-        ValueError: an input fixes the place of every token, so that there is no room for more.
+        ValueError: an input fixes the place of every token, so that there is no room for more; or a fused token has a
+            word that the backbone does not know.
     """
 
     def __init__(
@@ -89,10 +90,10 @@ class FusedPrompt:
         ids = inputs["input_ids"]
         batch, length = ids.shape
         mask = inputs.get("attention_mask")
-        if inputs.get("position_ids") is not None or (mask is not None and mask.ndim != 2):
+        check_mask(inputs)
+        if inputs.get("position_ids") is not None:
             raise ValueError(
-                "demos make the prompt longer, so position_ids and attention masks other than (batch, length) "
-                "cannot be given with them; the backbone makes its own."
+                "demos make the prompt longer, so position_ids cannot be given with them; the backbone makes its own."
             )
         if mask is None:
             mask = torch.ones_like(ids)
@@ -100,6 +101,8 @@ class FusedPrompt:
         counts = torch.tensor([0 if row is None else row.num_tokens for row in fused])
         self.width = length + int(counts.max())
         filled = [row for row in fused if row is not None and row.num_tokens]
+        for demos in filled:
+            _check_words(demos.ids, self.embedding)
         self.vectors = [row.vectors.unflatten(-1, (len(self.entry_layers), -1)) for row in filled]
         self.words = torch.cat([row.ids.to(ids) for row in filled]) if filled else ids.new_empty(0)
         self.seen = 0
@@ -230,6 +233,34 @@ class FusedPrompt:
             )
 
 
+def shape_of(value: Any) -> Any:
+    """The shape of a tensor; of anything else the name of its type."""
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+
+
+def check_mask(inputs: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for an `attention_mask` that is not `(batch, length)`, as `input_ids` are."""
+    found, expected = (shape_of(inputs.get(name)) for name in ("attention_mask", "input_ids"))
+    if inputs.get("attention_mask") is not None and found != expected:
+        raise ValueError(
+            f"attention_mask is {found}; expected (batch, length) like input_ids, {expected}. Leave it out where "
+            "nothing is padded."
+        )
+
+
+def _check_words(ids: torch.Tensor, embedding: Any) -> None:
+    """Raise `ValueError` for ids that the input embeddings do not have: on a GPU they would end the process."""
+    known = getattr(embedding, "num_embeddings", None) or len(embedding.weight)
+    known += getattr(embedding, "num_additional_embeddings", 0)
+    least, most = (int(value) for value in torch.aminmax(ids))
+    if least < 0 or most >= known:
+        raise ValueError(
+            f"Fused demonstrations have the word id {least if least < 0 else most}, but the backbone knows the ids "
+            f"0..{known - 1}: they are damaged, or another backbone's. Read the demonstrations again: "
+            "model.read(demos)."
+        )
+
+
 _PROMPT: ContextVar[FusedPrompt | None] = ContextVar("aim_fused_prompt", default=None)
 
 
@@ -306,6 +337,11 @@ def own_tokens_only(prompt: FusedPrompt, input_ids: torch.Tensor, defaults: Gene
         defaults: the backbone's generation settings.
     """
     options, width = dict(prompt.inputs), prompt.width
+    config = options.get("generation_config")
+    settings = [c for c in (config, defaults) if c is not None]
+
+    def setting(name: str) -> Any:
+        return options.get(name) or next((value for c in settings if (value := getattr(c, name, None))), None)
 
     def own(ids: torch.Tensor) -> torch.Tensor:
         queries = input_ids.to(ids.device).repeat_interleave(len(ids) // len(input_ids), dim=0)
@@ -321,14 +357,12 @@ def own_tokens_only(prompt: FusedPrompt, input_ids: torch.Tensor, defaults: Gene
         options["stopping_criteria"] = StoppingCriteriaList(criteria)
     if options.get("prefix_allowed_tokens_fn") is not None:
         allowed = options["prefix_allowed_tokens_fn"]
-        copies = 1 if (options.get("num_beams") or 1) > 1 else options.get("num_return_sequences") or 1
+        copies = 1 if (setting("num_beams") or 1) > 1 else setting("num_return_sequences") or 1
         options["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(
             row, torch.cat([input_ids[row // copies].to(ids.device), ids[width:]])
         )
 
     # max_length and min_length count the caller's own tokens: extend them by the fused ones
-    config = options.get("generation_config")
-    settings = [c for c in (config, defaults) if c is not None]
     counted = options.get("max_new_tokens") or any(c.max_new_tokens for c in settings)  # overrides max_length
     for name in ("min_length",) if counted else ("max_length", "min_length"):
         if options.get(name):

@@ -15,13 +15,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, GenerationConfig, GenerationMixin, PreTrainedModel
 
-from .backbone_aim import check_depth, check_usable, embedding_weight, longest_prompt, never_repack
+from .backbone_aim import check_depth, check_usable, embedding_weight, never_repack
 from .batching_aim import CPU_POSITIONS, PASS_POSITIONS, reading_batches
 from .cache_aim import LRUCache
 from .configuration_aim import AimConfig
 from .demonstrations_aim import (
     Demonstration,
     FusedDemonstrations,
+    check_finite,
     check_source,
     kind_of,
     parse_demos,
@@ -29,7 +30,7 @@ from .demonstrations_aim import (
 from .depth_aim import DepthMixin
 from .families_aim import family_of
 from .features_aim import FeaturesMixin
-from .injection_aim import injected, own_tokens_only, watch_entries
+from .injection_aim import check_mask, injected, own_tokens_only, watch_entries
 from .prefix_aim import FusedPrefix, check_continued, note_fused, prefilled, prefix_kv
 from .pretrained_aim import AimPreTrainedModel
 from .processing_aim import AimProcessor
@@ -272,6 +273,8 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
             kwargs["generation_config"] = generation_config
         given = {**kwargs, "input_ids": input_ids}
         rows = self._parts(given, demos, chat_demos, shots, select)
+        if input_ids is not None and kwargs.get("past_key_values") is None:
+            check_mask(given)
         if not any(rows):
             if input_ids is not None:
                 kwargs["input_ids"] = input_ids
@@ -323,7 +326,7 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
             with one_at_a_time(self.backbone), injected(None):
                 return self.backbone(**given)
         return_dict = given.pop("return_dict", None)
-        fused = self._fused_rows(rows, given["input_ids"].shape[1])
+        fused = self._fused_rows(rows, given["input_ids"].shape[1], finite=labels is None)
         prompt = self._fused_prompt({**given, "return_dict": True}, fused)
         labels = prompt.inputs.pop("labels", None)
         with one_at_a_time(self.backbone), injected(prompt):
@@ -398,14 +401,14 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         Raises:
             ValueError: the demonstrations alone are longer than the backbone's positions.
         """
-        prefix: Any = demos if kind_of(demos) == "prefix" else FusedPrefix(self.read(demos))
+        self._check_count(demos, 1)
+        parsed = parse_demos(demos, self.image_rules)
+        if isinstance(parsed, tuple):  # counted before anything is read
+            self._check_prefix(sum(len(ids) for ids in self.word_ids(parsed)))
+        prefix: Any = parsed if kind_of(parsed) == "prefix" else FusedPrefix(self.read(parsed))
         check_source(prefix.fused.source, self.source)
-        longest = longest_prompt(self.backbone.config)
-        if longest is not None and prefix.num_tokens >= longest:
-            raise ValueError(
-                f"The demonstrations have {prefix.num_tokens} fused tokens, but the backbone has {longest} positions, "
-                "of which the query needs some. Prefill fewer demonstrations: model.prefill(fused[:k])."
-            )
+        check_finite(prefix.fused)
+        self._check_prefix(prefix.num_tokens)
         if len(prefix) and goes_on_behind_kv(self.backbone):
             likely = self.processor(text=[self.processor.prompt("a", images=0)], return_tensors="pt")["input_ids"]
             prefix_kv(self, prefix, self._bos_of(int(likely[0, 0])))

@@ -14,7 +14,7 @@ from .demonstrations_aim import parse_demos
 from .encoding_aim import SENTINEL, TOKENIZING, EncodingMixin, split_few_shot_chat
 from .families_aim import family_of_processor
 from .files_aim import check_place, copy_shipped_files, staged_folder
-from .images_aim import ImageRules, opened_chat, opened_images
+from .images_aim import ImageRules, opened_chat, opened_images, opened_media
 
 PROCESSOR_FILE = "processor_config.json"
 SETTINGS = (
@@ -143,6 +143,7 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
     def _encode(self, images: Any, text: Any, **kwargs: Any) -> BatchFeature:
         """The backbone's inputs; images stand between the words for a processor that takes them there."""
         images, texts = opened_images(images, self.image_rules), [text] if isinstance(text, str) else text
+        kwargs = opened_media(kwargs, self.image_rules)
         family = family_of_processor(self.processor)
         if family.words_alone is not None and images is None and texts is not None:
             bos = self.tokenizer.bos_token or ""
@@ -263,6 +264,7 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
             **kwargs: as for the backbone's processor.
         """
         few_shot = kwargs.pop("few_shot_chats", self.few_shot_chats)
+        kwargs = opened_media(kwargs, self.image_rules)
         if not (kwargs.get("tokenize") and kwargs.get("return_dict")):
             if demos is not None:
                 raise ValueError("apply_chat_template takes demos only with tokenize=True and return_dict=True.")

@@ -18,6 +18,10 @@ MOST_WEIGHTS = 2**24
 PROJECTOR_WEIGHTS = "aim_projector.safetensors"
 FORM_KEY = "aim_form"  # in the metadata of the weights: what they are bound to
 DIGEST_KEY = "projector_sha256"  # in config.json: digest of the weights' file, which belongs to it
+LARGEST_VALUE = 3.0  # of a calibrated state, in units of the standard deviation of its channels
+MEDIAN_OF_NORMAL = 0.6745  # median size of a standard normal
+SMALLEST_SCALE = 0.05  # of a channel, relative to the median of all channels of its depth
+SCALE_KEY = "channel_scale"  # the scales among the weights, where the projector is calibrated
 
 
 class AimProjector(nn.Module):
@@ -46,6 +50,12 @@ class AimProjector(nn.Module):
     to it (at depth, to the RMS of the state), so that a learning rate has the same effect on backbones with small
     embeddings.
 
+    Middle layers have a few channels that are tens of times larger than the others, and attention sinks: tokens whose
+    norm is a huge multiple of the median. At the input embeddings neither belongs. So a projector to the input that
+    reads such layers is calibrated at the start of training (`calibrate`): each channel is divided by its scale, each
+    state by its own, and values are clipped at three standard deviations. The scales are stored with the weights;
+    without them, and at depth, states are taken as they are.
+
     At the input, an untrained projector gives vectors whose norm is about `config.projector_norm`: a LayerNorm of gain
     1 would give `sqrt(h)`, tens of times the norm of an input embedding, so its gain starts at `s`.
     """
@@ -54,11 +64,14 @@ class AimProjector(nn.Module):
         super().__init__()
         self.width = width = config.hidden_size
         read_width, entry_width = (width * len(layers) for layers in (config.read_layers, config.entry_layers))
+        self.read_width = read_width
         inner = config.projector_intermediate_size or inner_width(width, read_width + entry_width)
         self.scale = config.projector_norm * width**-0.5
         self.at_depth = config.enters_at_depth
         self.residual = config.projector_form.startswith("residual")
         self.scale_states = config.projector_form == "linear" and list(config.read_layers) != [-1]
+        self.can_calibrate = not self.at_depth and list(config.read_layers) != [-1]  # the last state has passed a norm
+        self.register_buffer(SCALE_KEY, None)
         self.layers = nn.Sequential()
         if config.projector_form == "mlp":
             self.layers.append(nn.LayerNorm(read_width))
@@ -74,6 +87,7 @@ class AimProjector(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw new weights, so that the output norm is `config.projector_norm` for inputs of unit variance."""
+        self.is_new = True  # until weights are loaded: those that were trained without scales go on without
         gelu_scale = 0.425**-0.5  # second moment of GELU on a standard normal is 0.425
         linears = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
         for linear in linears:
@@ -87,6 +101,43 @@ class AimProjector(nn.Module):
             nn.init.constant_(self.layers[-1].weight, self.scale)
             nn.init.zeros_(self.layers[-1].bias)
 
+    @torch.no_grad()
+    def calibrate(self, states: torch.Tensor) -> None:
+        """Take the scale of each channel from a sample of states `(tokens, n)`; see the class.
+
+        The scale is the median size, which sinks do not move. A channel that is nearly always 0 gets a small share of
+        the median scale of its depth.
+
+        Raises:
+            ValueError: the projector enters at depth or reads the last state alone, or the sample has another width or
+                numbers that are not finite.
+        """
+        if not self.can_calibrate:
+            raise ValueError("Only a projector that maps inner layers to the input embeddings can be calibrated.")
+        shaped = states.ndim == 2 and len(states) and states.shape[1] == self.read_width
+        if not shaped or not bool(states.isfinite().all()):
+            raise ValueError(
+                f"The sample has the shape {tuple(states.shape)}; expected finite states (tokens, {self.read_width})."
+            )
+        scale = states.float().abs().median(dim=0).values.unflatten(0, (-1, self.width))
+        usual = scale.median(dim=-1, keepdim=True).values.clamp(min=torch.finfo(torch.float32).tiny)
+        weight = next(self.parameters())
+        self.set_scale(scale.clamp(min=SMALLEST_SCALE * usual).flatten().to(weight.device))
+
+    def set_scale(self, scale: torch.Tensor | None) -> None:
+        """Use these scales of the channels `(n,)`, or none."""
+        self.register_buffer(SCALE_KEY, scale)
+
+    def calibrated(self, states: torch.Tensor) -> torch.Tensor:
+        """States `(..., n)` with channels, and then tokens, of the same size; unchanged without a calibration."""
+        scale: torch.Tensor | None = getattr(self, SCALE_KEY)
+        if scale is None:
+            return states
+        parts = (states / scale.to(states)).unflatten(-1, (-1, self.width))
+        deviation = parts.abs().median(dim=-1, keepdim=True).values / MEDIAN_OF_NORMAL
+        parts = parts / deviation.clamp(min=torch.finfo(parts.dtype).tiny)
+        return parts.clamp(-LARGEST_VALUE, LARGEST_VALUE).flatten(-2)
+
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Map `states` `(..., n)` to fused tokens `(..., e)`, on the projector's device and in its dtype.
 
@@ -95,7 +146,7 @@ class AimProjector(nn.Module):
         weight = next(self.parameters(), None)
         if weight is None:
             return states
-        states = states.to(weight)
+        states = self.calibrated(states.to(weight))
         if self.residual:
             parts = states.unflatten(-1, (-1, self.width))
             joined = nn.functional.rms_norm(parts, (self.width,))
@@ -110,7 +161,8 @@ class AimProjector(nn.Module):
 
     def digest(self) -> str:
         """Identity of the weights, recomputed only after a change (except by writing to the `.data` of a weight)."""
-        weights = [(id(p), p.data_ptr(), -1 if p.is_inference() else p._version) for p in self.parameters()]
+        values = [*self.parameters(), *self.buffers()]
+        weights = [(id(p), p.data_ptr(), -1 if p.is_inference() else p._version) for p in values]
         state = weights, self.training
         if self._digest is None or self._digest[0] != state:
             self._digest = (state, projector_digest(self.state_dict()))
@@ -162,6 +214,9 @@ def load_projector(
     """
     weights = {key.removeprefix("projector."): value for key, value in read_safetensors(file).items()}
     own = {key: tuple(value.shape) for key, value in projector.state_dict().items()}
+    own.pop(SCALE_KEY, None)
+    if SCALE_KEY in weights and projector.can_calibrate:
+        own[SCALE_KEY] = (projector.read_width,)
     shapes = {key: tuple(value.shape) for key, value in weights.items()}
     form = _stored_form(file) or config.form
     wrong = [f"{key}={form.get(key)} (here: {value})" for key, value in config.form.items() if form.get(key) != value]
@@ -192,7 +247,12 @@ def load_projector(
             f"The {PROJECTOR_WEIGHTS} of {name} holds numbers that are not real or not finite, in {bad}: every "
             "answer would be empty or random. Take an earlier checkpoint, or train the projector again."
         )
+    scale = weights.get(SCALE_KEY)
+    if scale is not None and not bool((scale > 0).all()):
+        raise ValueError(f"{SCALE_KEY} in the {PROJECTOR_WEIGHTS} of {name} has scales that are not above 0.")
+    projector.set_scale(None if scale is None else scale.to(next(projector.parameters()).device))
     projector.load_state_dict(weights)
+    projector.is_new = False
 
 
 def _stored_form(file: str) -> dict[str, Any] | None:

@@ -2,7 +2,7 @@
 
 from .configuration_aim import AimConfig  # isort: skip  first of all: it says which releases are too old
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
 from .backbone_aim import laptop_quantization_config
 from .demonstrations_aim import Demonstration, FusedDemonstrations
@@ -23,4 +23,5 @@ __all__ = [
 AutoConfig.register(AimConfig.model_type, AimConfig)
 AutoModel.register(AimConfig, AimForConditionalGeneration)
 AutoModelForImageTextToText.register(AimConfig, AimForConditionalGeneration)
+AutoModelForMultimodalLM.register(AimConfig, AimForConditionalGeneration)
 AutoProcessor.register(AimConfig, AimProcessor)

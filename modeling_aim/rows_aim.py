@@ -6,9 +6,18 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
+import torch
+
 from .backbone_aim import longest_prompt
-from .demonstrations_aim import FusedDemonstrations, concatenated, demos_by_row, kind_of, parse_demos
-from .injection_aim import FusedPrompt
+from .demonstrations_aim import (
+    FusedDemonstrations,
+    check_finite,
+    concatenated,
+    demos_by_row,
+    kind_of,
+    parse_demos,
+)
+from .injection_aim import FusedPrompt, shape_of
 
 
 class RowsMixin:
@@ -23,20 +32,33 @@ class RowsMixin:
         select: Any = None,
     ) -> list[tuple[Any, ...]]:
         """The demonstrations of each row of the batch, in order, in parts as `parse_demos` returns them."""
+        ids: Any = inputs.get("input_ids")
+        whole = isinstance(ids, torch.Tensor) and ids.ndim == 2 and ids.dtype in (torch.long, torch.int)
+        if ids is not None and not (whole and ids.numel()):
+            kind = f"{ids.dtype} of the shape " if isinstance(ids, torch.Tensor) else ""
+            raise ValueError(
+                f"input_ids are {kind}{shape_of(ids)}; expected a tensor of whole numbers (batch, length), one at "
+                'least, as processor(images=..., text=..., return_tensors="pt") makes it.'
+            )
+        for given in () if ids is None else (demos, chat_demos):
+            self._check_count(given, ids.shape[1])
         demos, chat_demos = (parse_demos(given, self.image_rules) for given in (demos, chat_demos))
-        ids = inputs.get("input_ids")
         if ids is None:
             if demos is None and chat_demos is None:
                 return []
             raise ValueError("demos stand in front of input_ids; inputs_embeds cannot take them.")
-        if ids.ndim != 2:
-            raise ValueError(f"input_ids have the shape {tuple(ids.shape)}; expected (batch, length).")
         rows = self._selected(demos_by_row(demos, len(ids)), inputs, shots, select)
         chats = demos_by_row(chat_demos, len(ids))
         return [tuple(part for part in pair if part is not None) for pair in zip(rows, chats, strict=True)]
 
-    def _fused_rows(self: Any, rows: Sequence[tuple[Any, ...]], length: int) -> list[FusedDemonstrations | None]:
-        """The fused tokens of each row, for prompts of `length` tokens; raw parts are read together, each once."""
+    def _fused_rows(
+        self: Any, rows: Sequence[tuple[Any, ...]], length: int, finite: bool = True
+    ) -> list[FusedDemonstrations | None]:
+        """The fused tokens of each row, for prompts of `length` tokens; raw parts are read together, each once.
+
+        Raises:
+            ValueError: they do not fit, or, where `finite` is asked for, some are NaN or infinite.
+        """
         parts = {id(part): part for row in rows for part in row}
         raw = {number: part for number, part in parts.items() if kind_of(part) is None}
         for part in raw.values():  # counted before anything is read
@@ -48,6 +70,8 @@ class RowsMixin:
             assert read is not None
             fused[number] = read[taken : taken + len(part)]
             taken += len(part)
+        for part in fused.values() if finite else ():
+            check_finite(part)
         return [concatenated([fused[id(part)] for part in row]) if row else None for row in rows]
 
     def _fused_prompt(
@@ -65,6 +89,29 @@ class RowsMixin:
         for row in rows:
             self._check_room([] if row is None else row.lengths, inputs["input_ids"].shape[1])
         return self._widened(inputs, rows, first)
+
+    def _check_count(self: Any, demos: Any, prompt: int) -> None:
+        """Raise `ValueError` for more raw demonstrations than positions: then nothing is opened, counted or read."""
+        longest = longest_prompt(self.backbone.config)
+        if longest is None or kind_of(demos) is not None or not isinstance(demos, (list, tuple)):
+            return
+        for row in [demos, *demos]:
+            raw = kind_of(row) is None and isinstance(row, (list, tuple)) and bool(row)
+            if raw and kind_of(row[0]) == "demonstration" and len(row) + prompt > longest:
+                raise ValueError(
+                    f"{len(row)} demonstrations and a prompt of {prompt} tokens are too many for the backbone's "
+                    f"{longest} positions, of which a demonstration takes at least one. Keep them in a "
+                    'DemonstrationBank and select some: generate(..., demos=bank, shots=8, select="image").'
+                )
+
+    def _check_prefix(self: Any, tokens: int) -> None:
+        """Raise `ValueError` where so many fused tokens leave no position for a query."""
+        longest = longest_prompt(self.backbone.config)
+        if longest is not None and tokens >= longest:
+            raise ValueError(
+                f"The demonstrations have {tokens} fused tokens, but the backbone has {longest} positions, of which "
+                "the query needs some. Prefill fewer demonstrations: model.prefill(demos[:k])."
+            )
 
     def _check_room(self: Any, lengths: Sequence[int], prompt: int) -> None:
         """Raise `ValueError` where demonstrations of these lengths and a prompt are longer than the backbone reads."""

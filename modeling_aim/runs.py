@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .files_aim import write_whole
+from .files_aim import LOCK_FILE, write_whole
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -64,7 +64,7 @@ class RunRecord:
         output = Path(settings.output)
         if output.exists() and not output.is_dir():
             raise ValueError(f"The output {output} is a file; give a folder.")
-        held = sorted(path.name for path in output.iterdir()) if output.exists() else []
+        held = sorted({path.name for path in output.iterdir()} - {LOCK_FILE}) if output.exists() else []
         if not held or settings.overwrite:
             return None
         if not (output / self.file).exists():

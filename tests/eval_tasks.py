@@ -15,7 +15,7 @@ from modeling_aim.evaluation import EvalSettings, Example, Prediction, Shot, Tas
 
 ROOT = Path(__file__).resolve().parents[1]
 AIM_TINY = str(ROOT / "hub_configs" / "aim-tiny")
-UNTIMED = ("milliseconds", "reading_milliseconds")
+UNTIMED = ("milliseconds", "reading_milliseconds", "first_token_milliseconds")
 sys.path.insert(0, str(ROOT / "examples" / "aim_tiny"))
 import world  # noqa: E402
 

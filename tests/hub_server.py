@@ -256,7 +256,9 @@ def use_in_this_process(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None
                 monkeypatch.setattr(module, constant, constants[constant])
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
     monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
-    monkeypatch.setattr(sys, "path", list(sys.path))  # transformers adds the folder of remote code
+    # transformers adds its folder of remote code at the end, where that of an earlier cache would hide its packages
+    path = [place for place in sys.path if not Path(place, "transformers_modules").is_dir()]
+    monkeypatch.setattr(sys, "path", path)
 
 
 def forget_remote_code_and_connections() -> None:

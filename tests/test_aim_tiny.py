@@ -217,7 +217,7 @@ def test_files_of_episodes_are_what_training_reads(tasks: Any, task: str, tmp_pa
     made = list(tasks.training_episodes(task, 3, tasks.few_or_many(8)))
     path = tasks.write_episodes(tmp_path / "episodes.jsonl", made)
     source, _ = open_source(f"episodes:{path}")
-    read = list(islice(Mixture([source], [1.0], ShotLaw(8)), 6))
+    read = [episode.opened() for episode in islice(Mixture([source], [1.0], ShotLaw(8)), 6)]
     wanted = {(tuple(s.answer for s in one.demos), q.question or None, q.answer) for one in made for q in one.queries}
     assert {(tuple(p.text for p in e.pairs[:-1]), e.pairs[-1].question, e.pairs[-1].text) for e in read} == wanted
     shown = {shot.image.tobytes() for one in made for shot in (*one.demos, *one.queries)}

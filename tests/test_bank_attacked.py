@@ -9,8 +9,6 @@ import os
 import pickle
 import re
 import stat
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -104,24 +102,6 @@ def test_of_many_savers_one_at_a_time_gets_in(tmp_path: Path) -> None:
     assert len(bank) in (3, 5, 8) and torch.equal(bank.fused.vectors, banks[(3, 5, 8).index(len(bank))].fused.vectors)
     listed = {one["file"] for one in read_manifest(tmp_path / BANK_MANIFEST)["shards"]}
     assert {path.name for path in tmp_path.iterdir()} == listed | {BANK_MANIFEST, "README.md"}
-
-
-HOLD = """
-import fcntl, os, sys, time
-fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)
-print("in", flush=True)
-time.sleep(600)
-"""
-
-
-def test_a_killed_writer_keeps_nobody_out(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "in\n"
-    with pytest.raises(ValueError, match="Another process is writing"):
-        DemonstrationBank(fused(1.0)).save_pretrained(tmp_path)
-    process.kill()
-    process.communicate()
-    DemonstrationBank(fused(1.0)).save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])

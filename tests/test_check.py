@@ -36,6 +36,16 @@ def test_another_family_gets_its_table(tmp_path: Path, monkeypatch: pytest.Monke
     assert done.output.count("│ yes") >= len(PROPERTIES) - 2 and "│ no " not in done.output
 
 
+@pytest.mark.parametrize(("family", "dtype"), [("idefics3", torch.float32), ("qwen2_vl", torch.float16)])
+def test_all_properties_hold_in_the_other_precisions(family: str, dtype: torch.dtype) -> None:
+    """bfloat16 is the test above; tests/test_matrix.py has every family."""
+    built = backbones.build(family)
+    model = AimForConditionalGeneration.from_backbone(built.model.to(dtype), built.processor)
+    results = list(run_checks(model))
+    assert len(results) >= len(PROPERTIES) - 3
+    assert [(sentence, problem) for sentence, problem in results if problem] == []
+
+
 def test_a_class_that_cannot_work_is_told_why(tmp_path: Path) -> None:
     config = AutoConfig.for_model("florence2")
     config.save_pretrained(tmp_path)

@@ -26,7 +26,7 @@ from modeling_aim import AimForConditionalGeneration, Demonstration
 from modeling_aim.cli import app
 from modeling_aim.evaluation import METHODS, Example, Shot, evaluate
 from modeling_aim.evaluation.choosing import difference_hash
-from modeling_aim.evaluation.methods import Prompt, PromptBuilder, Shown
+from modeling_aim.evaluation.methods import BY_DEFAULT, Prompt, PromptBuilder, Shown
 from modeling_aim.evaluation.subject import load_subject
 from modeling_aim.evaluation.tasks.registry import TASKS
 
@@ -63,15 +63,16 @@ def test_aim_tiny_tells_the_methods_apart(tmp_path: Path) -> None:
     assert cells["aim", 8]["mean"] > cells["text", 8]["mean"] + 0.2
     assert cells["aim-untrained", 8]["mean"] > 0.8
     assert cells["aim-untrained", 8]["mean"] > cells["aim-untrained-shuffled", 8]["mean"] + 0.2
-    tokens = {method: cells[method, 8]["prompt_tokens"] for method in METHODS if method != "zero"}
+    tokens = {method: cells[method, 8]["prompt_tokens"] for method in BY_DEFAULT if method != "zero"}
     assert tokens["full"] > 5 * tokens["aim"]
-    assert {tokens[method] for method in METHODS if method.startswith("aim")} == {tokens["aim"]}
+    assert {tokens[method] for method in BY_DEFAULT if method.startswith("aim")} == {tokens["aim"]}
     assert cells["aim", 8]["fused_tokens"] == 40 and cells["full", 8]["fused_tokens"] == 0
     assert (cells["aim", 8]["examples"], cells["aim", 8]["seeds"]) == (24, 2)
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {
         "aim_eval.json",
         "by_shots.png",
+        "by_cost.png",
         "by_tokens.png",
         "predictions.jsonl",
         "results.json",
@@ -110,8 +111,8 @@ def test_all_methods_run_on_a_family(family: str, prompts: str, repositories: di
     results = evaluate(settings(tmp_path, repo=repositories[family], **options))
     assert results["notes"] == []
     found = predictions(tmp_path / "run")
-    assert len(found) == 2 * len(METHODS)
-    chosen = {m: [row["demonstrations"] for row in found if row["method"] == m] for m in METHODS}
+    assert len(found) == 2 * len(BY_DEFAULT)
+    chosen = {m: [row["demonstrations"] for row in found if row["method"] == m] for m in BY_DEFAULT}
     assert chosen.pop("zero") == [[], []] and len({json.dumps(one) for one in chosen.values()}) == 1
     cells = figures(results)
     zero, text, full, aim = (
@@ -134,9 +135,10 @@ def test_a_full_prompt_has_the_words_that_aim_reads(family: str) -> None:
     builder = PromptBuilder(processor, separator=" | ")
     marks = [processor.image_text * count for count in (1, 2, 0)]
     fronts = "".join(mark + word + " | " for mark, word in zip(marks, words, strict=True))
-    assert builder.prompt(example, shown) == fronts + processor.image_text + "What?"
+    begin = processor.front(0)
+    assert builder.prompt(example, shown) == begin + fronts + processor.image_text + "What?"
     told = "".join(word + " | " for word in words)
-    assert builder.prompt(example, shown, images=False) == told + processor.image_text + "What?"
+    assert builder.prompt(example, shown, images=False) == begin + told + processor.image_text + "What?"
     prompt = METHODS["full"].show(builder, example, shown, 0)
     assert [id(image) for image in prompt.images[:3]] == [id(one) for one in (shots[0].pair["image"],
             *shots[1].pair["images"])]  # fmt: skip
@@ -146,6 +148,21 @@ def test_a_full_prompt_has_the_words_that_aim_reads(family: str) -> None:
             assert chat.count(word) == 1
         assert chat.count(processor.image_text.strip()) == 4
         assert PromptBuilder(processor, "chat").prompt(example) == processor.prompt("What?")
+
+
+@pytest.mark.parametrize("family", ["smolvlm", "llava", "idefics3"])
+@pytest.mark.parametrize("prompts", ["plain", "chat"])
+def test_a_prompt_begins_with_bos_once_where_the_backbone_has_one(family: str, prompts: str) -> None:
+    """SmolVLM's is written by its chat template alone, and prompts that no template renders need it too."""
+    processor = backbones.plugin(family).processor
+    shown = [Shown(shot, shot) for shot in (Shot("a", {"image": picture(1), "label": "dax"}),)]
+    builder = PromptBuilder(processor, prompts)
+    example = Example("q", (picture(4),), "What?", ("x",))
+    bos = processor.tokenizer.bos_token_id
+    ids = processor.tokenizer([builder.prompt(example, some, images=False) for some in ([], shown)])["input_ids"]
+    template = processor.tokenizer(processor.prompt("What?"))["input_ids"]
+    assert all(row[0] == template[0] for row in ids)
+    assert all(row.count(bos) == template.count(bos) for row in ids)
 
 
 def test_dealt_images_are_those_of_the_prompt() -> None:
@@ -384,7 +401,7 @@ def test_another_run_is_not_overwritten(tmp_path: Path) -> None:
         TASKS["naming"] = lambda path="": Naming(count=5)
         evaluate(settings(tmp_path, shots=(0,), seeds=1))
     TASKS["naming"] = Naming
-    assert len(evaluate(settings(tmp_path, shots=(0, 2), seeds=1, overwrite=True))["cells"]) == len(METHODS)
+    assert len(evaluate(settings(tmp_path, shots=(0, 2), seeds=1, overwrite=True))["cells"]) == len(BY_DEFAULT)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("")
     with pytest.raises(ValueError, match=r"holds thesis.txt and more, but no run"):
@@ -441,4 +458,4 @@ def test_the_command(tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["eval", *given, "--output", str(tmp_path / "run")])
     assert shown.exit_code == 0, shown.output
     assert {row["task"] for row in predictions(tmp_path / "run")} == {"naming", "pictures"}
-    assert len(predictions(tmp_path / "run")) == 2 * 2 * len(METHODS)
+    assert len(predictions(tmp_path / "run")) == 2 * 2 * len(BY_DEFAULT)

@@ -29,6 +29,7 @@ from modeling_aim.evaluation.tasks.registry import TASKS
 from modeling_aim.files_aim import only_one
 from modeling_aim.training import Episode, EpisodeCollator, KeptStates, Mixture, ShotLaw, Source, TrainSettings, train
 from modeling_aim.training.checkpoints import why_damaged
+from modeling_aim.training.episodes import Opener
 from modeling_aim.training.run import RUN_FILE, last_checkpoint
 
 PLACEHOLDERS = {"llava": "<image>", "qwen2_5_vl": "<|image_pad|>", "idefics3": "<image>", "idefics": "<image>"}
@@ -63,9 +64,8 @@ def test_a_row_that_no_model_can_read_is_counted_named_and_skipped(
 ) -> None:
     model = backbones.plugin(family, preset="trained").model
     data = Mixture([Rows(bad_rows(family))], [1.0], ShotLaw(1, "fixed"))
-    data.check_with(model.processor.why_unreadable)
     run = trainer(model, tmp_path, per_device_train_batch_size=1, max_steps=14)
-    run.train_dataset = data
+    run.train_dataset.episodes = data  # type: ignore[union-attr]
     run.train()
     assert run.state.global_step == 14
     assert run.skipped["text that is no Unicode"] > 0
@@ -87,10 +87,11 @@ def test_a_bad_row_in_a_batch_of_ones_own_episodes_is_skipped(family: str) -> No
 
 def test_data_that_is_bad_throughout_ends_the_run() -> None:
     data = Mixture([Rows(bad_rows("llava"), every=3, count=2000)], [1.0], ShotLaw(2))
-    data.check_with(backbones.plugin("llava").model.processor.why_unreadable)
+    opener = Opener(backbones.plugin("llava").model.processor.why_unreadable)
 
     def read() -> None:
-        for number, _ in enumerate(data):
+        for number, episode in enumerate(data):
+            opener(episode)
             assert number < 2000, "no end"
 
     fails(read, "pairs of rows cannot be read", "Mend the data")

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import sys
 import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from hub_server import HubServer, run_python
+from hub_server import HubServer, forget_remote_code_and_connections, run_python, use_in_this_process
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
@@ -27,6 +28,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 # huggingface_hub uploads large files with an argument that its HTTP client deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -203,6 +205,27 @@ def test_nobody_is_logged_in_until_the_test_says_so(hub: HubServer, monkeypatch:
     monkeypatch.setenv("HF_TOKEN", hub.token)
     assert HfApi().whoami()["name"] == "user"
     assert hub.home in Path(constants.HF_HUB_CACHE).parents
+
+
+def test_remote_code_that_was_loaded_before_does_not_hide_that_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever tests this process ran before: transformers finds a package in the first folder that has been added."""
+    earlier = tmp_path / "earlier"
+    (earlier / "transformers_modules").mkdir(parents=True)
+    (earlier / "transformers_modules" / "__init__.py").touch()
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(earlier))
+    monkeypatch.syspath_prepend(earlier)
+    importlib.import_module("transformers_modules")
+    for attempt, word in enumerate(("first", "second")):
+        with HubServer(home=tmp_path / f"home{attempt}") as hub, pytest.MonkeyPatch.context() as patch:
+            use_in_this_process(hub, patch)
+            hub.add_repo("user/code")
+            words = {"words.py": f"WORD = {word!r}", "main.py": "from .words import WORD\nclass Main: word = WORD"}
+            hub.commit("user/code", words)
+            assert get_class_from_dynamic_module("main.Main", "user/code").word == word
+            forget_remote_code_and_connections()
+    assert str(earlier) in sys.path
 
 
 def test_a_failing_script_shows_its_traceback(hub: HubServer) -> None:

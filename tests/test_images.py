@@ -6,12 +6,14 @@ import base64
 import io
 import struct
 import threading
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -19,9 +21,11 @@ from backbones import DEMOS, Plugin, build, picture
 from PIL import Image
 from test_bad_input import fails
 
-from modeling_aim import AimForConditionalGeneration, AimProcessor, Demonstration, images_aim
+from modeling_aim import AimForConditionalGeneration, AimProcessor, Demonstration, DemonstrationBank, images_aim
 from modeling_aim.data.images import is_image
 from modeling_aim.images_aim import ImageRules, open_image
+
+AIM_GENERATE = Path(__file__).resolve().parents[1] / "hub_configs" / "aim-generate"
 
 
 def png(image: Image.Image) -> bytes:
@@ -100,6 +104,7 @@ def ways(aim: Plugin, processor: AimProcessor, image: Any) -> dict[str, Callable
     inputs = aim.query()
     return {
         "read": lambda: model.read([(image, "dax")]),
+        "prefill": lambda: model.prefill([(image, "dax")]),
         "generate": lambda: model.generate(**inputs, demos=[(image, "dax")], max_new_tokens=1),
         "rows": lambda: model.generate(**inputs, demos=[[(image, "dax")]], max_new_tokens=1),
         "forward": lambda: model(**inputs, demos=[(image, "dax")]),
@@ -110,6 +115,35 @@ def ways(aim: Plugin, processor: AimProcessor, image: Any) -> dict[str, Callable
         "chat": lambda: processor.apply_chat_template(chat, **options),
         "few-shot chat": lambda: processor.apply_chat_template([*chat, answered, last], **options),
     }
+
+
+def rare_ways(
+    aim: Plugin, processor: AimProcessor, image: Any, folder: Path
+) -> dict[str, tuple[Callable[[], Any], str]]:
+    """Ways that only some take, and the exact error of each that refuses an image."""
+    model = AimForConditionalGeneration.from_backbone(aim.backbone, processor)  # untrained: its depth can be chosen
+    named = [(image, f"a {word}") for word in ("dax", "wug", "blicket")]
+    data = datasets.Dataset.from_dict({"image": [{"bytes": None, "path": image}], "label": ["dax"]})
+    data = data.cast_column("image", datasets.Image())
+    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    whole = {"tokenize": True, "return_dict": True, "processor_kwargs": {"images": [image]}}
+    stock = {"custom_generate": str(AIM_GENERATE), "trust_remote_code": True, "processor": processor}
+    build = DemonstrationBank.build
+    return {
+        "choose_depth": (lambda: model.choose_depth(named), ""),
+        "bank": (lambda: build(model, named, folder / "bank"), "All 3 rows are bad; row 0: "),
+        "bank of columns": (
+            lambda: build(model, [{"i": image, "l": "dax"}], folder / "columns", columns={"image": "i", "label": "l"}),
+            "All 1 rows are bad; row 0: ",
+        ),
+        "bank of a dataset": (lambda: build(model, data, folder / "data"), "All 1 rows are bad; row 0: "),
+        "bank of a stream": (
+            lambda: build(model, data.to_iterable_dataset(), folder / "stream"), "All 1 rows are bad; row 0: ",
+        ),
+        "selection": (lambda: model.query_inputs({"image": image, "question": "What?"}), ""),
+        "a chat's arguments": (lambda: processor.apply_chat_template(asked, **whole), ""),
+        "custom generate": (lambda: aim.backbone.generate(**aim.query(), demos=named, max_new_tokens=1, **stock), ""),
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -268,3 +302,78 @@ def test_words_with_a_lone_surrogate_are_named(llava: Plugin) -> None:
     for demo in ((None, "a \ud800 dax"), (None, "what \udfff?", "a dax"), {"label": "\udc80"}):
         fails(lambda demo=demo: Demonstration.of(demo), "lone surrogate")
         fails(lambda demo=demo: llava.model.read([*DEMOS, demo]), "lone surrogate")
+
+
+# --- who serves others: whatever reaches a model
+
+
+def test_nothing_is_opened_on_the_ways_that_only_some_take(
+    smolvlm: Plugin, eps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bank that is built, a depth that is chosen, a stock class, the arguments of a chat."""
+    decoded: list[Any] = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args, **kwargs: decoded.append("Ghostscript"))
+    picture(0).save(tmp_path / "secret.png")
+    for number, (image, settings, said) in enumerate((
+        (tmp_path / "secret.png", {"image_sources": "given"}, "no file of this machine is opened"),
+        (tmp_path / "secret.png", {"max_image_pixels": 100}, "more than max_image_pixels=100"),
+        (eps, {}, "cannot identify image file"),
+    )):  # fmt: skip
+        processor = with_rules(smolvlm, **settings)
+        for name, (way, begin) in rare_ways(smolvlm, processor, str(image), tmp_path / str(number)).items():
+            message = fails(way, f"{begin}.*Cannot read the image", said)
+            assert message, name
+    assert not decoded, "Ghostscript was run"
+
+
+def test_a_dataset_is_opened_wherever_its_images_lie(smolvlm: Plugin, tmp_path: Path) -> None:
+    picture(0).save(tmp_path / "0.png")
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.write(tmp_path / "0.png", "in/0.png")
+    inside = f"zip://in/0.png::{tmp_path / 'images.zip'}"
+    given = [
+        {"bytes": png(picture(1)), "path": None}, {"bytes": None, "path": str(tmp_path / "0.png")},
+        {"bytes": None, "path": inside}, {"bytes": png(picture(2))[:90], "path": None},
+        {"bytes": None, "path": "zip://no.png::nowhere.zip"},
+    ]  # fmt: skip
+    data = datasets.Dataset.from_dict({"image": given, "label": list("abcde")}).cast_column("image", datasets.Image())
+    model = AimForConditionalGeneration.from_backbone(smolvlm.backbone, smolvlm.processor)
+    bank = DemonstrationBank.build(model, data, tmp_path / "bank", thumbnails=0)
+    assert bank.labels() == ["a", "b", "c"] and [row.number for row in bank.bad_rows] == [3, 4]
+    wanted = [Demonstration.of({"image": image, "label": label}).key for image, label in zip(
+        (picture(1), picture(0), picture(0)), "abc", strict=True
+    )]  # fmt: skip
+    assert bank.keys() == wanted
+
+
+@pytest.mark.parametrize("sources", ["public", "given"])
+def test_who_serves_others_fetches_no_video_and_no_sound(smolvlm: Plugin, tmp_path: Path, sources: str) -> None:
+    processor, prompt = with_rules(smolvlm, image_sources=sources), smolvlm.processor.prompt("What?")
+    options = {"tokenize": True, "return_dict": True}
+    asked = [{"role": "user", "content": [{"type": "text", "text": "What?"}]}]
+    place = "/etc/hostname"
+    for name in ("http://localhost/x.mp4", place, tmp_path / "x.wav", [[place]], {"url": place}):
+        for kind in ("video", "audio"):
+            for key in (kind, "url", "path"):
+                chat = [{"role": "user", "content": [{"type": kind, key: name}, {"type": "text", "text": "What?"}]}]
+                fails(lambda chat=chat: processor.apply_chat_template(chat, **options), f"no {kind} is fetched")
+        for key in ("videos", "audio"):
+            call: dict[str, Any] = {key: name}
+            fails(lambda call=call: processor(images=[picture(0)], text=prompt, **call), f"no {key} is fetched")
+            fails(lambda call=call: processor.apply_chat_template(asked, **options, **call), f"no {key} is fetched")
+    assert processor(images=[picture(0)], text=prompt, videos=None)["input_ids"]
+
+
+@pytest.mark.parametrize("shape", [(50, 41), (50, 41, 3), (3, 50, 41), (1, 3, 50, 41), (1, 50, 41, 4)], ids=str)
+def test_arrays_of_too_many_pixels_are_refused_as_queries(llava: Plugin, shape: tuple[int, ...]) -> None:
+    processor, prompt = with_rules(llava, max_image_pixels=2000), llava.processor.prompt("What?")
+    for array in (np.zeros(shape, dtype=np.uint8), torch.zeros(shape)):
+        fails(lambda array=array: processor(images=[array], text=prompt), "41 x 50 pixels", "max_image_pixels=2000")
+
+
+def test_an_address_that_is_none_is_named(smolvlm: Plugin) -> None:
+    for block in ({"type": "image_url", "image_url": {}}, {"type": "image_url", "image_url": "no address"}):
+        chat = [{"role": "user", "content": [block, {"type": "text", "text": "What?"}]}]
+        fails(
+            lambda chat=chat: smolvlm.processor.apply_chat_template(chat, tokenize=True, return_dict=True), "read the"
+        )

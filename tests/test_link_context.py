@@ -59,8 +59,9 @@ def features(folder: Path) -> ClassFeatures:
 
 
 def read(source: Any, count: int, law: ShotLaw | None = None, seed: int = 0) -> list[Episode]:
+    """The next episodes with their images opened."""
     stream: Iterator[Episode] = iter(Mixture([source], [1], law or ShotLaw(8), seed))
-    return list(itertools.islice(stream, count))
+    return [episode.opened() for episode in itertools.islice(stream, count)]
 
 
 def label(demo: Demonstration) -> str:
@@ -310,18 +311,22 @@ def test_broken_images_are_left_out_and_counted(tmp_path: Path) -> None:
     (tmp_path / "class 0" / "notes.txt").write_text("no image at all")
     episodes = read(LinkContext(tmp_path, neighbours="random", policy="mix"), 90)
     assert sum(episode.skipped["unreadable or missing image"] for episode in episodes) > 30
-    assert {len(episode.pairs) for episode in episodes} == {9}
-    assert {reason for episode in episodes for reason in episode.skipped} == {"unreadable or missing image"}
+    assert sum(len(episode.pairs) == 9 for episode in episodes) > 80  # others stand in the places of the broken ones
+    assert {len(episode.pairs) for episode in episodes} <= {0, 9}
+    assert {reason for episode in episodes for reason in episode.skipped} <= {
+        "unreadable or missing image", "episode with a demonstration that cannot be read"
+    }  # fmt: skip
 
 
-def test_a_class_that_broken_images_leave_too_few_of_is_left_out(tmp_path: Path) -> None:
+def test_an_episode_of_a_class_that_broken_images_leave_too_few_of_is_left_out(tmp_path: Path) -> None:
     for number, image in itertools.product(range(4), range(5)):
         paint(tmp_path / str(number) / f"{image}.png", number, image)
     for path in sorted((tmp_path / "0").iterdir())[:3]:
         path.write_bytes(b"")
     episodes = read(LinkContext(tmp_path, neighbours="random"), 40)
     assert all(seen(pair)[0] != 0 for episode in episodes for pair in episode.pairs)
-    assert sum(episode.skipped["class with too few readable images"] for episode in episodes) > 5
+    left_out = sum(episode.skipped["episode with a demonstration that cannot be read"] for episode in episodes)
+    assert left_out == sum(not episode.targets for episode in episodes) and 5 < left_out < 35
 
 
 def test_errors_say_what_to_do(folder: Path, tmp_path: Path, features: ClassFeatures) -> None:

@@ -5,10 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -118,32 +114,6 @@ def test_a_first_save_that_fails_removes_its_own_stage_alone(tmp_path: Path) -> 
         (stage / "mine").write_text("half")
         raise RuntimeError
     assert not (tmp_path / "other").exists()
-
-
-def test_stages_of_the_dead_are_removed_and_those_of_the_living_are_not(tmp_path: Path) -> None:
-    script = """
-        import sys, time
-        from modeling_aim.files_aim import staged_folder
-        with staged_folder(sys.argv[1]) as stage:
-            (stage / "half").write_text("half")
-            print(stage, flush=True)
-            time.sleep(600)
-    """
-    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    try:
-        stages = [Path(process.stdout.readline().strip()) for process in processes if process.stdout is not None]
-        assert all(stage.is_dir() for stage in stages)
-        processes[0].send_signal(signal.SIGKILL)
-        processes[0].wait()
-        with staged_folder(tmp_path) as stage:
-            (stage / "file").write_text("whole")
-        assert not stages[0].exists() and (stages[1] / "half").read_text() == "half"
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert (tmp_path / "file").read_text() == "whole"
 
 
 def test_only_one_works_in_a_folder(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import io
 import json
 import pickle
 import tarfile
+import tracemalloc
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,7 +22,8 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from modeling_aim.data.pairs import opened
+from modeling_aim.data.images import DatasetImage, Stretch
+from modeling_aim.data.pairs import opened, size_of
 from modeling_aim.training.episodes import Episode, Mixture, ShotLaw, Source
 from modeling_aim.training.interleaved import Mmc4, Obelics
 from modeling_aim.training.sources import EpisodeFile, LlavaConversations, Pairs, open_source
@@ -64,13 +66,18 @@ def contents(source: Source, seed: int = 0) -> list[list[tuple[Any, ...]]]:
 
 
 def texts(episodes: Sequence[Episode]) -> list[list[str]]:
-    return [[pair.text for pair in one.pairs] for one in episodes]
+    return [[pair.text for pair in one.opened().pairs] for one in episodes]
+
+
+def episodes_of(source: Source, law: ShotLaw, seed: int = 0) -> list[Episode]:
+    """Episodes of one pass with their images opened, those that something is left of."""
+    return [one for light in source.episodes(law, seed) if (one := light.opened()).targets]
 
 
 def left_out(source: Source) -> Counter[str]:
     """All that one pass leaves out, whether or not an episode takes it along."""
     source.skipped.clear()
-    taken = sum((one.skipped for one in source.episodes(ShotLaw(2), 0)), Counter[str]())
+    taken = sum((one.opened().skipped for one in source.episodes(ShotLaw(2), 0)), Counter[str]())
     return taken + source.skipped
 
 
@@ -122,14 +129,15 @@ def test_mmc4_leaves_out_what_is_broken(tmp_path: Path) -> None:
         "",
     ]
     source = Mmc4(str(lines(tmp_path / "a.jsonl", rows)), images=str(tmp_path / "pictures"))
-    assert [texts([one])[0] for one in source.episodes(ShotLaw(4), 0)] == [["b", "c"]]
+    assert texts(episodes_of(source, ShotLaw(4))) == [["b", "c"]]
     assert left_out(source) == {
         MISSING: 3,
         "no text": 1,
         "image that is matched to no sentence": 1,
         "line without text_list and image_info": 1,
         "line that is no JSON object": 2,
-        "document with fewer than two pairs": 3,
+        "document with fewer than two pairs": 1,
+        "episode with fewer than two pairs that can be read": 2,
     }
 
 
@@ -272,6 +280,7 @@ def test_pairs_of_webdataset_shards(tmp_path: Path) -> None:
     found = [[((0,), "zero", None)], [((1,), "one", None)], [((2,), "two", "Which?")]]
     assert [one for one in contents(source) if one] == found
     assert source.skipped == {MISSING: 2, "no text": 1, "member that is no JSON object": 1}
+    assert all(isinstance(pair["image"], Stretch) for one in source.documents(0) for pair in one)  # not read
     (tmp_path / "00001.tar").write_bytes((tmp_path / "00001.tar").read_bytes()[:1546])  # inside the second member
     cut = Pairs(str(tmp_path / "*.tar"))
     assert [one for one in contents(cut) if one] == found[:2] and cut.skipped["damaged file"] == 1
@@ -292,6 +301,8 @@ def test_pairs_of_data_sets(tmp_path: Path) -> None:
         source = Pairs(str(tmp_path / path), image="picture")
         assert [one for one in contents(source) if one] == found, path
         assert source.skipped == {MISSING: 1, "no text": 2}
+        if path in ("saved", "splits"):  # mapped into memory: neither images nor their bytes are held
+            assert all(isinstance(pair["image"], DatasetImage) for one in source.documents(0) for pair in one)
     assert contents(Pairs(str(tmp_path), image="picture", split="test")) == found[:1]
     with pytest.raises(ValueError, match=r"splits \['test', 'train'\], but not 'val'"):
         Pairs(str(tmp_path / "splits"), image="picture", split="val")
@@ -371,6 +382,33 @@ def test_llava_conversations(tmp_path: Path) -> None:
             LlavaConversations(str(tmp_path / "bad.json"))
 
 
+def test_a_large_conversations_file_is_never_in_memory(tmp_path: Path) -> None:
+    """6 MB of records in pretty-printed JSON with letters of several bytes, and what is drawn of them is right."""
+    save(tmp_path, ["0.png"])
+    talk = [[f"Frage {n} \u00e4 \U0001f600?" + " ja" * 400, f"Antwort {n}", "Und?", f"{n}"] for n in range(4000)]
+    records = [{"id": str(n), "image": "0.png", "conversations": turns(*words)} for n, words in enumerate(talk)]
+    path = tmp_path / "llava.json"
+    path.write_text(json.dumps(records, ensure_ascii=False, indent=1), encoding="utf-8-sig")
+    del records
+    tracemalloc.start()
+    source = LlavaConversations(str(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * 2**20 < path.stat().st_size
+    drawn = list(islice(source.episodes(ShotLaw(4), 0), 1000))
+    opened = [pair for episode in drawn for pair in episode.opened().pairs]
+    assert len({(pair.text, pair.question) for pair in opened}) == len(opened)
+    wanted = {(answer, asked) for words in talk for asked, answer in zip(words[::2], words[1::2], strict=True)}
+    assert {(pair.text, pair.question) for pair in opened} <= wanted
+    assert [len(pair.text) + len(pair.question or "") for pair in opened[:50]] == [
+        size_of(pair)[0] for episode in drawn for pair in episode.pairs
+    ][:50]
+    held, rest = ({dict(pair)["answer"] for one in part.documents(0) for pair in one} for part in source.split(0.2))
+    assert not held & rest and len(held | rest) == 8000
+    numbers = [{words.rpartition(" ")[2] for words in part} for part in (held, rest)]
+    assert not numbers[0] & numbers[1]  # a conversation is in one part, with all its turns
+
+
 # --- ready-made episodes
 
 
@@ -388,7 +426,7 @@ def test_ready_made_episodes(tmp_path: Path) -> None:
         {"demos": ["dax"], "queries": [demo(3, "wug")]},
     ]
     source = EpisodeFile(str(lines(tmp_path / "a.jsonl", rows)))
-    episodes = list(source.episodes(ShotLaw(2), 0))
+    episodes = episodes_of(source, ShotLaw(2))
     assert sorted([said(pair)[0][0] for pair in one.pairs] for one in episodes) == [[1, 2, 3], [4, 3], [4, 5]]
     assert all(one.targets == (len(one.pairs) - 1,) for one in episodes)
     assert left_out(source) == {
@@ -398,7 +436,7 @@ def test_ready_made_episodes(tmp_path: Path) -> None:
         "line without demos and queries": 2,
     }
     assert texts(list(source.episodes(ShotLaw(8), 1))) != texts(episodes)
-    assert max(len(one.pairs) for one in source.episodes(ShotLaw(8), 0)) == 4
+    assert max(len(one.pairs) for one in episodes_of(source, ShotLaw(8))) == 4
     assert sorted(map(len, source.documents(0))) == [3, 3, 5]
 
 
@@ -453,7 +491,7 @@ def test_numbers_of_demonstrations(counted: Callable[..., Pairs], law: str) -> N
 def test_a_long_document_is_cut_and_never_mixed_with_the_next(tmp_path: Path) -> None:
     save(tmp_path, ["x.png"])
     pages = [page([f"{p}.{n}" for n in range(7)], *[("x.png", n, 0.9) for n in range(7)]) for p in range(5)]
-    episodes = list(Mmc4(str(lines(tmp_path / "a.jsonl", pages))).episodes(ShotLaw(2, "fixed"), 0))
+    episodes = episodes_of(Mmc4(str(lines(tmp_path / "a.jsonl", pages))), ShotLaw(2, "fixed"))
     assert len(episodes) == 10  # 3 + 3 pairs of each, and the last pair of a page is alone
     for one in episodes:
         assert len({pair.text[0] for pair in one.pairs}) == 1
@@ -473,8 +511,9 @@ def test_passes_differ_and_what_is_left_out_is_reported(tmp_path: Path) -> None:
     source = Pairs(str(lines(tmp_path / "a.jsonl", rows)))
     episodes = list(islice(Mixture([source], [1.0], ShotLaw(1)), 12))  # three passes of four episodes
     assert texts(episodes[:4]) != texts(episodes[4:8])
-    taken = sum((one.skipped for one in episodes), Counter[str]()) + source.skipped
-    assert taken == {MISSING: 3, "line that is no JSON object": 3}
+    taken = sum((one.opened().skipped for one in episodes), Counter[str]()) + source.skipped
+    lost = "episode with fewer than two pairs that can be read"
+    assert taken == {MISSING: 3, "line that is no JSON object": 3, lost: 3}
 
 
 def test_data_without_an_episode(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from modeling_aim.training import (
     AimTrainer,
     Episode,
     EpisodeCollator,
+    EpisodeStream,
     KeptStates,
     Mixture,
     NotFinite,
@@ -47,7 +48,6 @@ from modeling_aim.training import (
 )
 from modeling_aim.training.optimizer import usual_rate
 from modeling_aim.training.run import RUN_FILE, last_checkpoint
-from modeling_aim.training.trainer import LengthGrouped
 
 WORDS = ["cat", "dog", "bird", "fish", "horse", "mouse", "tiger", "wolf"]
 SHAPES = ("llava", "qwen2_5_vl", "idefics", "idefics3")
@@ -154,6 +154,22 @@ def test_labels_are_answer_and_end_behind_the_prompt_of_answering_time(family: s
             assert torch.equal(ids[~scored][-len(query) :], query)
 
 
+@pytest.mark.parametrize("family", ["smolvlm", "llava", "idefics3"])
+@pytest.mark.parametrize("prompts", ["plain", "chat"])
+@pytest.mark.parametrize("teacher", ["full", "text"])
+def test_targets_and_their_teacher_begin_with_bos_once(family: str, prompts: str, teacher: str) -> None:
+    """Captions and plain questions are rendered by no chat template, which alone writes SmolVLM's BOS."""
+    model = backbones.plugin(family).model
+    bos = model.processor.tokenizer.bos_token_id
+    pairs = [Demonstration.of(pair) for document in Things(6).documents(0) for pair in document]
+    batch = EpisodeCollator(model, teacher, prompts)([Episode(tuple(pairs), tuple(range(1, 6)))])
+    assert {pair.question for pair in pairs[1:]} == {None, "What is it?"}
+    for inputs in (batch, batch["teacher"]):
+        for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
+            kept = ids[mask.bool()].tolist()
+            assert kept[0] == bos and kept.count(bos) == 1
+
+
 def test_a_target_without_room_is_skipped_and_early_demonstrations_leave() -> None:
     built = backbones.build("llava", max_position_embeddings=60)
     model = AimForConditionalGeneration.from_backbone(built.model, built.processor)
@@ -171,27 +187,33 @@ def test_a_target_without_room_is_skipped_and_early_demonstrations_leave() -> No
 
 def test_grouping_by_length_changes_the_order_alone() -> None:
     stream = [episode for episode, _ in zip(Mixture([Things()], [1.0], ShotLaw(5)), range(40), strict=False)]
-    grouped = list(LengthGrouped(stream, block=4, window=40))
+    plain, grouped = (list(EpisodeStream(stream, 10, group_by_length=group)) for group in (False, True))
+    assert plain == stream
     assert sorted(map(id, grouped)) == sorted(map(id, stream)) and grouped != stream
 
-    def spread(episodes: list[Episode]) -> int:
-        lengths = [[len(e.pairs) for e in episodes[i : i + 4]] for i in range(0, 40, 4)]
+    def spread(episodes: list[Any]) -> int:
+        lengths = [[len(e.pairs) for e in episodes[i : i + 10]] for i in range(0, 40, 10)]
         return sum(max(block) - min(block) for block in lengths)
 
     assert spread(grouped) < spread(stream) / 2
 
 
-def test_workers_of_a_loader_go_through_the_data_each_in_its_order() -> None:
-    def first(workers: int) -> list[Any]:
-        data = Mixture([Things()], [1.0], ShotLaw(1, "fixed"))
+@pytest.mark.parametrize("group", [False, True])
+def test_workers_of_a_loader_share_what_one_process_gives(group: bool) -> None:
+    """Batch by batch the same, whatever the number of workers; what a resumed run has behind it comes as `None`."""
+
+    def batches(workers: int, skip: int = 0) -> list[Any]:
+        data = EpisodeStream(Mixture([Things()], [1.0], ShotLaw(2)), 4, group_by_length=group)
+        data.skip = skip
         loader = DataLoader(data, batch_size=4, num_workers=workers, collate_fn=list)
         return [
-            [pair.key for episode in batch for pair in episode.pairs] for batch, _ in zip(loader, "ab", strict=False)
+            [[pair.key for pair in episode.opened().pairs] if episode else None for episode in batch]
+            for batch, _ in zip(loader, range(9), strict=False)
         ]
 
-    alone, two = first(0), first(2)
-    assert two[0] == alone[0] and two[1] not in (alone[0], alone[1])
-    assert first(2) == two
+    alone = batches(0)
+    assert batches(2) == alone
+    assert batches(2, skip=5) == [[None] * 4] * 5 + alone[5:]
 
 
 # --- what is learned
@@ -370,7 +392,7 @@ from modeling_aim.training import *
 model = backbones.plugin("llava").model
 data = Mixture([test_training.Things()], [1.0], ShotLaw(3))
 arguments = test_training.arguments(Path(sys.argv[2]), per_device_train_batch_size=int(sys.argv[3]), max_steps=3)
-run = AimTrainer(model, arguments, train_dataset=data, group_by_length=False)
+run = AimTrainer(model, arguments, train_dataset=data)
 run.train()
 if run.args.process_index == 0:
     weights = {name: value.tolist() for name, value in model.projector.state_dict().items()}
@@ -577,7 +599,7 @@ def test_a_share_of_the_documents_is_held_out_and_never_trained_on(tmp_path: Pat
     images = []
     for part in (train_part, held):
         drawn = itertools.islice(part, 60)
-        images.append({pair.images[0].tobytes() for episode in drawn for pair in episode.pairs})
+        images.append({pair.images[0].tobytes() for episode in drawn for pair in episode.opened().pairs})
     assert images[0] and images[1] and not images[0] & images[1]
     assert 5 <= len(images[1]) <= 25
 

@@ -363,7 +363,11 @@ def test_the_command_writes_the_depth_and_nothing_else(demos: Path, tmp_path: Pa
     with Image.open(tmp_path / "depth.png") as drawn:
         assert drawn.width > 500 and len(drawn.convert("RGB").getcolors(10**6) or ()) > 20
     changed = {path.name for path in repo.iterdir() if path.read_bytes() != files[path.name]}
-    assert changed == {"config.json"} and set(files) == {path.name for path in repo.iterdir()}
+    assert changed == {"config.json", "README.md"} and set(files) == {path.name for path in repo.iterdir()}
+    card, card_before = (repo / "README.md").read_text().splitlines(), files["README.md"].decode().splitlines()
+    other = [line for line, old in zip(card, card_before, strict=True) if line != old]
+    assert len(other) == 2 and all(f"[{told['depth']}]" in line for line in other), other
+    assert "The model card names it too." in told["config"]
     wanted = json.loads(before) | {"read_layers": [told["depth"]], "entry_layers": [told["depth"]]}
     assert (repo / "config.json").read_text() == json.dumps(wanted, indent=2) + "\n"
     lines = (repo / "config.json").read_text().splitlines()

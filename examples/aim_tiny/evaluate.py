@@ -3,6 +3,7 @@
     python examples/aim_tiny/evaluate.py --episodes 100                 # a table
     python examples/aim_tiny/evaluate.py --episodes 400 --json          # {"2-way 8": {"aim": ..., "full": ...}, ...}
     python examples/aim_tiny/evaluate.py --cells "operator 8,attribute 16" --repo build/trained    # tasks of tasks.py
+    python examples/aim_tiny/evaluate.py --methods full,aim,text-kv,snapkv:ratio=.9    # published methods: rivals.py
 
 An answer is right when greedy decoding gives exactly the gold name. That is so when every token of it is the most
 likely one after the gold tokens before it, so one forward pass tells, without generating. The episodes of a seed are
@@ -29,6 +30,7 @@ import world
 from corpus import IMAGE_IDS
 from loading import load_backbone, load_interleaved, load_plugin
 from quick import run
+from rivals import Piece, answered, is_rival
 from support import CONTROLS, OUT, progress, write
 from transformers import LlavaForConditionalGeneration
 from vision import pixels
@@ -57,13 +59,14 @@ TOKENS = 12_000  # tokens a forward pass
 class Demo:
     """A demonstration: an image of a pool, and the words before and after it.
 
-    `kept`: tokens at its end that become fused tokens; all of its words when `None`.
+    `kept`: tokens at its end that become fused tokens; all its words when `None`. `asked`: tokens before its answer.
     """
 
     image: tuple[int, int]
     head: str
     text: str
     kept: int | None = None
+    asked: int = 0
 
     @property
     def ids(self) -> list[int]:
@@ -103,7 +106,8 @@ def task(seed: str, ways: int, shots: int, split: str, wording: str, span: str =
     demos = []
     for way, index in p.demos:
         answer = w.answer.format(p.bindings[way])
-        demos.append(Demo((p.concept_ids[way], index), w.head, world.join(w.question, answer), kept(answer, span)))
+        text, asked = world.join(w.question, answer), len(ids(w.question))
+        demos.append(Demo((p.concept_ids[way], index), w.head, text, kept(answer, span), asked))
     captions = [world.caption(world.pool_scene(split, *demo.image)) + " ." for demo in demos]
     way, index = p.query
     query = Query((p.concept_ids[way], index), w.head, w.question, w.answer.split("{}")[0] + p.bindings[way])
@@ -113,7 +117,8 @@ def task(seed: str, ways: int, shots: int, split: str, wording: str, span: str =
 def task_of(episode: rules.Episode, span: str = "text") -> Task:
     """An episode of tasks.py, with its first query; right is the whole answer."""
     demos = [
-        Demo((s.concept, s.index), "", world.join(s.question, s.answer), kept(s.answer, span)) for s in episode.demos
+        Demo((s.concept, s.index), "", world.join(s.question, s.answer), kept(s.answer, span), len(ids(s.question)))
+        for s in episode.demos
     ]
     captions = [world.caption(s.scene) + " ." for s in episode.demos]
     q = episode.queries[0]
@@ -198,6 +203,19 @@ class Bench:
         self.interleaved = load_interleaved(load_in_4bit) if "full_interleaved" in methods else None
         self.kept: tuple = (None, None)
         self.prefixes: list = []
+        self.rows: dict = defaultdict(list)  # of KV behind each prompt of a published method
+
+    def written(self, method: str, t: Task) -> list[int] | None:
+        """What a published method writes; `None` where a prompt has more tokens than the backbone has positions."""
+        pieces = [Piece(demo.ids[1:], demo.image, len(ids(demo.text)) - demo.asked) for demo in t.demos]
+        count, query = len(ids(t.query.answer)), Piece(t.query.prompt, t.query.image)
+
+        def embed(tokens: torch.Tensor, images: list) -> torch.Tensor:
+            return insert(self.backbone.get_input_embeddings()(tokens), tokens, self.backbone, images, self.features)
+
+        words, rows, _ = answered(method, self.backbone, [*pieces, query], embed, count)
+        self.rows[method].append(rows)
+        return words
 
     @torch.no_grad()
     def right(self, method: str, tasks: list[Task]) -> list[bool]:
@@ -294,7 +312,9 @@ def verdicts(bench: Bench, methods: list[str], tasks: list[Task]) -> dict[str, l
 
     Methods whose prompts are too long are left out.
     """
-    methods = [m for m in methods if not any(too_long(bench, m, t) for t in tasks)]
+    written = {m: [bench.written(m, t) for t in tasks] for m in methods if is_rival(m)}
+    own = [m for m in methods if m not in written]
+    methods = [m for m in own if not any(too_long(bench, m, t) for t in tasks)]
     groups = [[m] for m in methods if not m.startswith("aim")]
     groups.append([m for m in methods if m.startswith("aim") and not m.endswith(SHUFFLED)])
     groups.append([m for m in methods if m.endswith(SHUFFLED)])
@@ -306,6 +326,9 @@ def verdicts(bench: Bench, methods: list[str], tasks: list[Task]) -> dict[str, l
         for start in range(0, len(tasks), size):
             for method in group:
                 found[method] += bench.right(method, tasks[start : start + size])
+    for method, answers in written.items():
+        if None not in answers:
+            found[method] = [words == ids(t.query.answer) for words, t in zip(answers, tasks, strict=True)]
     return found
 
 
@@ -325,7 +348,8 @@ def evaluate(
         found = verdicts(bench, methods, tasks)
         for method in methods:
             scores[cell, method, wording, seed] = sum(found[method]) / len(tasks) if method in found else None
-            lengths[cell][method] += [len(prompt(method, t)[0]) for t in tasks[:20]]
+            own = bench.rows.pop(method) if is_rival(method) else [len(prompt(method, t)[0]) for t in tasks[:20]]
+            lengths[cell][method] += own
     for cell in cells:
         by = {m: {(w, s): scores[cell, m, w, s] for w in wordings for s in range(seeds)} for m in methods}
         entry = report[cell] = {m: mean(by[m].values()) for m in methods}

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from ..demonstrations_aim import Demonstration
 from ..files_aim import write_whole
+from ..progress import has_bars, tracked
 from .card import bank_card
 from .contents import BankContents
 from .manifest import (
@@ -125,7 +126,8 @@ def build_bank(
     settings["features"] = feature_size if features else 0
     with only_writer(folder):
         builder = _Builder(model, folder, settings, shard_bytes, bad)
-        for batch in _batches(_progress(open_rows(demos, columns, bad), demos, total), builder, batch_size):
+        rows = open_rows(demos, columns, bad, model.image_rules)
+        for batch in _batches(_progress(rows, demos, total), builder, batch_size):
             builder.add(batch)
         builder.finish()
     return sorted(bad.rows)
@@ -136,6 +138,8 @@ def _progress(
 ) -> Iterable[tuple[int, Demonstration]]:
     if total is None and hasattr(given, "__len__"):
         total = len(given)
+    if not has_bars() and logging.is_progress_bar_enabled():
+        return tracked(demos, "read", "demonstrations", total)
     return logging.tqdm(demos, total=total, desc="Reading demonstrations", unit="demo")
 
 

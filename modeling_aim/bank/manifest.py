@@ -17,18 +17,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging
-
-from ..files_aim import write_whole
+from ..files_aim import folder_lock, write_whole
 from .shard_files import check_version, open_shard, shard_content
 from .shards import FORMAT, RAGGED, UNREADABLE, VERSION, BankDamaged, Shard, is_words
-
-try:
-    import fcntl
-except ImportError:  # not on Windows: two processes that write one bank are not noticed there
-    fcntl = None  # type: ignore[assignment]
-
-logger = logging.get_logger(__name__)
 
 BANK_MANIFEST = "aim_bank.json"
 BANK_SHARDS = "aim_bank-*.safetensors"
@@ -45,22 +36,10 @@ def only_writer(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: somebody else is writing there.
     """
-    if fcntl is None:
+    with folder_lock(folder) as locked:
+        if not locked:
+            raise ValueError(f"Another process is writing a bank in {folder}. Wait for it, or give another folder.")
         yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"Another process is writing a bank in {folder}. Wait for it, or give another folder."
-            ) from error
-        except OSError as error:
-            logger.warning(f"{folder} cannot be locked ({error}): let only one process write there.")
-        yield
-    finally:
-        os.close(handle)
 
 
 def new_manifest(source: Mapping[str, str], **more: Any) -> dict[str, Any]:

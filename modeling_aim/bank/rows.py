@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from transformers.utils import logging
 
 from ..demonstrations_aim import DEMONSTRATION_KEYS, Demonstration
+from ..images_aim import ImageRules, is_address
 
 logger = logging.get_logger(__name__)
 
@@ -71,17 +72,21 @@ class BadRows:
 
 
 def open_rows(
-    demos: Iterable[Any], columns: Mapping[str, str] | None, bad: BadRows | None = None
+    demos: Iterable[Any],
+    columns: Mapping[str, str] | None,
+    bad: BadRows | None = None,
+    rules: ImageRules | None = None,
 ) -> Iterator[tuple[int, Demonstration]]:
     """Number and demonstration of each good row of a stream, opened one at a time.
 
     Of a row of a `datasets` dataset (or any row, where `columns` are given) the named columns are taken, numbers of
-    classes as the classes' names.
+    classes as the classes' names. Images of a dataset are opened here, within `rules`, and not by `datasets`.
 
     Args:
         demos: the stream.
         columns: which column is which part of a demonstration.
         bad: takes the bad rows; where `None`, the first one is an error.
+        rules: which images may be opened.
 
     Raises:
         ValueError: a row is no demonstration and bad rows are errors, or a dataset has no column that is part of one;
@@ -99,25 +104,33 @@ def open_rows(
                 'which, e.g. columns={"image": "img", "label": "fine_label"}.'
             )
     bad = BadRows() if bad is None else bad
-    for number, row in enumerate(demos):
+    rules = rules or ImageRules()
+    for number, row in enumerate(_undecoded(demos) if kinds else demos):
         try:
-            demo = _opened(row, columns, kinds)
+            demo = _opened(row, columns, kinds, rules)
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             bad.add(number, str(error), error)
         else:
             yield number, demo
 
 
-def _opened(row: Any, columns: Mapping[str, str] | None, kinds: Mapping[str, Any]) -> Demonstration:
+def _undecoded(data: Any) -> Iterable[Any]:
+    """A `datasets` dataset whose images are files: decoded by `datasets`, one that is bad would end the stream."""
+    streamed = data.to_iterable_dataset() if hasattr(data, "to_iterable_dataset") else data
+    return streamed.decode(False) if hasattr(streamed, "decode") else data
+
+
+def _opened(row: Any, columns: Mapping[str, str] | None, kinds: Mapping[str, Any], rules: ImageRules) -> Demonstration:
     if columns is None or not isinstance(row, Mapping):
-        demo = Demonstration.of(row)
+        demo = Demonstration.of(row, rules)
     else:
         missing = [name for name in columns.values() if name not in row]
         if missing:
             raise ValueError(f"It has no column {missing[0]!r}; it has {sorted(map(str, row))}. Check columns=.")
         taken = {part: _named(kinds.get(name), row[name]) for part, name in columns.items()}
+        taken |= {part: _file(taken[part], rules) for part in ("image", "images") if part in taken}
         try:
-            demo = Demonstration.of(taken)
+            demo = Demonstration.of(taken, rules)
         except ValueError as error:
             raise ValueError(f"{error} Of each row {columns} were taken; columns= takes others.") from error
     for text in (demo.text, demo.question or ""):
@@ -126,6 +139,23 @@ def _opened(row: Any, columns: Mapping[str, str] | None, kinds: Mapping[str, Any
         except UnicodeEncodeError as error:
             raise ValueError(f"Its text {text!a:.80} cannot be written as UTF-8 ({error.reason}).") from error
     return demo
+
+
+def _file(image: Any, rules: ImageRules) -> Any:
+    """An image, or several, as `Demonstration` takes it, of what a dataset holds: `{"bytes": ..., "path": ...}`."""
+    if isinstance(image, (list, tuple)):
+        return [_file(one, rules) for one in image]
+    if isinstance(image, Mapping) and set(image) == {"bytes", "path"}:
+        image = image["bytes"] or image["path"]
+    if isinstance(image, str) and "://" in image and not is_address(image) and rules.sources == "any":
+        import fsspec  # as datasets does, for a place in a dataset that is streamed, such as hf:// and zip://
+
+        try:
+            with fsspec.open(image, "rb") as file:
+                return file.read()
+        except Exception as error:
+            raise ValueError(f"Cannot read the image {image!r:.120} ({type(error).__name__}: {error}).") from error
+    return image
 
 
 def _named(kind: Any, value: Any) -> Any:

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ..data.jsonl import read_demonstrations
 from .loading import LoadingSettings
 from .options import check_least, command
-from .terminal import print_json, safe
+from .terminal import print_json, safe, wide_console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -52,18 +51,15 @@ def answer(settings: AnswerSettings) -> None:
         return
     table = Table("answer", "demonstrations", "prompt tokens", "of them fused", "read ms", "answer ms")
     table.add_row(safe(result["answer"]), *(str(result[key]) for key in list(result)[1:]))
-    Console().print(table)
+    wide_console().print(table)
 
 
 def answered(settings: AnswerSettings, demos: list[dict[str, Any]]) -> dict[str, Any]:
     """Load, read the demonstrations, answer; with tokens and milliseconds."""
-    from .. import AimProcessor
     from ..images_aim import open_image
 
-    processor = AimProcessor.from_pretrained(
-        settings.repo, **({"revision": settings.revision} if settings.revision else {})
-    )
     model: Any = settings.load(settings.repo)
+    processor = model.processor
     images = None if settings.image is None else [open_image(settings.image)]
     prompt = processor.prompt(settings.question, images=0 if images is None else 1)
     inputs = processor(images=images, text=prompt, return_tensors="pt").to(model.device, model.dtype)

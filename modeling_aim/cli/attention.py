@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from ..data.jsonl import read_demonstrations
@@ -26,9 +24,10 @@ from ..evaluation.seeds import MARK
 from ..evaluation.subject import load_subject
 from ..evaluation.task import Example, Shot
 from ..evaluation.tasks.registry import open_task
+from ..progress import tracked
 from .loading import LoadingSettings
 from .options import check_least
-from .terminal import errors, safe
+from .terminal import safe, wide_console
 
 PromptPlan = tuple[Example, list[Shown]]  # a query and the demonstrations in front of it
 
@@ -82,6 +81,7 @@ def attention(settings: AttentionSettings) -> None:
     subject = load_subject(
         settings.repo, settings.backbone, revision=settings.revision, dtype=settings.dtype,
         load_in_4bit=settings.load_in_4bit, device_map=settings.device_map, prompts=settings.prompts,
+        image_settings=settings.image_settings,
     )  # fmt: skip
     about = {
         **subject.identity,
@@ -91,15 +91,15 @@ def attention(settings: AttentionSettings) -> None:
         "seed": settings.seed,
         "prompts_put": settings.prompts,
     }
-    result = study(subject, track(plans, "prompts", transient=True, console=errors), about)
+    result = study(subject, tracked(plans, "attention", "prompts"), about)
     settings.output.mkdir(parents=True, exist_ok=True)
     summary = result.summary()
     path = settings.output / "attention.json"
     path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     drawn = picture(result, settings.output / "attention.png")
-    Console().print(_table(summary))
+    wide_console().print(_table(summary))
     beside = "no picture: matplotlib is not installed" if drawn is None else drawn
-    Console().print(f"{safe(path)}, {safe(beside)}", soft_wrap=True, highlight=False)
+    wide_console().print(f"{safe(path)}, {safe(beside)}", soft_wrap=True, highlight=False)
 
 
 def _of_task(settings: AttentionSettings) -> list[PromptPlan]:

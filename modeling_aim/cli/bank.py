@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ..data.jsonl import read_demonstrations
 from .loading import LoadingSettings
 from .options import check_least, command
-from .terminal import print_json, safe
+from .terminal import errors, print_json, safe, wide_console
 
 app = typer.Typer(
     help="Demonstrations read once: build, inspect and choose.",
@@ -74,6 +73,7 @@ class BuildSettings(LoadingSettings):
 def build(settings: BuildSettings) -> None:
     """Read demonstrations into a bank; rerun the same command to resume."""
     from .. import DemonstrationBank
+    from ..image_settings import tokens_line
 
     stream: Iterable[Any]
     if settings.demos is None:
@@ -81,6 +81,7 @@ def build(settings: BuildSettings) -> None:
     else:
         stream = list(read_demonstrations(settings.demos))[: settings.limit]
     model: Any = settings.load(settings.repo)
+    errors.print(tokens_line(model.processor), soft_wrap=True, highlight=False)
     bank = DemonstrationBank.build(
         model,
         stream,
@@ -94,7 +95,7 @@ def build(settings: BuildSettings) -> None:
         on_bad_row=settings.on_bad_row,
         max_bad_rows=settings.max_bad_rows,
     )
-    Console().print(
+    wide_console().print(
         f"{safe(settings.output)}: {len(bank)} demonstrations, {bank.num_tokens} fused tokens, {_bytes(bank.nbytes)}"
         + (f", merged duplicates: {bank.duplicates}" if bank.duplicates else "")
         + (f", bad rows left out: {len(bank.bad_rows)}" if bank.bad_rows else ""),
@@ -143,7 +144,7 @@ def inspect(settings: InspectSettings) -> None:
         table.add_row(name.replace("_", " "), _bytes(value) if name == "bytes" else safe(_shown(value)))
     more = ", ..." if len(labels) > 20 else ""
     table.add_row(f"labels ({len(labels)})", safe(_shown(dict(list(labels.items())[:20])) + more))
-    Console().print(table)
+    wide_console().print(table)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +209,7 @@ def select(settings: SelectSettings) -> None:
     table = Table("number", "score", "label", "text", title=title)
     for row in rows:
         table.add_row(*(safe("" if value is None else str(value)) for value in row.values()))
-    Console().print(table)
+    wide_console().print(table)
 
 
 def _streamed(dataset: str | None, split: str, limit: int | None) -> Any:

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 import typer
-from rich.console import Console
 from rich.progress import Progress
 from transformers import AutoConfig
 
-from .. import laptop_quantization_config
+from .. import AimProcessor, laptop_quantization_config
 from ..backbone_aim import load_backbone
+from ..image_settings import set_image_settings
 from ..runs import PRECISIONS
 from ..speed.counting import COUNTED, Twin, count
 from ..speed.measure import Measuring
 from ..speed.methods import METHODS, Bench
 from ..speed.prompts import RandomPrompts
 from ..speed.report import notes, rich_table, save, with_ratios
-from ..speed.shapes import picture_of, random_backbone, shape_config, shape_picture
+from ..speed.shapes import picture_of, picture_with, random_backbone, shape_config, shape_picture
 from .options import check_least, command
-from .terminal import errors, safe
+from .terminal import errors, safe, wide_console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -36,6 +36,8 @@ class BenchSettings:
     Args:
         backbone: backbone, by its Hub id or folder.
         shape: instead of --backbone, random weights of a known size, such as smolvlm-256m.
+        image_settings: with --backbone, settings of its image processor by its own names, such as max_pixels=200704;
+            images are then 500 x 400 pixels.
         shots: numbers of demonstrations.
         methods: methods to measure; also depth-cold, depth-bank, depth-bank-kv, cold-half and overhead.
         demo_tokens: text tokens of a demonstration.
@@ -51,6 +53,7 @@ class BenchSettings:
 
     backbone: str | None = None
     shape: str | None = None
+    image_settings: dict[str, Any] = field(default_factory=dict)
     shots: tuple[int, ...] = (0, 1, 4, 8, 16, 32)
     methods: tuple[str, ...] = ("zero", "full", "prefix-kv", "cold", "bank", "bank-kv")
     demo_tokens: int = 30
@@ -68,6 +71,8 @@ class BenchSettings:
         check_least(self, 2, "query_tokens")
         if (self.backbone is None) == (self.shape is None):
             raise ValueError("Give one of --backbone and --shape.")
+        if self.image_settings and self.backbone is None:
+            raise ValueError("--image is for the image processor of a --backbone; a --shape has none.")
         if not self.shots or min(self.shots) < 0:
             given = ",".join(map(str, self.shots))
             raise ValueError(f"--shots {given!r}: expected numbers of demonstrations, as in 0,1,4,8.")
@@ -85,7 +90,7 @@ def bench(settings: BenchSettings) -> None:
     about, rows = _run(settings)
     title = f"{settings.backbone or settings.shape}, {about['visual_tokens']} visual tokens an image"
     title += ", counted" if settings.count_only else f", {about['dtype']} on {about['device_name']}"
-    console = Console()
+    console = wide_console()
     console.print(rich_table(rows, safe(title)))
     for line in notes(rows):
         console.print(line)
@@ -102,6 +107,10 @@ def _run(settings: BenchSettings) -> tuple[dict[str, Any], list[dict[str, Any]]]
     config = shape_config(shape) if shape is not None else AutoConfig.from_pretrained(str(backbone))
     config = getattr(config, "backbone_config", None) or config  # of an AIM repository, its backbone's
     picture = picture_of(config) if shape is None else shape_picture(shape)
+    if settings.image_settings:
+        processor = AimProcessor.from_pretrained(str(backbone))
+        set_image_settings(processor, settings.image_settings)
+        picture = picture_with(config, processor)
     twin = Twin(config, picture=picture)
     about: dict[str, Any] = {
         "backbone": backbone or shape, "model_type": config.model_type, "visual_tokens": picture.tokens,

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import typer
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
+from ..progress import tracked
 from .options import command
-from .terminal import errors, safe
+from .terminal import errors, safe, wide_console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -37,17 +36,17 @@ class CheckSettings:
 @command(app, "aim check", positional=("backbone",))
 def check(settings: CheckSettings) -> None:
     """Try what AIM promises on a backbone, before any training, and print what holds."""
-    from ..checks import check_model, run_checks
+    from ..checks import PROPERTIES, check_model, run_checks
 
     failed = 0
     model = check_model(
         settings.backbone, settings.revision, settings.from_config, settings.load_in_4bit, settings.device_map
     )
     table = Table("", "property", "", title=f"{safe(settings.backbone)} ({model.backbone.config.model_type})")
-    for statement, problem in track(run_checks(model), description="checking", transient=True, console=errors):
+    for statement, problem in tracked(run_checks(model), "check", "properties", len(PROPERTIES)):
         failed += problem is not None
         table.add_row("[red]no[/]" if problem else "[green]yes[/]", statement, safe(problem or ""))
-    Console().print(table)
+    wide_console().print(table)
     if failed:
         errors.print(f"{failed} properties do not hold on {safe(settings.backbone)}.")
         raise typer.Exit(1)

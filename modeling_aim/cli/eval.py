@@ -14,7 +14,6 @@ from typing import Any
 
 import typer
 from accelerate import PartialState
-from rich.console import Console
 from rich.table import Table
 
 from ..evaluation import EvalSettings
@@ -24,7 +23,7 @@ from ..evaluation.compare import MCNEMAR, compare_runs
 from ..evaluation.report import cells_by_row
 from .attention import attention
 from .options import command
-from .terminal import errors, print_json, safe
+from .terminal import errors, print_json, safe, wide_console
 
 app = typer.Typer(
     help="Few-shot evaluation with demonstrations as fused tokens, in full, as text, and controls; and comparisons.",
@@ -46,7 +45,7 @@ def evaluate(settings: EvalSettings) -> None:
         results = run(replace(settings, separator=separator))
     if PartialState().is_main_process:
         _show(results)
-        Console().print(
+        wide_console().print(
             f"{safe(settings.output)}: results.md, results.json, predictions.jsonl and pictures.", soft_wrap=True
         )
 
@@ -86,10 +85,10 @@ def compare(settings: CompareSettings) -> None:
             safe(row["task"]), str(row["shots"]), shown, *scores, difference, f"{row['p']:.2g}{mark}",
             str(row["examples"]),
         )  # fmt: skip
-    Console().print(table)
-    Console().print(f"p: paired bootstrap over examples; *: {MCNEMAR}.")
+    wide_console().print(table)
+    wide_console().print(f"p: paired bootstrap over examples; *: {MCNEMAR}.")
     for note in found["notes"]:
-        Console().print(safe(note), soft_wrap=True)
+        wide_console().print(safe(note), soft_wrap=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +107,9 @@ class CardSettings:
 @command(app, "aim eval card", positional=("run", "repository"))
 def card(settings: CardSettings) -> None:
     """Put a run's table, pictures and figures on the model card of the repository that it evaluated."""
-    Console().print(f"{safe(put_on_card(settings.run, settings.repository))}: has the evaluation now.", soft_wrap=True)
+    wide_console().print(
+        f"{safe(put_on_card(settings.run, settings.repository))}: has the evaluation now.", soft_wrap=True
+    )
 
 
 @contextmanager
@@ -130,6 +131,6 @@ def _show(results: dict[str, Any]) -> None:
     for task, count, cells in rows:
         means = [None if cell is None else cell["mean"] for cell in cells.values()]
         table.add_row(safe(task), str(count), *("–" if mean is None else f"{mean:.3f}" for mean in means))
-    Console().print(table)
+    wide_console().print(table)
     for note in results["notes"]:
-        Console().print(safe(note), soft_wrap=True)
+        wide_console().print(safe(note), soft_wrap=True)

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
 
 from ..data.jsonl import read_demonstrations
 from .loading import LoadingSettings
 from .options import check_least, command
-from .terminal import safe
+from .terminal import safe, wide_console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -67,6 +66,6 @@ def export_prompt_embeds(settings: ExportSettings) -> None:
         demos = DemonstrationBank.from_pretrained(settings.bank, model).select(query, settings.shots, settings.select)
     embeddings = model.prompt_embeds(model.query_inputs(query), demos=demos)[0]
     save_file({"prompt_embeds": embeddings.cpu().contiguous()}, settings.output)
-    Console().print(
+    wide_console().print(
         f"{safe(settings.output)}: {embeddings.shape[0]} positions of width {embeddings.shape[1]}", soft_wrap=True
     )

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import typer
-from rich.console import Console
 
 from .loading import LoadingSettings
 from .options import command
-from .terminal import safe
+from .terminal import safe, wide_console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -49,6 +48,7 @@ def init(settings: InitSettings) -> None:
     if settings.output.exists() and any(settings.output.iterdir()):
         raise ValueError(f"{settings.output} is not empty; give a new folder with --output.")
     from .. import AimForConditionalGeneration
+    from ..image_settings import tokens_line
 
     model = AimForConditionalGeneration.from_backbone(
         settings.backbone,
@@ -59,11 +59,13 @@ def init(settings: InitSettings) -> None:
         max_fused_tokens=settings.max_fused_tokens,
         **settings.options(),
     )
+    settings.with_images(model)
     model.save_pretrained(settings.output, include_backbone=settings.include_backbone)
     parameters = sum(p.numel() for p in model.projector.parameters())
     weights = f"an untrained projector of {parameters:,} parameters" if parameters else "no weights are needed"
     read = safe(model.config.read_layers)
-    Console().print(
-        f"{safe(settings.output)}: AIM for {safe(settings.backbone)}, read at {read}; {weights}.",
+    wide_console().print(
+        f"{safe(settings.output)}: AIM for {safe(settings.backbone)}, read at {read}; {weights}. "
+        f"{tokens_line(model.processor)}",
         soft_wrap=True,
     )

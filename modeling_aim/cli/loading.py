@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,12 +18,15 @@ class LoadingSettings:
         dtype: precision of the backbone: bfloat16, float16 or float32; by default its own.
         load_in_4bit: load the backbone in 4-bit, for a laptop.
         device_map: where the backbone goes, such as "auto" or "cuda".
+        image_settings: settings of the backbone's image processor by its own names, such as max_pixels=200704 or
+            do_image_splitting=false: how many tokens an image is.
     """
 
     revision: str | None = None
     dtype: str | None = None
     load_in_4bit: bool = False
     device_map: str | None = None
+    image_settings: dict[str, Any] = field(default_factory=dict)
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `from_pretrained`.
@@ -46,4 +49,17 @@ class LoadingSettings:
         """The model of an AIM repository."""
         from .. import AimForConditionalGeneration
 
-        return AimForConditionalGeneration.from_pretrained(repo, **self.options())
+        return self.with_images(AimForConditionalGeneration.from_pretrained(repo, **self.options()))
+
+    def with_images(self, model: AimForConditionalGeneration) -> AimForConditionalGeneration:
+        """The same model, whose processor has the image settings.
+
+        Raises:
+            ValueError: the processor or the backbone does not take them.
+        """
+        from ..image_settings import check_readable, set_image_settings
+
+        if self.image_settings:
+            set_image_settings(model.processor, self.image_settings)
+            check_readable(model, self.image_settings)
+        return model

@@ -20,7 +20,10 @@ COMMANDS = {
     "train": ("train", "Train a projector for a frozen backbone."),
     "eval": ("eval", "Evaluate a model few-shot; compare runs; measure attention."),
     "bank": ("bank", "Demonstrations read once: build, inspect and choose."),
+    "publish": ("publish", "Publish a repository on the Hub, after loading it as others will."),
     "bench": ("bench", "Count and measure what few-shot answers cost on a backbone."),
+    "serve": ("serve", "Serve OpenAI chat completions that take demonstrations."),
+    "export-chat": ("export_chat", "Write demonstrations and a chat template, for vLLM."),
     "export-prompt-embeds": ("export", "Write the assembled prompt as embeddings, for vLLM."),
 }
 

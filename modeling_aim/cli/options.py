@@ -6,8 +6,9 @@
 
 The `Args:` section of the dataclass has one entry for each field. `batch_size: int = 8` becomes `--batch-size INTEGER`
 with its default; a bool becomes `--x`, or `--x / --no-x` where it is true by default; a tuple takes commas,
-or the option several times; a dict takes `NAME=VALUE`, also several times. A value of the wrong type ends in one line
-and exit code 1, as a `ValueError` of the dataclass does.
+or the option several times; a dict takes `NAME=VALUE`, also several times. Where a dict and another field share an
+option (`--image`), `NAME=VALUE` goes to the dict and anything else to the other. A value of the wrong type ends in one
+line and exit code 1, as a `ValueError` of the dataclass does.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import NoneType
@@ -29,7 +30,8 @@ from .terminal import reported
 Function = TypeVar("Function", bound=Callable[..., None])
 
 # Options that are not called like their field, the same in all commands.
-OPTION_NAMES = {"projector_form": "form", "arguments": "set", "as_json": "json"}
+OPTION_NAMES = {"projector_form": "form", "arguments": "set", "as_json": "json", "image_settings": "image"}
+NAMED = re.compile(r"[A-Za-z_]\w*=")
 METAVARS = {int: "INTEGER", float: "NUMBER", Path: "PATH", dict: "NAME=VALUE"}
 
 
@@ -50,13 +52,22 @@ def command(
         hints, help_texts = get_type_hints(settings_class), field_help(settings_class)
         by_name = {field.name: field for field in _own_first(settings_class)}
         order = [*positional, *(name for name in by_name if name not in positional)]
-        parameters = [_parameter(by_name[name], hints[name], help_texts[name], name in positional) for name in order]
+        shared = _shared(order, hints)
+        for name, other in shared.items():
+            help_texts[name] += f" With NAME=VALUE: {help_texts[other]}"
+        parameters = [
+            _parameter(by_name[name], hints[name], help_texts[name], name in positional, several=name in shared)
+            for name in order
+            if name not in shared.values()
+        ]
 
         def run(**values: Any) -> None:
             context = values.pop("context", None)
             if context is not None and context.invoked_subcommand is not None:
                 return
             with reported(title):
+                for name, other in shared.items():
+                    values |= _parted(values[name] or [], name, other)
                 missing = [name for name in order if _required(by_name[name]) and not _given(values[name])]
                 if missing:
                     names = [name.upper() if name in positional else option_name(name) for name in missing]
@@ -161,10 +172,27 @@ def _named_value(text: str, as_json: bool, option: str) -> tuple[str, Any]:
         return name.strip(), value
 
 
-def _parameter(field: Field[Any], hint: Any, help_text: str, positional: bool) -> inspect.Parameter:
+def _shared(order: Sequence[str], hints: Mapping[str, Any]) -> dict[str, str]:
+    """The fields of one value whose option is also that of a dict, and that dict."""
+    named = {option_name(name): name for name in order if get_origin(_without_none(hints[name])) is dict}
+    return {n: named[option_name(n)] for n in order if named.get(option_name(n), n) != n}
+
+
+def _parted(given: Sequence[str], name: str, other: str) -> dict[str, Any]:
+    """What was typed for an option that two fields share: one value for the first, `NAME=VALUE` for the other."""
+    named = [text for text in given if NAMED.match(text) and not Path(text).exists()]
+    single = [text for text in given if text not in named]
+    if len(single) > 1:
+        raise ValueError(f"{option_name(name)} was given {len(single)} times without NAME=: {', '.join(single)}.")
+    return {name: single[0] if single else None, other: named}
+
+
+def _parameter(
+    field: Field[Any], hint: Any, help_text: str, positional: bool, several: bool = False
+) -> inspect.Parameter:
     """One field as typer takes it. Values arrive as text, so that all errors are reported in the same way."""
     kind = _without_none(hint)
-    several = get_origin(kind) in (tuple, dict)
+    several = several or get_origin(kind) in (tuple, dict)
     default = _shown_default(field)
     if _required(field):
         help_text += " Required."

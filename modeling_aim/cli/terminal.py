@@ -18,7 +18,15 @@ errors = Console(stderr=True)
 STEERING = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\U000e0000-\U000e007f]")
 # of click itself or of the one inside typer, by version
 CLICK: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+WIDEST = 1000  # characters of a line in a file or a pipe
 EXPECTED = (ValueError, OSError, ImportError)  # whose messages are made for people
+
+
+def wide_console() -> Console:
+    """The console of results: as wide as a terminal, and in a file or a pipe as wide as the widest table."""
+    console = Console()
+    narrow = console.is_terminal or "COLUMNS" in os.environ
+    return console if narrow else Console(width=WIDEST)
 
 
 @contextmanager

@@ -9,22 +9,22 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from ..choice_aim import DepthChoice
 from ..data.jsonl import read_demonstrations, read_json
 from ..files_aim import write_whole
+from ..image_settings import tokens_line
+from ..progress import shown
 from .loading import LoadingSettings
 from .options import check_least, command
-from .terminal import errors, print_json, safe
+from .terminal import errors, print_json, safe, wide_console
 
 BAR = 16  # characters of the longest bar
 
@@ -73,6 +73,7 @@ def tune(settings: TuneSettings) -> None:
     _check(repo, settings.backbone, settings.revision, output, settings.picture, settings.dry_run)
     tasks = [_demonstrations(path) for path in settings.demos]
     model = _load(settings)
+    errors.print(tokens_line(model.processor), soft_wrap=True, highlight=False)
     before = model.config.read_layers
     with _progress() as told:
         choice = model.choose_depth(
@@ -83,7 +84,7 @@ def tune(settings: TuneSettings) -> None:
     if settings.as_json:
         print_json({**choice.to_dict(), "picture": None if drawn is None else str(drawn), "config": kept})
         return
-    console = Console()
+    console = wide_console()
     console.print(_table(choice))
     for line in (choice.verdict, *choice.notes, kept, *([] if drawn is None else [str(drawn)])):
         console.print(safe(line), soft_wrap=True, highlight=False)
@@ -131,26 +132,26 @@ def _load(settings: TuneSettings) -> Any:
 
     if settings.repo is not None:
         return settings.load(settings.repo)
-    return AimForConditionalGeneration.from_backbone(str(settings.backbone), **settings.options())
+    return settings.with_images(
+        AimForConditionalGeneration.from_backbone(str(settings.backbone), **settings.options())
+    )
 
 
 @contextmanager
 def _progress() -> Iterator[Callable[[int, int], None]]:
-    """What `choose_depth` reports to: a bar on a terminal, a line each tenth elsewhere."""
-    if errors.is_terminal:
-        with Progress(console=errors, transient=True) as bar:
-            task = bar.add_task("prompts", total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
-        return
-    tenth = 0
+    """What `choose_depth` reports to."""
+    with ExitStack() as stack:
+        told: Callable[[int, str], None] | None = None
+        before = 0
 
-    def told(done: int, total: int) -> None:
-        nonlocal tenth
-        if 10 * done // total > tenth:
-            tenth = 10 * done // total
-            errors.print(f"{done} of {total} prompts", highlight=False)
+        def so_far(done: int, total: int) -> None:
+            nonlocal told, before
+            if told is None:
+                told = stack.enter_context(shown("tune", "prompts", total))
+            told(done - before, "")
+            before = done
 
-    yield told
+        yield so_far
 
 
 def _keep(choice: DepthChoice, model: Any, repo: str | None, output: Path | None, before: list[int]) -> str:
@@ -166,7 +167,9 @@ def _keep(choice: DepthChoice, model: Any, repo: str | None, output: Path | None
     if before == [choice.depth]:
         return f"{path} has this depth already."
     write_depth(path, choice.depth)
-    return f"{path}: read_layers and entry_layers are {[choice.depth]} now; they were {before}."
+    card = path.with_name("README.md")
+    named = " The model card names it too." if write_depth_on_card(card, before, choice.depth) else ""
+    return f"{path}: read_layers and entry_layers are {[choice.depth]} now; they were {before}.{named}"
 
 
 def write_depth(path: Path, depth: int) -> None:
@@ -179,6 +182,28 @@ def write_depth(path: Path, depth: int) -> None:
     config = read_json(path)
     config |= {"read_layers": [depth], "entry_layers": [depth]}
     write_whole(path, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def write_depth_on_card(path: Path, before: list[int], depth: int) -> bool:
+    """Change the depth where the model card names it; everything else stays as it is.
+
+    Args:
+        path: of the card, which is replaced as a whole.
+        before: the depth that it names.
+        depth: the new one.
+
+    Returns:
+        Whether it named the depth.
+    """
+    if not path.is_file():
+        return False
+    card = path.read_text(encoding="utf-8")
+    changed = card
+    for words in ("| read | states after {} layers", "| enter | input of decoder layer {}, where"):
+        changed = changed.replace(words.format(before), words.format([depth]))
+    if changed != card:
+        write_whole(path, changed.encode())
+    return changed != card
 
 
 def _table(choice: DepthChoice) -> Table:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 import os
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,29 +15,7 @@ from typing import Any
 from PIL import Image
 
 from ..images_aim import is_address, is_readable
-from .pairs import located
-
-
-class Unopened(Mapping[str, Any]):
-    """An image as `datasets` holds it undecoded, `{"bytes", "path"}`, but read only when it is asked for.
-
-    Attributes:
-        place: where it is. Images are the same if their places are; they are not read for that.
-    """
-
-    place: tuple[Any, ...]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Unopened) and self.place == other.place
-
-    def __hash__(self) -> int:
-        return hash(self.place)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(("bytes", "path"))
-
-    def __len__(self) -> int:
-        return 2
+from .pairs import Unopened, located
 
 
 class DatasetImage(Unopened):
@@ -51,6 +31,9 @@ class DatasetImage(Unopened):
     def __init__(self, data: Any, row: int, column: str, folder: Path) -> None:
         self.data, self.row, self.column, self.folder = data, row, column, folder
         self.place = (id(data), row, column)
+
+    def under(self, folder: Path) -> DatasetImage:
+        return DatasetImage(self.data, self.row, self.column, folder)
 
     def __getitem__(self, key: str) -> Any:
         image = self.data[self.row][self.column] or {}
@@ -83,6 +66,58 @@ class Member(Unopened):
 
     def __repr__(self) -> str:
         return f"<{self.name} in {self.archive}>"
+
+
+class Stretch(Unopened):
+    """An image in a stretch of a file, such as a member of a tar that is not compressed.
+
+    Args:
+        path: the file.
+        offset, size: of the image in it, in bytes.
+    """
+
+    def __init__(self, path: Path, offset: int, size: int) -> None:
+        self.path, self.offset, self.size = path, offset, size
+        self.place = (path, offset)
+
+    def __getitem__(self, key: str) -> Any:
+        if key == "path":
+            return None
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return {"bytes": file.read(self.size)}[key]
+
+    def __repr__(self) -> str:
+        return f"<image at byte {self.offset} of {self.path}>"
+
+
+class Encoded(Unopened):
+    """An image in base64 in a JSON member of a tar, as OpenFlamingo keeps MMC4: read and decoded when it is asked for.
+
+    Args:
+        archive: the tar, not compressed.
+        offset, size: of the member, in bytes.
+        number: of the image in its `image_info`.
+    """
+
+    def __init__(self, archive: Path, offset: int, size: int, number: int) -> None:
+        self.archive, self.offset, self.size, self.number = archive, offset, size, number
+        self.place = (archive, offset, number)
+
+    def __getitem__(self, key: str) -> Any:
+        if key == "path":
+            return None
+        try:
+            with self.archive.open("rb") as file:
+                file.seek(self.offset)
+                encoded = json.loads(file.read(self.size))["image_info"][self.number]["image_base64"]
+            # str(bytes) in convert_mmc4_to_wds.py left b'...' around it
+            return {"bytes": base64.b64decode(encoded.removeprefix("b'").removesuffix("'"), validate=True)}[key]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"Cannot read the image {self!r} ({error}).") from error
+
+    def __repr__(self) -> str:
+        return f"<image {self.number} of the document at byte {self.offset} of {self.archive}>"
 
 
 def is_image(image: Any) -> bool:

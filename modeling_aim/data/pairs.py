@@ -11,46 +11,162 @@ from typing import Any
 from transformers.utils import logging
 
 from ..demonstrations_aim import Demonstration
+from ..images_aim import open_image
 
 logger = logging.get_logger(__name__)
 
+Shrink = Callable[[tuple[int, int]], int]
 Pair = Mapping[str, Any]  # a raw demonstration as a dict; `image` may also be bytes, or {"bytes": ..., "path": ...}
 NAMED_AT_MOST = 5  # of each reason, in the log; all are counted
 NO_UNICODE = "text that is no Unicode"
+NO_IMAGE = "unreadable or missing image"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-
-
 _NAMED: Counter[str] = Counter()
+
+
+class Unopened(Mapping[str, Any]):
+    """An image as `datasets` holds it undecoded, `{"bytes", "path"}`, but read only when it is asked for.
+
+    Training holds thousands of them at a time, and walks past those of other processes: making one opens nothing, and
+    it holds no bytes. `repr` is its identity in a dataset, the same in every process and run.
+
+    Attributes:
+        place: where it is. Images are the same if their places are; they are not read for that.
+    """
+
+    place: tuple[Any, ...]
+
+    def under(self, folder: Path) -> Unopened:
+        """This image, where a path that the data names is relative to a folder."""
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Unopened) and self.place == other.place
+
+    def __hash__(self) -> int:
+        return hash(self.place)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("bytes", "path"))
+
+    def __len__(self) -> int:
+        return 2
+
+
+class Unread(Mapping[str, Any]):
+    """A raw demonstration whose words are read from a file only when they are asked for.
+
+    Attributes:
+        size: its characters and its images.
+    """
+
+    size: tuple[int, int]
+
+    def read(self) -> dict[str, Any]:
+        """What it holds."""
+        raise NotImplementedError
+
+    def __getitem__(self, key: str) -> Any:
+        return self.read()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.read())
+
+    def __len__(self) -> int:
+        return len(self.read())
+
+
+class Replaceable:
+    """An image in whose place another one stands if it cannot be read.
+
+    Args:
+        image: the first choice, unopened.
+        spares: others, which several images may share: each is used once.
+    """
+
+    def __init__(self, image: Any, spares: list[Any]) -> None:
+        self.image, self.spares = image, spares
 
 
 def opened(
     pairs: Iterable[Pair], skipped: Counter[str], unusable: Callable[[Demonstration], str | None] | None = None
 ) -> Iterator[Demonstration]:
-    """Pairs with their images opened; what cannot be used is left out and counted in `skipped`.
+    """Pairs with their images opened; what cannot be used is left out and counted in `skipped`, see `opened_pair`."""
+    found = (opened_pair(pair, skipped, unusable) for pair in pairs)
+    return (demo for demo in found if demo is not None)
+
+
+def opened_pair(
+    pair: Pair | Demonstration,
+    skipped: Counter[str],
+    unusable: Callable[[Demonstration], str | None] | None = None,
+    shrink: Shrink | None = None,
+) -> Demonstration | None:
+    """A pair with its images opened; `None` where it cannot be used.
 
     Args:
-        pairs: raw demonstrations.
+        pair: a raw demonstration, or one that is opened already.
         skipped: counts reasons.
         unusable: says why a model cannot read a demonstration, if it cannot (`AimProcessor.why_unreadable`).
+        shrink: by how much a large image may be shrunk when it is opened, see `open_image`.
     """
-    for pair in pairs:
+    pair = pair.read() if isinstance(pair, Unread) else pair
+    try:
+        demo = pair if isinstance(pair, Demonstration) else _demonstration(pair, skipped, shrink)
+        reason = None if unusable is None else unusable(demo)
+    except (ValueError, OSError) as error:
+        demo, reason = None, _reason(pair, error)
+    if reason is None:
+        return demo
+    skipped[reason] += 1
+    if is_refused(reason):
+        _NAMED[reason] += 1
+        if _NAMED[reason] <= NAMED_AT_MOST:
+            words: Mapping[str, Any] = pair if isinstance(pair, Mapping) else vars(pair)
+            shown = {key: value for key, value in words.items() if isinstance(value, str)}
+            logger.warning(f"Left out, {reason}: {str(shown)[:200]!a}")
+    return None
+
+
+def _demonstration(pair: Pair, skipped: Counter[str], shrink: Shrink | None) -> Demonstration:
+    words = {key: value for key, value in pair.items() if "image" not in key}
+    Demonstration.of(words)  # an image is not opened for words that cannot be used
+    return Demonstration.of({k: words[k] if k in words else _open(v, skipped, shrink) for k, v in pair.items()})
+
+
+def _open(value: Any, skipped: Counter[str], shrink: Shrink | None) -> Any:
+    """An image, or several, opened; what can be replaced is, as often as it has to be."""
+    if isinstance(value, (list, tuple)):
+        return [_open(one, skipped, shrink) for one in value]
+    if not isinstance(value, Replaceable):
+        return open_image(_image(value), shrink=shrink)
+    while True:
         try:
-            demo = Demonstration.of({key: _image(value) if "image" in key else value for key, value in pair.items()})
-            reason = None if unusable is None else unusable(demo)
-        except (ValueError, OSError) as error:
-            words = any(isinstance(pair.get(key), str) and pair[key].strip() for key in ("text", "label", "answer"))
-            image = "read the image" in str(error).lower()
-            other = NO_UNICODE if "lone surrogate" in str(error) else "other bad pair"
-            reason = "no text" if not words else "unreadable or missing image" if image else other
-        if reason is None:
-            yield demo
-            continue
-        skipped[reason] += 1
-        if is_refused(reason):
-            _NAMED[reason] += 1
-            if _NAMED[reason] <= NAMED_AT_MOST:
-                shown = {key: value for key, value in pair.items() if isinstance(value, str)}
-                logger.warning(f"Left out, {reason}: {str(shown)[:200]!a}")
+            return open_image(_image(value.image), shrink=shrink)
+        except (ValueError, OSError):
+            if not value.spares:
+                raise
+            skipped[NO_IMAGE] += 1
+            value.image = value.spares.pop(0)
+
+
+def _reason(pair: Any, error: Exception) -> str:
+    words = any(isinstance(pair.get(key), str) and pair[key].strip() for key in ("text", "label", "answer"))
+    image = "read the image" in str(error).lower()
+    other = NO_UNICODE if "lone surrogate" in str(error) else "other bad pair"
+    return "no text" if not words else NO_IMAGE if image else other
+
+
+def size_of(pair: Pair | Demonstration) -> tuple[int, int]:
+    """Characters and images of a pair, which is not opened for it."""
+    if isinstance(pair, Demonstration):
+        return len(pair.text) + len(pair.question or ""), len(pair.images)
+    if isinstance(pair, Unread):
+        return pair.size
+    words = (pair.get(key) for key in ("text", "label", "question", "answer"))
+    images = pair.get("images") if pair.get("images") is not None else pair.get("image")
+    number = len(images) if isinstance(images, (list, tuple)) else int(images is not None)
+    return sum(len(one) for one in words if isinstance(one, str)), number
 
 
 def is_refused(reason: str) -> bool:
@@ -59,9 +175,7 @@ def is_refused(reason: str) -> bool:
 
 
 def _image(value: Any) -> Any:
-    """An image as `Demonstration` takes it, of what datasets hold; a dataset that holds none here has lost it."""
-    if isinstance(value, (list, tuple)):
-        return [_image(one) for one in value]
+    """An image as `open_image` takes it, of what datasets hold; a dataset that holds none here has lost it."""
     if isinstance(value, Mapping) and set(value) <= {"bytes", "path"}:
         value = value.get("bytes") or value.get("path")
     if value is None or value == []:
@@ -73,6 +187,8 @@ def located(folder: Path, image: Any) -> Any:
     """An image (or several) where the data says it is: paths relative to a folder, URLs and bytes as they are."""
     if isinstance(image, (list, tuple)):
         return [located(folder, one) for one in image]
+    if isinstance(image, Unopened):
+        return image.under(folder)
     if isinstance(image, Mapping):
         return image.get("bytes") or located(folder, image.get("path"))
     if isinstance(image, str) and image and not image.startswith(("http://", "https://", "data:")):

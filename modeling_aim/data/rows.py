@@ -19,13 +19,20 @@ from typing import Any
 
 from transformers.utils import logging
 
+from .images import DatasetImage, Stretch
 from .pairs import IMAGE_SUFFIXES, Pair, located
+from .pairs import NO_IMAGE as NO_IMAGE
+
+try:
+    import orjson
+except ImportError:  # of the extra `train`
+    orjson = None  # type: ignore[assignment]
 
 logger = logging.get_logger(__name__)
 
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.zip")
 METADATA = ("metadata.jsonl", "metadata.csv")
-# Names that published data sets use. A webdataset's members are columns by the ends of their names.
+# Names that published datasets use. A webdataset's members are columns by the ends of their names.
 COLUMNS = {
     "image": ("image", "images", "img", *(suffix[1:] for suffix in sorted(IMAGE_SUFFIXES)), "image_path", "file_name"),
     "text": ("text", "caption", "txt", "captions", "sentence"),
@@ -33,7 +40,7 @@ COLUMNS = {
     "question": ("question",),
     "answer": ("answer", "answers"),
 }
-NO_IMAGE, NO_TEXT = "unreadable or missing image", "no text"
+NO_TEXT = "no text"
 
 
 def find_files(path: str, suffixes: tuple[str, ...], missing_ok: bool = False) -> list[Path]:
@@ -46,7 +53,7 @@ def find_files(path: str, suffixes: tuple[str, ...], missing_ok: bool = False) -
     if place.is_file():
         return [place]
     if place.is_dir():
-        found = [file for file in _walk(place) if file.name.lower().endswith(suffixes)]
+        found = [file for file in files_of(place) if file.name.lower().endswith(suffixes)]
         if not found and not missing_ok:
             raise FileNotFoundError(f"{path} holds no file that ends in one of {suffixes}. Check the folder.")
         return found
@@ -56,24 +63,9 @@ def find_files(path: str, suffixes: tuple[str, ...], missing_ok: bool = False) -
     return found
 
 
-def _walk(folder: Path) -> list[Path]:
+def files_of(folder: Path) -> list[Path]:
+    """All files under a folder by name, hidden ones left out."""
     return sorted(file for file in folder.rglob("*") if not file.name.startswith(".") and file.is_file())
-
-
-def data_files(folder: Path) -> list[Path]:
-    """The files in a folder that hold its pairs, by the kind of folder it is."""
-    files = _walk(folder)
-    for ends in (*((name,) for name in METADATA), (".parquet",), (".tar",), LINES):
-        found = [file for file in files if file.name.lower().endswith(ends)]
-        if found:
-            return found
-    found = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and file.parent != folder]
-    if not found:
-        raise ValueError(
-            f"{folder} holds no pairs: expected metadata.jsonl or metadata.csv beside images, .parquet, .tar or "
-            ".jsonl files, what datasets' save_to_disk wrote, or a folder of images for each label."
-        )
-    return found
 
 
 def existing(path: str) -> Path:
@@ -94,7 +86,7 @@ def is_hub_id(path: str) -> bool:
 
 
 def open_dataset(path: str, split: str, config: str | None) -> tuple[Any, Path]:
-    """A `datasets` dataset, streamed and with images undecoded, and the folder that its paths are relative to.
+    """A dataset of `datasets`, streamed, or mapped into memory with its images unopened, and the folder of its paths.
 
     Args:
         path: parquet files (of a folder those named for the split, where there are such), a folder that
@@ -121,8 +113,9 @@ def open_dataset(path: str, split: str, config: str | None) -> tuple[Any, Path]:
             if split not in data:
                 raise ValueError(f"{path} has the splits {sorted(data)}, but not {split!r}. Choose one with split=.")
             data = data[split]
-        pieces = max(1, min(64, len(data)))  # so that rows in the order of their classes are mixed all the same
-        return data.to_iterable_dataset(num_shards=pieces).decode(False), place
+        return SavedRows(
+            data, [name for name, kind in data.features.items() if isinstance(kind, datasets.Image)]
+        ), place
     if not shards:
         try:
             return datasets.load_dataset(path, config, split=split, streaming=True).decode(False), Path()
@@ -134,9 +127,35 @@ def open_dataset(path: str, split: str, config: str | None) -> tuple[Any, Path]:
     return data.decode(False), place if place.is_dir() else shards[0].parent
 
 
+class SavedRows:
+    """Rows of a dataset that is mapped into memory, as a streamed dataset gives them, but with its images unopened.
+
+    Args:
+        data: as `datasets` loads it from disk.
+        images: columns of images.
+    """
+
+    def __init__(self, data: Any, images: list[str]) -> None:
+        self.features, self.images, self.data = data.features, images, data
+        for name in images:
+            self.data = self.data.cast_column(name, type(data.features[name])(decode=False))
+        self.num_shards = max(
+            1, min(64, len(data))
+        )  # so that rows in the order of their classes are mixed all the same
+        words = data.select_columns([name for name in data.features if name not in images])
+        self.words = words.to_iterable_dataset(num_shards=self.num_shards).decode(False)
+
+    def shard(self, num_shards: int, index: int) -> Iterator[dict[str, Any]]:
+        """Rows of one of as many parts as there are shards."""
+        each, more = divmod(len(self.data), num_shards)
+        start = each * index + min(index, more)
+        for number, row in enumerate(self.words.shard(num_shards=num_shards, index=index), start):
+            yield {**row, **{name: DatasetImage(self.data, number, name, Path()) for name in self.images}}
+
+
 def dataset_rows(data: Any, rng: random.Random) -> Iterator[dict[str, Any]]:
     """Rows of a streamed dataset, shard by shard in random order."""
-    # Not by the data set's own `shuffle`, which from datasets 5 on reads shards in threads and sleeps after each pass.
+    # Not by the dataset's own `shuffle`, which from datasets 5 on reads shards in threads and sleeps after each pass.
     for index in rng.sample(range(data.num_shards), data.num_shards):
         yield from data.shard(num_shards=data.num_shards, index=index)
 
@@ -171,14 +190,21 @@ def json_rows(path: Path, skipped: Counter[str]) -> Iterator[dict[str, Any]]:
     for line in _lines(path, skipped):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
+        row = _json(line)
         if isinstance(row, dict):
             yield row
         else:
             skipped["line that is no JSON object"] += 1
+
+
+def _json(line: bytes) -> Any:
+    """A JSON value, by the faster parser where that takes it (no NaN, no lone surrogate); `None` where none is."""
+    for loads in (json.loads,) if orjson is None else (orjson.loads, json.loads):
+        try:
+            return loads(line)
+        except (ValueError, RecursionError):
+            continue
+    return None
 
 
 def csv_rows(path: Path, skipped: Counter[str]) -> Iterator[dict[str, Any]]:
@@ -194,27 +220,60 @@ def csv_rows(path: Path, skipped: Counter[str]) -> Iterator[dict[str, Any]]:
 def tar_rows(path: Path, skipped: Counter[str]) -> Iterator[dict[str, Any]]:
     """Samples of a webdataset shard: members whose names agree up to the first dot, by what comes after it.
 
-    The image is there as `image` too, and of a `.json` member each key.
+    The image is there as `image` too, and of a `.json` member each key. Images of a tar that is not compressed are
+    not read.
     """
     row: dict[str, Any] = {}
     sample = None
     try:
-        with tarfile.open(path, "r|*") as tar:
+        tar, seekable = _open_tar(path)
+        with tar:
             for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # it would keep all of them
                 folder, name = os.path.split(member.name)
                 stem, _, end = name.partition(".")
                 if sample != (folder, stem) and row:
                     yield row
                     row = {}
-                file = tar.extractfile(member)  # None: a folder or a link
                 sample = (folder, stem)
-                if file is not None:
+                file = tar.extractfile(member) if member.isreg() else None
+                if file is not None and seekable and f".{end.lower()}" in IMAGE_SUFFIXES:
+                    row[end.lower()] = row["image"] = Stretch(path, member.offset_data, member.size)
+                elif file is not None:
                     _add_member(row, end.lower(), file.read(), skipped)
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         _damaged(path, error, skipped)
         return
     if row:
         yield row
+
+
+def _open_tar(path: Path) -> tuple[tarfile.TarFile, bool]:
+    """A tar, and whether what is in it has a place of its own in the file: not where it is compressed."""
+    try:
+        return tarfile.open(path, "r:"), True
+    except tarfile.ReadError:
+        return tarfile.open(path, "r|*"), False
+
+
+def json_members(path: Path, skipped: Counter[str]) -> Iterator[tuple[dict[str, Any], int, int]]:
+    """The JSON members of a tar that is not compressed: what each holds, and where its bytes begin and how many."""
+    try:
+        with tarfile.open(path, "r|") as tar:
+            for member in tar:
+                file = tar.extractfile(member) if member.name.lower().endswith(".json") else None
+                if file is None:
+                    continue
+                try:
+                    fields = json.loads(file.read())
+                except (ValueError, RecursionError):
+                    fields = None
+                if isinstance(fields, dict):
+                    yield fields, member.offset_data, member.size
+                else:
+                    skipped["member that is no JSON object"] += 1
+    except (OSError, EOFError, tarfile.TarError) as error:
+        _damaged(path, error, skipped)
 
 
 def _add_member(row: dict[str, Any], end: str, content: bytes, skipped: Counter[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from ..files_aim import write_whole
-from .report import COSTS, CURVES, HEADING, eval_results, report
+from .report import COSTS, CURVES, FRONT, HEADING, eval_results, report
 from .results import RESULTS
 
 
@@ -41,7 +41,7 @@ def put_on_card(run: Path, repository: Path) -> Path:
         raise ValueError(
             f"{run} is an evaluation of {evaluated or results['settings']['backbone']}, not {repository}."
         )
-    pictures = [name for name in (CURVES, COSTS) if (run / name).is_file()]
+    pictures = [name for name in (CURVES, COSTS, FRONT) if (run / name).is_file()]
     for name in pictures:
         shutil.copyfile(run / name, repository / f"eval_{name}")
     card = ModelCard(path.read_text(encoding="utf-8"))

@@ -18,7 +18,7 @@ from ..bank.select import STRATEGIES, Groups, drawn, pick
 from ..data.jsonl import read_json
 from ..files_aim import write_whole
 from .methods import Shown
-from .subject import Unusable, open_images, open_pair
+from .reads import Unusable, open_images, open_pair
 from .task import Example, Shot, Task
 
 logger = logging.get_logger(__name__)

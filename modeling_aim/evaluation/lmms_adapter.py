@@ -305,7 +305,7 @@ class AimChat(Aim):
         images = pictures([part["url"] for part in parts if part["type"] == "image"])
         if self.prompts == "plain":
             shown = (self.processor.image_text if part["type"] == "image" else part["text"] for part in parts)
-            return Query("".join(shown), images)
+            return Query(self.processor.front(0) + "".join(shown), images)
         turns = [{**turn, "content": [bare(part) for part in turn["content"]]} for turn in chat]
         return Query(self.processor.rendered(turns), images)
 

@@ -1,7 +1,8 @@
 """Methods: ways to show demonstrations to a model. All of a run see the same examples with the same demonstrations.
 
 A method makes a `Prompt` of a query and its demonstrations. It never opens an image and never sees a model, so a new
-one is a function of a few lines with an entry in `METHODS`. Its name may carry a setting: `aim-untrained:depth=12`.
+one is a function of a few lines with an entry in `METHODS`. Its name may carry settings: `aim-untrained:depth=12`,
+`snapkv:ratio=.5:window=16`. Those that work on the KV of a prompt's pieces are in `modeling_aim/rivals`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 from ..demonstrations_aim import Demonstration
 from ..processing_aim import AimProcessor
+from ..rivals.methods import RIVALS, Rival, rival_of
 from .task import Example, Shot
 
 PROMPTS = ("plain", "chat")
@@ -50,6 +52,21 @@ class Shown:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A piece of a prompt: a demonstration, or last the query.
+
+    Args:
+        text: words with the backbone's placeholder for each image.
+        said: the character at which a demonstration's answer begins.
+        images: unopened.
+    """
+
+    text: str
+    said: int
+    images: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
 class Prompt:
     """What a model is given for one query.
 
@@ -60,6 +77,8 @@ class Prompt:
         projector: what makes fused tokens of them: the repository's own projector, one with random weights, or none,
             so that states are put back at the depth where they were read.
         depth: where, of `"untrained"`; the repository's own depths or the default one when `None`.
+        parts: the same text in pieces, for a `rival`.
+        rival: the method that works on them.
     """
 
     text: str
@@ -67,6 +86,8 @@ class Prompt:
     fused: tuple[Shown, ...] = ()
     projector: Projector = "own"
     depth: int | None = None
+    parts: tuple[Part, ...] = ()
+    rival: Rival | None = None
 
 
 class PromptBuilder:
@@ -103,10 +124,20 @@ class PromptBuilder:
         """
         if self.prompts == "plain":
             parts = [self._plain(one, images) + self.separator for one in shown]
-            return "".join(parts) + self.processor.image_text * len(example.images) + example.question
+            begin = self.processor.front(0)  # BOS that only a chat template writes
+            return begin + "".join(parts) + self.processor.image_text * len(example.images) + example.question
         turns = [turn for one in shown for turn in self._turns(one, images)]
         query = _turn("user", example.question, len(example.images))
         return self.processor.rendered([*turns, query])
+
+    def parts(self, example: Example, shown: Sequence[Shown]) -> tuple[Part, ...]:
+        """A plain prompt in pieces: each demonstration with what ends it, and the query."""
+        image, found = self.processor.image_text, []
+        for one in shown:
+            text = self._plain(one, True) + self.separator
+            start = len(image) * len(one.images) + self.processor.word(one.words)[1]
+            found.append(Part(text, start, one.images))
+        return *found, Part(image * len(example.images) + example.question, 0, example.images)
 
     def option(self, prompt: str, option: str) -> str:
         """An option as it stands behind a prompt: after a space, unless something else divides them."""
@@ -154,6 +185,12 @@ def full(builder: PromptBuilder, example: Example, shown: Sequence[Shown], seed:
     return Prompt(builder.prompt(example, shown), (*(i for one in shown for i in one.images), *example.images))
 
 
+def in_pieces(builder: PromptBuilder, example: Example, shown: Sequence[Shown], seed: int) -> Prompt:
+    """As `full`, in pieces that a method of `modeling_aim/rivals` reads."""
+    prompt = full(builder, example, shown, seed)
+    return replace(prompt, parts=builder.parts(example, shown) if builder.prompts == "plain" else ())
+
+
 def aim(builder: PromptBuilder, example: Example, shown: Sequence[Shown], seed: int) -> Prompt:
     """The demonstrations as fused tokens."""
     return Prompt(builder.prompt(example), example.images, tuple(shown))
@@ -176,7 +213,7 @@ class Method:
         many_images: it puts several images into one prompt.
         shots: it shows demonstrations at all.
         draws: it draws something by the seed beside the demonstrations.
-        projector, depth: of its prompts; see `Prompt`.
+        projector, depth, rival: of its prompts; see `Prompt`.
     """
 
     make: Show
@@ -186,10 +223,12 @@ class Method:
     draws: bool = False
     projector: Projector = "own"
     depth: int | None = None
+    rival: Rival | None = None
 
     def show(self, builder: PromptBuilder, example: Example, shown: Sequence[Shown], seed: int) -> Prompt:
         """The prompt of a query with its demonstrations."""
-        return replace(self.make(builder, example, shown, seed), projector=self.projector, depth=self.depth)
+        prompt = self.make(builder, example, shown, seed)
+        return replace(prompt, projector=self.projector, depth=self.depth, rival=self.rival)
 
 
 METHODS: dict[str, Method] = {
@@ -201,11 +240,13 @@ METHODS: dict[str, Method] = {
     "aim-random": Method(aim, needs_aim=True, draws=True, projector="random"),  # what is left is not from training
     "aim-untrained": Method(aim, projector="untrained"),
     "aim-untrained-shuffled": Method(aim_shuffled, draws=True, projector="untrained"),
+    **{name: Method(in_pieces, many_images=rival.many_images, rival=rival) for name, rival in RIVALS.items()},
 }
+BY_DEFAULT = tuple(name for name in METHODS if name not in RIVALS)
 
 
 def method_of(name: str) -> Method:
-    """A method by its name, with the setting behind it, as in `aim-untrained:depth=12`.
+    """A method by its name, with the settings behind it, as in `aim-untrained:depth=12`.
 
     Raises:
         ValueError: there is no such method, or it has no such setting.
@@ -216,6 +257,8 @@ def method_of(name: str) -> Method:
     method, (key, _, value) = METHODS[plain], setting.partition("=")
     if not colon:
         return method
+    if method.rival is not None:
+        return replace(method, rival=rival_of(name))
     if key != "depth" or not value.isdecimal() or method.projector != "untrained":
         raise ValueError(f"Method {name!r}: expected aim-untrained:depth=K or aim-untrained-shuffled:depth=K.")
     return replace(method, depth=int(value))

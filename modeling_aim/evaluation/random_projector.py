@@ -11,11 +11,16 @@ from ..configuration_aim import AimConfig
 from ..projector_aim import AimProjector
 
 
-def random_projector(config: AimConfig, seed: int) -> nn.Module:
+def random_projector(config: AimConfig, seed: int, scale: torch.Tensor | None = None) -> nn.Module:
     """An untrained projector with the weights of a seed: a control whose fused tokens say nothing.
 
     Untrained residual forms pass the state on, which says much: at the input `linear` and `mlp` of the same size stand
     for them, at depth a random rotation of the state.
+
+    Args:
+        config: of the projector that it stands for.
+        seed: of the weights.
+        scale: the calibration of that projector, where it has one.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -23,7 +28,9 @@ def random_projector(config: AimConfig, seed: int) -> nn.Module:
             return RandomRotation(config.hidden_size)
         plain = copy.deepcopy(config)
         plain.projector_form = config.projector_form.replace("residual_mlp", "mlp").replace("residual", "linear")
-        return AimProjector(plain).eval()
+        projector = AimProjector(plain).eval()
+        projector.set_scale(scale)
+        return projector
 
 
 class RandomRotation(nn.Module):

@@ -9,10 +9,12 @@ from typing import Any
 from huggingface_hub.repocard_data import EvalResult
 
 from ..files_aim import write_whole
+from .pareto import draw_front, front_table
 
 REPORT = "results.md"
 CURVES = "by_shots.png"
 COSTS = "by_tokens.png"
+FRONT = "by_cost.png"
 HEADING = "## Few-shot evaluation"
 SHOWN = (
     "repo", "backbone", "revision", "dtype", "load_in_4bit", "prompts", "select", "balanced", "drop_duplicates",
@@ -43,6 +45,7 @@ def report(results: Figures, pictures: Sequence[str] = ()) -> str:
         "",
     ]
     lines += [curve_table(results), ""] if results["curves"] else []
+    lines += [front_table(results), ""] if any(cell["shots"] for cell in results["cells"]) else []
     for task in results["tasks"]:
         lines.append(f"- {task['task']}: {task['metric']}, {task['examples']} examples a seed; demonstrations "
                      f"{task['demonstrations']}.")  # fmt: skip
@@ -129,7 +132,7 @@ def eval_results(results: Figures, method: str = "aim") -> list[EvalResult]:
 
 
 def draw(results: Figures, output: Path) -> list[str]:
-    """Draw both pictures; none where matplotlib is not installed or no demonstrations were shown.
+    """Draw the pictures; none where matplotlib is not installed or no demonstrations were shown.
 
     Returns:
         The names of the files.
@@ -142,7 +145,8 @@ def draw(results: Figures, output: Path) -> list[str]:
         return []
     _panels(results, output / CURVES, "shots", "demonstrations")
     _panels(results, output / COSTS, "prompt_tokens", "prompt tokens, mean")
-    return [CURVES, COSTS]
+    draw_front(results, output / FRONT)
+    return [CURVES, COSTS, FRONT]
 
 
 def _panels(results: Figures, path: Path, across: str, label: str) -> None:

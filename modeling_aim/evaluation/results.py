@@ -22,6 +22,14 @@ AS_JSON = ("utf-8", "backslashreplace")  # a lone surrogate becomes the escape t
 LEFT_OUT = "left_out"  # in a row that is kept: why there is no answer
 RESAMPLES = 2000  # of examples, where a metric is a mean over them
 COSTLY_RESAMPLES = 500  # where it is computed anew over each sample
+COSTS = (
+    "prompt_tokens",
+    "fused_tokens",
+    "milliseconds",
+    "reading_milliseconds",
+    "first_token_milliseconds",
+    "kv_bytes",
+)
 Key = tuple[str, str, int, int, str]  # task, method, shots, seed, example
 PredictionRow = dict[str, Any]
 
@@ -140,9 +148,10 @@ def cell_figures(
         "examples": len({row["example"] for row in everything}),
         "answers": len(everything),
         "seeds": len(rows),
-        **{
+        **{  # rows of an earlier version lack some
             name: round(float(np.mean([row[name] for row in everything])), 2)
-            for name in ("prompt_tokens", "fused_tokens", "milliseconds", "reading_milliseconds")
+            for name in COSTS
+            if all(name in row for row in everything)
         },
     }
 

@@ -22,20 +22,23 @@ import torch
 import transformers
 from accelerate import PartialState
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers.utils import logging
 
 from .. import AimForConditionalGeneration, DemonstrationBank
 from ..cache_aim import LRUCache
 from ..files_aim import only_one, write_whole
+from ..image_settings import tokens_line
+from ..progress import shown
 from .asked import Asked, open_asked
 from .choosing import choose_all, read_chosen
 from .folder import RECORD, begin, claim
 from .methods import Prompt, Shown, method_of
+from .reads import Reads, Unusable
 from .report import write_report
 from .results import LEFT_OUT, PREDICTIONS, RESULTS, Cell, Kept, Key, PredictionRow, cell_figures, curves, write_rows
+from .rivals import refuses
 from .settings import EvalSettings
-from .subject import Answer, Reads, Subject, Unusable, load_subject
+from .subject import Answer, Subject, load_subject
 from .task import Example
 
 logger = logging.get_logger(__name__)
@@ -72,8 +75,10 @@ def _evaluate(settings: EvalSettings, asked: Sequence[Asked], state: PartialStat
     subject = load_subject(
         settings.repo, settings.backbone, revision=settings.revision, dtype=settings.dtype,
         load_in_4bit=settings.load_in_4bit, device_map=settings.device_map, prompts=settings.prompts,
-        separator=settings.separator,
+        separator=settings.separator, image_settings=settings.image_settings,
     )  # fmt: skip
+    if state.is_main_process:
+        Console(stderr=True).print(tokens_line(subject.processor), soft_wrap=True, highlight=False)
     state.wait_for_everyone()
     if state.is_main_process:
         begin(settings, _model(settings, subject), {one.task.name: one.digest for one in asked})
@@ -124,11 +129,11 @@ class Run:
         files = {one.task.name: self.output / "demonstrations" / f"{_slug(one.task.name)}.jsonl" for one in open_}
         if self.state.is_main_process and open_:
             total = sum(len(found) for one in open_ for found in one.examples.values())
-            with _bar(total, self.state) as told:
+            with shown("choose demonstrations", "examples", total) as told:
                 for one in open_:
                     path = files[one.task.name]
                     bank = partial(self._bank, path.with_suffix(".bank"))
-                    tell = partial(told, f"{one.task.name}: choose demonstrations")
+                    tell = partial(_noted, told, f"{one.task.name}: choose demonstrations")
                     choose_all(one.task, one.examples, counts, self.settings.choice, path, bank, tell)
         self.state.wait_for_everyone()
         for one in open_:
@@ -166,13 +171,18 @@ class Run:
         many = [m for m, method in methods.items() if method.many_images]
         untrained = [m for m, method in methods.items() if method.projector == "untrained"]
         found: set[str] = set()
-        for names, refuses, what in (
+        for names, why_not, what in (
             (many, self.subject.refuses_two_images, "this backbone takes one image a prompt"),
             (untrained, self.subject.refuses_states, "states cannot enter this backbone at depth"),
         ):
-            if names and (why := refuses()):
+            if names and (why := why_not()):
                 self.notes.append(f"{', '.join(names)}: left out, {what} ({why}).")
                 found.update(names)
+        for name in [m for m in methods if m not in found]:
+            rival = methods[name].rival
+            if rival is not None and (why := refuses(rival, self.subject)):
+                self.notes.append(f"{name}: left out, this backbone cannot be served ({why}).")
+                found.add(name)
         return found
 
     def batches(self, cell: Cell) -> list[list[int]]:
@@ -206,7 +216,8 @@ class Run:
         done = set(self.kept.rows())
         total = sum(len(self.asked[cell.task].examples[cell.seed]) for cell in self.cells) - len(done)
         reads: tuple[str, dict[tuple[int, ...], Reads]] = ("", {})
-        with _bar(total // self.state.num_processes, self.state) as told:
+        share = total // self.state.num_processes
+        with shown("answer", "examples", share, disable=not self.state.is_main_process) as told:
             for cell, places, missing, batch in self._ahead(self._work(done)):
                 one = self.asked[cell.task]
                 if reads[0] != cell.task:
@@ -214,7 +225,7 @@ class Run:
                 pairs = self._answered(cell, places, batch, reads[1])
                 self.kept.add(self._row(cell, e, a) for e, a in pairs if e.id in missing)
                 self._check_left_out(one)
-                told(f"{cell.task}, {cell.method}, {cell.shots} shots, seed {cell.seed}", len(missing))
+                told(len(missing), f"{cell.task}, {cell.method}, {cell.shots} shots, seed {cell.seed}")
 
     def _answered(
         self, cell: Cell, places: list[int], encoded: Encoded, reads_by_layers: Mapping[tuple[int, ...], Reads]
@@ -335,6 +346,8 @@ class Run:
             "fused_tokens": answer.fused_tokens,
             "milliseconds": round(answer.milliseconds, 3),
             "reading_milliseconds": round(answer.reading_milliseconds, 3),
+            "first_token_milliseconds": round(answer.first_token_milliseconds, 3),
+            "kv_bytes": answer.kv_bytes,
         }
 
     # --- results
@@ -356,7 +369,7 @@ class Run:
             "tasks": [self._task(one) for one in self.asked.values()],
             "cells": cells,
             "curves": curves(cells),
-            "notes": self.notes + self._too_long(ordered),
+            "notes": self.notes + self._too_long(ordered) + self._timed(),
         }
         write_whole(
             self.output / RESULTS,
@@ -420,6 +433,14 @@ class Run:
                 )
         return found
 
+    def _timed(self) -> list[str]:
+        """A word on times that cannot be compared."""
+        alone = [m for m in self.settings.methods if method_of(m).rival is not None and m not in self._cannot]
+        if not alone or self.settings.batch_size == 1:
+            return []
+        return [f"{', '.join(alone)}: one prompt at a time. The times of other methods are shares of batches of up to "
+                f"{self.settings.batch_size}; with batch_size=1 all can be compared."]  # fmt: skip
+
 
 def _check_names(plan: Sequence[Shown], task: str) -> None:
     """Raise `ValueError` where two different demonstrations have one id: what was read of one would serve for both."""
@@ -451,26 +472,10 @@ def _model(settings: EvalSettings, subject: Subject) -> dict[str, str]:
     return found
 
 
+def _noted(told: Callable[[int, str], None], note: str, done: int) -> None:
+    told(done, note)
+
+
 def _slug(name: str) -> str:
     plain = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in name)
     return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
-
-
-@contextlib.contextmanager
-def _bar(total: int, state: PartialState) -> Iterator[Callable[[str, int], None]]:
-    """A progress bar on the main process; what it gives is called with what is done, and how many of it.
-
-    It appears with the first call: what comes before may have a bar of its own.
-    """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not state.is_main_process)
-    shown = bar.add_task("", total=total)
-
-    def told(what: str, done: int) -> None:
-        bar.start()
-        bar.update(shown, advance=done, description=what)
-
-    try:
-        yield told
-    finally:
-        bar.stop()

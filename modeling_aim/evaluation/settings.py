@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from ..runs import PRECISIONS
 from .choosing import Choice
-from .methods import METHODS, PROMPTS, check_methods, method_of
+from .methods import BY_DEFAULT, METHODS, PROMPTS, check_methods, method_of
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,9 @@ class EvalSettings:
         backbone: instead of `repo`, a model to evaluate without AIM.
         shots: numbers of demonstrations. At 0 all methods are the same: that is answered once, as `zero`.
         methods: of zero, text, full, aim, aim-shuffled, aim-random, aim-untrained and aim-untrained-shuffled (the
-            last two also with :depth=K); by default all that the model can do.
+            last two also with :depth=K), by default all of these that the model can do; and of prefix-kv, text-kv,
+            text-kv-together, parallel-icl, fastv, catp, snapkv, emloc and task-vector, with settings as in
+            snapkv:ratio=.5:window=16.
         seeds: number of seeds: 0, 1, ... decide demonstrations, and examples where a task draws them.
         select: selection strategy for demonstrations: random, image, text, fused, mmices, or fixed:FILE.
         balanced: take labels in turn.
@@ -32,6 +35,8 @@ class EvalSettings:
         dtype: precision of the backbone: bfloat16, float16 or float32; by default its own.
         load_in_4bit: load the backbone in 4-bit, for a laptop.
         device_map: where the backbone goes, such as "auto" or "cuda".
+        image_settings: settings of the backbone's image processor by its own names, such as max_pixels=200704 or
+            do_image_splitting=false: how many tokens an image is.
         batch_size: prompts answered together.
         images_at_once: most images in one batch, unless one prompt alone has more.
         memory: GiB of demonstrations' hidden states that are kept.
@@ -58,6 +63,7 @@ class EvalSettings:
     dtype: str | None = None
     load_in_4bit: bool = False
     device_map: str | None = None
+    image_settings: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 8
     images_at_once: int = 64
     memory: float = 2.0
@@ -83,7 +89,7 @@ class EvalSettings:
         if self.select == "fused" and self.repo is None:
             raise ValueError("select='fused' compares fused tokens, so it needs an AIM repository (repo).")
         if not self.methods:
-            can = [name for name, method in METHODS.items() if self.repo is not None or not method.needs_aim]
+            can = [name for name in BY_DEFAULT if self.repo is not None or not METHODS[name].needs_aim]
             object.__setattr__(self, "methods", tuple(can))
         check_methods(self.methods, self.repo is not None)
         if not any(self.shots) and any(method_of(name).shots for name in self.methods):

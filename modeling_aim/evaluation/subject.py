@@ -1,14 +1,9 @@
-"""The model under evaluation: loaded as a plug-in or as a bare backbone, it answers batches of prompts.
-
-What reading leaves of a demonstration is kept by its name, so each is read once while memory lasts, for all methods,
-seeds and numbers of demonstrations.
-"""
+"""The model under evaluation: loaded as a plug-in or as a bare backbone, it answers batches of prompts."""
 
 from __future__ import annotations
 
 import inspect
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,15 +16,18 @@ from transformers import BatchFeature, PreTrainedConfig
 
 from .. import AimForConditionalGeneration
 from ..backbone_aim import laptop_quantization_config, load_backbone, longest_prompt, module_device
-from ..cache_aim import LRUCache
 from ..configuration_aim import AimConfig
-from ..data.pairs import opened
-from ..demonstrations_aim import Demonstration, FusedDemonstrations
+from ..demonstrations_aim import FusedDemonstrations
 from ..encoding_aim import TOKENIZING
+from ..image_settings import set_image_settings
 from ..processing_aim import AimProcessor
+from ..projector_aim import SCALE_KEY
 from ..runs import PRECISIONS
-from .methods import Prompt, PromptBuilder, Shown
+from . import rivals
+from .cost import FirstToken, row_kv_bytes
+from .methods import Prompt, PromptBuilder
 from .random_projector import random_projector
+from .reads import open_images
 from .task import Prediction
 
 
@@ -43,6 +41,8 @@ class Answer:
         fused_tokens: those of them that are fused.
         milliseconds: its share of the time that its batch took to answer, reading demonstrations not counted.
         reading_milliseconds: its share of the time to read demonstrations that were not kept.
+        first_token_milliseconds: of `milliseconds`, what passed until the first new token was known.
+        kv_bytes: keys and values behind the prompt.
     """
 
     prediction: Prediction
@@ -50,9 +50,8 @@ class Answer:
     fused_tokens: int
     milliseconds: float
     reading_milliseconds: float
-
-
-Read = tuple[torch.Tensor, torch.Tensor]  # hidden states and ids of the kept words of a demonstration
+    first_token_milliseconds: float
+    kv_bytes: int
 
 
 @dataclass(frozen=True)
@@ -63,96 +62,13 @@ class Batch:
         prompts: one a row.
         images: of each row.
         inputs: the backbone's, padded on the left.
+        pieces: of each row, where a method of `modeling_aim/rivals` answers; there are no `inputs` then.
     """
 
     prompts: tuple[Prompt, ...]
     images: tuple[list[Any], ...]
     inputs: BatchFeature
-
-
-def open_images(images: Sequence[Any], what: str) -> list[Any]:
-    """Images opened as the backbone takes them.
-
-    Raises:
-        Unusable: one cannot be read; the message begins with `what`.
-    """
-    return list(open_pair({"images": list(images), "text": "its images"}, what).images) if images else []
-
-
-def open_pair(pair: Any, what: str) -> Demonstration:
-    """A raw demonstration opened.
-
-    Raises:
-        Unusable: it cannot be used; the message begins with `what`.
-    """
-    skipped: Counter[str] = Counter()
-    found = list(opened([pair], skipped))
-    if not found:
-        raise Unusable(f"{what} cannot be used: {', '.join(skipped)} in {str(dict(pair))[:200]}.")
-    return found[0]
-
-
-class Unusable(ValueError):
-    """An image or a text that is there, and cannot be shown to the model: a bad example, not the end of a run."""
-
-
-class Reads:
-    """Hidden states of demonstrations by their names, read in batches that follow from the run's plan alone.
-
-    A batch is read whole when one of its demonstrations is needed, so what is read together, and so the last bits of
-    the states, does not depend on where a run was interrupted, nor on how many processes share it.
-
-    Args:
-        model: the plug-in.
-        plan: all demonstrations of a task in the order in which they are needed.
-        batch_size: demonstrations in one forward pass.
-        kept: where states are kept, bounded in bytes; tasks and plug-ins share it.
-        task: name of the task, for messages and, with the read layers, as a part of the key.
-    """
-
-    def __init__(self, model: Any, plan: Sequence[Shown], batch_size: int, kept: LRUCache, task: str) -> None:
-        self.model, self.kept, self.task = model, kept, task
-        self.layers = tuple(model.config.read_layers)
-        unique = list({one.key: one for one in plan}.values())
-        self.batches = [unique[start : start + batch_size] for start in range(0, len(unique), batch_size)]
-        self.place = {one.key: number for number, batch in enumerate(self.batches) for one in batch}
-        self.unusable: dict[tuple[str, str], str] = {}
-
-    def states(self, shown: Sequence[Shown]) -> list[Read]:
-        """Hidden states `(tokens, read layers x hidden size)` and ids `(tokens,)` of the kept words of each.
-
-        Raises:
-            Unusable: one cannot be read; `unusable` says which and why.
-        """
-        found: dict[tuple[str, str], Read] = {}
-        for one in shown:
-            if one.key not in found:
-                read = self.kept.get((self.task, self.layers, *one.key))
-                found |= self._read(self.place[one.key]) if read is None else {one.key: read}
-            if one.key not in found:
-                raise Unusable(self.unusable[one.key])
-        return [found[one.key] for one in shown]
-
-    def _read(self, number: int) -> dict[tuple[str, str], Read]:
-        batch, demos = [], []
-        for one in self.batches[number]:
-            what = f"Demonstration {one.said.id!r} of {self.task}"
-            words = {k: v for k, v in one.said.pair.items() if "image" not in k}
-            try:
-                demo = open_pair({**words, "images": list(one.images)}, what)
-                reason = self.model.processor.why_unreadable(demo)
-                if reason is not None:
-                    raise Unusable(f"{what} cannot be used: {reason}.")
-            except Unusable as error:
-                self.unusable[one.key] = str(error)
-                continue
-            batch.append(one)
-            demos.append(demo)
-        states = [one.cpu() for one in self.model.read_states(demos, max(len(batch), 1))]
-        found = {one.key: read for one, *read in zip(batch, states, self.model.word_ids(demos), strict=True)}
-        for key, (kept, ids) in found.items():
-            self.kept.put((self.task, self.layers, *key), (kept, ids), kept.numel() * kept.element_size())
-        return {key: (kept, ids) for key, (kept, ids) in found.items()}
+    pieces: tuple[rivals.Pieces, ...] = ()
 
 
 class Subject:
@@ -217,6 +133,9 @@ class Subject:
     def encode(self, prompts: Sequence[Prompt], what: Sequence[str]) -> Batch:
         """Open the images of some prompts and make one padded batch; no model is needed."""
         images = tuple(open_images(prompt.images, name) for prompt, name in zip(prompts, what, strict=True))
+        if prompts[0].rival is not None:
+            pieces = tuple(rivals.Pieces.of(self.processor, *row) for row in zip(prompts, images, strict=True))
+            return Batch(tuple(prompts), images, BatchFeature(), pieces)
         return Batch(tuple(prompts), images, self._encoded(images, [prompt.text for prompt in prompts]))
 
     def _encoded(self, images: Sequence[Sequence[Any]], texts: Sequence[str]) -> BatchFeature:
@@ -234,19 +153,30 @@ class Subject:
             seed: of a random projector.
             reads: has the demonstrations' hidden states; `None` where no prompt has fused tokens.
         """
-        started = self._now()
+        if batch.pieces:
+            return [self._in_pieces(*row, new) for row in zip(batch.pieces, batch.prompts, options, strict=True)]
+        started = self.now()
         fused = self._fused(batch.prompts, seed, reads)
-        read = self._now()
+        read, clock = self.now(), FirstToken(self.now)
         inputs = batch.inputs.to(self.device, self.model.dtype)
-        predictions = self._choose(batch, inputs, fused, options) if any(options) else self._write(inputs, fused, new)
-        done = self._now()
+        choose = any(options)
+        predictions = (
+            self._choose(batch, inputs, fused, options, clock) if choose else self._write(inputs, fused, new, clock)
+        )
+        done = self.now()
         rows = len(batch.prompts)
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
         counts = [0 if one is None else one.num_tokens for one in fused]
+        each = 1000 / rows
+        times = each * (done - read), each * (read - started), each * ((clock.time or done) - read)
         return [
-            Answer(prediction, tokens + count, count, 1000 * (done - read) / rows, 1000 * (read - started) / rows)
+            Answer(prediction, tokens + count, count, *times, row_kv_bytes(clock.cache, tokens + count))
             for prediction, tokens, count in zip(predictions, mask.sum(dim=1).tolist(), counts, strict=True)
         ]
+
+    def _in_pieces(self, pieces: rivals.Pieces, prompt: Prompt, options: Sequence[str], new: int) -> Answer:
+        found = rivals.answer(pieces, prompt, options, new, self)
+        return Answer(found.prediction, found.tokens, 0, found.total, found.reading, found.first, found.kv_bytes)
 
     def _fused(self, prompts: Sequence[Prompt], seed: int, reads: Any) -> list[FusedDemonstrations | None]:
         """Fused tokens of each row."""
@@ -267,22 +197,27 @@ class Subject:
     def _random_projector(self, seed: int) -> nn.Module:
         assert self.plugin is not None
         if seed not in self._random:
-            self._random[seed] = random_projector(self.plugin.config, seed).to(self.device)
+            scale = getattr(self.plugin.projector, SCALE_KEY, None)
+            self._random[seed] = random_projector(self.plugin.config, seed, scale).to(self.device)
         return self._random[seed]
 
     def _with(self, fused: Sequence[FusedDemonstrations | None]) -> dict[str, Any]:
         return {"demos": list(fused)} if any(one is not None for one in fused) else {}
 
-    def _write(self, inputs: Any, fused: Sequence[Any], new: int) -> list[Prediction]:
-        ids = self.model.generate(**inputs, **self._with(fused), max_new_tokens=new, do_sample=False, num_beams=1)
-        answers = ids[:, inputs["input_ids"].shape[1] :]
+    def _write(self, inputs: Any, fused: Sequence[Any], new: int, clock: FirstToken) -> list[Prediction]:
+        output = self.model.generate(
+            **inputs, **self._with(fused), max_new_tokens=new, do_sample=False, num_beams=1, streamer=clock,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        clock.cache = getattr(output, "past_key_values", None)
+        answers = output.sequences[:, inputs["input_ids"].shape[1] :]
         decoded = self.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [Prediction(text.strip()) for text in decoded]
 
     # --- options
 
     def _choose(
-        self, batch: Batch, inputs: Any, fused: Sequence[Any], options: Sequence[Sequence[str]]
+        self, batch: Batch, inputs: Any, fused: Sequence[Any], options: Sequence[Sequence[str]], clock: FirstToken
     ) -> list[Prediction]:
         """The option with the highest mean log-probability of its tokens after the prompt.
 
@@ -292,13 +227,15 @@ class Subject:
         behind = [[self.prompt_builder.option(t, one) for one in row] for t, row in zip(texts, options, strict=True)]
         single = [self._single_tokens(text, row) for text, row in zip(texts, behind, strict=True)]
         if all(row is not None for row in single):
-            told = self.model.generate(
+            output = self.model.generate(
                 **inputs, **self._with(fused), max_new_tokens=1, do_sample=False, num_beams=1,
-                output_logits=True, return_dict_in_generate=True,
-            ).logits[0].float().log_softmax(dim=-1)  # fmt: skip
+                output_logits=True, return_dict_in_generate=True, streamer=clock,
+            )  # fmt: skip
+            clock.cache = getattr(output, "past_key_values", None)
+            told = output.logits[0].float().log_softmax(dim=-1)
             scores = [told[place, row].tolist() for place, row in enumerate(single)]
         else:
-            scores = self._behind(batch, fused, behind)
+            scores = self._behind(batch, fused, behind, clock)
         return [
             Prediction(row[max(range(len(row)), key=found.__getitem__)], tuple(round(one, 6) for one in found))
             for row, found in zip(options, scores, strict=True)
@@ -313,7 +250,9 @@ class Subject:
         alone = all(len(ids) == len(own) + 1 and ids[:-1] == own for ids in ends)
         return [ids[-1] for ids in ends] if alone else None
 
-    def _behind(self, batch: Batch, fused: Sequence[Any], behind: Sequence[Sequence[str]]) -> list[list[float]]:
+    def _behind(
+        self, batch: Batch, fused: Sequence[Any], behind: Sequence[Sequence[str]], clock: FirstToken | None = None
+    ) -> list[list[float]]:
         """Mean log-probability of the tokens of every option, each in a row of its own behind its prompt."""
         rows = [(place, one) for place, options in enumerate(behind) for one in options]
         found: list[list[float]] = [[] for _ in behind]
@@ -323,7 +262,8 @@ class Subject:
             spans = [(len(text), len(text) + len(one)) for text, (_, one) in zip(texts, part, strict=True)]
             whole = [text + one for text, (_, one) in zip(texts, part, strict=True)]
             images = [batch.images[place] for place, _ in part]
-            scores, _ = self.scored(images, whole, spans, self._with([fused[place] for place, _ in part]))
+            demos = self._with([fused[place] for place, _ in part])
+            scores, _ = self.scored(images, whole, spans, demos, clock)
             for (place, _), score in zip(part, scores, strict=True):
                 found[place].append(score)
         return found
@@ -335,6 +275,7 @@ class Subject:
         texts: Sequence[str],
         spans: Sequence[tuple[int, int]],
         demos: Mapping[str, Any],
+        clock: FirstToken | None = None,
     ) -> tuple[list[float], list[bool]]:
         """Mean log-probability of the tokens of a span at the end of each text, and whether they are the likeliest.
 
@@ -343,6 +284,7 @@ class Subject:
             texts: prompts with what stands behind them.
             spans: of what is scored, in characters.
             demos: `demos` of the rows, where they have some.
+            clock: gets the cache of the pass.
 
         Raises:
             ValueError: the tokenizer finds no token in a span.
@@ -354,7 +296,10 @@ class Subject:
         inputs = inputs.to(self.device, self.model.dtype)
         kept = mask.shape[1] - int(mask.int().argmax(dim=1).min()) + 1
         given = {"logits_to_keep": kept} if self._keeps_logits else {}
-        logits = self.model(**inputs, **demos, **given).logits[:, -kept:-1].float().log_softmax(dim=-1)
+        output = self.model(**inputs, **demos, **given)
+        if clock is not None:
+            clock.cache = getattr(output, "past_key_values", None)
+        logits = output.logits[:, -kept:-1].float().log_softmax(dim=-1)
         ids, here = (one[:, 1 - kept :].to(logits.device) for one in (inputs["input_ids"], mask))
         said = logits.gather(-1, ids[..., None])[..., 0]
         likeliest = ((logits.argmax(dim=-1) == ids) | ~here).all(dim=1)
@@ -379,7 +324,7 @@ class Subject:
         grey, black, white = (Image.new("RGB", (64, 64), (light,) * 3) for light in (127, 0, 255))
 
         def next_token(*images: Image.Image) -> torch.Tensor:
-            text = self.processor.image_text * len(images) + "What is this?"
+            text = self.processor.front(len(images)) + "What is this?"
             inputs = self._encoded([list(images)], [text]).to(self.device, self.model.dtype)
             options = {"max_new_tokens": 1, "do_sample": False, "num_beams": 1, "output_logits": True}
             return self.model.generate(**inputs, **options, return_dict_in_generate=True).logits[0]
@@ -393,7 +338,8 @@ class Subject:
             return f"{type(error).__name__}: {error}"[:300]
         return f"it does not look at the {' and the '.join(blind)} of two" if blind else ""
 
-    def _now(self) -> float:
+    def now(self) -> float:
+        """Seconds, after all that the device has to do."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
@@ -418,6 +364,7 @@ def load_subject(
     device_map: str | None = None,
     prompts: str = "plain",
     separator: str = "\n",
+    image_settings: Mapping[str, Any] | None = None,
 ) -> Subject:
     """Load a plug-in, or a bare backbone.
 
@@ -428,6 +375,7 @@ def load_subject(
         dtype: of the backbone; what its repository says when `None`.
         load_in_4bit, device_map: of the backbone.
         prompts, separator: see `PromptBuilder`.
+        image_settings: in place of the image processor's own.
 
     Raises:
         ValueError: the repository holds no plug-in, or the backbone cannot be used.
@@ -449,4 +397,5 @@ def load_subject(
     else:
         model = load_backbone(name, **options).eval()
         processor = AimProcessor.from_pretrained(name, **place)
+    set_image_settings(processor, image_settings or {})
     return Subject(model, processor, PromptBuilder(processor, prompts, separator))

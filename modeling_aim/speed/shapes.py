@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 
+from ..image_settings import TRIED
 from .published import BACKBONES, CLIP_L, llama
 
 
@@ -95,6 +97,26 @@ def picture_of(config: PreTrainedConfig) -> Picture:
             f"aim bench does not know how an image enters {config.model_type}; it knows {', '.join(PICTURES)}."
         )
     return PICTURES[config.model_type](config)
+
+
+def picture_with(config: PreTrainedConfig, processor: Any) -> Picture:
+    """How an image of 500 x 400 pixels enters a prompt of this backbone, with the settings of its processor.
+
+    Args:
+        config: of the backbone.
+        processor: an `AimProcessor`.
+
+    Raises:
+        ValueError: nothing is known of its family.
+    """
+    usual = picture_of(config)
+    image = Image.new("RGB", TRIED, "gray")
+    made = processor(images=[[image]], text=[processor.front(1) + "a"], return_tensors="pt")
+    image_id = config.image_token_id if hasattr(config, "image_token_id") else config.image_token_index
+    tokens = int((made["input_ids"] == image_id).sum())
+    pixels = tuple(made["pixel_values"].shape[usual.rows :])
+    more = {name: tuple(made[name][0].tolist()) for name in usual.more}
+    return replace(usual, tokens=tokens, pixels=pixels, more=more)
 
 
 def _small(image_size: int, **text: Any) -> dict[str, Any]:

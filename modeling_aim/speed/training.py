@@ -57,7 +57,9 @@ def final_pass(trainer: Any, batch: list[Episode]) -> Callable[[], None]:
     """Forward and backward of the backbone alone, all else made ready."""
     model: Any = trainer.model
     made = trainer._prepare_inputs(trainer.data_collator(batch))
-    labels, _, _ = made["labels"], made.pop("sources"), made.pop("skipped")
+    labels = made["labels"]
+    for name in ("sources", "skipped", "counts"):
+        made.pop(name)
     scored = (labels != -100).int()
     made["logits_to_keep"] = int((scored.shape[1] - scored.argmax(dim=1)).max()) + 1
     rows = [model.read(demos) for demos in made.pop("demos")]

@@ -4,6 +4,7 @@ from .episodes import Episode, Mixture, ShotLaw, Source
 from .kept_states import KeptStates
 from .run import TrainSettings, train
 from .sources import open_source
+from .stream import EpisodeStream
 from .targets import EpisodeCollator
 from .trainer import AimTrainer, NotFinite
 
@@ -11,6 +12,7 @@ __all__ = [
     "AimTrainer",
     "Episode",
     "EpisodeCollator",
+    "EpisodeStream",
     "KeptStates",
     "Mixture",
     "NotFinite",

@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging
 
 from ..files_aim import file_digest, read_safetensors
-from ..projector_aim import DIGEST_KEY, PROJECTOR_WEIGHTS
+from ..projector_aim import DIGEST_KEY, PROJECTOR_WEIGHTS, SCALE_KEY
 
 logger = logging.get_logger(__name__)
 
@@ -44,6 +44,12 @@ def last_checkpoint(output: Path) -> str | None:
             "overwrite=True (--overwrite)."
         )
     return None
+
+
+def stored_scale(checkpoint: str) -> torch.Tensor | None:
+    """The scales that the projector of a checkpoint is calibrated with; `None` where it has none."""
+    weights = Path(checkpoint) / PROJECTOR_WEIGHTS
+    return read_safetensors(str(weights)).get(f"projector.{SCALE_KEY}") if weights.exists() else None
 
 
 def _is_finished(path: Path) -> bool:

@@ -1,8 +1,9 @@
 """Episodes, the unit of training: some pairs of image and text, of which later ones are answered from earlier ones.
 
 A *source* (one dataset) gives episodes for ever, in an order that follows from the seed alone; a `Mixture` draws from
-several sources by weight. Documents hold *pairs* as raw demonstrations, images unopened; an episode holds them opened,
-and says how many could not be.
+several sources by weight. An episode is light: its pairs are raw demonstrations with their images unopened, so every
+process can go through all of them, take its share (`EpisodeStream`), and open the images of that share alone
+(`EpisodeCollator`).
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ import hashlib
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import count, islice
 from typing import Any
 
-from torch.utils.data import IterableDataset, get_worker_info
-
-from ..data.pairs import Pair, is_refused, opened
+from ..data.pairs import Pair, Shrink, Unopened, is_refused, opened_pair, size_of
 from ..demonstrations_aim import Demonstration
 
 MOST_REFUSED = 0.1  # of a source's pairs, from the first hundred that were refused on
+FAILED_IN_A_ROW = 1000  # pairs of a source
+LOOKED_AT = 1000  # episodes of a source, before a run
+IMAGE_TOKENS = 256  # of an image that is unopened, to group episodes of similar length
 LAWS = ("uniform", "exponential", "fixed")
 
 
@@ -31,16 +34,48 @@ class Episode:
     """Pairs in order, and which of them are targets: each is answered from the pairs before it.
 
     Args:
-        pairs: opened demonstrations.
+        pairs: raw demonstrations with their images unopened, or opened ones.
         targets: places in `pairs`, none of them 0 unless it is to be answered from nothing.
         source: the dataset it comes from.
         skipped: what was left out on the way, by reason, and how often.
+        whole: it is left out if one of its demonstrations cannot be read, since that may have shown what is asked for.
     """
 
-    pairs: tuple[Demonstration, ...]
+    pairs: tuple[Pair | Demonstration, ...]
     targets: tuple[int, ...]
     source: str = ""
     skipped: Counter[str] = field(default_factory=Counter)
+    whole: bool = False
+
+    @property
+    def length(self) -> tuple[int, int]:
+        """Targets, and an estimate of the tokens of all pairs: a quarter of the characters, and so many an image."""
+        sizes = [size_of(pair) for pair in self.pairs]
+        return len(self.targets), sum(words // 4 + IMAGE_TOKENS * images for words, images in sizes)
+
+    def opened(
+        self, unusable: Callable[[Demonstration], str | None] | None = None, shrink: Shrink | None = None
+    ) -> Episode:
+        """This episode with its images opened, without the pairs that cannot be used; these are counted in `skipped`.
+
+        Args:
+            unusable: says why a model cannot read a demonstration, if it cannot (`AimProcessor.why_unreadable`).
+            shrink: by how much a large image may be shrunk, see `open_image`.
+
+        Returns:
+            An episode of `Demonstration`s; it has no pairs and no targets where nothing is left to learn from.
+        """
+        skipped, asked = Counter(self.skipped), set(self.targets)
+        found = [opened_pair(pair, skipped, unusable, shrink) for pair in self.pairs]
+        kept = [(place, demo) for place, demo in enumerate(found) if demo is not None]
+        targets = [new for new, (place, _) in enumerate(kept) if place in asked and (new or not place)]
+        if self.whole and any(demo is None for place, demo in enumerate(found) if place not in asked):
+            skipped["episode with a demonstration that cannot be read"] += 1
+            targets = []
+        elif asked and not targets and not self.whole:
+            skipped["episode with fewer than two pairs that can be read"] += 1
+        pairs = tuple(demo for _, demo in kept) if targets else ()
+        return replace(self, pairs=pairs, targets=tuple(targets), skipped=skipped)
 
 
 @dataclass(frozen=True)
@@ -79,8 +114,6 @@ class Source:
         name: for messages, logs and the model card.
         interleaved: a document is a whole whose order has a meaning (a web page): it is cut into episodes, and every
             pair after the first is a target. Otherwise pairs are independent, and an episode takes the next few.
-        unusable: says why the model that is trained cannot read a demonstration, if it cannot; `None` before there is
-            a model.
         part: a share of the documents that is held out, and whether this source gives that or the others; `None` for
             all documents.
     """
@@ -88,24 +121,14 @@ class Source:
     name: str = ""
     interleaved: bool = False
     part: tuple[float, bool] | None = None
-    unusable: Callable[[Demonstration], str | None] | None = None
 
     @cached_property
     def skipped(self) -> Counter[str]:
         """What was left out since the last episode, by reason."""
         return Counter()
 
-    @cached_property
-    def counted(self) -> Counter[bool]:
-        """Pairs so far: those refused (`is_refused`), and those given."""
-        return Counter()
-
-    def opened(self, pairs: Iterable[Pair]) -> Iterator[Demonstration]:
-        """Pairs with their images opened, without those that cannot be used."""
-        return opened(pairs, self.skipped, self.unusable)
-
     def documents(self, seed: int) -> Iterator[Sequence[Pair]]:
-        """One pass over the dataset, in an order that depends on `seed` alone."""
+        """One pass over the dataset, in an order that depends on `seed` alone; no image is opened."""
         raise NotImplementedError
 
     def split(self, share: float) -> tuple[Source, Source]:
@@ -113,8 +136,7 @@ class Source:
         parts = []
         for held_out in (False, True):
             part = copy.copy(self)
-            for name in ("skipped", "counted"):
-                part.__dict__.pop(name, None)
+            part.__dict__.pop("skipped", None)
             part.part = (share, held_out)
             parts.append(part)
         return parts[0], parts[1]
@@ -135,16 +157,16 @@ class Source:
             seed: decides order and numbers.
         """
         rng = random.Random(f"{self.name} {seed}")
-        pairs: list[Demonstration] = []
+        pairs: list[Pair] = []
         shots = law.draw(rng)
         for document in self.documents(seed):
             if not self.gives(document):
                 continue
             if self.interleaved:
                 pairs = []
-            usable = 0
-            for pair in self.opened(document):
-                usable += 1
+            found = 0
+            for pair in document:
+                found += 1
                 pairs.append(pair)
                 if len(pairs) == shots + 1:
                     yield self._episode(pairs)
@@ -152,27 +174,23 @@ class Source:
             if self.interleaved and len(pairs) > 1:
                 yield self._episode(pairs)
                 shots = law.draw(rng)
-            elif self.interleaved and usable < 2:
+            elif self.interleaved and found < 2:
                 self.skipped["document with fewer than two pairs"] += 1
         if not self.interleaved and len(pairs) > 1:
             yield self._episode(pairs)
 
-    def _episode(self, pairs: Sequence[Demonstration], targets: Sequence[int] | None = None) -> Episode:
+    def _episode(self, pairs: Sequence[Pair], targets: Sequence[int] | None = None, whole: bool = False) -> Episode:
         """An episode that takes along what was left out before it; every pair but the first is a target by default."""
         taken = Counter(self.skipped)
         self.skipped.clear()
-        self.counted[False] += len(pairs)
-        self.counted[True] += sum(count for reason, count in taken.items() if is_refused(reason))
-        if self.counted[True] > max(100, MOST_REFUSED * self.counted.total()):
-            raise ValueError(
-                f"{self.counted[True]} of the first {self.counted.total()} pairs of {self.name} cannot be read by "
-                f"this model, such as {next(filter(is_refused, taken), 'those in the log')}. Mend the data."
-            )
-        return Episode(tuple(pairs), tuple(range(1, len(pairs)) if targets is None else targets), self.name, taken)
+        targets = range(1, len(pairs)) if targets is None else targets
+        return Episode(tuple(pairs), tuple(targets), self.name, taken, whole)
 
 
 def _identity(document: Any) -> str:
-    """What a document is known by: its words, and its images where they are named or are bytes."""
+    """What a document is known by: its words, and its images where they are named or are bytes; nothing is opened."""
+    if isinstance(document, Unopened):
+        return repr(document)
     if isinstance(document, Mapping):
         return "{" + ",".join(f"{name}:{_identity(value)}" for name, value in sorted(document.items())) + "}"
     if isinstance(document, bytes):
@@ -182,12 +200,10 @@ def _identity(document: Any) -> str:
     return str(document) if isinstance(document, (str, os.PathLike)) else ""
 
 
-class Mixture(IterableDataset):
-    """Episodes of several sources, drawn by weight, without end.
+class Mixture:
+    """Episodes of several sources, drawn by weight, without end, and the same in every process; no image is opened.
 
-    Each worker of a `DataLoader` goes through the data in an order of its own, from a seed of its own. Each process of
-    a distributed run goes through the same episodes and takes its share, as one process with their joint batch would;
-    so each opens all images, which workers can do beside the training.
+    `EpisodeStream` deals them to processes and to workers of a `DataLoader`.
 
     Args:
         sources: at least one.
@@ -196,7 +212,7 @@ class Mixture(IterableDataset):
         seed: the same seed gives the same episodes.
 
     Raises:
-        ValueError: no source, a weight that is not above 0, or, while it is read, a source without one usable episode.
+        ValueError: no source, a weight that is not above 0, or, while it is read, a source without one episode.
     """
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float], law: ShotLaw, seed: int = 0) -> None:
@@ -207,18 +223,28 @@ class Mixture(IterableDataset):
             raise ValueError(f"{len(sources)} sources need as many weights, each above 0; got {list(weights)}.")
         self.sources, self.weights, self.law, self.seed = list(sources), list(weights), law, seed
 
-    def check_with(self, unusable: Callable[[Demonstration], str | None]) -> None:
-        """Leave out demonstrations for which `unusable` gives a reason: those that a model cannot read."""
-        for source in self.sources:
-            source.unusable = unusable
-
     def __iter__(self) -> Iterator[Episode]:
-        worker = get_worker_info()
-        seed = self.seed + (0 if worker is None else 1_000_003 * worker.id)
-        rng = random.Random(f"mixture {seed}")
-        streams = [self._endless(source, seed) for source in self.sources]
+        rng = random.Random(f"mixture {self.seed}")
+        streams = [self._endless(source) for source in self.sources]
         while True:
             yield next(rng.choices(streams, self.weights)[0])
+
+    def check(self) -> None:
+        """Open one episode of every source.
+
+        Raises:
+            ValueError: of a source, none of the first `LOOKED_AT` can be learned from.
+        """
+        for source in self.sources:
+            source.skipped.clear()
+            skipped: Counter[str] = Counter()
+            for episode in islice(source.episodes(self.law, self.seed), LOOKED_AT):
+                opened = episode.opened()
+                skipped += opened.skipped
+                if opened.targets:
+                    break
+            else:
+                raise _nothing_in(source, skipped + source.skipped)
 
     def split(self, share: float) -> tuple[Mixture, Mixture]:
         """This mixture without a share of the documents of each source, and with these alone."""
@@ -228,18 +254,59 @@ class Mixture(IterableDataset):
             Mixture([held for _, held in parts], self.weights, self.law, self.seed + 10**6),
         )
 
-    def _endless(self, source: Source, seed: int) -> Iterator[Episode]:
-        passes = 0
+    def _endless(self, source: Source) -> Iterator[Episode]:
         source.skipped.clear()
-        while True:
+        for passes in count():
             episode = None
-            for episode in source.episodes(self.law, seed + passes):
+            for episode in source.episodes(self.law, self.seed + passes):
                 yield episode
             if episode is None:
-                left_out = ", ".join(f"{reason}: {count}" for reason, count in sorted(source.skipped.items()))
-                raise ValueError(
-                    f"{source.name} gave no episode: it is empty, or none of its documents has two pairs of a "
-                    f"readable image and a text. Left out: {left_out or 'nothing'}. Check its path, the folder of "
-                    "its images, and its similarity floor."
-                )
-            passes += 1
+                raise _nothing_in(source, source.skipped)
+
+
+def _nothing_in(source: Source, skipped: Counter[str]) -> ValueError:
+    left_out = ", ".join(f"{reason}: {count}" for reason, count in sorted(skipped.items()))
+    return ValueError(
+        f"{source.name} gave no episode: it is empty, or none of its documents has two pairs of a readable image and "
+        f"a text. Left out: {left_out or 'nothing'}. Check its path, the folder of its images, and its similarity "
+        "floor."
+    )
+
+
+class Opener:
+    """Opens the images of episodes for one model, and ends a run whose data is of no use.
+
+    Args:
+        unusable: says why the model cannot read a demonstration, if it cannot.
+        shrink: by how much a large image may be shrunk, see `open_image`.
+
+    Raises:
+        ValueError: when it is called: too many pairs of a source cannot be read by the model, or none of the last
+            `FAILED_IN_A_ROW` could be opened.
+    """
+
+    def __init__(
+        self, unusable: Callable[[Demonstration], str | None] | None = None, shrink: Shrink | None = None
+    ) -> None:
+        self.unusable, self.shrink = unusable, shrink
+        self._given: Counter[str] = Counter()
+        self._refused: Counter[str] = Counter()
+        self._failed: Counter[str] = Counter()  # since the last one that could be opened
+
+    def __call__(self, episode: Episode) -> Episode:
+        opened = episode.opened(self.unusable, self.shrink)
+        name, left_out = episode.source, opened.skipped - episode.skipped
+        self._given[name] += len(episode.pairs)
+        self._refused[name] += sum(count for reason, count in left_out.items() if is_refused(reason))
+        if self._refused[name] > max(100, MOST_REFUSED * self._given[name]):
+            raise ValueError(
+                f"{self._refused[name]} of the first {self._given[name]} pairs of {name} cannot be read by this "
+                f"model, such as {next(filter(is_refused, left_out), 'those in the log')}. Mend the data."
+            )
+        self._failed[name] = 0 if opened.targets else self._failed[name] + len(episode.pairs)
+        if self._failed[name] >= FAILED_IN_A_ROW:
+            raise ValueError(
+                f"None of the last {self._failed[name]} pairs of {name} can be learned from ({dict(left_out)} in the "
+                "last episode). Check that its images can be reached."
+            )
+        return opened

@@ -5,13 +5,29 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-from collections.abc import Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from ..data.images import Encoded
+from ..data.layouts import fetched_images
 from ..data.pairs import Pair, located
-from ..data.rows import LINES, NO_IMAGE, columns_of, dataset_rows, existing, find_files, json_rows, open_dataset
+from ..data.rows import (
+    LINES,
+    NO_IMAGE,
+    columns_of,
+    dataset_rows,
+    existing,
+    find_files,
+    json_members,
+    json_rows,
+    open_dataset,
+)
 from .shuffled import ShuffledSource
 
 
@@ -21,15 +37,18 @@ class Mmc4(ShuffledSource):
     Images matched to the same sentence make one pair; pairs are in the order of the sentences.
 
     Args:
-        path: jsonl shards (`.jsonl`, `.jsonl.gz`, `.jsonl.zip`): a file, a folder or a pattern.
-        images: folder of the images by `image_name`. When `None` it is `<shard>_images` beside the shard, where the
-            download script of MMC4 puts them, or, if there is none, the folder of the shard.
+        path: jsonl shards (`.jsonl`, `.jsonl.gz`, `.jsonl.zip`), or OpenFlamingo's (`.tar` of a `.json` for each
+            document, its images as `image_base64`): a file, a folder or a pattern.
+        images: folder of the images of jsonl shards, that of the shard when `None`. In it they lie by `image_name`, or
+            where MMC4's own download_images.py puts them: in `<shard>_images`, or in a folder for each shard, which
+            is found by the names of its images.
         min_similarity: images whose CLIP ViT-L/14 similarity to their sentence is lower are left out. 0.24 is what
             OpenFlamingo trains with (`--mmc4_textsim_threshold 0.24` in the README of mlfoundations/open_flamingo).
         shuffle_buffer: documents held in memory to be shuffled.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
+        ValueError: a file is of another kind, or a tar holds no documents.
     """
 
     interleaved = True
@@ -38,36 +57,129 @@ class Mmc4(ShuffledSource):
         self, path: str, *, images: str | None = None, min_similarity: float = 0.24, shuffle_buffer: int = 1000
     ) -> None:
         super().__init__(f"mmc4 {Path(path).name}", shuffle_buffer)
-        self.shards, self.min_similarity = find_files(path, LINES), min_similarity
-        self.images = None if images is None else existing(images)
+        tars = Path(path).expanduser().is_dir() and not find_files(path, LINES, missing_ok=True)
+        self.shards = find_files(path, (".tar",) if tars else LINES, missing_ok=bool(tars))
+        if not self.shards:
+            raise FileNotFoundError(f"{path} holds no file that ends in one of {(*LINES, '.tar')}. Check the folder.")
+        self.min_similarity, self.images = min_similarity, None if images is None else existing(images)
+        self.image_folders = ShardFolders(self.shards, self.images)
+        other = [one for one in self.shards if not one.name.lower().endswith((*LINES, ".tar"))]
+        if other:
+            raise ValueError(f"{other[0]} is no shard of MMC4: expected one that ends in {(*LINES, '.tar')}.")
+        tar = next((one for one in self.shards if one.suffix.lower() == ".tar"), None)
+        if tar is not None and not any(_is_document(row) for row, _, _ in islice(json_members(tar, Counter()), 20)):
+            raise ValueError(
+                f"{tar} holds no documents of MMC4: OpenFlamingo's shards have .json members with text_list and "
+                "image_info. Of a tar of images alone, unpack them and give the documents and the folder: "
+                "mmc4:docs_no_face_shard_0_v2.jsonl.zip,images=FOLDER"
+            )
 
     def _read(self, rng: random.Random) -> Iterator[Sequence[Pair]]:
         for shard in rng.sample(self.shards, len(self.shards)):
-            beside = shard.parent / f"{shard.name.partition('.')[0]}_images"
-            folder = self.images or (beside if beside.is_dir() else shard.parent)
-            for row in json_rows(shard, self.skipped):
-                texts, found = row.get("text_list"), row.get("image_info")
-                if isinstance(texts, list) and isinstance(found, list):
-                    yield self._pairs(texts, found, folder)
+            for row, images in self._documents(shard):
+                if _is_document(row):
+                    yield self._pairs(row["text_list"], row["image_info"], images)
                 else:
                     self.skipped["line without text_list and image_info"] += 1
 
-    def _pairs(self, texts: Sequence[Any], found: Sequence[Any], folder: Path) -> list[Pair]:
-        images: dict[int, list[str]] = {}
-        for info in found:
+    def _documents(self, shard: Path) -> Iterator[tuple[dict[str, Any], Callable[[int, Any], Any]]]:
+        """Documents of a shard, each with what gives its images, unopened, by number and `image_info`."""
+        if shard.suffix.lower() == ".tar":
+            for row, offset, size in json_members(shard, self.skipped):
+                yield row, partial(_encoded, shard, offset, size)
+            return
+        folder = self.image_folders.of(shard)
+        for row in json_rows(shard, self.skipped):
+            yield row, partial(_image_file, folder)
+
+    def _pairs(self, texts: Sequence[Any], found: Sequence[Any], images: Callable[[int, Any], Any]) -> list[Pair]:
+        matched: dict[int, list[Any]] = {}
+        for number, info in enumerate(found):
             try:
-                image, place = os.path.join(folder, info["image_name"]), range(len(texts))[info["matched_text_index"]]
+                image, place = images(number, info), range(len(texts))[info["matched_text_index"]]
                 similar = float(info["matched_sim"]) >= self.min_similarity
-            except (TypeError, KeyError, IndexError, ValueError):
+            except (TypeError, AttributeError, KeyError, IndexError, ValueError):
                 self.skipped["image that is matched to no sentence"] += 1
                 continue
             if not similar:
                 self.skipped["image below the similarity floor"] += 1
-            elif not os.path.isfile(image):  # here, so that the other images of its sentence stay
+            elif image is None:  # here, so that the other images of its sentence stay
                 self.skipped[NO_IMAGE] += 1
             else:
-                images.setdefault(place, []).append(image)
-        return [{"images": images[place], "text": texts[place]} for place in sorted(images)]
+                matched.setdefault(place, []).append(image)
+        return [{"images": matched[place], "text": texts[place]} for place in sorted(matched)]
+
+
+def _is_document(row: Mapping[str, Any]) -> bool:
+    return isinstance(row.get("text_list"), list) and isinstance(row.get("image_info"), list)
+
+
+def _image_file(folder: Path, number: int, info: Any) -> str | None:
+    path = os.path.join(folder, info["image_name"])
+    return path if os.path.isfile(path) else None
+
+
+def _encoded(shard: Path, offset: int, size: int, number: int, info: Any) -> Encoded | None:
+    return Encoded(shard, offset, size, number) if info.get("image_base64") else None
+
+
+class ShardFolders:
+    """Which folder has the images of which shard of MMC4, for each layout of its download_images.py.
+
+    `--input_jsonl` writes to `./<shard>_images/`, or straight to the folder that is given. `--input_shards` writes to
+    `FOLDER/<index>/`, where the index is the shard's place in the list that was given to it, which need not be its
+    number: a folder counts as that of a shard if it has images by the names in the shard.
+
+    Args:
+        shards: in order.
+        root: folder of the images; that of each shard when `None`.
+    """
+
+    ASKED = 64  # names of a shard that are looked for
+    ENOUGH = 0.2  # of them are there in the right folder, though many URLs are gone and some images are in two shards
+
+    def __init__(self, shards: Sequence[Path], root: Path | None) -> None:
+        self.shards, self.root, self.shift = list(shards), root, 0
+        self.found: dict[Path, Path] = {}
+
+    def of(self, shard: Path) -> Path:
+        """The folder of a shard's images."""
+        if shard not in self.found:
+            self.found[shard] = self._search(shard)
+        return self.found[shard]
+
+    def _search(self, shard: Path) -> Path:
+        root = self.root or shard.parent
+        for stem in (shard.name.partition(".")[0], Path(shard.name).stem):  # the second: of --input_zipped_jsonl
+            if (root / f"{stem}_images").is_dir():
+                return root / f"{stem}_images"
+        numbered = [int(one.name) for one in root.iterdir() if one.name.isdecimal() and one.is_dir()]
+        if not numbered:
+            return root
+        names = self._names(shard)
+        own, place = self._number(shard), self.shards.index(shard)
+        likely = [number for number in (own + self.shift, own, place) if number in numbered]
+        best, most = root, sum((root / name).is_file() for name in names)
+        for number in dict.fromkeys([*likely, *sorted(numbered)]):
+            folder = root / str(number)
+            there = sum((folder / name).is_file() for name in names)
+            if there > most:
+                best, most = folder, there
+            if most >= max(1, self.ENOUGH * len(names)):
+                break
+        if best != root:
+            self.shift = int(best.name) - own
+        return best
+
+    def _names(self, shard: Path) -> list[str]:
+        rows = islice(json_rows(shard, Counter()), self.ASKED)
+        infos = (info for row in rows if _is_document(row) for info in row["image_info"] if isinstance(info, Mapping))
+        names = (info["image_name"] for info in infos if isinstance(info.get("image_name"), str))
+        return list(islice(names, self.ASKED))
+
+    def _number(self, shard: Path) -> int:
+        numbers = re.findall(r"shard_(\d+)", shard.name) or re.findall(r"\d+", shard.name)
+        return int(numbers[0]) if numbers else self.shards.index(shard)
 
 
 class Obelics(ShuffledSource):
@@ -79,8 +191,9 @@ class Obelics(ShuffledSource):
     Args:
         path: parquet shards (a file, a folder, a pattern), a folder that `datasets` saved, or a Hub id
             (`HuggingFaceM4/OBELICS`).
-        images: folder of the images, named as the last part of the URL or by the URL's sha256 (with the URL's suffix,
-            with `.jpg`, or bare). Paths are relative to it, or else to the folder of the data.
+        images: folder of the images, as img2dataset wrote it (`--output_format files`), or named as the last part of
+            the URL or by the URL's sha256 (with the URL's suffix, with `.jpg`, or bare). Paths are relative to it, or
+            else to the folder of the data.
         download: fetch images that are not there. Slow: download them once instead, where you can.
         split: of the dataset.
         config: its configuration, where it has several.
@@ -107,6 +220,7 @@ class Obelics(ShuffledSource):
         self.download = download
         self.data, self.folder = open_dataset(path, split, config)
         self.images = None if images is None else existing(images)
+        self.fetched = {} if self.images is None else fetched_images(self.images)
         columns = columns_of(self.data)
         if not {"images", "texts"} <= set(columns):
             raise ValueError(f"{path} has the columns {sorted(columns)}; OBELICS has 'images' and 'texts'.")
@@ -137,6 +251,8 @@ class Obelics(ShuffledSource):
         folder = self.images or self.folder
         if not (isinstance(image, str) and image.startswith(("http://", "https://"))):
             return located(folder, image)
+        if image in self.fetched:
+            return os.path.join(folder, self.fetched[image])
         last, digest = Path(urlsplit(image).path).name, hashlib.sha256(image.encode()).hexdigest()
         for name in (last, digest + Path(last).suffix, digest + ".jpg", digest) if self.images else ():
             if name and os.path.isfile(os.path.join(folder, name)):

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ class KeptStates(LRUCache):
         self.folder = None if folder is None else Path(folder)
         self.max_disk_bytes = max_disk_bytes
         self.hits = self.misses = 0
+        self.reading_seconds = 0.0  # from a state that was not kept to the first one that was read in its place
+        self._missed: float | None = None
         self.width = width
         self._reader = hashlib.sha256(json.dumps(reader, sort_keys=True, default=str).encode()).hexdigest()
         self._on_disk = 0
@@ -69,11 +72,16 @@ class KeptStates(LRUCache):
                 super().put(key, value, value.numel() * value.element_size())
         self.hits += value is not None
         self.misses += value is None
+        if value is None:
+            self._missed = time.perf_counter()
         return value
 
     def put(self, key: Any, value: Any, size: int) -> None:
         """Keep states, off the accelerator."""
-        value = value.detach().cpu()
+        value = value.detach().cpu()  # which waits for the accelerator
+        if self._missed is not None:
+            self.reading_seconds += time.perf_counter() - self._missed
+            self._missed = None
         super().put(key, value, size)
         if self.folder is not None:
             self._store(self._path(key), value, size)

@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,7 @@ from transformers.utils import logging
 
 from ..data.link_context import Wording, class_folders, class_rows, image_paths, random_name
 from ..data.mining import ClassFeatures, ImageClass, clip_features, mined_neighbours, similarity
-from ..data.pairs import Pair
-from ..demonstrations_aim import Demonstration
+from ..data.pairs import Pair, Replaceable
 from .episodes import Episode, ShotLaw, Source
 
 logger = logging.get_logger(__name__)
@@ -32,7 +31,7 @@ POLICIES = ("2-way", "2-way-random", "2-way-weight", "mix")
 RENAMES = ("positive", "both")
 NEIGHBOURS = ("similar", "random")
 SHOTS = 16  # of each class, in the paper
-TRIES = 5  # neighbours drawn for an episode, when broken images leave too few of a class
+SPARES = 16  # images of a class that may stand in the place of broken ones
 
 
 @dataclass(frozen=True)
@@ -146,8 +145,8 @@ class LinkedClasses(Source):
     def episodes(self, law: ShotLaw, seed: int) -> Iterator[Episode]:
         """One pass: an episode for each class as the positive, of which only the query is a target.
 
-        Where broken images leave too few of a class, other neighbours are drawn, a few times; then the episode is left
-        out. Each time is counted.
+        In the place of an image that cannot be read stands another one of its class, as long as there are some; then
+        the episode is left out.
 
         Args:
             law: gives the ceiling of demonstrations in all.
@@ -162,12 +161,8 @@ class LinkedClasses(Source):
                 continue
             shots = self._draw(most, rng)
             make = self._ordinary if rng.random() < self.ordinary else self._linked
-            for _ in range(TRIES):
-                pairs = make(positive, shots, rng)
-                if pairs is not None:
-                    yield self._episode(pairs, [len(pairs) - 1])
-                    break
-                self.skipped["class with too few readable images"] += 1
+            pairs = make(positive, shots, rng)
+            yield self._episode(pairs, [len(pairs) - 1], whole=True)
 
     def _check_images(self, most: int) -> None:
         short = [one for one in self.classes if len(one.images) < most + 1]
@@ -186,12 +181,11 @@ class LinkedClasses(Source):
         weights = [math.exp(count / 2) if self.policy == "2-way-weight" else 1.0 for count in range(1, most + 1)]
         return rng.choices(range(1, most + 1), weights)[0]
 
-    def _linked(self, positive: int, shots: int, rng: random.Random) -> list[Demonstration] | None:
-        """Demonstrations of a class and of its neighbours, shuffled, and a query of one of them; `None`: too few."""
+    def _linked(self, positive: int, shots: int, rng: random.Random) -> list[Pair]:
+        """Demonstrations of a class and of its neighbours, shuffled, and a query of one of them."""
         one = self.classes[positive]
-        negatives = self._negatives(positive, rng)
         shown = [(one.name, one.images)]
-        for neighbour in negatives:
+        for neighbour in self._negatives(positive, rng):
             other = self.classes[neighbour.number]
             shown.append((other.name, tuple(dict.fromkeys([*other.images, *neighbour.images]))))
         taken = set(self._taken)
@@ -200,15 +194,14 @@ class LinkedClasses(Source):
             names[place] = random_name(rng, taken)
             taken.add(names[place])
         asked = rng.randrange(self.ways)
-        demos: list[Demonstration] = []
-        query: list[Demonstration] = []
+        demos: list[Pair] = []
         for place, (_, images) in enumerate(shown):
-            shuffled = iter(rng.sample(images, len(images)))  # the query is another image than the demonstrations
-            demos += self._take(shuffled, shots, names[place], self.wording.shown)
+            drawn = _drawn(images, shots + (place == asked), rng)  # the query is another image than the demonstrations
+            demos += [self.wording.shown(image, names[place]) for image in drawn[:shots]]
             if place == asked:
-                query = self._take(shuffled, 1, names[place], self.wording.asked)
+                query = self.wording.asked(drawn[-1], names[place])
         rng.shuffle(demos)
-        return [*demos, *query] if len(demos) == shots * self.ways and query else None
+        return [*demos, query]
 
     def _negatives(self, positive: int, rng: random.Random) -> list[Neighbour]:
         """Neighbours with different names, drawn by weight."""
@@ -220,30 +213,24 @@ class LinkedClasses(Source):
             left = [neighbour for neighbour in left if self.classes[neighbour.number].name != drawn]
         return chosen
 
-    def _take(
-        self,
-        images: Iterator[str],
-        count: int,
-        name: str,
-        word: Callable[[Any, str], Pair],
-    ) -> list[Demonstration]:
-        """The next images that can be read, `count` at most; the iterator goes on behind them."""
-        return list(islice(self.opened(word(image, name) for image in images), count))
-
-    def _ordinary(self, number: int, shots: int, rng: random.Random) -> list[Demonstration] | None:
+    def _ordinary(self, number: int, shots: int, rng: random.Random) -> list[Pair]:
         """Images of any class under their true names, and one of class `number` to be named."""
-        count = shots * self.ways
-        one = self.classes[number]
-        images = iter(rng.sample(one.images, len(one.images)))
-        query = self._take(images, 1, one.name, self.wording.asked)
-        own = set(images)  # those after the query: it is not among the demonstrations, nor is a broken one
-        drawn: dict[str, str] = {}
-        for other in rng.choices(self.classes, k=8 * count):  # more than enough, as images recur and may be broken
-            image = rng.choice(other.images)
-            if other is not one or image in own:
-                drawn[image] = other.name
-        demos = list(islice(self.opened(self.wording.shown(*pair) for pair in drawn.items()), count))
-        return [*demos, *query] if len(demos) == count and query else None
+        wanted, one = Counter({number: 1}), self.classes[number]
+        while wanted.total() <= shots * self.ways:
+            drawn = rng.randrange(len(self.classes))
+            wanted[drawn] += wanted[drawn] < len(self.classes[drawn].images)
+        images = {k: _drawn(self.classes[k].images, count, rng) for k, count in wanted.items()}
+        query = self.wording.asked(images[number].pop(), one.name)
+        demos = [self.wording.shown(image, self.classes[k].name) for k, some in images.items() for image in some]
+        rng.shuffle(demos)
+        return [*demos, query]
+
+
+def _drawn(images: Sequence[str], count: int, rng: random.Random) -> list[Any]:
+    """Some of the images of a class; the others may stand in their places."""
+    order = rng.sample(images, len(images))
+    spares = order[count : count + SPARES]
+    return [Replaceable(image, spares) for image in order[:count]]
 
 
 class LinkContext(LinkedClasses):

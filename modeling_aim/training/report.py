@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..publishing import base_names
+
 if TYPE_CHECKING:
     from .trainer import AimTrainer
 
@@ -58,6 +60,7 @@ def training_section(settings: Mapping[str, Any], trainer: AimTrainer, picture: 
     state = trainer.state
     rows = [(name.replace("_", " "), settings[name]) for name in SHOWN if settings[name] is not None]
     rows += [(name, value) for name, value in sorted(settings["arguments"].items())]
+    rows += [(f"image: {name}", value) for name, value in sorted((settings.get("image_settings") or {}).items())]
     if not settings["teacher"]:
         rows = [row for row in rows if row[0] != "distillation"]
     table = "\n".join(f"| {name} | {_worded(value)} |" for name, value in rows)
@@ -86,5 +89,5 @@ Left out of the data on the main process: {skipped}.
 
 def _worded(value: Any) -> str:
     if isinstance(value, (list, tuple)):
-        return "<br>".join(f"`{one}`" for one in value)
+        return "<br>".join(f"`{base_names(str(one))}`" for one in value)
     return f"`{value}`" if isinstance(value, str) else json.dumps(value, default=str)

@@ -7,7 +7,8 @@ import itertools
 import os
 import pickle
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -15,20 +16,23 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from huggingface_hub import HfApi
 from torch.utils.data import Dataset
-from transformers import PreTrainedConfig, TrainingArguments
+from transformers import PreTrainedConfig, PrinterCallback, TrainingArguments
 from transformers.utils import logging
 
 from .. import AimConfig, AimForConditionalGeneration
 from ..backbone_aim import laptop_quantization_config
 from ..configuration_aim import PRESETS, preset_settings
 from ..files_aim import model_card, only_one
+from ..image_settings import check_readable, set_image_settings
+from ..progress import has_bars
+from ..publishing import publish
 from ..runs import PRECISIONS, RunRecord
-from .checkpoints import last_checkpoint
+from .checkpoints import last_checkpoint, stored_scale
 from .episodes import Episode, Mixture, ShotLaw
 from .kept_states import KeptStates
 from .optimizer import OPTIMIZERS, usual_rate
+from .pace import MEASURED, WARM_UP, LogLines
 from .report import curves, training_section
 from .sources import open_source
 from .targets import PROMPTS, TEACHERS
@@ -40,7 +44,9 @@ RUN_FILE = "aim_training.json"
 GIB = 2**30
 CHANGEABLE = {
     "output", "overwrite", "push_to_hub", "save_every", "log_every", "memory", "keep_states", "disk", "device_map",
+    "dry_run",
 }  # fmt: skip
+Announce = Callable[[AimTrainer, "TrainSettings", Iterable[Episode]], None]
 RECORD = RunRecord("aim train", RUN_FILE, frozenset(CHANGEABLE))
 
 
@@ -75,6 +81,8 @@ class TrainSettings:
         dtype: precision of the backbone: bfloat16, float16 or float32.
         load_in_4bit: load the backbone in 4-bit, for a laptop.
         device_map: where the backbone goes; by default one device.
+        image_settings: settings of the backbone's image processor by its own names, such as max_pixels=200704 or
+            do_image_splitting=false: how many tokens an image is. They are stored in the repository.
         gradient_checkpointing: recompute the backbone's layers in the backward pass, for memory.
         prompts: how questions are written: chat, plain or mixed.
         teacher: distil from the backbone that reads the demonstrations full, or as text.
@@ -89,6 +97,7 @@ class TrainSettings:
         log_every: steps from one report to the next.
         seed: seed of the order, the episodes, and the projector's first weights.
         overwrite: replace another run in the output folder.
+        dry_run: show what the run will take, measure a few steps, and write nothing.
         push_to_hub: repository to push the result to.
         arguments: further `TrainingArguments` of transformers by name, such as report_to=wandb.
     """
@@ -115,6 +124,7 @@ class TrainSettings:
     dtype: str = "bfloat16"
     load_in_4bit: bool = False
     device_map: str | None = None
+    image_settings: dict[str, Any] = field(default_factory=dict)
     gradient_checkpointing: bool = False
     prompts: str = "chat"
     teacher: str | None = None
@@ -129,6 +139,7 @@ class TrainSettings:
     log_every: int = 10
     seed: int = 0
     overwrite: bool = False
+    dry_run: bool = False
     push_to_hub: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
 
@@ -166,7 +177,7 @@ class TrainSettings:
 
 
 class Held(Dataset):
-    """The first episodes of a stream, held for evaluation."""
+    """The first episodes of a stream, held for evaluation with their images unopened."""
 
     def __init__(self, episodes: Sequence[Episode]) -> None:
         self.episodes = list(episodes)
@@ -178,51 +189,100 @@ class Held(Dataset):
         return self.episodes[place]
 
 
-def train(settings: TrainSettings) -> AimTrainer:
+def train(settings: TrainSettings, announce: Announce | None = None) -> AimTrainer:
     """Train a projector; goes on where a run with the same settings was interrupted.
 
     Args:
         settings: all of the run.
+        announce: is called on the main process before training with trainer, settings and the stream of episodes;
+            `modeling_aim.speed.estimate.announce` writes what the run will take.
 
     Returns:
         The trainer, after `settings.output` was written: projector, processor, code, and a model card with data,
-        settings and curves.
+        settings and curves. With `dry_run` nothing is written.
 
     Raises:
         ValueError: settings or data that cannot work, or an output folder that holds another run.
         NotFinite: the loss is no number any more.
     """
     mixture = _mixture(settings.data, settings)
-    _check_data(mixture)
+    mixture.check()  # before the backbone is loaded
     held: Mixture | None = None
     if settings.eval_data:
         held = _mixture(settings.eval_data, settings, seed=10**6)
-        _check_data(held)
+        held.check()
     elif settings.held_out:
         mixture, held = _split(mixture, settings.held_out)
     arguments = _arguments(settings, held is not None)
     _check_processes(arguments)
     RECORD.earlier(settings)  # before a folder is made
+    if settings.dry_run:
+        return _dry_run(settings, mixture, announce)
     with only_one(settings.output, "aim train") if PartialState().is_main_process else nullcontext():
-        return _train(settings, arguments, mixture, held)
+        return _train(settings, arguments, mixture, held, announce)
+
+
+def _dry_run(settings: TrainSettings, mixture: Mixture, announce: Announce | None) -> AimTrainer:
+    """Write what the run will take, and measure some steps of it in a folder that is removed."""
+    model = _model(settings)
+    with tempfile.TemporaryDirectory() as folder:
+        steps = min(WARM_UP + MEASURED, settings.steps)
+        own = {**settings.arguments, "save_strategy": "no", "report_to": "none"}
+        short = replace(settings, output=folder, steps=steps, arguments=own, log_every=steps + 1)
+        trainer = _trainer(model, short, _arguments(short, False), mixture, None)
+        if announce is not None and PartialState().is_main_process:
+            announce(trainer, settings, mixture)
+        trainer.train()
+    return trainer
 
 
 def _train(
-    settings: TrainSettings, arguments: TrainingArguments, mixture: Mixture, held: Mixture | None
+    settings: TrainSettings,
+    arguments: TrainingArguments,
+    mixture: Mixture,
+    held: Mixture | None,
+    announce: Announce | None,
 ) -> AimTrainer:
     """The run, after all that can be checked without a model."""
     last = claim(settings)
     model = _model(settings)
-    for data in (mixture, held):
-        if data is not None:
-            data.check_with(model.processor.why_unreadable)
-    if settings.learning_rate is None and "learning_rate" not in settings.arguments:
-        arguments.learning_rate = usual_rate(settings.optimizer, model.projector.parameters())
+    trainer = _trainer(model, settings, arguments, mixture, held)
     if last is None:
         _begin(settings)
-    reader = _reader(model, settings)
+    if announce is not None and PartialState().is_main_process:
+        announce(trainer, settings, mixture)
+    if last is None:
+        trainer.calibrate()
+    elif (scale := stored_scale(last)) is not None:
+        model.projector.set_scale(scale.to(model.device))
+    untrained = {name: weight.clone() for name, weight in model.projector.state_dict().items()}
+    try:
+        trainer.train(resume_from_checkpoint=last)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"The checkpoint {last} holds something else than tensors and numbers: {error}") from error
+    if not trainer.improved:
+        logger.warning(trainer.verdict)
+        model.projector.load_state_dict(untrained)
+    finish(trainer, settings)
+    return trainer
+
+
+def _trainer(
+    model: Any, settings: TrainSettings, arguments: TrainingArguments, mixture: Mixture, held: Mixture | None
+) -> AimTrainer:
+    """The trainer of a run.
+
+    Args:
+        model: the plug-in.
+        settings: of the run.
+        arguments: of `Trainer`.
+        mixture, held: trained on, and held out.
+    """
+    if settings.learning_rate is None and "learning_rate" not in settings.arguments:
+        arguments.learning_rate = usual_rate(settings.optimizer, model.projector.parameters())
+    keep_states = None if settings.dry_run else settings.keep_states
     kept = KeptStates(
-        int(settings.memory * GIB), settings.keep_states, int(settings.disk * GIB), reader, read_width(model)
+        int(settings.memory * GIB), keep_states, int(settings.disk * GIB), _reader(model, settings), read_width(model)
     )
     trainer = AimTrainer(
         model,
@@ -235,15 +295,9 @@ def _train(
         train_dataset=mixture,
         eval_dataset=None if held is None else Held(list(itertools.islice(held, settings.eval_episodes))),
     )
-    untrained = {name: weight.clone() for name, weight in model.projector.state_dict().items()}
-    try:
-        trainer.train(resume_from_checkpoint=last)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"The checkpoint {last} holds something else than tensors and numbers: {error}") from error
-    if not trainer.improved:
-        logger.warning(trainer.verdict)
-        model.projector.load_state_dict(untrained)
-    finish(trainer, settings)
+    if arguments.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(LogLines())
     return trainer
 
 
@@ -259,13 +313,7 @@ def finish(trainer: AimTrainer, settings: TrainSettings) -> None:
     (output / "README.md").write_text(model_card(model.config, model.projector) + section, encoding="utf-8")
     _write_run(output, settings, finished=True, settled=settled)
     if settings.push_to_hub is not None:
-        model.push_to_hub(settings.push_to_hub)
-        HfApi().upload_folder(
-            repo_id=settings.push_to_hub,
-            folder_path=output,
-            allow_patterns=["README.md", "training.png", RUN_FILE],
-            commit_message="How it was trained",
-        )
+        publish(output, settings.push_to_hub, check=False)
 
 
 def claim(settings: TrainSettings) -> str | None:
@@ -321,8 +369,8 @@ def _split(mixture: Mixture, share: float) -> tuple[Mixture, Mixture | None]:
     """What is trained on and what is held out; `None` where the data is too little to hold some of it out."""
     train, held = mixture.split(share)
     try:
-        _check_data(train)
-        _check_data(held)
+        train.check()
+        held.check()
     except ValueError:
         logger.warning(
             f"The data is too little to hold {share:.0%} of its documents out, so nothing tells whether training "
@@ -342,13 +390,15 @@ def _check_processes(arguments: TrainingArguments) -> None:
         )
 
 
-def _check_data(mixture: Mixture) -> None:
-    """Look at one episode of every source before the backbone is loaded."""
-    for source in mixture.sources:
-        next(iter(Mixture([source], [1.0], mixture.law, mixture.seed)))
-
-
 def _model(settings: TrainSettings) -> Any:
+    """The plug-in to train, with the image settings of the run."""
+    model = _loaded(settings)
+    set_image_settings(model.processor, settings.image_settings)
+    check_readable(model, settings.image_settings)
+    return model
+
+
+def _loaded(settings: TrainSettings) -> Any:
     """The plug-in to train: a new projector on a backbone, or that of an AIM repository."""
     options: dict[str, Any] = {"dtype": PRECISIONS[settings.dtype], "device_map": settings.device_map}
     if settings.revision:
@@ -453,6 +503,7 @@ def _arguments(settings: TrainSettings, evaluates: bool) -> TrainingArguments:
         "ddp_find_unused_parameters": False,
         "seed": settings.seed,
         "report_to": "none",
+        "disable_tqdm": not has_bars(),
         "use_cpu": not torch.accelerator.is_available(),  # without it, several processes on CPUs train each alone
     }
     return TrainingArguments(**{**values, **settings.arguments})

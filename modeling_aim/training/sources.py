@@ -8,14 +8,14 @@ used is left out and counted by reason in `Source.skipped`: of data from the web
 
 from __future__ import annotations
 
-import json
 import random
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ..data.captions import caption_rows, images_folder, is_results, result_rows
+from ..data.layouts import captioned_images, data_files, text_or_label, which_column
 from ..data.pairs import IMAGE_SUFFIXES, Pair, located
 from ..data.rows import (
     LINES,
@@ -24,7 +24,6 @@ from ..data.rows import (
     choose_columns,
     columns_of,
     csv_rows,
-    data_files,
     dataset_rows,
     existing,
     find_files,
@@ -41,6 +40,7 @@ from ..data.specs import spec_named, split_spec
 from .episodes import Episode, ShotLaw, Source
 from .interleaved import Mmc4, Obelics
 from .link_context import LclRows, LinkContext
+from .llava import LlavaConversations
 from .shuffled import ShuffledSource, shuffled
 
 # --- independent pairs
@@ -53,19 +53,24 @@ class Pairs(ShuffledSource):
         path: one of
             - jsonl files (also `.gz`, `.zip`), as of `aim bank build`; images are relative to the file;
             - a folder of images with `metadata.jsonl` or `metadata.csv` (`file_name` and a text);
-            - a folder with a folder of images for each label;
+            - a folder with a folder of images for each label, two at least, and no annotations beside them;
+            - COCO's captions (`captions_train2014.json`), Karpathy's JSON, Flickr30k's `results.csv`, or a JSON list
+              of objects: a pair for each caption;
             - webdataset shards (`.tar`): members of the same name are a pair, such as `7.jpg` and `7.txt` or `7.json`;
+            - what img2dataset wrote: files, tar or parquet;
             - parquet files, a folder that `datasets` saved, or a Hub id.
           Files may be given as a folder or as a pattern.
-        images: folder that paths of images are relative to.
+        images: folder that paths of images are relative to. That of the file when `None`; of captions in JSON or
+            `results.csv` also a folder beside it that has them.
         image, text, label, question, answer: which columns (keys, members) are which part; usual names are found
             by themselves. Of several answers or captions the most frequent is taken, or else the first.
-        split: of a dataset.
+        split: of a dataset, `"train"` by default. A folder with files of several splits asks for it.
         config: its configuration, where it has several.
         shuffle_buffer: pairs held in memory to be shuffled.
 
     Raises:
-        ValueError: there is no column for an image, or for a text.
+        ValueError: there is no column for an image, or for a text, or rows have both a text and a label and neither
+            was chosen; or the folder holds images without a text, or several splits of which none was chosen.
         FileNotFoundError: there is no such file or folder.
     """
 
@@ -79,38 +84,47 @@ class Pairs(ShuffledSource):
         label: str | None = None,
         question: str | None = None,
         answer: str | None = None,
-        split: str = "train",
+        split: str | None = None,
         config: str | None = None,
         shuffle_buffer: int = 1000,
     ) -> None:
         super().__init__(f"pairs {Path(path).name}", shuffle_buffer)
         self.given = {"image": image, "text": text, "label": label, "question": question, "answer": answer}
         self.images = None if images is None else existing(images)
+        self.chosen_split = split
         self.shards: list[Path] = []
         self.data: Any = None
         place = Path(path).expanduser()
         if place.is_dir() and not is_saved(place):
-            self.shards = data_files(place)
+            self.shards = data_files(place, split)
         elif not place.is_dir():
             self.shards = find_files(path, (), missing_ok=is_hub_id(path))
-            known = (*LINES, ".csv", ".tar", ".parquet", *IMAGE_SUFFIXES)
+            known = (*LINES, ".json", ".csv", ".tar", ".parquet", *IMAGE_SUFFIXES)
             if any(not one.name.lower().endswith(known) for one in self.shards):
                 raise ValueError(
-                    f"{path} is no file of pairs: expected one that ends in {LINES}, .csv, .tar or .parquet."
+                    f"{path} is no file of pairs: expected one that ends in {LINES}, .json, .csv, .tar or .parquet."
                 )
         if not self.shards or self.shards[0].suffix == ".parquet":
-            self.data, self.folder = open_dataset(path, split, config)
+            self.data, self.folder = open_dataset(path, split or "train", config)
             self.columns = fitting_columns(columns_of(self.data), self.given, path)
         else:
             self._check_columns(path)
 
     def _check_columns(self, path: str) -> None:
         """Say at once, not in the middle of a training, that no row looks like a pair."""
-        some = [list(_given(row)) for row in islice(self._rows(self.shards[0]), 20)]
+        rows = [_given(row) for row in islice(self._rows(self.shards[0]), 20)]
         self.skipped.clear()
-        chosen = [choose_columns(names, self.given) for names in some]
-        if some and not any("image" in one and words_in(one) for one in chosen):
-            fitting_columns(some[0], self.given, path)
+        chosen = [choose_columns(row, self.given) for row in rows]
+        if rows and not any("image" in one and words_in(one) for one in chosen):
+            fitting_columns(list(rows[0]), self.given, path)
+        both = next((found for row in rows if (found := text_or_label(row))), None)
+        if (
+            both
+            and self.shards[0].suffix != ".tar"
+            and "question" not in chosen[0]
+            and not any(name for part, name in self.given.items() if part != "image")
+        ):
+            raise ValueError(f"{path}: {which_column(*both)}")
 
     def _read(self, rng: random.Random) -> Iterator[Sequence[Pair]]:
         if self.data is not None:
@@ -119,22 +133,33 @@ class Pairs(ShuffledSource):
                 yield [pair_of(whole, self.columns, self.images or self.folder, names)]
             return
         for shard in rng.sample(self.shards, len(self.shards)):  # single images of class folders are shards too
-            for row in self._rows(shard):
+            rows: Iterable[dict[str, Any]] = self._rows(shard)
+            folder = self.images or shard.parent
+            if shard.suffix.lower() == ".json" or is_results(shard):  # captions of one image lie side by side
+                rows = list(rows)
+                some = [row.get(choose_columns(_given(row), self.given).get("image", "")) for row in rows[:50]]
+                folder = self.images or images_folder(shard, [image for image in some if isinstance(image, str)])
+                rng.shuffle(rows)
+            for row in rows:
                 columns = choose_columns(_given(row), self.given)
                 if "image" not in columns:
                     self.skipped[NO_IMAGE] += 1
                 elif not words_in(columns):
                     self.skipped[NO_TEXT] += 1
                 else:
-                    yield [pair_of(row, columns, self.images or shard.parent)]
+                    yield [pair_of(row, columns, folder)]
 
-    def _rows(self, shard: Path) -> Iterator[Mapping[str, Any]]:
+    def _rows(self, shard: Path) -> Iterator[dict[str, Any]]:
         # `read_demonstrations` of the other commands reads a file whole and stops at a broken line; and `datasets`
         # gives up on a jsonl file or a tar of which one line or member is broken, or has other keys than the first.
         if shard.suffix == ".tar":
             return tar_rows(shard, self.skipped)
+        if shard.is_dir():
+            return captioned_images(shard)
+        if shard.suffix.lower() == ".json":
+            return iter(caption_rows(shard, self.chosen_split))
         if shard.suffix == ".csv":
-            return csv_rows(shard, self.skipped)
+            return result_rows(shard) if is_results(shard) else csv_rows(shard, self.skipped)
         if shard.suffix.lower() in IMAGE_SUFFIXES:
             return iter([{"image": shard.name, "label": shard.parent.name}])
         return json_rows(shard, self.skipped)
@@ -142,62 +167,6 @@ class Pairs(ShuffledSource):
 
 def _given(row: Mapping[str, Any]) -> Mapping[str, Any]:
     return {name: value for name, value in row.items() if value is not None}
-
-
-class LlavaConversations(Source):
-    """Conversations about images in LLaVA's JSON (arXiv 2304.08485): each question and its answer is a pair.
-
-    A human turn that is nothing but the image makes a caption of the answer, as in stage 1. Turns of a conversation
-    are spread over the whole pass: side by side they would be demonstrations for one another, and a target could be
-    answered from what was just said of the same image, without looking at it.
-
-    Args:
-        path: the JSON file, a list of `{"id", "image", "conversations": [{"from", "value"}]}`. It is read whole.
-        images: folder of the images; that of the file when `None`.
-        captions: take answers as captions, without their questions: LLaVA's stage 1, where questions are
-            "Describe the image concisely" in other words.
-
-    Raises:
-        ValueError: the file is no such list.
-        FileNotFoundError: there is no such file.
-    """
-
-    def __init__(self, path: str, *, images: str | None = None, captions: bool = False) -> None:
-        place = existing(path)
-        self.name, self.folder = f"llava {place.name}", place.parent if images is None else existing(images)
-        try:
-            records = json.loads(place.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not JSON ({error}); it is cut short or another kind of file.") from error
-        if not isinstance(records, list):
-            raise ValueError(f"{path} holds a JSON {type(records).__name__}; LLaVA's format is a list of objects.")
-        self._left_out: Counter[str] = Counter()
-        self.pairs = [pair for record in records for pair in self._pairs(record, captions)]
-
-    def _pairs(self, record: Any, captions: bool) -> Iterator[Pair]:
-        image, turns = (record.get(key) for key in ("image", "conversations")) if isinstance(record, dict) else (0, 0)
-        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-            self._left_out["record without a conversation"] += 1
-        elif not image:
-            self._left_out["record without an image"] += 1
-        else:
-            question = None
-            for turn in turns:
-                value = turn["value"].strip() if isinstance(turn.get("value"), str) else ""
-                if turn.get("from") == "gpt" and question is not None:
-                    words = {"question": question, "answer": value} if question and not captions else {"text": value}
-                    yield {"image": located(self.folder, image), **words}
-                    question = None
-                else:
-                    self._left_out["turn without its question or answer"] += question is not None
-                    question = value.replace("<image>", "").strip() if turn.get("from") == "human" else None
-            self._left_out["turn without its question or answer"] += question is not None
-
-    def documents(self, seed: int) -> Iterator[Sequence[Pair]]:
-        self.skipped.update(+self._left_out)
-        order = list(range(len(self.pairs)))
-        random.Random(f"order {seed}").shuffle(order)
-        return ([self.pairs[place]] for place in order)
 
 
 # --- ready-made episodes
@@ -234,12 +203,8 @@ class EpisodeFile(ShuffledSource):
             if len(demos) > law.most:
                 self.skipped["demonstration beyond the largest number of shots"] += len(demos) - law.most
                 demos = demos[-law.most :]
-            shown = list(self.opened(demos))
-            if len(shown) < len(demos):
-                self.skipped["episode with a demonstration that cannot be read"] += 1
-                continue
-            for query in self.opened(queries):
-                yield self._episode([*shown, query], targets=(len(shown),))
+            for query in queries:
+                yield self._episode([*demos, query], targets=(len(demos),), whole=True)
 
     def _lines(self, seed: int) -> Iterator[tuple[list[Pair], list[Pair]]]:
         rng = random.Random(f"order {seed}")

@@ -12,16 +12,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import BatchFeature
 
 from ..backbone_aim import longest_prompt
+from ..data.shrink import ShrinkFor
 from ..demonstrations_aim import Demonstration
 from ..processing_aim import AimProcessor
-from .episodes import Episode
+from .episodes import Episode, Opener
 
 SENTINEL = "aimanswergoeshere"
 TEACHERS = ("full", "text")
 PROMPTS = ("chat", "plain", "mixed")
+BLANK = 224  # pixels of a side of an image that stands where nothing can be read
 
 
 @dataclass(frozen=True)
@@ -94,18 +97,29 @@ def encode_targets(
         The backbone's inputs, and labels `(batch, length)`, -100 but at answers and what ends them.
     """
     images, prompts, spans = [], [], []
+    begin = processor.front(0)  # BOS that only a chat template writes stands before every prompt, once
     for row, target in enumerate(targets):
         words, shown = fronts[row] if fronts else ("", [])
         prompt, answer = frame.words(processor, target)
+        prompt = begin + words + prompt.removeprefix(begin)
         images.append([*shown, *target.images])
-        prompts.append(words + prompt + answer)
-        spans.append((len(words + prompt), len(prompts[-1])))
+        prompts.append(prompt + answer)
+        spans.append((len(prompt), len(prompts[-1])))
     inputs, mask = processor.encode_spans(images, prompts, spans)
     return inputs, inputs["input_ids"].masked_fill(~mask, -100)
 
 
+def logits_kept(labels: torch.Tensor) -> int:
+    """Positions at the end of a batch whose logits are needed, from its labels `(batch, length)`."""
+    scored = (labels != -100).int()
+    return int((scored.shape[1] - scored.argmax(dim=1)).max()) + 1
+
+
 class EpisodeCollator:
     """Makes a batch of episodes into what `AimForConditionalGeneration.forward` takes: a row for each target.
+
+    It opens their images, no larger than the processor needs them (`ShrinkFor`). A batch of which nothing can be read
+    is one row without a label.
 
     Args:
         model: gives processor, precision and number of positions.
@@ -123,12 +137,32 @@ class EpisodeCollator:
         self.frame = AnswerFrame.of(self.processor, ends, prompts)
         self.longest = longest_prompt(model.backbone.config)
         self.budget = model.config.max_fused_tokens
+        self.open = Opener(self.processor.why_unreadable, ShrinkFor(self.processor))
 
-    def __call__(self, episodes: Sequence[Episode]) -> dict[str, Any]:
-        """Inputs, `labels`, `demos` (a list for each row), `sources`, what was `skipped`, and the teacher's inputs."""
+    def __call__(self, given: Sequence[Episode | None]) -> dict[str, Any]:
+        """Inputs, `labels`, `demos` (a list for each row), and the teacher's inputs.
+
+        Beside them `sources`, what was `skipped`, and `counts` of episodes, images and tokens of the targets' prompts.
+
+        Args:
+            given: episodes, or `None` for each that a resumed run has behind it; of these alone comes an empty batch.
+        """
+        if all(episode is None for episode in given):
+            return {}
+        episodes = [self.open(episode) for episode in given if episode is not None]
         skipped: Counter[str] = sum((episode.skipped for episode in episodes), Counter())
-        rows = [(episode.pairs[:place], episode.pairs[place]) for episode in episodes for place in episode.targets]
-        rows, inputs, labels = self._fitting(self._readable(rows, skipped), skipped)
+        rows: list[Any] = [
+            (episode.pairs[:place], episode.pairs[place]) for episode in episodes for place in episode.targets if place
+        ]
+        scored = bool(rows)
+        if scored:
+            rows, inputs, labels = self._fitting(rows, skipped)
+        else:
+            skipped["batch of which nothing can be read"] += 1
+            blank = Demonstration((Image.new("RGB", (BLANK, BLANK)),), "nothing to be seen here")
+            rows = [((blank,), blank)]
+            inputs, labels = encode_targets(self.processor, self.frame, [blank])
+            labels.fill_(-100)
         batch: dict[str, Any] = {
             **inputs.to(self.dtype),
             "labels": labels,
@@ -136,23 +170,17 @@ class EpisodeCollator:
         }
         batch["sources"] = [episode.source for episode in episodes]
         batch["skipped"] = dict(skipped)
+        pairs = {id(pair): len(pair.images) for demos, target in rows for pair in (*demos, target)}
+        batch["counts"] = {
+            "episodes": len(episodes),
+            "images": sum(pairs.values()),
+            "tokens": int(inputs["attention_mask"].sum()),
+        }
         if self.teacher is not None:
             fronts = [self._front(demos) for demos, _ in rows]
             full, known = encode_targets(self.processor, self.frame, [target for _, target in rows], fronts)
-            batch["teacher"] = {**full.to(self.dtype), "labels": known}
+            batch["teacher"] = {**full.to(self.dtype), "labels": known if scored else known.fill_(-100)}
         return batch
-
-    def _readable(self, rows: Sequence[Any], skipped: Counter[str]) -> list[Any]:
-        """Rows without the demonstrations and targets that the backbone cannot read; these are counted."""
-        pairs = {id(pair): pair for demos, target in rows for pair in (*demos, target)}
-        reasons = {name: self.processor.why_unreadable(pair) for name, pair in pairs.items()}
-        skipped.update(reason for reason in reasons.values() if reason is not None)
-        kept = [
-            ([pair for pair in demos if reasons[id(pair)] is None], target)
-            for demos, target in rows
-            if reasons[id(target)] is None
-        ]
-        return [(demos, target) for demos, target in kept if demos]
 
     def _front(self, demos: Sequence[Demonstration]) -> tuple[str, list[Any]]:
         """Demonstrations as the teacher reads them: words, and images where it sees them."""
@@ -177,10 +205,10 @@ class EpisodeCollator:
                 return fitting, inputs, labels
             longest = rows.pop(int(inputs["attention_mask"].sum(dim=1).argmax()))[1]
             skipped["target longer than the context"] += 1
-        words = "There is no target." if longest is None else f"One target is {longest.text[:80]!r}."
+        assert longest is not None
         raise ValueError(
             f"No target of this batch fits in the backbone's {self.longest} positions with even one demonstration. "
-            f"{words} Give shorter texts, or smaller or fewer images."
+            f"One target is {longest.text[:80]!r}. Give shorter texts, or smaller or fewer images."
         )
 
     def _latest(self, demos: Sequence[Demonstration], room: int) -> Sequence[Demonstration]:

@@ -12,62 +12,54 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 from ..backbone_aim import check_backbone, longest_prompt
 from ..configuration_aim import AimConfig
-from ..projector_aim import DIGEST_KEY, PROJECTOR_WEIGHTS
+from ..projector_aim import DIGEST_KEY, PROJECTOR_WEIGHTS, SCALE_KEY
 from ..projector_aim import load_projector as load_weights
-from .episodes import Episode
+from .episodes import Mixture
 from .kept_states import KeptStates
 from .optimizer import OPTIMIZERS, MuonAndAdamW
-from .targets import EpisodeCollator
+from .pace import Pace
+from .stream import EpisodeStream
+from .targets import EpisodeCollator, logits_kept
+
+logger = logging.get_logger(__name__)
+
+CALIBRATION_STATES = 512  # states of demonstrations' tokens that a projector to the input is calibrated on
+MOST_EPISODES = 64
 
 
 class NotFinite(ValueError):
     """The loss is not a number, so the projector would be lost with the next step."""
 
 
-class LengthGrouped(IterableDataset):
-    """Episodes of similar length side by side, so that less of a batch is padding.
+class SkipUnopened(TrainerCallback):
+    """Where a run resumes, the episodes that it has behind it are passed by with their images unopened."""
 
-    Takes `window` episodes at a time, sorts them by length, and gives them in blocks of `block` in random order.
+    def __init__(self, stream: EpisodeStream) -> None:
+        self.stream = stream
 
-    Args:
-        episodes: any stream of them.
-        block: episodes in one batch over all processes.
-        window: episodes that are sorted together, four blocks when `None`: their images are open in memory.
-        seed: of the order.
-    """
-
-    def __init__(self, episodes: Iterable[Episode], block: int, window: int | None = None, seed: int = 0) -> None:
-        self.episodes, self.block, self.window, self.seed = episodes, block, window or 4 * block, seed
-
-    def __iter__(self) -> Iterator[Episode]:
-        order = torch.Generator().manual_seed(self.seed)
-        held: list[Episode] = []
-        for episode in self.episodes:
-            held.append(episode)
-            if len(held) == self.window:
-                yield from self._blocks(held, order)
-                held = []
-        yield from self._blocks(held, order)
-
-    def _blocks(self, held: list[Episode], order: torch.Generator) -> Iterator[Episode]:
-        held.sort(key=lambda episode: (len(episode.pairs), sum(len(pair.text) for pair in episode.pairs)))
-        blocks = [held[start : start + self.block] for start in range(0, len(held), self.block)]
-        for place in torch.randperm(len(blocks), generator=order).tolist():
-            yield from blocks[place]
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        behind = 0 if args.ignore_data_skip else state.global_step % state.max_steps  # as Trainer counts them
+        self.stream.skip = behind * args.gradient_accumulation_steps
 
 
 class AimTrainer(Trainer):
     """`Trainer` for `AimForConditionalGeneration`: datasets give episodes, checkpoints hold the projector alone.
+
+    A `Mixture` is dealt to processes and workers (`EpisodeStream`). Each opens the images of its own episodes alone.
 
     Args:
         model: the plug-in; its backbone may be in 4-bit.
@@ -77,7 +69,7 @@ class AimTrainer(Trainer):
         distillation: weight of the KL divergence to the teacher; the cross-entropy has the rest.
         temperature: of teacher and student in the divergence.
         optimizer: `"muon"`, see `MuonAndAdamW`, or `"adamw"`: what `args.optim` names.
-        group_by_length: sort a window of the stream by length, see `LengthGrouped`.
+        group_by_length: sort a window of the stream by length, see `EpisodeStream`.
         kept_states: where hidden states of demonstrations are kept; 1 GiB of memory when `None`.
         **kwargs: as for `Trainer` (`train_dataset`, `eval_dataset`, `callbacks`, ...).
 
@@ -112,14 +104,18 @@ class AimTrainer(Trainer):
         args.remove_unused_columns = False  # an episode is an object, not columns
         args.prediction_loss_only = True
         accelerator: Any = args.accelerator_config  # images cannot be sent from one process to the others:
-        accelerator.dispatch_batches = False  # each reads the stream and takes its share
+        accelerator.dispatch_batches = False  # each goes through the stream and takes its share
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # every step uses the whole projector
         model.read_cache = KeptStates(2**30) if kept_states is None else kept_states
         kwargs.setdefault("data_collator", EpisodeCollator(model, teacher, prompts))
         kwargs.setdefault("processing_class", model.processor)
-        train = kwargs.get("train_dataset")
-        if group_by_length and isinstance(train, IterableDataset):
-            block = args.per_device_train_batch_size * args.world_size
-            kwargs["train_dataset"] = LengthGrouped(train, block, seed=args.seed)
+        self._episodes = train = kwargs.get("train_dataset")
+        if isinstance(train, (Mixture, IterableDataset)) and not isinstance(train, EpisodeStream):
+            train = EpisodeStream(train, args.train_batch_size * args.world_size, group_by_length, args.seed)
+        if isinstance(train, EpisodeStream):
+            kwargs["train_dataset"] = train
+            kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), SkipUnopened(train)]
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer={optimizer!r} is unknown; choose one of {OPTIMIZERS}.")
         if optimizer == "muon":
@@ -133,8 +129,34 @@ class AimTrainer(Trainer):
         self.teacher, self.distillation, self.temperature = teacher, distillation, temperature
         self._verdicts: list[torch.Tensor] = []
         self.skipped: Counter[str] = Counter()
+        self._pace = Pace(self.reading_seconds, args.world_size)
         taken = inspect.signature(model.backbone.forward).parameters
         self._keeps_logits = "logits_to_keep" in taken
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's training, after the projector is calibrated where its form needs that (`AimProjector`)."""
+        if not resume_from_checkpoint:  # a checkpoint has the scales of its run
+            self.calibrate()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def calibrate(self) -> None:
+        """Calibrate a new projector on some hundred states of the data, unless its form needs no calibration."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        projector = model.projector
+        done = getattr(projector, SCALE_KEY) is not None or not projector.is_new
+        if done or not projector.can_calibrate or self._episodes is None:
+            return
+        sample: list[torch.Tensor] = []
+        for episode in islice(iter(self._episodes), MOST_EPISODES):
+            demos = {demo.key: demo for row in self.data_collator([episode])["demos"] for demo in row}
+            sample += model.read_states(list(demos.values()))
+            if sum(map(len, sample)) >= CALIBRATION_STATES:
+                break
+        if sample:
+            projector.calibrate(torch.cat(sample))
+            scale = broadcast(getattr(projector, SCALE_KEY))  # processes may see different data
+            projector.set_scale(scale)
+            logger.info(f"Calibrated the projector's {len(scale)} channels on {sum(map(len, sample))} states.")
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -143,12 +165,16 @@ class AimTrainer(Trainer):
         inputs = {**inputs}
         self.skipped.update(inputs.pop("skipped", {}))
         inputs.pop("sources", None)
+        self._pace.count(inputs.pop("counts", {}) if model.training else {})
         taught = inputs.pop("teacher", None)
         if self._keeps_logits:
-            scored = (inputs["labels"] != -100).int()
-            inputs["logits_to_keep"] = int((scored.shape[1] - scored.argmax(dim=1)).max()) + 1
+            inputs["logits_to_keep"] = logits_kept(inputs["labels"])
         labels = inputs["labels"]
+        if num_items_in_batch is not None:  # none at all, where nothing of the batch could be read
+            num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if not bool((labels != -100).any()):
+            loss = outputs.logits.float().sum() * 0
         if not model.training:
             self._verdicts.append(_right(outputs.logits, labels))
         if taught is not None:
@@ -170,7 +196,7 @@ class AimTrainer(Trainer):
         student, teacher = (torch.log_softmax(x.float() / self.temperature, dim=-1) for x in (student, teacher))
         total = torch.nn.functional.kl_div(student, teacher, reduction="sum", log_target=True) * self.temperature**2
         if items is None:
-            return total / len(student)
+            return total / max(len(student), 1)
         shared = self.args.average_tokens_across_devices and self.args.world_size > 1
         return total / items * (self.args.world_size if shared else 1)
 
@@ -188,7 +214,8 @@ class AimTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's evaluation, with the share of targets of which every token is the most likely one."""
         self._verdicts = []
-        metrics = super().evaluate(*args, **kwargs)
+        with self._pace.paused():
+            metrics = super().evaluate(*args, **kwargs)
         right = torch.cat(self._verdicts) if self._verdicts else torch.zeros(0, device=self.args.device)
         counts = self.accelerator.reduce(torch.stack([right.sum(), right.new_tensor(len(right))]).to(self.args.device))
         accuracy = round(float(counts[0] / counts[1].clamp(min=1)), 4)
@@ -238,13 +265,19 @@ class AimTrainer(Trainer):
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Trainer's log, with what was skipped and how often a read was spared."""
+        """Trainer's log, with the pace, what was skipped and how often a read was spared."""
         kept = self.model.read_cache  # type: ignore[union-attr]
+        if "loss" in logs:
+            logs = {**logs, **self._pace.report()}
         if "loss" in logs and isinstance(kept, KeptStates) and kept.hits + kept.misses:
             logs = {**logs, "reads_spared": round(kept.hits / (kept.hits + kept.misses), 4)}
         if "loss" in logs and self.skipped:
             logs = {**logs, **{f"skipped/{reason}": count for reason, count in sorted(self.skipped.items())}}
         super().log(logs, *args, **kwargs)
+
+    def reading_seconds(self) -> float:
+        """Seconds that this process has read demonstrations for."""
+        return getattr(self.model.read_cache, "reading_seconds", 0.0)  # type: ignore[union-attr]
 
     # --- checkpoints hold a projector, not a model.safetensors
 
@@ -279,10 +312,10 @@ def _muon() -> Any:
 
 
 def _right(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """For each row whether every target token is the most likely one, as 0 or 1; `logits` may lack first positions."""
+    """For each row with a target, 1 if all its tokens are the most likely ones; `logits` may lack first positions."""
     labels = labels[:, -logits.shape[1] :][:, 1:].to(logits.device)
     same = logits[:, :-1].argmax(dim=-1) == labels
-    return (same | (labels == -100)).all(dim=1).float()
+    return (same | (labels == -100)).all(dim=1)[(labels != -100).any(dim=1)].float()
 
 
 def _at_targets(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -81,7 +81,8 @@ def generate(
     """
     for name in (*HUB_KWARGS, "repo_type"):  # where this code comes from
         kwargs.pop(name, None)
-    parsed = [parse_demos(given) for given in (demos, chat_demos)]
+    rules = getattr(processor, "image_rules", None)  # of an AimProcessor
+    parsed = [parse_demos(given, rules) for given in (demos, chat_demos)]
     parts = [part for given in parsed for part in (given if isinstance(given, list) else [given]) if part is not None]
     if not parts:
         return type(model).generate(model, **kwargs)  # `model.generate` may be this very function

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ...data.tables import Row, Table
@@ -34,6 +35,18 @@ class ScienceQA(SplitTask):
         **settings: Any,
     ) -> None:
         super().__init__(path, name=name or "ScienceQA", split=split, config=config, **settings)
+
+    def table(self, path: str, split: str, config: str | None, images: str | None) -> Table:
+        official = [
+            one for one in (Path(path), Path(path) / "data" / "scienceqa") if (one / "problems.json").is_file()
+        ]
+        if official:
+            raise ValueError(
+                f"{official[0]} is ScienceQA as its authors publish it (problems.json), which this task does not "
+                "read. Give the same questions in parquet: scienceqa for the dataset on the Hub, or scienceqa:FOLDER "
+                "with a copy of lmms-lab-encoder/ScienceQA."
+            )
+        return super().table(path, split, config, images)
 
     def check(self, table: Table) -> None:
         table.need("image", "question", "choices", "answer", "hint")

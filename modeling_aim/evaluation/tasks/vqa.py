@@ -109,7 +109,7 @@ def coco_table(folder: Path, split: str, images: Path) -> Table:
 def _listed(path: Path, part: str) -> list[dict[str, Any]]:
     read = read_json(path)
     if not isinstance(read, dict) or not isinstance(read.get(part), list):
-        raise ValueError(f"{path} has no list {part!r}; expected the published file of the data set.")
+        raise ValueError(f"{path} has no list {part!r}; expected the published file of the dataset.")
     return read[part]
 
 
@@ -171,6 +171,16 @@ class HatefulMemes(SplitTask):
     ) -> None:
         super().__init__(path, name=name or "Hateful Memes", split=split, **settings)
         roc_auc([], [])  # so that a missing library is known now, not after hours
+
+    def table(self, path: str, split: str, config: str | None, images: str | None) -> Table:
+        place = Path(path).expanduser()
+        published = sorted(one.stem for one in place.glob("*.jsonl"))
+        if published and split not in published:
+            raise MissingSplit(
+                f"{place} holds the splits {', '.join(published)}, but not {split!r}. Say which is asked: "
+                f"hateful_memes:{path},split={'dev_seen' if 'dev_seen' in published else published[0]}"
+            )
+        return super().table(path, split, config, images)
 
     def check(self, table: Table) -> None:
         table.need("text", "label")

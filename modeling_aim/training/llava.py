@@ -1,0 +1,121 @@
+"""LLaVA's conversations about images, as a source of episodes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..data.json_array import json_entries
+from ..data.layouts import llava_file
+from ..data.pairs import Pair, Unread, located, size_of
+from ..data.rows import existing
+from .episodes import Source
+
+
+class Turn(Unread):
+    """A question of a conversation and its answer, read from the file when they are asked for.
+
+    Args:
+        source: has the file.
+        record: number of the conversation.
+        number: of the pair in it.
+        words: how many characters it has.
+    """
+
+    def __init__(self, source: LlavaConversations, record: int, number: int, words: int) -> None:
+        self.source, self.record, self.number, self.size = source, record, number, (words, 1)
+
+    def read(self) -> dict[str, Any]:
+        return self.source.pairs_of(self.record)[self.number]
+
+
+class LlavaConversations(Source):
+    """Conversations about images in LLaVA's JSON (arXiv 2304.08485): each question and its answer is a pair.
+
+    A human turn that is nothing but the image makes a caption of the answer, as in stage 1. Turns of a conversation
+    are spread over the whole pass: side by side they would be demonstrations for one another, and a target could be
+    answered from what was just said of the same image, without looking at it. All turns of a conversation are held
+    out, or none.
+
+    The file is gone through once, to note where each conversation lies (some 20 bytes a pair are held); a pair is read
+    when its image is opened.
+
+    Args:
+        path: the JSON file, a list of `{"id", "image", "conversations": [{"from", "value"}]}`.
+        images: folder of the images; that of the file when `None`.
+        captions: take answers as captions, without their questions: LLaVA's stage 1, where questions are
+            "Describe the image concisely" in other words.
+
+    Raises:
+        ValueError: the file is no such list.
+        FileNotFoundError: there is no such file.
+    """
+
+    def __init__(self, path: str, *, images: str | None = None, captions: bool = False) -> None:
+        self.path, self.captions = llava_file(existing(path)), captions
+        self.name = f"llava {self.path.name}"
+        self.folder = self.path.parent if images is None else existing(images)
+        self._left_out: Counter[str] = Counter()
+        offsets, digests = array("q"), array("Q")  # of a conversation: its first byte and the one after its last
+        records, numbers, words = array("i"), array("H"), array("i")  # of a pair
+        for record, begin, end in json_entries(self.path):
+            pairs = list(self._pairs(record, self._left_out))
+            if not pairs:
+                continue
+            digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).digest()
+            records.extend([len(digests)] * len(pairs))
+            numbers.extend(range(len(pairs)))
+            words.extend(size_of(pair)[0] for pair in pairs)
+            offsets.extend((begin, end))
+            digests.append(int.from_bytes(digest[:8], "big"))
+        self._offsets, self._digests = np.array(offsets).reshape(-1, 2), np.array(digests)
+        self._records, self._numbers, self._words = np.array(records), np.array(numbers), np.array(words)
+
+    def pairs_of(self, record: int) -> list[dict[str, Any]]:
+        """The pairs of a conversation, by its number."""
+        begin, end = self._offsets[record].tolist()
+        with self.path.open("rb") as file:
+            file.seek(begin)
+            return list(self._pairs(json.loads(file.read(end - begin)), Counter()))
+
+    def _pairs(self, record: Any, left_out: Counter[str]) -> Iterator[dict[str, Any]]:
+        image, turns = (record.get(key) for key in ("image", "conversations")) if isinstance(record, dict) else (0, 0)
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+            left_out["record without a conversation"] += 1
+        elif not image:
+            left_out["record without an image"] += 1
+        else:
+            question = None
+            for turn in turns:
+                value = turn["value"].strip() if isinstance(turn.get("value"), str) else ""
+                if turn.get("from") == "gpt" and question is not None:
+                    asked = bool(question) and not self.captions
+                    words = {"question": question, "answer": value} if asked else {"text": value}
+                    yield {"image": located(self.folder, image), **words}
+                    question = None
+                else:
+                    left_out["turn without its question or answer"] += question is not None
+                    question = value.replace("<image>", "").strip() if turn.get("from") == "human" else None
+            left_out["turn without its question or answer"] += question is not None
+
+    def documents(self, seed: int) -> Iterator[Sequence[Pair]]:
+        self.skipped.update(+self._left_out)
+        kept = np.arange(len(self._records))
+        if self.part is not None:
+            share, held_out = self.part
+            chosen = (self._digests < share * 2**64) == held_out
+            kept = kept[chosen[self._records]]
+        order = np.random.default_rng(seed).permutation(kept)
+        for start in range(0, len(order), 4096):
+            some = order[start : start + 4096]
+            columns = (column[some].tolist() for column in (self._records, self._numbers, self._words))
+            yield from ([Turn(self, *pair)] for pair in zip(*columns, strict=True))
+
+    def gives(self, document: Any) -> bool:
+        return True  # `documents` gives those of its part
