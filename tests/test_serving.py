@@ -344,7 +344,7 @@ def test_more_clients_than_slots(model: Any) -> None:
             assert server.client.models.list()  # answers at once
         assert [answer.result() for answer in waiting] == ["this is gacre ."] * 3
         assert said(server) == "this is gacre ."
-        assert server.metric("aim_requests_at_work") == 0
+        until(lambda: server.metric("aim_requests_at_work") == 0)  # a slot is given back behind the answer
 
 
 @pytest.mark.parametrize("stream", [False, True])

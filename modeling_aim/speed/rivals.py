@@ -165,7 +165,7 @@ class _Count:
 
     def task_vector(self, cold: bool) -> tuple[int, int, float, int]:
         depth, asked = (
-            self._depth(self.settings["depth"] or default_depth(self.layers)),
+            self._depth(self.settings["depth"] or default_depth(self.twin.config.get_text_config(decoder=True))),
             min(self.shots, self.settings["reads"]),
         )
         part = self.twin.decoder(self.context - SAID)[0] * depth / self.layers

@@ -210,9 +210,9 @@ def main() -> None:
     if args.json:
         print(json.dumps(rows))
         return
-    scaled = f", before scaled up from {args.before_skipped}" if args.before else ""
+    note = f", before scaled up from {args.before_skipped}" if args.before else ""
     print(f"{args.steps} steps of {args.batch_size} episodes a rank, JPEGs of {args.size[0]} x {args.size[1]}")
-    print(f"resumed behind {args.skipped} episodes{scaled}")
+    print(f"resumed behind {args.skipped} episodes{note}")
     print("  ".join(f"{name:>19}" for name in rows[0]))
     for row in rows:
         print("  ".join(f"{v:>19}" if not isinstance(v, float) else f"{v:>19.2f}" for v in row.values()))
