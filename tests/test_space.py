@@ -142,7 +142,7 @@ def test_uploaded_images_are_labelled_changed_asked_and_read_once(page: Any) -> 
     expect(answer(page, "aim")).to_contain_text("this is gacre")
     expect(page.get_by_text("AIM read 4 demonstrations in")).to_be_visible()
     button(page, "Ask").click()
-    expect(page.get_by_text("4 had been read before and cost nothing now")).to_be_visible()
+    expect(page.get_by_text("4 demonstrations had been read before")).to_be_visible()
 
     for number in (2, 3):  # another name for the same images
         page.locator("#demonstrations button.thumbnail-item").nth(number).click()
@@ -205,7 +205,7 @@ def test_everything_is_reached_by_the_keyboard(page: Any) -> None:
     expect(answer(page, "aim")).to_contain_text("✓ right")
     tab_to("Question")
     page.keyboard.press("Enter")  # asks
-    expect(page.get_by_text("4 had been read before and cost nothing now")).to_be_visible()
+    expect(page.get_by_text("4 demonstrations had been read before")).to_be_visible()
     tab_to("Ask")
     ring = page.evaluate("(s => s.outlineStyle + s.boxShadow)(getComputedStyle(document.activeElement))")
     assert ring != "nonenone"
@@ -240,7 +240,7 @@ def test_a_bank_is_saved_loaded_and_asked_without_reading(page: Any, tmp_path: P
     button(page, "Ask").click()
     expect(answer(page, "full")).to_contain_text("A bank keeps no full images")
     expect(answer(page, "aim")).to_contain_text("this is finap")
-    expect(page.get_by_text("4 had been read before and cost nothing now")).to_be_visible()
+    expect(page.get_by_text("4 demonstrations had been read before")).to_be_visible()
     page.get_by_role("tab", name="Backbone").click()
     page.get_by_label("with its projector").click()
     button(page, "Load").click()

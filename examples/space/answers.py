@@ -98,7 +98,8 @@ def loaded(chosen: Backbone) -> Any:
     """
     model = _load(chosen.name, chosen.projector)
     if not chosen.projector:
-        depth = _default_depth(chosen.name) if chosen.depth is None else chosen.depth
+        default = _default_depth(chosen.name)  # asked for before any visitor changes the depth
+        depth = default if chosen.depth is None else chosen.depth
         if model.config.entry_layers != [depth]:  # visitors share the model
             model.set_depth(depth)
     return model

@@ -276,7 +276,7 @@ def page() -> gr.Blocks:
                         info="Empty: the file's name (dax-1.png: dax)",
                     )  # fmt: skip
                     files = UploadedFiles(
-                        file_count="multiple", file_types=["image"], label="Add images", height=140, min_width=200,
+                        file_count="multiple", file_types=["image"], show_label=False, height=120, min_width=200,
                         elem_id="images",
                     )  # fmt: skip
             with gr.Column(min_width=300):
@@ -305,7 +305,7 @@ def page() -> gr.Blocks:
                         saving = gr.Button("Save the demonstrations as a bank", size="sm")
                         saved = gr.DownloadButton("Download", visible=False, size="sm", elem_id="bank-download")
                     bank = UploadedFiles(
-                        file_types=[".zip"], label="Load a bank (aim-bank.zip)", height=110, elem_id="bank"
+                        file_types=[".zip"], label="Load a bank (aim-bank.zip)", height=140, elem_id="bank"
                     )
             with gr.Tab("Depth"):
                 gr.Markdown(DEPTH_NOTE)
