@@ -36,6 +36,7 @@ docs: $(VENV)/.installed-dev  ## the docs site, in build/site; broken links are 
 bench: $(VENV)/.installed-demo  ## a bank of 100 000 demonstrations (2 GB of disk for a minute), training, and answers: ten minutes
 	$(BIN)/python -m modeling_aim.speed.bank
 	$(BIN)/python -m modeling_aim.speed.training
+	$(BIN)/python -m modeling_aim.speed.training_data
 	$(BIN)/aim bench --shape cpu-576 --shots 4,8,16 --repeats 3 \
 		--methods zero,overhead,full,prefix-kv,cold,cold-half,bank,bank-kv,depth-cold,depth-bank,depth-bank-kv
 
@@ -62,8 +63,10 @@ $(VENV)-lowest/.installed: pyproject.toml
 		"transformers==5.5.0" "torch==2.10.0"
 	touch $@
 
-$(VENV)-space/.installed: pyproject.toml
+$(VENV)-space/.installed: $(VENV)/.installed-demo  # over the packages of that one: Gradio wants an older Pillow
 	$(PYTHON) -m venv $(VENV)-space
+	$(BIN)/python -c "import sysconfig as s; print(s.get_path('purelib'), s.get_path('platlib'), sep='\n')" > \
+		"$$($(VENV)-space/bin/python -c "import sysconfig as s; print(s.get_path('purelib'))")/over.pth"
 	$(VENV)-space/bin/python -m pip install --quiet --disable-pip-version-check -e ".[space]"
 	touch $@
 

@@ -78,7 +78,6 @@ WHY = {  # what the backbone itself, without AIM, does otherwise; tried on it al
     'trained projector at the input (`preset="paper"`)',
     "minimax_m3_vl": "padding moves its blocks of keys: once there are more than it chooses, a row of a padded batch "
     "differs from the row alone",
-    "paligemma": "its processor takes no prompt without an image",
     "perception_lm": "its processor takes no images with different numbers of tiles at once",
 }
 LENGTH, FUSED = 9, 4  # of the words of the prompt, and of the fused tokens before them
@@ -259,7 +258,7 @@ def missing_package(error: Exception) -> str | None:
 def in_short(error: Exception) -> str:
     """The first sentence of an error, on one line."""
     words = " ".join(str(error).split()).split(". ")[0]
-    return f"{type(error).__name__}: {words}"[:160]
+    return f"{type(error).__name__}: {words}"[:200]
 
 
 def prepare() -> None:

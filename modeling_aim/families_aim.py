@@ -21,7 +21,8 @@ class Family:
         read_alone: the processor takes no images with different numbers of tiles at once, so that demonstrations are
             read one by one.
         prefix_kv: when a prompt can continue the KV of its prefix: `"always"`; `"unpadded"` where padding between the
-            two counts as positions; `"never"` where words attend to later ones, or positions are lost.
+            two counts as positions; `"never"` where words attend to later ones, positions are lost, or every prompt
+            needs an image.
         states_at_depth: its decoder layers hand on one state a word, `(batch, length, width)`. Where `False`, states
             are read behind the last layer and enter at the input alone.
     """
@@ -39,7 +40,7 @@ class Family:
 FAMILIES = {
     "aria": Family(),
     "aya_vision": Family(),
-    "blip-2": Family(processor="Blip2Processor", image_token=""),
+    "blip-2": Family(processor="Blip2Processor", image_token="", prefix_kv="never"),
     "chameleon": Family(),
     "cohere2_vision": Family(),
     "deepseek_vl": Family(),

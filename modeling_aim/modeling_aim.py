@@ -37,7 +37,7 @@ from .processing_aim import AimProcessor
 from .projector_aim import AimProjector
 from .reading_aim import decoder_inputs, read_hidden_states, read_with_images, watch_layers
 from .rows_aim import RowsMixin
-from .state_aim import answering, one_at_a_time, weights_state
+from .state_aim import answering, goes_on_behind_kv, one_at_a_time, weights_state
 
 if TYPE_CHECKING:  # the other files of a repository: transformers 5.5 copies only files that this one names
     from .choice_aim import DepthChoice  # noqa: F401
@@ -409,7 +409,7 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         check_source(prefix.fused.source, self.source)
         check_finite(prefix.fused)
         self._check_prefix(prefix.num_tokens)
-        if len(prefix):
+        if len(prefix) and goes_on_behind_kv(self.backbone):
             likely = self.processor(text=[self.processor.prompt("a", images=0)], return_tensors="pt")["input_ids"]
             prefix_kv(self, prefix, self._bos_of(int(likely[0, 0])))
         return prefix

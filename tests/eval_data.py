@@ -1,4 +1,4 @@
-"""Small data sets in the formats that those of evaluation are published in, with pictures that can be told apart."""
+"""Small datasets in the formats that those of evaluation are published in, with pictures that can be told apart."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def parquet(path: Path, rows: Sequence[Mapping[str, Any]], **kinds: Any) -> Path
     return path
 
 
-# --- the data sets
+# --- the datasets
 
 
 def flickr(root: Path) -> str:

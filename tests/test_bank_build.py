@@ -1,4 +1,4 @@
-"""Building a bank: streamed, each content once, killed at counted events, on a full disk, from data sets."""
+"""Building a bank: streamed, each content once, killed at counted events, on a full disk, from datasets."""
 
 from __future__ import annotations
 

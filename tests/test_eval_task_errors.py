@@ -22,7 +22,7 @@ from modeling_aim.evaluation.tasks.registry import open_task
         ("okvqa,share=1", ValueError, r"share=1.0: expected the part"),
         ("okvqa,share=0.5,support=x", ValueError, "not both"),
         ("okvqa,support_split=val2014", ValueError, "cannot come from the queries' split"),
-        ("episodes", ValueError, "no published data set to read; give a path, episodes:PATH"),
+        ("episodes", ValueError, "no published dataset to read; give a path, episodes:PATH"),
         ("episodes:{root}/no.jsonl", FileNotFoundError, "no.jsonl was not found"),
         ("jsonl:{root}/rows.jsonl,match=fuzzy", ValueError, r"match='fuzzy' is unknown; choose one of \('exact'"),
         ("captions:{root}/rows.jsonl,tokenizer=nltk", ValueError, "tokenizer='nltk' is unknown"),

@@ -1,4 +1,4 @@
-"""Tasks of evaluation on small files in the format that each data set is published in."""
+"""Tasks of evaluation on small files in the format that each dataset is published in."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def test_the_first_hour(hub: HubServer, tmp_path: Path, monkeypatch: pytest.Monk
     asked = [{"image": row["image"], "question": "What is this?", "answer": row["label"]} for row in rows]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
 
-    assert " no " not in aim("check", backbone)
+    aim("check", backbone)  # ends with an error where a property does not hold
     assert "tuned" in aim("tune", "--backbone", backbone, "--demos", "demos.jsonl", "--output", "tuned")
     command = [
         "train", "--backbone", "tuned", "--data", f"pairs:{tmp_path / 'demos.jsonl'}", "--output", "trained",
@@ -114,7 +114,7 @@ def test_the_first_hour(hub: HubServer, tmp_path: Path, monkeypatch: pytest.Monk
     sha = hub.repos["user/first-hour"].branches["main"]
     assert sha in first and "checkpoint" in first
     files = hub.files("user/first-hour")
-    assert b"## Evaluation" in files["README.md"] and b"jsonl:questions.jsonl" in files["README.md"]
+    assert b"## Few-shot evaluation" in files["README.md"]
     assert not any(str(tmp_path).encode() in content for content in files.values())
     assert not [name for name in files if "checkpoint" in name or name.endswith((".bin", ".pt", ".pth"))]
     hub.commit("user/first-hour", {"README.md": "another card"})  # the first one stays by its revision

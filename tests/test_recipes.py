@@ -210,7 +210,7 @@ def test_every_command_of_a_recipe_runs(
                 assert sorted(Path().iterdir()) == before, "a dry run wrote something"
     (published,) = [name for name in hub.repos if name.startswith("user/")]
     files = hub.files(published)
-    assert "aim_projector.safetensors" in files and b"## Evaluation" in files["README.md"]
+    assert "aim_projector.safetensors" in files and b"## Few-shot evaluation" in files["README.md"]
     assert not any(str(tmp_path).encode() in content for content in files.values())
 
 

@@ -59,9 +59,10 @@ def test_with_its_projector_the_answer_is_right_too_and_what_was_read_without_is
 
 
 def test_the_depth_belongs_to_a_visitor_although_the_model_is_shared() -> None:
-    default = answers.description(Backbone())
-    assert "depth 3" in answers.description(Backbone(depth=3))
-    assert answers.description(Backbone()) == default
+    for cache in (answers._load, answers._default_depth):
+        cache.cache_clear()
+    assert "depth 3" in answers.description(Backbone(depth=3))  # the first visitor's
+    assert "depth 2" in answers.description(Backbone())
 
 
 @pytest.mark.parametrize(
@@ -71,6 +72,13 @@ def test_only_hub_ids_are_loaded(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(ROOT)
     with pytest.raises(ValueError, match="is no Hub id; write OWNER/NAME"):
         answers.loaded(Backbone(name))
+
+
+def test_the_owner_of_a_space_limits_what_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIM_BACKBONES", "me/one me/two")
+    with pytest.raises(ValueError, match=r"^This Space loads aim-tiny, me/one, me/two, not me/three\.$"):
+        answers.loaded(Backbone("me/three"))
+    assert answers.description(Backbone()).startswith("aim-tiny")
 
 
 def test_the_file_name_is_the_label_where_none_is_given(tmp_path: Path) -> None:

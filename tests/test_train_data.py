@@ -22,6 +22,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
+from modeling_aim.data.images import DatasetImage, Stretch
 from modeling_aim.data.pairs import opened, size_of
 from modeling_aim.training.episodes import Episode, Mixture, ShotLaw, Source
 from modeling_aim.training.interleaved import Mmc4, Obelics
@@ -279,6 +280,7 @@ def test_pairs_of_webdataset_shards(tmp_path: Path) -> None:
     found = [[((0,), "zero", None)], [((1,), "one", None)], [((2,), "two", "Which?")]]
     assert [one for one in contents(source) if one] == found
     assert source.skipped == {MISSING: 2, "no text": 1, "member that is no JSON object": 1}
+    assert all(isinstance(pair["image"], Stretch) for one in source.documents(0) for pair in one)  # not read
     (tmp_path / "00001.tar").write_bytes((tmp_path / "00001.tar").read_bytes()[:1546])  # inside the second member
     cut = Pairs(str(tmp_path / "*.tar"))
     assert [one for one in contents(cut) if one] == found[:2] and cut.skipped["damaged file"] == 1
@@ -299,6 +301,8 @@ def test_pairs_of_data_sets(tmp_path: Path) -> None:
         source = Pairs(str(tmp_path / path), image="picture")
         assert [one for one in contents(source) if one] == found, path
         assert source.skipped == {MISSING: 1, "no text": 2}
+        if path in ("saved", "splits"):  # mapped into memory: neither images nor their bytes are held
+            assert all(isinstance(pair["image"], DatasetImage) for one in source.documents(0) for pair in one)
     assert contents(Pairs(str(tmp_path), image="picture", split="test")) == found[:1]
     with pytest.raises(ValueError, match=r"splits \['test', 'train'\], but not 'val'"):
         Pairs(str(tmp_path / "splits"), image="picture", split="val")

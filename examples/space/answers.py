@@ -98,7 +98,8 @@ def loaded(chosen: Backbone) -> Any:
     """
     model = _load(chosen.name, chosen.projector)
     if not chosen.projector:
-        depth = _default_depth(chosen.name) if chosen.depth is None else chosen.depth
+        default = _default_depth(chosen.name)  # asked for before any visitor changes the depth
+        depth = default if chosen.depth is None else chosen.depth
         if model.config.entry_layers != [depth]:  # visitors share the model
             model.set_depth(depth)
     return model
@@ -114,6 +115,9 @@ def _load(name: str, projector: bool) -> Any:
         return AimForConditionalGeneration.from_backbone(folder / "backbone", processor)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) or Path(name).exists():
         raise ValueError(f"{name!r:.80} is no Hub id; write OWNER/NAME, such as llava-hf/llava-1.5-7b-hf.")
+    allowed = os.environ.get("AIM_BACKBONES", "").split()
+    if allowed and name not in allowed:
+        raise ValueError(f"This Space loads {', '.join([AIM_TINY, *allowed])}, not {name}.")
     try:
         return _load_from_hub(name, projector)
     except GatedRepoError:

@@ -27,6 +27,7 @@ from PIL import Image
 set_offline_defaults()
 
 import gradio as gr  # noqa: E402
+from gradio.utils import get_upload_folder  # noqa: E402
 from uploads import UploadedFiles, UploadedImage  # noqa: E402
 
 from modeling_aim.cli.tune import draw  # noqa: E402
@@ -207,7 +208,7 @@ def save_bank(session: Session) -> tuple[Session, Any]:
         raise ValueError("There is nothing to save: add demonstrations first.")
     model = loaded(session.backbone)
     session = replace(session, demos=read(model, session.demos)[0])
-    path = Path(gr.File.GRADIO_CACHE) / uuid.uuid4().hex / "aim-bank.zip"
+    path = Path(get_upload_folder()) / uuid.uuid4().hex / "aim-bank.zip"
     saved_bank(model, session.demos, path)
     label = f"Download aim-bank.zip ({path.stat().st_size / 1024:,.0f} KB)"
     return session, gr.DownloadButton(label, value=path, visible=True)
@@ -230,7 +231,7 @@ def find_depth(session: Session) -> tuple[Session, Any, str, Any]:
     if max(Counter(demo.label for demo in session.demos).values(), default=0) < 2:
         raise ValueError("At least two images of a label are needed, since each is left out in turn.")
     choice = loaded(session.backbone).choose_depth([demo.raw for demo in session.demos])
-    path = Path(gr.File.GRADIO_CACHE) / uuid.uuid4().hex / "depth.png"
+    path = Path(get_upload_folder()) / uuid.uuid4().hex / "depth.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     draw(choice, path)
     told = " ".join([choice.verdict, *choice.notes])
@@ -275,7 +276,7 @@ def page() -> gr.Blocks:
                         info="Empty: the file's name (dax-1.png: dax)",
                     )  # fmt: skip
                     files = UploadedFiles(
-                        file_count="multiple", file_types=["image"], label="Add images", height=140, min_width=200,
+                        file_count="multiple", file_types=["image"], show_label=False, height=120, min_width=200,
                         elem_id="images",
                     )  # fmt: skip
             with gr.Column(min_width=300):
@@ -304,7 +305,7 @@ def page() -> gr.Blocks:
                         saving = gr.Button("Save the demonstrations as a bank", size="sm")
                         saved = gr.DownloadButton("Download", visible=False, size="sm", elem_id="bank-download")
                     bank = UploadedFiles(
-                        file_types=[".zip"], label="Load a bank (aim-bank.zip)", height=110, elem_id="bank"
+                        file_types=[".zip"], label="Load a bank (aim-bank.zip)", height=140, elem_id="bank"
                     )
             with gr.Tab("Depth"):
                 gr.Markdown(DEPTH_NOTE)

@@ -41,6 +41,7 @@ CSS = """
 .gradio-container .prose h2 {font-size: 1.1rem; font-weight: 700; margin: .5rem 0 0}
 .line {align-items: center}
 .changing {align-items: end}
+.gradio-container .html-container {padding: 0 !important}
 .quiet {color: var(--body-text-color-subdued); font-size: .9rem}
 .cards {display: grid; grid-template-columns: repeat(4, 1fr); gap: .8rem}
 @media (max-width: 860px) {.cards {grid-template-columns: 1fr 1fr}}
@@ -84,7 +85,7 @@ def cards(result: Answers | None, expected: str | None = None) -> str:
             f'<section class="card {method}" data-method="{method}" aria-label="{title}"><h3>{title}</h3>'
             f"<p class=note>{note}</p>{_answer(answer, most, expected)}</section>"
         )
-    footer = "<p class=read>Ask, and the answers stand here.</p>" if result is None else _reading(result)
+    footer = "<p class=read>Ask, and four answers appear here.</p>" if result is None else _reading(result)
     return f'<div class=cards role="status" aria-live="polite">{"".join(drawn)}</div>{footer}'
 
 
@@ -107,8 +108,10 @@ def _answer(answer: Answer | None, most: int, expected: str | None) -> str:
 
 def _reading(result: Answers) -> str:
     kept = len(result.demos) - result.read
-    parts = [f"AIM read {result.read} demonstration{'s' * (result.read != 1)} in {result.milliseconds:,.0f} ms"]
-    if kept:
-        parts = [parts[0]] if result.read else []
-        parts.append(f"{kept} had been read before and cost nothing now")
-    return f"<p class=read>{html.escape('; '.join(parts))}.</p>" if result.demos else ""
+    parts = [f"AIM read {_count(result.read)} in {result.milliseconds:,.0f} ms"] if result.read else []
+    parts += [f"{_count(kept)} had been read before"] if kept else []
+    return f"<p class=read>{'; '.join(parts)}.</p>" if parts else ""
+
+
+def _count(demonstrations: int) -> str:
+    return f"{demonstrations} demonstration{'s' * (demonstrations != 1)}"

@@ -32,6 +32,9 @@ class DatasetImage(Unopened):
         self.data, self.row, self.column, self.folder = data, row, column, folder
         self.place = (id(data), row, column)
 
+    def under(self, folder: Path) -> DatasetImage:
+        return DatasetImage(self.data, self.row, self.column, folder)
+
     def __getitem__(self, key: str) -> Any:
         image = self.data[self.row][self.column] or {}
         return {"bytes": image.get("bytes"), "path": located(self.folder, image.get("path"))}[key]

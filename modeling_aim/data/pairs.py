@@ -36,6 +36,10 @@ class Unopened(Mapping[str, Any]):
 
     place: tuple[Any, ...]
 
+    def under(self, folder: Path) -> Unopened:
+        """This image, where a path that the data names is relative to a folder."""
+        return self
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Unopened) and self.place == other.place
 
@@ -184,7 +188,7 @@ def located(folder: Path, image: Any) -> Any:
     if isinstance(image, (list, tuple)):
         return [located(folder, one) for one in image]
     if isinstance(image, Unopened):
-        return image
+        return image.under(folder)
     if isinstance(image, Mapping):
         return image.get("bytes") or located(folder, image.get("path"))
     if isinstance(image, str) and image and not image.startswith(("http://", "https://", "data:")):

@@ -14,12 +14,13 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
-from .images import Stretch
+from .images import DatasetImage, Stretch
 from .pairs import IMAGE_SUFFIXES, Pair, located
 from .pairs import NO_IMAGE as NO_IMAGE
 
@@ -32,7 +33,7 @@ logger = logging.get_logger(__name__)
 
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.zip")
 METADATA = ("metadata.jsonl", "metadata.csv")
-# Names that published data sets use. A webdataset's members are columns by the ends of their names.
+# Names that published datasets use. A webdataset's members are columns by the ends of their names.
 COLUMNS = {
     "image": ("image", "images", "img", *(suffix[1:] for suffix in sorted(IMAGE_SUFFIXES)), "image_path", "file_name"),
     "text": ("text", "caption", "txt", "captions", "sentence"),
@@ -68,6 +69,13 @@ def files_of(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if not file.name.startswith(".") and file.is_file())
 
 
+def file_names(folder: Path, most: int = 2**20) -> frozenset[str] | None:
+    """Names in a folder, which are faster to look up than files are; `None` where there are more than `most`."""
+    with os.scandir(folder) as entries:
+        names = frozenset(entry.name for entry in islice(entries, most + 1))
+    return names if len(names) <= most else None
+
+
 def existing(path: str) -> Path:
     place = Path(path).expanduser()
     if not place.exists():
@@ -86,7 +94,7 @@ def is_hub_id(path: str) -> bool:
 
 
 def open_dataset(path: str, split: str, config: str | None) -> tuple[Any, Path]:
-    """A `datasets` dataset, streamed and with images undecoded, and the folder that its paths are relative to.
+    """A dataset of `datasets`, streamed, or mapped into memory with its images unopened, and the folder of its paths.
 
     Args:
         path: parquet files (of a folder those named for the split, where there are such), a folder that
@@ -113,8 +121,9 @@ def open_dataset(path: str, split: str, config: str | None) -> tuple[Any, Path]:
             if split not in data:
                 raise ValueError(f"{path} has the splits {sorted(data)}, but not {split!r}. Choose one with split=.")
             data = data[split]
-        pieces = max(1, min(64, len(data)))  # so that rows in the order of their classes are mixed all the same
-        return data.to_iterable_dataset(num_shards=pieces).decode(False), place
+        return SavedRows(
+            data, [name for name, kind in data.features.items() if isinstance(kind, datasets.Image)]
+        ), place
     if not shards:
         try:
             return datasets.load_dataset(path, config, split=split, streaming=True).decode(False), Path()
@@ -126,9 +135,35 @@ def open_dataset(path: str, split: str, config: str | None) -> tuple[Any, Path]:
     return data.decode(False), place if place.is_dir() else shards[0].parent
 
 
+class SavedRows:
+    """Rows of a dataset that is mapped into memory, as a streamed dataset gives them, but with its images unopened.
+
+    Args:
+        data: as `datasets` loads it from disk.
+        images: columns of images.
+    """
+
+    def __init__(self, data: Any, images: list[str]) -> None:
+        self.features, self.images, self.data = data.features, images, data
+        for name in images:
+            self.data = self.data.cast_column(name, type(data.features[name])(decode=False))
+        self.num_shards = max(
+            1, min(64, len(data))
+        )  # so that rows in the order of their classes are mixed all the same
+        words = data.select_columns([name for name in data.features if name not in images])
+        self.words = words.to_iterable_dataset(num_shards=self.num_shards).decode(False)
+
+    def shard(self, num_shards: int, index: int) -> Iterator[dict[str, Any]]:
+        """Rows of one of as many parts as there are shards."""
+        each, more = divmod(len(self.data), num_shards)
+        start = each * index + min(index, more)
+        for number, row in enumerate(self.words.shard(num_shards=num_shards, index=index), start):
+            yield {**row, **{name: DatasetImage(self.data, number, name, Path()) for name in self.images}}
+
+
 def dataset_rows(data: Any, rng: random.Random) -> Iterator[dict[str, Any]]:
     """Rows of a streamed dataset, shard by shard in random order."""
-    # Not by the data set's own `shuffle`, which from datasets 5 on reads shards in threads and sleeps after each pass.
+    # Not by the dataset's own `shuffle`, which from datasets 5 on reads shards in threads and sleeps after each pass.
     for index in rng.sample(range(data.num_shards), data.num_shards):
         yield from data.shard(num_shards=data.num_shards, index=index)
 

@@ -36,7 +36,7 @@ def fetched(path: str, patterns: Sequence[str]) -> Path:
     place = Path(path).expanduser()
     if place.is_dir() or not is_hub_id(path):
         if not place.is_dir():
-            raise FileNotFoundError(f"There is no folder {path}. Give the folder of the data set, or its Hub id.")
+            raise FileNotFoundError(f"There is no folder {path}. Give the folder of the dataset, or its Hub id.")
         return place
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -107,7 +107,7 @@ def open_table(path: str, split: str, config: str | None = None, images: str | N
     place = Path(path).expanduser()
     folder = None if images is None else existing(images)
     if not place.exists() and not is_hub_id(path):
-        raise FileNotFoundError(f"{path} was not found. Give a file, a folder or the id of a data set on the Hub.")
+        raise FileNotFoundError(f"{path} was not found. Give a file, a folder or the id of a dataset on the Hub.")
     named = [place / f"{split}{end}" for end in FILES] if place.is_dir() else []
     file = next((one for one in named if one.is_file()), place)
     if file.is_file() and file.suffix.lower() != ".parquet":
@@ -163,7 +163,7 @@ def _data_set(place: Path | str, split: str, config: str | None) -> Any:
             named = _known_split(place, split, datasets.get_dataset_split_names(str(place), config))
             data = datasets.load_dataset(str(place), config, split=named)
         except (FileNotFoundError, ConnectionError) as error:
-            raise FileNotFoundError(f"{place} is no data set here, and on the Hub: {error}") from error
+            raise FileNotFoundError(f"{place} is no dataset here, and on the Hub: {error}") from error
     for name, kind in data.features.items():
         if isinstance(kind, datasets.Image):
             data = data.cast_column(name, datasets.Image(decode=False))
@@ -190,7 +190,7 @@ def split_names(path: str, config: str | None = None) -> list[str]:
     except ImportError as error:
         raise ImportError(f"{path} needs the datasets library: {INSTALL}") from error
     except (FileNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(f"{path} is no data set here, and on the Hub: {error}") from error
+        raise FileNotFoundError(f"{path} is no dataset here, and on the Hub: {error}") from error
 
 
 def _known_split(place: Path | str, split: str, found: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ from ..metrics import lcl_published, named
 from ..task import Example, Prediction, Shot
 from .data_task import DataTask
 
-Named = tuple[str, Any]  # an image with its name in the data set
+Named = tuple[str, Any]  # an image with its name in the dataset
 KEYS = ("image_name", "positive_list", "negative_list", "positive_promt", "negative_promt", "label_name")
 
 
@@ -162,7 +162,7 @@ class Isekai(LinkContextTask):
         found = self.pictures.find(name)
         if found is None:
             raise FileNotFoundError(
-                f"{self.pictures.folder} has no image {name!r}, which its annotations name. Fetch the data set again, "
+                f"{self.pictures.folder} has no image {name!r}, which its annotations name. Fetch the dataset again, "
                 "or give the folder: images=..."
             )
         return found

@@ -62,6 +62,6 @@ def open_task(spec: str) -> Task:
     make = TASKS[kind]
     needed = inspect.signature(make).parameters.get("path")
     if not path and needed is not None and needed.default is inspect.Parameter.empty:
-        raise ValueError(f"{spec!r}: {kind} has no published data set to read; give a path, {kind}:PATH.")
+        raise ValueError(f"{spec!r}: {kind} has no published dataset to read; give a path, {kind}:PATH.")
     with spec_named(spec):
         return make(path, **values) if path else make(**values)

@@ -143,7 +143,7 @@ class SplitTask(DataTask):
                 continue
             self.why_none = ""
             found = self._of(table, "demonstration")
-            if not own:  # splits of one data set are apart already
+            if not own:  # splits of one dataset are apart already
                 asked = {_identity(one) for one in self._sides[0]}
                 fresh = [one for one in found if _identity(one) not in asked]
                 self.left_out.update({SAME: len(found) - len(fresh)} if len(fresh) < len(found) else {})

@@ -102,7 +102,7 @@ class VlIcl(DataTask):
             names = [str(number) for number in range(len(entries))]
         found = []
         for entry, name, images in zip(entries, names, places, strict=True):
-            if self.found(self.folder, images) is not None:
+            if self.found(Path(), images) is not None:
                 found.append(self.example(entry, name, images))
         if not found:
             raise ValueError(f"{self.folder} has no query that can be used. {' '.join(self.notes())}")
@@ -139,7 +139,7 @@ class VlIcl(DataTask):
         if tuple(images) in self._asked:
             self.left_out[SAME] += 1
             return False
-        return self.found(self.folder, images, "demonstration") is not None
+        return self.found(Path(), images, "demonstration") is not None
 
     @cached_property
     def _asked(self) -> set[tuple[Any, ...]]:
@@ -270,7 +270,7 @@ class OpenMi(VlIcl):
         ]
 
     def _opened(self, images: list[Any], name: str) -> list[Any]:
-        found = self.found(self.folder, images, "demonstration")
+        found = self.found(Path(), images, "demonstration")
         if found is None:
             raise ValueError(
                 f"{self.name}: the demonstration image {name!r} cannot be opened. Fetch its archive again."

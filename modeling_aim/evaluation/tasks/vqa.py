@@ -109,7 +109,7 @@ def coco_table(folder: Path, split: str, images: Path) -> Table:
 def _listed(path: Path, part: str) -> list[dict[str, Any]]:
     read = read_json(path)
     if not isinstance(read, dict) or not isinstance(read.get(part), list):
-        raise ValueError(f"{path} has no list {part!r}; expected the published file of the data set.")
+        raise ValueError(f"{path} has no list {part!r}; expected the published file of the dataset.")
     return read[part]
 
 
