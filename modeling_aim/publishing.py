@@ -256,7 +256,7 @@ def _finish_card(path: Path, repo_id: str, backbone: str | None) -> None:
     card = ModelCard(path.read_text(encoding="utf-8").replace("this/repository", repo_id), ignore_metadata_errors=True)
     if backbone is not None:
         data: Any = card.data
-        data.base_model = backbone
+        data.base_model, data.base_model_relation = backbone, "adapter"  # else the Hub lists it as a finetune
     path.write_text(str(card), encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""`transformers serve`, `transformers chat` and the any-to-any pipeline take a repository as it is, without this package."""
+"""`transformers serve` and `chat`, and the any-to-any pipeline, take a repository as it is, without this package."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 from backbones import run_without_package
-from packaging.version import Version
-from transformers import __version__ as installed
-from transformers.utils.import_utils import is_serve_available
 
-if not is_serve_available() or Version(installed).release < (5, 23):
-    pytest.skip("this version of transformers serves no remote code", allow_module_level=True)
+from modeling_aim.cli.serve import check_installed
+
+try:
+    check_installed()
+except ImportError as missing:
+    pytest.skip(str(missing), allow_module_level=True)
 
 import openai
-from served import AIM_TINY, IMAGES, ROOT, SHOWN, chat
+from served import AIM_TINY, IMAGES, MODEL, ROOT, SHOWN, chat, loaded, served
 
 WITHOUT = "import sys; sys.modules['modeling_aim'] = None; from transformers.cli.transformers import main; main()"
 
@@ -50,13 +52,16 @@ def test_earlier_turns_are_demonstrations(url: str) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream).strip() == "this is gacre ."
 
 
-def test_chat_talks_to_it(url: str) -> None:
-    command = [sys.executable, "-c", WITHOUT, "chat", str(AIM_TINY), url, "do_sample=False", "max_new_tokens=3"]
-    words = "what is this ?\n!exit\n"
-    online = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}  # it refuses even this host
-    done = subprocess.run(command, env=online, input=words, capture_output=True, text=True, timeout=100)
+@pytest.mark.parametrize("own", [False, True], ids=["transformers serve", "aim serve"])
+def test_chat_talks_to_both_servers(request: pytest.FixtureRequest, own: bool) -> None:
+    with served(loaded()) if own else nullcontext() as server:
+        name, place = (MODEL, server.url) if server else (str(AIM_TINY), request.getfixturevalue("url"))
+        command = [sys.executable, "-c", WITHOUT, "chat", name, place, "do_sample=False", "max_new_tokens=3"]
+        online = {**os.environ, "HF_HUB_OFFLINE": "0"}  # offline, it does not even ask this host
+        words = "what is this ?\n!exit\n"
+        done = subprocess.run(command, env=online, input=words, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    assert "this is" in done.stdout.split("what is this ?")[-1]
+    assert "this is" in done.stdout.split("Assistant")[-1].split(name)[-1], done.stdout
 
 
 def test_the_any_to_any_pipeline() -> None:
