@@ -197,7 +197,7 @@ def main() -> None:
         os._exit(0)  # torch ends its threads in an order that now and then aborts the process
     here = Path(__file__).resolve().parents[2]
     codes = [("before", args.before.resolve(), args.before_skipped)] if args.before else []
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         data = make_pages(Path(folder), args.pages, (args.size[0], args.size[1]))
         for name, code, skipped in [*codes, ("now", here, args.skipped)]:
@@ -215,7 +215,7 @@ def main() -> None:
     print(f"resumed behind {args.skipped} episodes{note}")
     print("  ".join(f"{name:>19}" for name in rows[0]))
     for row in rows:
-        print("  ".join(f"{v:>19}" if not isinstance(v, float) else f"{v:>19.2f}" for v in row.values()))
+        print("  ".join(f"{value:>19.2f}" if isinstance(value, float) else f"{value:>19}" for value in row.values()))
 
 
 if __name__ == "__main__":
