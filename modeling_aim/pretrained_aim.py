@@ -28,7 +28,15 @@ from .backbone_aim import (
     set_recomputing,
 )
 from .cache_aim import LRUCache
-from .configuration_aim import IMPLEMENTATIONS, OWN_SETTINGS, AimConfig, by_part, implementation, preset_settings
+from .configuration_aim import (
+    IMPLEMENTATIONS,
+    OWN_SETTINGS,
+    AimConfig,
+    by_part,
+    implementation,
+    preset_settings,
+    usable,
+)
 from .families_aim import FAMILIES
 from .files_aim import (
     HUB_KWARGS,
@@ -365,7 +373,8 @@ class AimPreTrainedModel(PreTrainedModel):
         config.check()
         model = cls(config, backbone=backbone, processor=processor)
         if cached_file(name, "generation_config.json", _raise_exceptions_for_missing_entries=False, **hub) is not None:
-            model.generation_config = GenerationConfig.from_pretrained(name, **hub)
+            with usable(f"The generation_config.json of {name}"):
+                model.generation_config = GenerationConfig.from_pretrained(name, **hub)
         model._loaded_from = (name, {**hub, "trust_remote_code": trusted})
         if file is not None:
             model._load_projector(file, name, digest)
