@@ -180,7 +180,7 @@ def class_rows(path: Path, keys: Sequence[str]) -> Iterator[tuple[int, dict[str,
         yield line, row
 
 
-def image_paths(root: Path, names: Any, path: str | os.PathLike[str], line: int) -> Iterator[str]:
+def image_paths(root: Path, names: object, path: str | os.PathLike[str], line: int) -> Iterator[str]:
     """Image paths of a row, each once."""
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"{path}, line {line}: {names!r:.60} is no list of image paths.")

@@ -28,7 +28,7 @@ from .. import AimForConditionalGeneration, DemonstrationBank
 from ..cache_aim import LRUCache
 from ..files_aim import only_one, write_whole
 from ..image_settings import tokens_line
-from ..progress import shown
+from ..progress import show_progress
 from .asked import Asked, open_asked
 from .choosing import choose_all, read_chosen
 from .folder import RECORD, begin, claim
@@ -129,7 +129,7 @@ class Run:
         files = {one.task.name: self.output / "demonstrations" / f"{_slug(one.task.name)}.jsonl" for one in open_}
         if self.state.is_main_process and open_:
             total = sum(len(found) for one in open_ for found in one.examples.values())
-            with shown("choose demonstrations", "examples", total) as told:
+            with show_progress("choose demonstrations", "examples", total) as told:
                 for one in open_:
                     path = files[one.task.name]
                     bank = partial(self._bank, path.with_suffix(".bank"))
@@ -217,7 +217,7 @@ class Run:
         total = sum(len(self.asked[cell.task].examples[cell.seed]) for cell in self.cells) - len(done)
         reads: tuple[str, dict[tuple[int, ...], Reads]] = ("", {})
         share = total // self.state.num_processes
-        with shown("answer", "examples", share, disable=not self.state.is_main_process) as told:
+        with show_progress("answer", "examples", share, disable=not self.state.is_main_process) as told:
             for cell, places, missing, batch in self._ahead(self._work(done)):
                 one = self.asked[cell.task]
                 if reads[0] != cell.task:

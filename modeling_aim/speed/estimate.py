@@ -264,8 +264,8 @@ class Estimate:
 
     def _checkpoint_line(self) -> str:
         state = MUON_BYTES if self.settings.optimizer == "muon" else ADAM_BYTES
-        one = self._trained * (4 + state)
-        return f"Checkpoints: {_bytes(one)} each, two stay; the repository is {_bytes(4 * self._trained)} and code."
+        checkpoint, repository = self._trained * (4 + state), self._trained * 4
+        return f"Checkpoints: {_bytes(checkpoint)} each, two stay; the repository is {_bytes(repository)} and code."
 
     def measured_line(self, seconds: float, share: float, left: int) -> str:
         """What measured steps say beside the estimate.

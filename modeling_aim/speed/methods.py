@@ -21,9 +21,10 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from .. import AimForConditionalGeneration
-from ..demonstrations_aim import FusedDemonstrations
+from ..demonstrations_aim import Demos, FusedDemonstrations
 from ..state_aim import preserved_state
 from .prompts import RandomPrompts
 
@@ -78,7 +79,7 @@ class Bench:
         prompts: what is asked.
     """
 
-    def __init__(self, backbone: Any, prompts: RandomPrompts) -> None:
+    def __init__(self, backbone: PreTrainedModel, prompts: RandomPrompts) -> None:
         self.backbone, self.prompts = backbone, prompts
         self.model = self._plugin("paper")
         self.query = self._placed(prompts.query())
@@ -116,7 +117,9 @@ class Bench:
         if "depth" in vars(self):
             self.depth.prefix_cache.clear()
 
-    def answer(self, generate: Any, inputs: dict[str, Any], clock: Clock, tokens: int, **options: Any) -> Any:
+    def answer(
+        self, generate: Callable[..., Any], inputs: dict[str, Any], clock: Clock, tokens: int, **options: Any
+    ) -> Any:
         """Greedy decoding of exactly so many tokens; the KV that it ends with."""
         output = generate(
             **inputs, **options, streamer=clock, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
@@ -157,7 +160,7 @@ class Bench:
         demos = self.prompts.demos(shots)
         return lambda clock, tokens: self.answer(model.generate, self.query, clock, tokens, demos=model.read(demos))
 
-    def _ready(self, model: AimForConditionalGeneration, demos: Any) -> Call:
+    def _ready(self, model: AimForConditionalGeneration, demos: Demos) -> Call:
         return lambda clock, tokens: self.answer(model.generate, self.query, clock, tokens, demos=demos)
 
     def cold(self, shots: int) -> Call:
