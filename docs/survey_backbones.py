@@ -70,12 +70,18 @@ STATUS = {
     "not known": "transformers cannot build it here",
     "cannot": "for the reason given",
 }
+NEEDS_IMAGE = "it takes no prompt without an image"
 WHY = {  # what the backbone itself, without AIM, does otherwise; tried on it alone
-    "blip-2": "it takes no prompt without an image",
+    "blip": NEEDS_IMAGE,
+    "blip-2": NEEDS_IMAGE,
     "emu3": "images of a batch are padded to one size, and padding changes the tokens they become",
     "fuyu": "its processor takes one image a prompt",
     "gemma3n": "its decoder layers hand on several streams of states, of which no inner layer is read; AIM needs a "
     'trained projector at the input (`preset="paper"`)',
+    "hunyuan_vl": "it numbers images across the rows of a batch, and an image's number is one of its positions",
+    "instructblip": NEEDS_IMAGE,
+    "instructblipvideo": NEEDS_IMAGE,
+    "kosmos-2": NEEDS_IMAGE,
     "minimax_m3_vl": "padding moves its blocks of keys: once there are more than it chooses, a row of a padded batch "
     "differs from the row alone",
     "perception_lm": "its processor takes no images with different numbers of tiles at once",
@@ -350,7 +356,7 @@ def answers_text(rows: list[Row]) -> list[str]:
     """The section of the model types that answer text."""
     untrained = [row for row in rows if row.untrained == "yes"]
     others = [
-        f"Only with a trained projector at the input, `{row.model_type}`: {row.remark}"
+        f"With a trained projector at the input alone: `{row.model_type}` ({row.remark})."
         for row in rows
         if row not in untrained
     ]

@@ -2,6 +2,7 @@
 
     python examples/evaluate.py --output build/eval                     # minutes
     python examples/evaluate.py --output build/eval --limit 4           # a quick look
+    python examples/evaluate.py --output build/rivals --methods published --shots 2,8,32 --tasks operator --seeds 1
 
 The tasks (`examples/aim_tiny/tasks.py`) are drawn from the test split of aim-tiny's world and written as episode
 files, other ones for each seed; then `aim eval`'s own function runs over them. Interrupted, the same command goes on.
@@ -21,6 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "aim_tiny"))
 import tasks
 
 from modeling_aim.evaluation import EvalSettings, evaluate
+from modeling_aim.rivals.methods import RIVALS
+
+PUBLISHED = (
+    "zero", "text", "full", "aim", "aim-untrained", "aim-untrained-shuffled", "prefix-kv", "text-kv",
+    "text-kv-together", "parallel-icl", "fastv", "catp", "snapkv:ratio=.5", "snapkv:ratio=.9", "emloc", "task-vector",
+)  # fmt: skip
 
 
 def write_tasks(folder: Path, names: list[str], count: int, shots: int, seeds: int) -> list[str]:
@@ -56,19 +63,23 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--episodes", type=int, default=40, help="episodes of a task for each seed")
     parser.add_argument("--limit", type=int, help="answer only as many of them")
+    parser.add_argument("--methods", default="", help="with commas; AIM's and its controls by default; or 'published'")
     args = parser.parse_args()
 
     shots = tuple(int(one) for one in args.shots.split(","))
     folder = args.output.with_name(f"{args.output.name}-tasks")
     specs = write_tasks(folder, args.tasks.split(","), args.episodes, max(shots), args.seeds)
+    methods = PUBLISHED if args.methods == "published" else tuple(filter(None, args.methods.split(",")))
+    published = any(name.partition(":")[0] in RIVALS for name in methods)  # one at a time, so that times compare
     settings = EvalSettings(
         repo=args.repo, tasks=tuple(specs), output=str(args.output), shots=shots, seeds=args.seeds, limit=args.limit,
-        batch_size=16, images_at_once=256,
+        batch_size=1 if published else 16, images_at_once=256, methods=methods,
     )  # fmt: skip
     results = evaluate(settings)
     means = {(cell["task"], cell["method"], cell["shots"]): cell["mean"] for cell in results["cells"]}
-    print(json.dumps({name: round(means[name, "aim", max(shots)], 3) for name in args.tasks.split(",")}))
-    print(f"{args.output}: results.md, by_shots.png, by_tokens.png, results.json, predictions.jsonl")
+    best = "aim" if "aim" in settings.methods else settings.methods[-1]
+    print(json.dumps({name: round(means[name, best, max(shots)], 3) for name in args.tasks.split(",")}))
+    print(f"{args.output}: results.md, by_shots.png, by_tokens.png, by_cost.png, results.json, predictions.jsonl")
 
 
 if __name__ == "__main__":

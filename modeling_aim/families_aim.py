@@ -17,8 +17,8 @@ class Family:
         flat_images: the processor takes the images of all prompts as one list, not as one a prompt.
         words_alone: how prompts are written for the tokenizer (`"{bos}{words}"`) where none has an image and the
             processor refuses such batches.
-        read_alone: the processor takes no images with different numbers of tiles at once, so that demonstrations are
-            read one by one.
+        read_alone: demonstrations are read one by one: the processor takes no images with different numbers of tiles
+            at once, or the backbone numbers images across the rows of a batch.
         prefix_kv: when a prompt can continue the KV of its prefix: `"always"`; `"unpadded"` where padding between the
             two counts as positions; `"never"` where words attend to later ones, positions are lost, or every prompt
             needs an image.
@@ -60,7 +60,7 @@ FAMILIES = {
     "got_ocr2": Family(processor="GotOcr2Processor", flat_images=True, words_alone="{words}"),
     "granite4_vision": Family(),
     "granite_docling": Family(),
-    "hunyuan_vl": Family(),
+    "hunyuan_vl": Family(read_alone=True, prefix_kv="never"),
     "hyperclovax_vision_v2": Family(prefix_kv="unpadded"),
     "idefics": Family(processor="IdeficsProcessor", image_token="<image>", images_between_words=True),
     "idefics2": Family(),

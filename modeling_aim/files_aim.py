@@ -353,24 +353,37 @@ model = AutoModelForImageTextToText.from_pretrained(
     "this/repository", trust_remote_code=True, quantization_config=four_bit
 )
 ```
+
+`trust_remote_code=True` runs the code of this repository. Look at it, then pin what you have looked at with
+`revision="..."`, a full commit hash. The backbone has a licence of its own.
 """
 
 
-def model_card(config: AimConfig, projector: torch.nn.Module) -> str:
-    """A model card that says what the repository holds and how to use it."""
+def model_card(config: AimConfig, projector: torch.nn.Module, datasets: Sequence[str] = ()) -> str:
+    """A model card that says what the repository holds and how to use it.
+
+    Args:
+        config: of the plug-in.
+        projector: its weights are counted.
+        datasets: Hub ids of the data it was trained on.
+    """
     backbone = config.backbone_name_or_path or f"in the folder `{config.backbone_subfolder}`"
+    if config.backbone_name_or_path and config.backbone_revision:
+        backbone += f" at revision `{config.backbone_revision}`"
     enters = f"input of decoder layer {config.entry_layers}, where they were read"
     if not config.enters_at_depth:
         enters = "input embeddings, through the projector"
     budget = "" if config.max_fused_tokens is None else f", at most {config.max_fused_tokens} tokens"
     parameters = sum(p.numel() for p in projector.parameters())
     hub_id = config.backbone_name_or_path and not os.path.isdir(config.backbone_name_or_path)
-    base_model = f"base_model: {config.backbone_name_or_path}\n" if hub_id else ""
+    more = f"base_model: {config.backbone_name_or_path}\nbase_model_relation: adapter\n" if hub_id else ""
+    more += f"datasets: [{', '.join(datasets)}]\n" if datasets else ""
     return f"""---
 library_name: transformers
 pipeline_tag: image-text-to-text
+license: apache-2.0
 tags: [aim, multimodal-in-context-learning, few-shot, custom_code]
-{base_model}---
+{more}---
 
 # AIM plug-in: answers from demonstrations
 

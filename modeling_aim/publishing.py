@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, get_token
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from .configuration_aim import AimConfig
 from .data.rows import is_hub_id
@@ -84,7 +85,8 @@ def publish(
         load: keyword arguments of that load: `dtype`, `device_map`, `load_in_4bit`.
 
     Raises:
-        ValueError: the folder holds no AIM repository, an unfinished run or a local backbone; or loading it fails.
+        ValueError: the folder holds no AIM repository, an unfinished run or a local backbone; nobody is logged in; or
+            loading it fails.
     """
     folder = Path(output)
     config = _config(folder)
@@ -100,6 +102,12 @@ def publish(
             "(--backbone owner/name), or publish it too (--include-backbone)."
         )
     api = HfApi()
+    try:
+        api.whoami()  # before the backbone is loaded
+    except (LocalTokenNotFoundError, HfHubHTTPError) as error:
+        raise ValueError(
+            f"The Hub knows nobody who could publish ({type(error).__name__}). Log in: hf auth login, or HF_TOKEN=..."
+        ) from error
     with tempfile.TemporaryDirectory() as scratch:
         staged = Path(scratch) / "repository"
         left_out = stage(folder, staged, repo_id, backbone, include_backbone)
@@ -248,7 +256,7 @@ def _finish_card(path: Path, repo_id: str, backbone: str | None) -> None:
     card = ModelCard(path.read_text(encoding="utf-8").replace("this/repository", repo_id), ignore_metadata_errors=True)
     if backbone is not None:
         data: Any = card.data
-        data.base_model = backbone
+        data.base_model, data.base_model_relation = backbone, "adapter"  # else the Hub lists it as a finetune
     path.write_text(str(card), encoding="utf-8")
 
 

@@ -22,7 +22,7 @@ from modeling_aim.serving.requests import ServingLimits
 
 ROOT = Path(__file__).resolve().parents[1]
 AIM_TINY, IMAGES = ROOT / "hub_configs" / "aim-tiny", ROOT / "examples" / "images"
-QUESTION = "what is this ?"
+MODEL, QUESTION = "aim-tiny", "what is this ?"
 NAMES = ("fibra", "gacre")
 SHOWN = [(f"{name}-{number}.png", f"this is {name} .") for number in (1, 2) for name in NAMES]
 
@@ -110,7 +110,7 @@ def metric(page: str, name: str) -> float:
 @contextmanager
 def served(model: Any, banks: Any = None, **limits: Any) -> Iterator[Server]:
     """A running server of a model."""
-    server = Server(build_app("aim-tiny", model, banks, ServingLimits(**limits)))
+    server = Server(build_app(MODEL, model, banks, ServingLimits(**limits)))
     try:
         yield server
     finally:

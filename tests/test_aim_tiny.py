@@ -222,3 +222,26 @@ def test_files_of_episodes_are_what_training_reads(tasks: Any, task: str, tmp_pa
     assert {(tuple(p.text for p in e.pairs[:-1]), e.pairs[-1].question, e.pairs[-1].text) for e in read} == wanted
     shown = {shot.image.tobytes() for one in made for shot in (*one.demos, *one.queries)}
     assert {pair.images[0].tobytes() for one in read for pair in one.pairs} == shown
+
+
+def test_tasks_that_look_closely_are_what_they_say(tasks: Any) -> None:
+    """Each word stands for one kind, all are shown, no image twice, and only the images tell which is which."""
+    for task in tasks.LOOKING:
+        for seed in range(12):
+            episode = tasks.episode(task, seed, "test", 12)
+            picks = [(shot.concept, shot.index) for shot in (*episode.demos, *episode.queries)]
+            assert len(set(picks)) == 13
+            (query,) = episode.queries
+            said = {shot.answer for shot in episode.demos}
+            assert len(said) == {"counts": 3, "pairs": 4, "distractor": 2, "two_words": 4}[task]
+            if task == "two_words":
+                words = query.answer.split()[2:4]
+                named = [[s for s in episode.demos if word in s.answer.split()] for word in words]
+                for name, shots in zip(("colour", "shape"), named, strict=True):
+                    assert {getattr(shot.scene, name) for shot in shots} == {getattr(query.scene, name)}
+                continue
+            same = [shot.scene for shot in episode.demos if shot.answer == query.answer]
+            other = [shot.scene for shot in episode.demos if shot.answer != query.answer]
+            fixed = [n for n in vars(query.scene) if {getattr(s, n) for s in same} == {getattr(query.scene, n)}]
+            assert len(same) == 12 // len(said)
+            assert not any(all(getattr(s, n) == getattr(query.scene, n) for n in fixed) for s in other)

@@ -20,8 +20,9 @@ from modeling_aim.prefix_aim import prefix_kv, serves
 from modeling_aim.speed import measure
 from modeling_aim.speed.counting import COUNTED, Twin, analytic_kv, count, count_flops, kv_bytes
 from modeling_aim.speed.measure import Measuring, Memory
-from modeling_aim.speed.methods import METHODS, Bench, Clock
+from modeling_aim.speed.methods import METHODS, Bench, Clock, call_of
 from modeling_aim.speed.prompts import RandomPrompts
+from modeling_aim.speed.rivals import AT_QUERY
 from modeling_aim.speed.shapes import PICTURES, SHAPES, random_backbone, shape_config, shape_picture
 from modeling_aim.state_aim import goes_on_behind_kv
 
@@ -269,3 +270,50 @@ def test_peak_memory() -> None:
     assert peak - before == pytest.approx(2**26, rel=0.1) and after - before < 2**23
     memory.forget_peak()
     assert memory.peak() - after < 2**23
+
+
+# --- methods of others
+
+SETTINGS = ("text-kv", "text-kv:ratio=.5", "text-kv-together", "parallel-icl", "parallel-icl:chunks=1", "fastv",
+            "fastv:ratio=.9:depth=1", "catp", "snapkv", "snapkv:ratio=.9:window=8", "task-vector")  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "idefics3", "smolvlm"])
+def test_methods_of_others_cost_what_is_counted(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what may be read before the query and without: same KV, same FLOPs; and both give the same answer."""
+    monkeypatch.setattr("modeling_aim.speed.shapes.GRID", (8, 12))
+    model, shots = build(family).model, 3
+    model.generation_config.suppress_tokens = None
+    twin = Twin(model.config, causal=False)
+    if not can_see(twin):
+        pytest.skip("with this release of transformers, this family cannot be counted")
+    made = Bench(model, RandomPrompts(model.config, shots, 30, 40, "cpu", torch.float32))
+    head = 2 * model.get_output_embeddings().weight.numel()
+    for name in SETTINGS:
+        plain, _, settings = name.partition(":")
+        answers = []
+        for form in (name, f"{plain}-cold:{settings}".removesuffix(":"))[: 1 if plain in AT_QUERY else 2]:
+            call, caches = call_of(made, form, shots), []
+            found = count_flops(lambda call=call, caches=caches: caches.append(call(Clock(), 1))).total
+            counted, experts = count(twin, form, shots), 3 if name == "parallel-icl" else 1
+            assert found == pytest.approx(counted.flops + experts * head, rel=0.01), form
+            assert kv_bytes(caches[0]) == 2 * counted.kv_bytes, form
+            clock = Clock()
+            call(clock, 3)
+            answers.append(torch.cat([token.flatten() for token in clock.ids[1:]]).tolist())
+        assert len(answers[0]) == 3 and answers[0] == answers[-1], name
+
+
+def test_a_run_with_methods_of_others(tmp_path: Path) -> None:
+    methods = "full,text-kv,snapkv-cold:ratio=.9,fastv:depth=1,emloc"
+    options = ["--shape", "tiny", "--shots", "0,3", "--methods", "zero," + methods, "--repeats", "1"]
+    result = run(*options, "--device", "cpu", "--max-new-tokens", "2", "--output", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    rows = {row["method"]: row for row in json.loads((tmp_path / "bench.json").read_text())["rows"] if row["shots"]}
+    assert set(rows) == {"zero", *methods.split(",")}
+    for name in ("text-kv", "snapkv-cold:ratio=.9", "fastv:depth=1"):
+        assert rows[name]["measured_kv_bytes"] == 2 * rows[name]["kv_bytes"] < rows["full"]["measured_kv_bytes"]
+    assert rows["emloc"]["measured_kv_bytes"] <= 2 * rows["emloc"]["kv_bytes"]  # all rows are its bound
+    assert "snapkv-cold:ratio=.9" in (tmp_path / "bench.md").read_text()
+    result = run("--shape", "tiny", "--methods", "snapkv:share=1", "--count-only")
+    assert result.exit_code == 1 and "is no setting of snapkv" in result.output

@@ -234,5 +234,5 @@ def test_too_many_raw_demonstrations_are_counted_before_any_is_read(
     read: list[int] = []
     monkeypatch.setattr(llava.model, "read_states", lambda demos, *more: read.append(len(demos)))
     with pytest.raises(ValueError, match=r"together \d{5}.*positions.*demos\[:\d+\]"):
-        llava.model.generate(**llava.query(), demos=[(picture(0), "this is a long name for a thing")] * 3000)
+        llava.model.generate(**llava.query(), demos=[(picture(0), "this is a long name for a thing")] * 2000)
     assert not read

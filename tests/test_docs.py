@@ -39,6 +39,7 @@ DIFFERENT = [
     {"image": Image.new("RGB", (32, 32), (15 * i, 0, 99)), "label": ("fibra", "gacre")[i % 2]} for i in range(16)
 ]
 NOT_RUN = {
+    "client.chat.completions": "it needs a server: tests/test_serving.py and tests/test_export_chat.py talk to one",
     "TrainSettings": "tests/test_training.py trains through the same call; here it would need a corpus",
     "METHODS[": "tests/test_eval_untrained.py adds a method in the same way",
     'search="faiss"': "tests/test_select.py; this bank is too small for FAISS",

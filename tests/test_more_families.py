@@ -68,6 +68,10 @@ def test_images_that_are_embedded_as_words_are_not_taken_for_the_prompt() -> Non
     PROPERTIES["read_or_raw"](made("chameleon"))  # generate() embeds its images before the prompt
 
 
+def test_demonstrations_are_read_alone_where_a_batch_numbers_its_images() -> None:
+    PROPERTIES["equal_images"](made("hunyuan_vl"))
+
+
 @pytest.mark.parametrize("name", ["without_training", "prompt_lookup", "words_at_depth"])
 def test_states_enter_before_layers_that_use_the_keys_of_earlier_ones(name: str) -> None:
     PROPERTIES[name](made("gemma4"))

@@ -129,6 +129,15 @@ def test_what_cannot_be_published_is_said(
     assert "user/x" not in signed_in.repos
 
 
+def test_nobody_is_logged_in(hub: HubServer, trained: Path) -> None:
+    for token in ("", "hf_wrong"):
+        done = CliRunner().invoke(
+            app, ["publish", str(trained / "run"), "user/x", "--backbone", "a/b"], env={"HF_TOKEN": token}
+        )
+        assert done.exit_code == 1 and "Log in: hf auth login" in " ".join(done.output.split()), done.output
+    assert "user/x" not in hub.repos
+
+
 def test_training_pushes_the_same_files(signed_in: HubServer, trained: Path, tmp_path: Path) -> None:
     signed_in.add_repo("stock/llava", trained / "backbone")
     settings = TrainSettings(

@@ -18,21 +18,36 @@ from urllib.request import urlopen
 import pytest
 import torch
 from backbones import plugin
-from transformers.utils.import_utils import is_serve_available
 
-if not is_serve_available():  # the oldest transformers that are supported have another server
-    pytest.skip("the packages of the extra `serve` are not installed", allow_module_level=True)
+from modeling_aim.cli.serve import check_installed
+
+try:
+    check_installed()
+except ImportError as missing:  # the oldest transformers that are supported have another server
+    pytest.skip(str(missing), allow_module_level=True)
 
 import openai
 from PIL import Image
-from served import IMAGES, NAMES, QUESTION, SHOWN, Asked, Server, chat, data_url, loaded, metric, picture, served
+from served import (
+    IMAGES,
+    MODEL,
+    NAMES,
+    QUESTION,
+    SHOWN,
+    Asked,
+    Server,
+    chat,
+    data_url,
+    loaded,
+    metric,
+    picture,
+    served,
+)
 
 from modeling_aim import DemonstrationBank
 from modeling_aim.serving.app import build_app
 from modeling_aim.serving.demonstrations import PromptBuilder
 from modeling_aim.serving.requests import Refused, ServingLimits, checked_request
-
-MODEL = "aim-tiny"
 
 
 @pytest.fixture(scope="module")
@@ -344,7 +359,7 @@ def test_more_clients_than_slots(model: Any) -> None:
             assert server.client.models.list()  # answers at once
         assert [answer.result() for answer in waiting] == ["this is gacre ."] * 3
         assert said(server) == "this is gacre ."
-        assert server.metric("aim_requests_at_work") == 0
+        until(lambda: server.metric("aim_requests_at_work") == 0)  # a slot is given back behind the answer
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -133,7 +133,7 @@ def kept(answer: str, span: str) -> int | None:
 def tasks_of(cell: str, split: str, wording: str, seed: int, episodes: int, span: str = "text") -> list[Task]:
     """The episodes of a cell: one of `CELLS`, or a task of tasks.py and a number of demonstrations."""
     name, _, shots = cell.partition(" ")
-    if name in rules.TASKS:
+    if name in (*rules.TASKS, *rules.LOOKING):
         return [task_of(rules.episode(name, f"{seed}.{e}", split, int(shots)), span) for e in range(episodes)]
     return [task(f"{seed}.{e}", *CELLS[cell], split, wording, span) for e in range(episodes)]
 
@@ -399,7 +399,7 @@ def main() -> None:
     )
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument(
-        "--cells", help=f"of {', '.join(CELLS)} (all by default); or a task of {rules.TASKS} and its demonstrations"
+        "--cells", help=f"of {', '.join(CELLS)} (all by default); or a task of tasks.py and its demonstrations"
     )
     parser.add_argument("--repo", type=Path, default=OUT, help="repository whose projector is `aim`")
     parser.add_argument("--depth", type=int, help="of aim_untrained; by default two fifths of the layers")

@@ -1,6 +1,7 @@
-"""Five few-shot tasks in aim-tiny's small world, for training and for evaluation; splits as in `world.py`.
+"""Few-shot tasks in aim-tiny's small world, for training and for evaluation; splits as in `world.py`.
 
     python examples/aim_tiny/tasks.py --out build/tasks                       # evaluation episodes, a folder a task
+    python examples/aim_tiny/tasks.py --out build/tasks --tasks counts,pairs,distractor,two_words --shots 12
     python examples/aim_tiny/tasks.py --split train --count 1000 --out build/training
     aim eval --repo hub_configs/aim-tiny --tasks episodes:build/tasks/operator/episodes.jsonl --shots 0,2,4,8
 
@@ -14,13 +15,21 @@ answer to a new image, whose concept (colour and shape) never occurs in another 
 * `attribute`: the answer is colour, shape, texture, number or size; the question does not say which;
 * `captions`: captions of one style: how much they tell, and in which order.
 
+Four more ask more of the images, for evaluation alone:
+
+* `counts`: a made-up word stands for one, two or three things;
+* `pairs`: four words stand for the pairs of two values of one property and two of another, so that neither tells;
+* `distractor`: two words, whose concepts differ in the colour or in the shape alone;
+* `two_words`: demonstrations name a colour or a shape, and the query wants both words, so it needs two of them.
+
 Where the rule sits decides what a prompt without the demonstrations' images can do: no more than guess in the first
-two. In the others the words of the answers give the rule away.
+two and the last four. In the others the words of the answers give the rule away.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -110,6 +119,8 @@ RULES: dict[str, Callable[[random.Random], tuple[str, Say]]] = {
 }
 NAMED = ("link_context", "operator")  # answers are made-up words
 TASKS = (*NAMED, *RULES)
+LOOKING = ("counts", "pairs", "distractor", "two_words")  # answers are made-up words, too; for evaluation
+PAIRED = (("colour", "count"), ("shape", "count"), ("colour", "texture"), ("shape", "texture"), ("texture", "count"))
 
 
 # --- episodes
@@ -119,7 +130,7 @@ def episode(task: str, seed: int | str, split: str, shots: int, queries: int = 1
     """The episode of a seed.
 
     Args:
-        task: one of `TASKS`.
+        task: one of `TASKS` or `LOOKING`.
         seed: the same seed gives the same episode.
         split: of `world.SPLITS`.
         shots: demonstrations in all.
@@ -128,6 +139,8 @@ def episode(task: str, seed: int | str, split: str, shots: int, queries: int = 1
             of them is balanced.
     """
     rng = random.Random(f"{task} {seed} {split} {shots} {ways}")
+    if task in LOOKING:
+        return _looking(task, rng, split, shots, queries)
     if task in NAMED:
         return _naming(task, rng, split, shots, queries, min(ways, shots))
     rule, say = RULES[task](rng)
@@ -168,6 +181,68 @@ def _naming(task: str, rng: random.Random, split: str, shots: int, queries: int,
     asked = [rng.randrange(len(things)) for _ in range(queries)]
     made = [shot(way, wording) for way, wording in zip([*rounds, *asked], told, strict=True)]
     return Episode(task, rule, tuple(made[:shots]), tuple(made[shots:]))
+
+
+def _looking(task: str, rng: random.Random, split: str, shots: int, queries: int) -> Episode:
+    """Made-up words for what must be looked for: a number, a pair of properties, one of two concepts nearly alike."""
+    kinds = _kinds(task, rng, split)
+    words = dict(zip(kinds, world.draw_names(rng, split, len(kinds)), strict=True))
+    wording, used = rng.choice(NAMING), set()
+
+    def pick(*wanted: tuple[tuple[str, str], ...]) -> tuple[int, int]:
+        """An image that was not shown, with all properties that are wanted."""
+        concepts = range(len(world.concepts(split)))
+        fit = [
+            place
+            for place in itertools.product(concepts, range(world.IMAGES_PER_CONCEPT[split]))
+            if place not in used and _has(world.pool_scene(split, *place), *(one for kind in wanted for one in kind))
+        ]
+        used.add(place := rng.choice(fit))
+        return place
+
+    rounds = [kind for _ in range(shots) for kind in rng.sample(kinds, len(kinds))][:shots]
+    demos = []
+    for kind in rounds:
+        asked = world.QUESTIONS[kind[0][0]][0] if task == "two_words" else wording.question
+        answer = f"it is {words[kind]} ." if task == "two_words" else wording.answer.format(words[kind])
+        demos.append(Shot(split, *pick(kind), asked, answer))
+    made = []
+    for _ in range(queries):
+        if task == "two_words":
+            colours, shapes = ([kind for kind in kinds if kind[0][0] == name] for name in OPERATIONS)
+            there = {(scene[0], scene[1]) for scene in world.concepts(split)}
+            both = [(c, s) for c in colours for s in shapes if (c[0][1], s[0][1]) in there]
+            colour, shape = rng.choice(both)
+            asked, answer = "what is it ?", f"it is {words[colour]} {words[shape]} ."
+            made.append(Shot(split, *pick(colour, shape), asked, answer))
+        else:
+            kind = rng.choice(kinds)
+            made.append(Shot(split, *pick(kind), wording.question, wording.answer.format(words[kind])))
+    return Episode(task, " ".join("+".join(value for _, value in kind) for kind in kinds), tuple(demos), tuple(made))
+
+
+def _kinds(task: str, rng: random.Random, split: str) -> list[tuple[tuple[str, str], ...]]:
+    """What each word of an episode stands for: properties with their values."""
+    table = world.concepts(split)
+    if task == "counts":
+        return [(("count", value),) for value in world.COUNTS]
+    if task == "distractor":
+        near = [(a, b) for a, b in itertools.combinations(table, 2) if (a[0] == b[0]) != (a[1] == b[1])]
+        return [(("colour", colour), ("shape", shape)) for colour, shape in rng.choice(near)]
+    if task == "two_words":  # two concepts, so that each colour occurs with one of the shapes
+        one, other = rng.choice([(a, b) for a, b in itertools.combinations(table, 2) if a[0] != b[0] and a[1] != b[1]])
+        return [(("colour", c),) for c in (one[0], other[0])] + [(("shape", s),) for s in (one[1], other[1])]
+    names = rng.choice(PAIRED)
+    values = {
+        "colour": sorted({colour for colour, _ in table}), "shape": sorted({shape for _, shape in table}),
+        "texture": world.TEXTURES, "count": world.COUNTS,
+    }  # fmt: skip
+    chosen = [[(name, value) for value in rng.sample(values[name], 2)] for name in names]
+    return list(itertools.product(*chosen))
+
+
+def _has(scene: Scene, *wanted: tuple[str, str]) -> bool:
+    return all(getattr(scene, name) == value for name, value in wanted)
 
 
 def episodes(task: str, split: str, count: int, shots: int = 16, seed: int = 0, ways: int = 2) -> Iterator[Episode]:

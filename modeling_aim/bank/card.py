@@ -12,8 +12,11 @@ def bank_card(bank: BankContents, source: Mapping[str, str]) -> str:
     rows = "".join(f"| {name} | {value} |\n" for name, value in sorted(source.items()))
     labels = [label for label in dict.fromkeys(bank.labels()) if label is not None]
     named = f"\n\nLabels: {', '.join(labels[:30])}{' and more' if len(labels) > 30 else ''}." if labels else ""
+    shots = min(8, max(len(bank), 1))
     return f"""---
 library_name: transformers
+license: other
+license_name: that-of-the-demonstrations
 tags: [aim, demonstration-bank, few-shot]
 ---
 
@@ -29,11 +32,17 @@ Only the plug-in that read them can use them:
 |---|---|
 {rows}
 ```python
-from modeling_aim import DemonstrationBank
+from modeling_aim import AimForConditionalGeneration, DemonstrationBank
 
+model = AimForConditionalGeneration.from_pretrained("the/plug-in")
 bank = DemonstrationBank.from_pretrained("this/repository", model)
-model.generate(**inputs, demos=bank, shots=8, select="image")
+inputs = model.processor(images="query.png", text=model.processor.prompt("What is this?"), return_tensors="pt")
+inputs = inputs.to(model.device, model.dtype)
+ids = model.generate(**inputs, demos=bank, shots={shots}, select="random", max_new_tokens=8)
+print(model.processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 
-Files are safetensors and JSON; nothing is unpickled.
+`select="image"` chooses by likeness, where the bank has features. `revision="..."`, a full commit hash, pins what you
+have looked at. The words and pictures have the licence of the data that they come from. Files are safetensors and
+JSON; nothing is unpickled.
 """

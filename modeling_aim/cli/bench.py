@@ -22,6 +22,7 @@ from ..speed.measure import Measuring
 from ..speed.methods import METHODS, Bench
 from ..speed.prompts import RandomPrompts
 from ..speed.report import notes, rich_table, save, with_ratios
+from ..speed.rivals import COLD_NAMES, NAMES, is_rival, split
 from ..speed.shapes import picture_of, picture_with, random_backbone, shape_config, shape_picture
 from .options import check_least, command
 from .terminal import errors, safe, wide_console
@@ -39,7 +40,9 @@ class BenchSettings:
         image_settings: with --backbone, settings of its image processor by its own names, such as max_pixels=200704;
             images are then 500 x 400 pixels.
         shots: numbers of demonstrations.
-        methods: methods to measure; also depth-cold, depth-bank, depth-bank-kv, cold-half and overhead.
+        methods: methods to measure; also depth-cold, depth-bank, depth-bank-kv, cold-half and overhead; and text-kv,
+            text-kv-together, parallel-icl, fastv, catp, snapkv, emloc and task-vector, each but fastv and catp also
+            with -cold, and with settings as in snapkv-cold:ratio=.9.
         demo_tokens: text tokens of a demonstration.
         query_tokens: text tokens of the query.
         dtype: float32, bfloat16 or float16; by default bfloat16 on CUDA and float32 on a CPU.
@@ -78,8 +81,11 @@ class BenchSettings:
             raise ValueError(f"--shots {given!r}: expected numbers of demonstrations, as in 0,1,4,8.")
         known = COUNTED if self.count_only else tuple(METHODS)
         for name in self.methods:
-            if name not in known:
-                raise ValueError(f"--methods has {name!r}; there are {', '.join(known)}.")
+            if is_rival(name):
+                split(name)
+            elif name not in known:
+                there = ", ".join((*known, *NAMES, *COLD_NAMES))
+                raise ValueError(f"--methods has {name!r}; there are {there}.")
         if self.dtype not in (None, *PRECISIONS):
             raise ValueError(f"--dtype {self.dtype!r}: expected float32, bfloat16 or float16.")
 

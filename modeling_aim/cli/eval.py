@@ -20,6 +20,7 @@ from ..evaluation import EvalSettings
 from ..evaluation import evaluate as run
 from ..evaluation.card import put_on_card
 from ..evaluation.compare import MCNEMAR, compare_runs
+from ..evaluation.pareto import printed
 from ..evaluation.report import cells_by_row
 from .attention import attention
 from .options import command
@@ -129,8 +130,8 @@ def _show(results: dict[str, Any]) -> None:
     methods, rows = cells_by_row(results)
     table = Table("task", "shots", *methods)
     for task, count, cells in rows:
-        means = [None if cell is None else cell["mean"] for cell in cells.values()]
-        table.add_row(safe(task), str(count), *("–" if mean is None else f"{mean:.3f}" for mean in means))
+        means = ["–" if cell is None or cell["mean"] is None else printed(cell) for cell in cells.values()]
+        table.add_row(safe(task), str(count), *means)
     wide_console().print(table)
     for note in results["notes"]:
         wide_console().print(safe(note), soft_wrap=True)

@@ -155,7 +155,9 @@ def parsed(given: Any, hint: Any, option: str) -> Any:
 
 
 def _pieces(text: str) -> list[str]:
-    """The parts of a list with commas; a spec, `KIND:PATH,name=value`, is one part."""
+    """The parts of a list with commas; a spec, `KIND:PATH,name=value`, is one part, and so is `NAME:name=value`."""
+    if re.fullmatch(r"[\w-]+(:\w+=[\w.]+)*(,[\w-]+(:\w+=[\w.]+)*)*", text):
+        return text.split(",")
     if ":" in text or re.search(r",\s*[\w-]+=", text):
         return [text]
     return [piece.strip() for piece in text.split(",") if piece.strip()]

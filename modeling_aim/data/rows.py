@@ -14,6 +14,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,13 @@ def find_files(path: str, suffixes: tuple[str, ...], missing_ok: bool = False) -
 def files_of(folder: Path) -> list[Path]:
     """All files under a folder by name, hidden ones left out."""
     return sorted(file for file in folder.rglob("*") if not file.name.startswith(".") and file.is_file())
+
+
+def file_names(folder: Path, most: int = 2**20) -> frozenset[str] | None:
+    """Names in a folder, which are faster to look up than files are; `None` where there are more than `most`."""
+    with os.scandir(folder) as entries:
+        names = frozenset(entry.name for entry in islice(entries, most + 1))
+    return names if len(names) <= most else None
 
 
 def existing(path: str) -> Path:

@@ -123,12 +123,13 @@ class PromptBuilder:
             images: whether their images do, too.
         """
         if self.prompts == "plain":
-            parts = [self._plain(one, images) + self.separator for one in shown]
-            begin = self.processor.front(0)  # BOS that only a chat template writes
-            return begin + "".join(parts) + self.processor.image_text * len(example.images) + example.question
+            parts = [self._front(example), *(self._plain(one, images) + self.separator for one in shown)]
+            return "".join(parts) + self.processor.image_text * len(example.images) + example.question
         turns = [turn for one in shown for turn in self._turns(one, images)]
-        query = _turn("user", example.question, len(example.images))
-        return self.processor.rendered([*turns, query])
+        turns.append(_turn("user", example.question, len(example.images)))
+        if example.instruction:
+            turns[0]["content"].insert(0, {"type": "text", "text": self._told(example)})
+        return self.processor.rendered(turns)
 
     def parts(self, example: Example, shown: Sequence[Shown]) -> tuple[Part, ...]:
         """A plain prompt in pieces: each demonstration with what ends it, and the query."""
@@ -137,7 +138,9 @@ class PromptBuilder:
             text = self._plain(one, True) + self.separator
             start = len(image) * len(one.images) + self.processor.word(one.words)[1]
             found.append(Part(text, start, one.images))
-        return *found, Part(image * len(example.images) + example.question, 0, example.images)
+        found.append(Part(image * len(example.images) + example.question, 0, example.images))
+        front, first = self._front(example), found[0]
+        return replace(first, text=front + first.text, said=len(front) + first.said), *found[1:]
 
     def option(self, prompt: str, option: str) -> str:
         """An option as it stands behind a prompt: after a space, unless something else divides them."""
@@ -146,6 +149,13 @@ class PromptBuilder:
         image = self.processor.image_text
         asked = prompt and not prompt[-1].isspace() and not (image and prompt.endswith(image))
         return f" {option}" if asked and divides else option
+
+    def _front(self, example: Example) -> str:
+        """What stands before the demonstrations of a plain prompt: BOS that only a chat template writes, the task."""
+        return self.processor.front(0) + self._told(example)
+
+    def _told(self, example: Example) -> str:
+        return f"{example.instruction}\n" if example.instruction else ""
 
     def _plain(self, one: Shown, images: bool) -> str:
         return self.processor.image_text * (len(one.images) if images else 0) + self.processor.word(one.words)[0]

@@ -43,6 +43,19 @@ def front(cells: Sequence[Figures], cost: str) -> list[Figures]:
     return sorted((cell for cell in known if not beaten(cell)), key=lambda cell: (cell[cost], cell["mean"]))
 
 
+def printed(cell: Figures, value: float | None = None) -> str:
+    """A mean, or another figure of a cell, as papers print it: CIDEr times 100, with a digit; else three digits."""
+    times = cell.get("printed_times", 1)
+    return f"{times * (cell['mean'] if value is None else value):.{3 if times == 1 else 1}f}"
+
+
+def print_times(axes: Any, task: Figures) -> None:
+    """Label the vertical axis of a task as its metric is printed."""
+    times = task.get("printed_times", 1)
+    if times != 1:
+        axes.yaxis.set_major_formatter(lambda value, place: f"{times * value:g}")
+
+
 def front_table(results: Figures) -> str:
     """Who is on the front of each task, as a markdown table."""
     rows = [["task", "cost", "Pareto front: method, demonstrations (cost, score)"], ["---"] * 3]
@@ -51,10 +64,8 @@ def front_table(results: Figures) -> str:
         for cost, label in COSTS_SHOWN.items():
             if any(cost not in cell for cell in cells):  # a run of an earlier version
                 continue
-            names = [
-                f"`{c['method']}` {c['shots']} ({c[cost] / UNITS.get(cost, 1):,.0f}, {c['mean']:.3f})"
-                for c in front(cells, cost)
-            ]
+            unit = UNITS.get(cost, 1)
+            names = [f"`{c['method']}` {c['shots']} ({c[cost] / unit:,.0f}, {printed(c)})" for c in front(cells, cost)]
             rows.append([task["task"], label, "; ".join(names)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -94,5 +105,6 @@ def draw_front(results: Figures, path: Path) -> None:
             axes.xaxis.set_major_formatter("{x:,.0f}")
             axes.xaxis.set_minor_locator(NullLocator())
             axes.grid(alpha=0.3)
+            print_times(axes, task)
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=110)

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub.repocard_data import EvalResult
 
 from ..files_aim import write_whole
-from .pareto import draw_front, front_table
+from .pareto import draw_front, front_table, print_times, printed
 
 REPORT = "results.md"
 CURVES = "by_shots.png"
@@ -47,7 +47,8 @@ def report(results: Figures, pictures: Sequence[str] = ()) -> str:
     lines += [curve_table(results), ""] if results["curves"] else []
     lines += [front_table(results), ""] if any(cell["shots"] for cell in results["cells"]) else []
     for task in results["tasks"]:
-        lines.append(f"- {task['task']}: {task['metric']}, {task['examples']} examples a seed; demonstrations "
+        metric = task["metric"] + (f" times {task['printed_times']}" if task.get("printed_times", 1) != 1 else "")
+        lines.append(f"- {task['task']}: {metric}, {task['examples']} examples a seed; demonstrations "
                      f"{task['demonstrations']}.")  # fmt: skip
         lines += [f"  - {count} demonstrations: {note}" for count, note in task["shots_notes"].items()]
         lines += [f"  - {note}" for note in task["notes"]]
@@ -106,9 +107,9 @@ def _figure(cell: Figures | None) -> str:
     if cell is None or cell["mean"] is None:
         return "–"
     if cell["spread"] is not None:
-        return f"{cell['mean']:.3f} ± {cell['spread']:.3f}"
-    between = "" if cell["interval"] is None else " [{:.3f}, {:.3f}]".format(*cell["interval"])
-    return f"{cell['mean']:.3f}{between}"
+        return f"{printed(cell)} ± {printed(cell, cell['spread'])}"
+    between = "" if cell["interval"] is None else " [{}, {}]".format(*(printed(cell, end) for end in cell["interval"]))
+    return printed(cell) + between
 
 
 def eval_results(results: Figures, method: str = "aim") -> list[EvalResult]:
@@ -121,7 +122,7 @@ def eval_results(results: Figures, method: str = "aim") -> list[EvalResult]:
             dataset_args={"shots": cell["shots"]},
             metric_type=cell["metric"],
             metric_name=f"{cell['metric']}, {cell['shots']} demonstrations",
-            metric_value=round(cell["mean"], 4),
+            metric_value=round(cell["mean"] * cell.get("printed_times", 1), 4),
         )
         for cell in results["cells"]
         if cell["method"] == method and cell["mean"] is not None
@@ -167,6 +168,7 @@ def _panels(results: Figures, path: Path, across: str, label: str) -> None:
         axes.set_ylabel(task["metric"])
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
+        print_times(axes, task)
     for number in range(len(tasks), lines * columns):
         grid[number // columns][number % columns].axis("off")
     names = min(len(shown), 2 * columns)  # in a line

@@ -139,6 +139,7 @@ def cell_figures(
     everything = [row for answered in rows.values() for row in answered]
     return {
         "metric": task.metric,
+        "printed_times": task.printed_times,
         "mean": _known(np.mean(values)),
         "is_mean": is_mean,
         "spread": _known(np.std(values, ddof=1)) if len(values) > 1 else None,

@@ -406,6 +406,7 @@ class Run:
             "task": one.task.name,
             "spec": one.spec,
             "metric": one.task.metric,
+            "printed_times": one.task.printed_times,
             "examples": len(one.examples[0]),
             "demonstrations": "its own" if one.task.fixed else f"by {self.settings.select}, of {len(one.task.pool())}",
             "shots_notes": {count: note for count, note in shots.items() if note},

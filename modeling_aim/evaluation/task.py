@@ -40,6 +40,7 @@ class Example:
         options: where the answer is chosen by likelihood, all that it can be; empty where it is written.
         label: its class, where the metric counts by class.
         facts: what else `score` and `summary` need; plain JSON.
+        instruction: what is said once at the beginning of a prompt, before all demonstrations.
     """
 
     id: str
@@ -49,6 +50,7 @@ class Example:
     options: tuple[str, ...] = ()
     label: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    instruction: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,14 @@ class Task:
         name: in tables, files and messages.
         max_new_tokens: most tokens of a written answer.
         metric: the main one, a key of what `summary` returns; higher is better.
+        printed_times: what the main metric is multiplied with where it is shown, as papers show it.
         fixed: each example brings its own demonstrations (`shots`), so ways of choosing do not apply.
     """
 
     name: str = ""
     max_new_tokens: int = 15
     metric: str = "accuracy"
+    printed_times: int = 1
     fixed: bool = False
 
     def examples(self, seed: int) -> Sequence[Example]:

@@ -24,6 +24,7 @@ from transformers import AutoModelForImageTextToText, Cache, DynamicCache, PreTr
 from ..backbone_aim import decoder_layers
 from ..configuration_aim import PRESETS, AimConfig, default_depth
 from ..projector_aim import AimProjector
+from .rivals import COLD_NAMES, NAMES, is_rival, rival_counts
 from .shapes import Picture, picture_of
 
 aten = torch.ops.aten
@@ -223,13 +224,15 @@ def count(
 
     Args:
         twin: the backbone.
-        method: one of `COUNTED`.
+        method: one of `COUNTED`, or of `NAMES` or `COLD_NAMES` of `rivals.py` with settings as in `snapkv:ratio=.9`.
         shots: demonstrations.
         demo_tokens: text tokens of a demonstration, and so fused tokens of it.
         query_tokens: text tokens of the query.
     """
+    if is_rival(method):
+        return Counted(method, shots, *rival_counts(twin, method, shots, demo_tokens, query_tokens))
     if method not in COUNTED:
-        raise ValueError(f"There is no method {method!r}; counted are {', '.join(COUNTED)}.")
+        raise ValueError(f"There is no method {method!r}; counted are {', '.join((*COUNTED, *NAMES, *COLD_NAMES))}.")
     kind, text = method.removeprefix("depth-"), twin.config.get_text_config()
     demo, query = twin.picture.tokens + demo_tokens, twin.picture.tokens + query_tokens
     bos, fused = int(getattr(text, "bos_token_id", None) is not None), shots * demo_tokens

@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from ..backbone_aim import longest_prompt
 from .counting import Counted, Twin, count, kv_bytes
-from .methods import METHODS, WITHOUT_DEMONSTRATIONS, Bench, Call, Clock
+from .methods import METHODS, WITHOUT_DEMONSTRATIONS, Bench, Call, Clock, call_of
 from .shapes import free_memory
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -193,7 +193,7 @@ class Measuring:
             return
         before = self.memory.now() if warm else None
         if row.method not in self._ready:
-            self._ready[row.method] = METHODS[row.method](self.bench, row.shots)
+            self._ready[row.method] = call_of(self.bench, row.method, row.shots)
         if warm:
             self.memory.settle()
             self.memory.forget_peak()

@@ -10,7 +10,8 @@
 * `depth-cold`, `depth-bank`, `depth-bank-kv`: the same without training: states are put back at the depth where they
   were read, the default one.
 
-What the others have of AIM is the paper's form: a projector, and fused tokens at the input embeddings.
+What the others have of AIM is the paper's form: a projector, and fused tokens at the input embeddings. The methods of
+`modeling_aim/rivals` are in `rivals.py`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from .. import AimForConditionalGeneration
 from ..demonstrations_aim import Demos, FusedDemonstrations
 from ..state_aim import preserved_state
 from .prompts import RandomPrompts
+from .rivals import reading_of, rival_call
 
 
 class Clock:
@@ -235,4 +237,13 @@ METHODS: dict[str, Callable[[Bench, int], Call]] = {
     "depth-bank": Bench.depth_bank,
     "depth-bank-kv": Bench.depth_bank_kv,
 }
+
+
+def call_of(bench: Bench, name: str, shots: int) -> Call:
+    """A method by its name, made ready as far as it may be."""
+    if name in METHODS:
+        return METHODS[name](bench, shots)
+    return rival_call(name, reading_of(bench.backbone, bench.prompts, shots, bench.model.device))
+
+
 WITHOUT_DEMONSTRATIONS = ("zero", "overhead")

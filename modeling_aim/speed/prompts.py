@@ -78,6 +78,10 @@ class RandomPrompts:
         """What of `full` comes behind `before`: the query without BOS."""
         return dict(self._inputs([[self._parts[-1]]], bos=[]))
 
+    def pieces(self, numbers: Sequence[int], begins: bool) -> dict[str, Any]:
+        """Some of the demonstrations and, as -1, the query, in this order; with BOS where they begin a prompt."""
+        return dict(self._inputs([[self._parts[number] for number in numbers]], None if begins else []))
+
     def demos(self, shots: int) -> list[Demonstration]:
         """So many demonstrations; the number in the text says which image and words are meant."""
         return [

@@ -101,8 +101,11 @@ class ShotLaw:
         """One number of demonstrations."""
         if self.law == "fixed":
             return self.most
-        weights = [2.718281828 ** (k / 4) if self.law == "exponential" else 1.0 for k in range(self.most)]
-        return rng.choices(range(1, self.most + 1), weights)[0]
+        return rng.choices(range(1, self.most + 1), self._weights)[0]
+
+    @cached_property
+    def _weights(self) -> list[float]:
+        return [2.718281828 ** (k / 4) if self.law == "exponential" else 1.0 for k in range(self.most)]
 
 
 class Source:

@@ -7,7 +7,7 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -23,6 +23,7 @@ from ..data.rows import (
     columns_of,
     dataset_rows,
     existing,
+    file_names,
     find_files,
     json_members,
     json_rows,
@@ -89,8 +90,9 @@ class Mmc4(ShuffledSource):
                 yield row, partial(_encoded, shard, offset, size)
             return
         folder = self.image_folders.of(shard)
+        images = partial(_image_file, os.fspath(folder), file_names(folder))
         for row in json_rows(shard, self.skipped):
-            yield row, partial(_image_file, folder)
+            yield row, images
 
     def _pairs(self, texts: Sequence[Any], found: Sequence[Any], images: Callable[[int, Any], Any]) -> list[Pair]:
         matched: dict[int, list[Any]] = {}
@@ -114,9 +116,12 @@ def _is_document(row: Mapping[str, Any]) -> bool:
     return isinstance(row.get("text_list"), list) and isinstance(row.get("image_info"), list)
 
 
-def _image_file(folder: Path, number: int, info: Any) -> str | None:
-    path = os.path.join(folder, info["image_name"])
-    return path if os.path.isfile(path) else None
+def _image_file(folder: str, names: Collection[str] | None, number: int, info: Any) -> str | None:
+    name = info["image_name"]
+    if names is None or "/" in name:
+        path = os.path.join(folder, name)
+        return path if os.path.isfile(path) else None
+    return f"{folder}/{name}" if name in names else None
 
 
 def _encoded(shard: Path, offset: int, size: int, number: int, info: Any) -> Encoded | None:

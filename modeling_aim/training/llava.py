@@ -6,14 +6,14 @@ import hashlib
 import json
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..data.json_array import json_entries
 from ..data.layouts import llava_file
-from ..data.pairs import Pair, Unread, located, size_of
+from ..data.pairs import Pair, Unread, located
 from ..data.rows import existing
 from .episodes import Source
 
@@ -68,10 +68,11 @@ class LlavaConversations(Source):
             pairs = list(self._pairs(record, self._left_out))
             if not pairs:
                 continue
-            digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).digest()
+            first = [str(record["image"]), pairs[0].get("question", ""), pairs[0][_said(pairs[0])]]
+            digest = hashlib.sha256("\0".join(first).encode("utf-8", "replace")).digest()
             records.extend([len(digests)] * len(pairs))
             numbers.extend(range(len(pairs)))
-            words.extend(size_of(pair)[0] for pair in pairs)
+            words.extend(len(pair.get("question", "")) + len(pair[_said(pair)]) for pair in pairs)
             offsets.extend((begin, end))
             digests.append(int.from_bytes(digest[:8], "big"))
         self._offsets, self._digests = np.array(offsets).reshape(-1, 2), np.array(digests)
@@ -91,13 +92,13 @@ class LlavaConversations(Source):
         elif not image:
             left_out["record without an image"] += 1
         else:
-            question = None
+            question, place = None, located(self.folder, image)
             for turn in turns:
                 value = turn["value"].strip() if isinstance(turn.get("value"), str) else ""
                 if turn.get("from") == "gpt" and question is not None:
                     asked = bool(question) and not self.captions
                     words = {"question": question, "answer": value} if asked else {"text": value}
-                    yield {"image": located(self.folder, image), **words}
+                    yield {"image": place, **words}
                     question = None
                 else:
                     left_out["turn without its question or answer"] += question is not None
@@ -119,3 +120,7 @@ class LlavaConversations(Source):
 
     def gives(self, document: Any) -> bool:
         return True  # `documents` gives those of its part
+
+
+def _said(pair: Mapping[str, Any]) -> str:
+    return "text" if "text" in pair else "answer"

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.rows import is_hub_id
+from ..data.specs import split_spec
 from ..publishing import base_names
 
 if TYPE_CHECKING:
@@ -47,6 +49,12 @@ def curves(history: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
     return path
+
+
+def hub_datasets(specs: Sequence[str]) -> list[str]:
+    """Hub ids among the sources of a run (`KIND:PATH[,name=value...]`), for the metadata of a model card."""
+    paths = [split_spec(spec, {}, {})[1] for spec in specs]
+    return list(dict.fromkeys(path for path in paths if is_hub_id(path) and not Path(path).exists()))
 
 
 def training_section(settings: Mapping[str, Any], trainer: AimTrainer, picture: Path | None) -> str:

@@ -33,7 +33,7 @@ from .episodes import Episode, Mixture, ShotLaw
 from .kept_states import KeptStates
 from .optimizer import OPTIMIZERS, usual_rate
 from .pace import MEASURED, WARM_UP, LogLines
-from .report import curves, training_section
+from .report import curves, hub_datasets, training_section
 from .sources import open_source
 from .targets import PROMPTS, TEACHERS
 from .trainer import AimTrainer
@@ -310,7 +310,8 @@ def finish(trainer: AimTrainer, settings: TrainSettings) -> None:
     picture = curves(trainer.state.log_history, output / "training.png")
     settled = _settled(trainer)
     section = training_section({**asdict(settings), **settled}, trainer, picture)
-    (output / "README.md").write_text(model_card(model.config, model.projector) + section, encoding="utf-8")
+    card = model_card(model.config, model.projector, hub_datasets(settings.data))
+    (output / "README.md").write_text(card + section, encoding="utf-8")
     _write_run(output, settings, finished=True, settled=settled)
     if settings.push_to_hub is not None:
         publish(output, settings.push_to_hub, check=False)

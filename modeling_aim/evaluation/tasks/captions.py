@@ -35,6 +35,7 @@ class CaptionsFile(SplitTask):
 
     max_new_tokens = 20
     metric = "cider"
+    printed_times = 100
     shared: ClassVar[bool] = True  # demonstrations are a share of the file unless it is said where they are
 
     def __init__(

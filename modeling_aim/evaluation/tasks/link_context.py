@@ -125,6 +125,7 @@ class Isekai(LinkContextTask):
     ) -> None:
         super().__init__(name or self.hub.partition("/")[2], wording)
         self.path = path or self.hub
+        self.dropped: set[str] = set()  # examples whose own image is among the demonstrations of the original
         self.annotations = None if annotations is None else existing(annotations)
         self.images = None if images is None else existing(images)
 
@@ -188,8 +189,16 @@ class Isekai(LinkContextTask):
         images: dict[str, list[Named]] = {}
         for name, listed in (("positive_promt", "positive_list"), ("negative_promt", "negative_list")):
             names = [one for one in row[listed] if one != row["image_name"]]  # never the query
+            self.dropped |= {example.id} if len(names) < len(row[listed]) else set()
             images[str(row[name])] = [(one, self.shown(one)) for one in names[: count // 2]]
         return self.mixed(example, count, seed, images)
+
+    def notes(self) -> list[str]:
+        note = (
+            f"{len(self.dropped)} examples list their own image among the demonstrations. LCL's code shows it; here "
+            "the next one stands in its place."
+        )
+        return [*super().notes(), *([note] if self.dropped else [])]
 
     def shown(self, name: str) -> Any:
         """An image to demonstrate with.
@@ -234,6 +243,8 @@ class LclPairs(LinkContextTask):
     Args:
         path: the jsonl file (`test100_pairs.jsonl`): `class_id`, `class_name`, `context_samples`, `test_samples`; rows
             2i and 2i + 1 are a pair.
+        queries: how many of the `test_samples` of each class are asked, the first in the file; 0: all of them, which
+            is 25 times as many in the published file and another figure.
         images: the folder that image paths are relative to; that of the file when `None`.
         wording: `"paper"` or `"label"`.
         name: to show.
@@ -244,9 +255,18 @@ class LclPairs(LinkContextTask):
     """
 
     def __init__(
-        self, path: str, *, images: str | None = None, wording: str = "paper", name: str | None = None
+        self,
+        path: str,
+        *,
+        queries: int = 50,
+        images: str | None = None,
+        wording: str = "paper",
+        name: str | None = None,
     ) -> None:
         super().__init__(name or "LCL", wording)
+        if queries < 0:
+            raise ValueError(f"queries={queries}: expected how many of each class are asked, or 0 for all.")
+        self.each = queries
         self.path, self.images = existing(path), None if images is None else existing(images)
 
     @cached_property
@@ -258,7 +278,7 @@ class LclPairs(LinkContextTask):
         found = []
         for number, pair in enumerate(self.pairs):
             for own, other in (pair, pair[::-1]):
-                for place, image in enumerate(own.queries):
+                for place, image in enumerate(own.queries[: self.each or None]):
                     if self.found(Path(), image) is not None:
                         name = f"{own.key} {place}"
                         found.append(self.query(name, image, own.name.lower(), [other.name.lower()], pair=number))

@@ -22,6 +22,34 @@ from .splits import SAME
 
 HUB = "ys-zong/VL-ICL"
 PROMPT = "{question}\nAnswer:"
+INSTRUCTIONS = ("nothing", "concise", "detailed")  # those of VL-ICL's code, which has `nothing` by default
+CONCISE = {
+    "textocr": "Answer with the text inside the red box.",
+    "operator_induction": "Induce the mathematical operator and calculate the result.",
+    "operator_induction_interleaved": "Induce the mathematical operator between the two images and calculate the "
+    "result.",
+    "open_mi": "Answer the question with a single word or phase.",
+    "clevr": "Find objects of the given type, induce what operation to use and calculate the result.",
+    "matching_mi": "Determine the output for the new pair of images.",
+}
+DETAILED = {
+    "textocr": "An image will be provided where a red box is drawn around the text of interest. Answer with the text "
+    "inside the red box. Ensure that the transcription is precise, reflecting the exact characters, including "
+    "letters, numbers, symbols.",
+    "operator_induction": "The image contains two digit numbers and a ? representing the mathematical operator. "
+    "Induce the mathematical operator (addition, multiplication, minus) according to the results of the in-context "
+    "examples and calculate the result.",
+    "operator_induction_interleaved": "There are two input images, each representing a single digit number. Induce "
+    "the mathematical operator (addition, multiplication, minus) that is applied between the two images according to "
+    "the results of the in-context examples. Calculate the result for the new query images.",
+    "open_mi": "Induce the concept from the in-context examples. Answer the question with a single word or phase.",
+    "clevr": "The image contains objects of different shapes, colors, sizes and materials. The question describes "
+    "the attribute and its value. You need to find all objects within the image that satisfy the condition. You "
+    "should induce what operation to use according to the results of the in-context examples and then calculate the "
+    "result.",
+    "matching_mi": "According to the few-shot examples, induce what operation to do and determine the output for the "
+    'two new images. Answer with "yes" or "no".',
+}
 OPERATORS = ("+", "-", "x")  # of a demonstration's three answers, in this order
 
 
@@ -30,6 +58,8 @@ class VlIcl(DataTask):
 
     Args:
         path: folder of the dataset or of the one task, or its Hub id.
+        instruction: what stands in front of the prompt: `nothing`, or VL-ICL's `concise` or `detailed` words. Its
+            published commands have `detailed`.
         name: to show; that of the task when `None`.
 
     Raises:
@@ -42,9 +72,17 @@ class VlIcl(DataTask):
     shown_keys: ClassVar[tuple[str, ...]] = ("image", "question", "answer")  # of a demonstration
     digits: ClassVar[bool] = False
 
-    def __init__(self, path: str = HUB, *, name: str | None = None) -> None:
+    def __init__(self, path: str = HUB, *, instruction: str = "nothing", name: str | None = None) -> None:
         super().__init__(name or self.kind)
-        self.path = path
+        if instruction not in INSTRUCTIONS:
+            raise ValueError(f"instruction={instruction!r} is unknown; choose one of {INSTRUCTIONS}.")
+        self.path, self.instruction = path, instruction
+        words = {"nothing": {}, "concise": CONCISE, "detailed": DETAILED}[instruction]
+        self.told = words.get(self.kind, "")
+
+    def notes(self) -> list[str]:
+        note = f"instruction={self.instruction}, in front of the prompt (behind fused tokens, which stand first)."
+        return [*super().notes(), *([note] if self.told else [])]
 
     @cached_property
     def folder(self) -> Path:
@@ -111,7 +149,8 @@ class VlIcl(DataTask):
     def example(self, entry: Mapping[str, Any], name: str, images: Sequence[Any]) -> Example:
         """A query."""
         asked = PROMPT.format(question=entry["question"])
-        return Example(name, tuple(images), asked, (str(entry["answer"]),), label=str(entry["answer"]))
+        answer = str(entry["answer"])
+        return Example(name, tuple(images), asked, (answer,), label=answer, instruction=self.told)
 
     def shot(self, name: str, images: Sequence[Any], question: str, answer: Any) -> Shot:
         """A demonstration."""
@@ -197,7 +236,8 @@ class OperatorInduction(VlIcl):
             raise ValueError(f"{self.folder}, query {name}: operator {entry['operator']!r} is none of {OPERATORS}.")
         asked = PROMPT.format(question=entry["question"])
         facts = {"operator": entry["operator"]}
-        return Example(name, tuple(images), asked, (str(entry["answer"]),), label=entry["operator"], facts=facts)
+        answer, operator = str(entry["answer"]), entry["operator"]
+        return Example(name, tuple(images), asked, (answer,), label=operator, facts=facts, instruction=self.told)
 
     @cached_property
     def support(self) -> list[tuple[str, dict[str, Any], list[Any]]]:
@@ -235,8 +275,8 @@ class OpenMi(VlIcl):
     kind, fixed = "open_mi", True
     needed = ("image", "question", "answer", "classes", "support")
 
-    def __init__(self, path: str = HUB, *, name: str | None = None) -> None:
-        super().__init__(path, name=name)
+    def __init__(self, path: str = HUB, *, instruction: str = "nothing", name: str | None = None) -> None:
+        super().__init__(path, instruction=instruction, name=name)
         self.support: dict[str, dict[str, list[str]]] = {}  # of each query: images by class
 
     def example(self, entry: Mapping[str, Any], name: str, images: Sequence[Any]) -> Example:

@@ -9,11 +9,15 @@ from typing import Any
 
 from ...data.jsonl import read_json
 from ...data.tables import MissingSplit, Row, Table, open_table
-from ..metrics import roc_auc, vqa_accuracy
+from ..metrics import openflamingo_accuracy, openflamingo_answer, roc_auc, vqa_accuracy
 from ..task import Example, Prediction
 from .splits import SplitTask, common, texts
 
 PROMPT = "Question:{question} Short answer:"  # OpenFlamingo's, as the one below
+OPENFLAMINGO = (
+    "accuracy_openflamingo: answers cut at ', ' too, and scored as OpenFlamingo's code does; on VizWiz that leaves "
+    "out all annotators who gave one answer with one confidence, so it is far lower."
+)
 MEME_PROMPT = "is an image with: '{text}' written on it. Is it hateful? Answer:"
 
 
@@ -32,14 +36,27 @@ class VisualQuestions(SplitTask):
             return None
         images = self.found(table.folder, row["image"], what)
         asked = PROMPT.format(question=question.strip())
-        return None if images is None else Example(name, images, asked, answers, label=common(answers))
+        facts = {"marks": self.marks(row["answers"])}
+        return None if images is None else Example(name, images, asked, answers, label=common(answers), facts=facts)
+
+    def marks(self, answers: Any) -> list[Any]:
+        """What tells annotations with equal answers apart, for OpenFlamingo's scorer: here an id of each."""
+        return list(range(len(texts(answers))))
 
     def score(self, example: Example, prediction: Prediction) -> dict[str, float]:
         said = short_answer(prediction.text)
         return {
             "accuracy": vqa_accuracy(said, example.answers, always=False),
             "accuracy_normalized": vqa_accuracy(said, example.answers),
+            "accuracy_openflamingo": openflamingo_accuracy(
+                openflamingo_answer(prediction.text),
+                example.answers,
+                example.facts.get("marks", range(len(example.answers))),
+            ),
         }
+
+    def notes(self) -> list[str]:
+        return [*super().notes(), OPENFLAMINGO]
 
 
 def short_answer(text: str) -> str:
@@ -147,6 +164,11 @@ class VizWiz(VisualQuestions):
 
     def name_of(self, row: Row) -> Any:
         return row.get("question_id", row.get("image"))
+
+    def marks(self, answers: Any) -> list[Any]:
+        """Published annotations have no id, but a confidence, which OpenFlamingo's scorer compares in its place."""
+        many = answers if isinstance(answers, (list, tuple)) else [answers]
+        return [one.get("answer_confidence", "") if isinstance(one, Mapping) else "" for one in many if texts([one])]
 
 
 class HatefulMemes(SplitTask):

@@ -1,0 +1,97 @@
+"""Evaluation like the originals: OpenFlamingo's scorer, VL-ICL's instructions, what LCL asks, CIDEr times 100."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from backbones import build
+from eval_data import MAKERS
+
+from modeling_aim import AimProcessor
+from modeling_aim.cli.options import parsed
+from modeling_aim.evaluation.methods import PromptBuilder, Shown
+from modeling_aim.evaluation.report import eval_results, report
+from modeling_aim.evaluation.results import cell_figures
+from modeling_aim.evaluation.task import Example, Prediction
+from modeling_aim.evaluation.tasks.registry import open_task
+from modeling_aim.evaluation.tasks.vqa import VizWiz
+
+
+def test_answers_as_openflamingo_cuts_and_scores_them(tmp_path: Path) -> None:
+    task = open_task(MAKERS["okvqa"](tmp_path))
+    six = Example("x", (), "q", ("cat",) * 6 + ("dog",) * 4)
+    for text, score in (("cat, dog", 1), ("catAnswer: dog", 1), ("dog", 1), ("a bird", 0)):
+        assert task.score(six, Prediction(text))["accuracy_openflamingo"] == score
+    assert task.score(six, Prediction("cat, dog"))["accuracy"] == 0  # "cat dog"
+    blind = VizWiz("x")  # nothing is read
+    answers = [{"answer": "cat", "answer_confidence": "yes"}] * 5 + [{"answer": "cat", "answer_confidence": "maybe"}]
+    answers += [{"answer": "dog", "answer_confidence": "yes"}] * 4
+    marks = blind.marks(answers)
+    assert marks == ["yes"] * 5 + ["maybe"] + ["yes"] * 4
+    example = Example("x", (), "q", ("cat",) * 6 + ("dog",) * 4, facts={"marks": marks})
+    found = blind.score(example, Prediction("cat"))
+    # 5 see one cat that is not like theirs, 1 sees five, 4 see all six
+    assert found["accuracy"] == 1 and found["accuracy_openflamingo"] == pytest.approx((5 / 3 + 1 + 4) / 10)
+
+
+def test_what_vl_icl_says_stands_in_front_of_everything(tmp_path: Path) -> None:
+    MAKERS["clevr"](tmp_path)
+    builder = PromptBuilder(AimProcessor(build("llava").processor))
+    beginnings = {"nothing": "<image>", "concise": "Find objects", "detailed": "The image contains"}
+    for instruction, begins in beginnings.items():
+        task = open_task(f"clevr:{tmp_path},instruction={instruction}")
+        example, shot = task.examples(0)[0], task.pool()[0]
+        prompts = [builder.prompt(example), builder.prompt(example, [Shown(shot, shot)])]
+        assert [prompt.count(begins) for prompt in prompts] == ([1, 2] if instruction == "nothing" else [1, 1])
+        assert all(prompt.startswith(begins) for prompt in prompts)
+        parts = builder.parts(example, [Shown(shot, shot)])
+        assert "".join(part.text for part in parts) == prompts[1]
+        assert parts[0].text[parts[0].said :] == f"{shot.pair['answer']}\n"
+    chat = PromptBuilder(AimProcessor(build("qwen2_vl").processor), "chat")
+    assert "Find all" not in chat.prompt(example) and chat.prompt(example).index("The image contains") < 120
+    with pytest.raises(ValueError, match="instruction='long' is unknown"):
+        open_task(f"clevr:{tmp_path},instruction=long")
+
+
+def test_lcl_asks_the_first_of_each_class(tmp_path: Path) -> None:
+    spec = MAKERS["lcl"](tmp_path)
+    names = [example.id for example in open_task(spec).examples(0)]
+    assert names == ["0 0", "0 1", "0 2", "1 0", "1 1", "1 2"]  # three a class in this file, fewer than 50
+    assert [e.id for e in open_task(f"{spec},queries=2").examples(0)] == ["0 0", "0 1", "1 0", "1 1"]
+    assert len(open_task(f"{spec},queries=0").examples(0)) == 6
+    with pytest.raises(ValueError, match="queries=-1"):
+        open_task(f"{spec},queries=-1")
+
+
+def test_isekai_says_where_a_query_was_among_its_demonstrations(tmp_path: Path) -> None:
+    task = open_task(MAKERS["isekai-10"](tmp_path))
+    row = task.rows[0]
+    before = task.notes()
+    row["positive_list"] = [row["image_name"], *row["positive_list"]]
+    shots = task.shots(task.examples(0)[0], 2, 0)
+    assert all(row["image_name"] not in shot.id for shot in shots)
+    assert task.notes() != before and "1 examples list their own image" in task.notes()[-1]
+
+
+def test_cider_is_printed_times_100(tmp_path: Path) -> None:
+    task = open_task(MAKERS["captions"](tmp_path))
+    examples = task.examples(0)
+    rows = [
+        {"example": e.id, "prediction": e.answers[0], "log_probabilities": [], "score": None, "prompt_tokens": 9}
+        for e in examples
+    ]
+    cell = {"task": "c", "method": "full", "shots": 0, **cell_figures(task, {0: examples}, {0: rows})}
+    entry = {"task": "c", "metric": "cider", "printed_times": 100, "examples": 4, "demonstrations": "", "notes": []}
+    results = {"cells": [cell], "tasks": [{**entry, "shots_notes": {}}], "settings": {}, "curves": [], "notes": []}
+    text = report({**results, "model": {}})
+    assert f"| {100 * cell['mean']:.1f} [" in text and "cider times 100" in text
+    assert eval_results(results, "full")[0].metric_value == pytest.approx(100 * cell["mean"], abs=1e-4)
+    assert 0 < cell["mean"] < 11
+
+
+def test_methods_with_settings_stand_in_one_list() -> None:
+    text = "zero,aim-untrained:depth=12,snapkv:ratio=.5:window=8"
+    assert parsed([text], tuple[str, ...], "--methods") == tuple(text.split(","))
+    for spec in ("episodes:data/test.jsonl,match=vqa", "okvqa:/data/a,b"):
+        assert parsed([spec], tuple[str, ...], "--tasks") == (spec,)
