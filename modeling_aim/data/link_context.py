@@ -45,14 +45,14 @@ class Wording:
             raise ValueError(f"wording={value!r} is unknown; choose one of {tuple(WORDINGS)}, or give a Wording.")
         return WORDINGS[value] if isinstance(value, str) else value
 
-    def shown(self, image: Any, name: str) -> Pair:
+    def shown(self, image: object, name: str) -> Pair:
         """A raw demonstration."""
         words = self.demonstration.replace("{label}", name)
         if self.demonstration_question is not None:
             return {"image": image, "question": self.demonstration_question, "answer": words}
         return {"image": image, "label" if self.demonstration == "{label}" else "text": words}
 
-    def asked(self, image: Any, name: str) -> Pair:
+    def asked(self, image: object, name: str) -> Pair:
         """A raw query with its answer."""
         return {"image": image, "question": self.question, "answer": self.answer.replace("{label}", name)}
 

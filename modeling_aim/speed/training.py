@@ -84,7 +84,7 @@ def step(trainer: Any, batch: list[Episode]) -> Callable[[], None]:
     return run
 
 
-def trainer_of(model: Any, folder: str, device: str, pixels: int) -> Any:
+def trainer_of(model: AimForConditionalGeneration, folder: str, device: str, pixels: int) -> Any:
     """A trainer at a rate of nothing: the fused tokens of the final pass alone stay those of this projector."""
     options = TrainingArguments(folder, max_steps=1, learning_rate=0.0, report_to="none", use_cpu=device == "cpu")
     trainer = AimTrainer(
