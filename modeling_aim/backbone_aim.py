@@ -10,7 +10,7 @@ import copy
 import inspect
 import os
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -28,6 +28,9 @@ from transformers.utils import logging
 from .configuration_aim import AimConfig
 from .families_aim import FAMILIES, family_of
 from .files_aim import HUB_KWARGS
+
+if TYPE_CHECKING:
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
 logger = logging.get_logger(__name__)
 
@@ -61,7 +64,7 @@ def check_usable(backbone: PreTrainedModel) -> None:
         raise ValueError(f"AIM cannot use {type(backbone).__name__}: {reason}")
 
 
-def check_given(backbone: Any) -> PreTrainedModel:
+def check_given(backbone: object) -> PreTrainedModel:
     """Return a backbone that AIM is put on for the first time, checked; log a warning for one that was not tested.
 
     Raises:
@@ -193,10 +196,10 @@ def fingerprint(backbone: PreTrainedModel) -> list[float] | None:
 
 def has_fingerprint(backbone: PreTrainedModel, known: list[float] | None) -> bool:
     """Whether `backbone` may be the one whose fingerprint is `known`; `True` where either is unknown."""
-    found = fingerprint(backbone)
-    if known is None or found is None or len(found) != len(known):  # parts of it may be offloaded
+    actual = fingerprint(backbone)
+    if known is None or actual is None or len(actual) != len(known):  # parts of it may be offloaded
         return True
-    return torch.allclose(torch.tensor(found), torch.tensor(known), rtol=2e-2, atol=1e-4)
+    return torch.allclose(torch.tensor(actual), torch.tensor(known), rtol=2e-2, atol=1e-4)
 
 
 def check_backbone(backbone: PreTrainedModel, expected: PreTrainedConfig | None, known: list[float] | None) -> None:
@@ -211,9 +214,9 @@ def check_backbone(backbone: PreTrainedModel, expected: PreTrainedConfig | None,
         return
     pairs: list[tuple[str, Any, Any]] = [("model type", backbone.config.model_type, expected.model_type)]
     for name in ("hidden_size", "num_hidden_layers", "vocab_size"):
-        found, stored = (getattr(c.get_text_config(), name, None) for c in (backbone.config, expected))
-        pairs.append((name, found, stored))
-    wrong = [f"{name} {found} (the projector's: {stored})" for name, found, stored in pairs if found != stored]
+        actual, stored = (getattr(c.get_text_config(), name, None) for c in (backbone.config, expected))
+        pairs.append((name, actual, stored))
+    wrong = [f"{name} {actual} (the projector's: {stored})" for name, actual, stored in pairs if actual != stored]
     if not wrong and not has_fingerprint(backbone, known):
         wrong = ["the same shape, but other weights"]
     if wrong:
@@ -261,10 +264,10 @@ def load_backbone(name: str, **kwargs: Any) -> Any:
     if quantization is not None:
         place = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
         kwargs["quantization_config"] = _with_modules_kept(quantization, AutoConfig.from_pretrained(name, **place))
-    told = kwargs.pop("output_loading_info", False)
+    output_loading_info = kwargs.pop("output_loading_info", False)
     loaded: Any = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **kwargs)
     backbone, info = loaded
-    if told:
+    if output_loading_info:
         return backbone, info
     missing = sorted(info["missing_keys"])
     if missing:
@@ -278,7 +281,7 @@ def load_backbone(name: str, **kwargs: Any) -> Any:
     return backbone
 
 
-def _with_modules_kept(quantization: Any, config: PreTrainedConfig) -> Any:
+def _with_modules_kept(quantization: QuantizationConfigMixin | dict[str, Any], config: PreTrainedConfig) -> Any:
     """Add LM head, vision tower and connector to the modules that are not quantized, whatever the user listed."""
     if isinstance(quantization, dict):
         quantization = AutoQuantizationConfig.from_dict(quantization)

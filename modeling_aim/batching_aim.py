@@ -140,13 +140,13 @@ class SharedImages:
         return output
 
 
-def _equal(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
-    return all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(one, other, strict=True))
+def _equal(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> bool:
+    return all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def shared_images(args: Sequence[Any], kwargs: Mapping[str, Any]) -> SharedImages | None:
     """The call of a vision tower with each image once; `None` where all differ, or the call is of another form."""
-    tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor) and one.ndim]
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.ndim]
     if not tensors:
         return None
     pixels, grid = tensors[0], kwargs.get("grid_thw")
@@ -158,8 +158,8 @@ def shared_images(args: Sequence[Any], kwargs: Mapping[str, Any]) -> SharedImage
         return None
     if any(len(tensor) not in (len(sizes), sum(sizes)) for tensor in tensors):
         return None
-    found = SharedImages(args, kwargs, sizes)
-    return found if len(found.sizes) < len(sizes) else None
+    shared = SharedImages(args, kwargs, sizes)
+    return shared if len(shared.sizes) < len(sizes) else None
 
 
 def repeat_images(tower: nn.Module, shared: SharedImages, output: Any) -> Any:

@@ -51,7 +51,7 @@ class LRUCache:
             self._values.move_to_end(key)
             return self._values[key][0]
 
-    def put(self, key: Hashable, value: Any, size: int) -> None:
+    def put(self, key: Hashable, value: object, size: int) -> None:
         """Keep a value of `size` bytes, unless it is larger than the bound by itself."""
         with self._lock:
             self._nbytes -= self._values.pop(key, (None, 0))[1]

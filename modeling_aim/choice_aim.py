@@ -6,13 +6,16 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .configuration_aim import AimConfig, default_depth
-from .demonstrations_aim import Demonstration, kind_of, parse_demos
+from .demonstrations_aim import Demonstration, Demos, RawDemonstration, kind_of, parse_demos
 from .images_aim import ImageRules
+
+if TYPE_CHECKING:
+    from .processing_aim import AimProcessor
 
 CHANCE = 0.05  # significance level of a difference to words only
 FEW = 20  # with fewer answers, a difference that is not significant may still be real
@@ -102,11 +105,11 @@ class LeftOut:
 # --- what is left out
 
 
-def raw_tasks(demos: Any, rules: ImageRules | None = None) -> list[list[Any]]:
+def raw_tasks(demos: Demos, rules: ImageRules | None = None) -> list[list[Any]]:
     """The raw demonstrations of each task, none of them opened; `rules` say which images may be."""
 
-    def are_raw(value: Any) -> bool:
-        return isinstance(value, (list, tuple)) and all(kind_of(one) == "demonstration" for one in value)
+    def are_raw(value: object) -> bool:
+        return isinstance(value, (list, tuple)) and all(kind_of(entry) == "demonstration" for entry in value)
 
     if kind_of(demos) is None and isinstance(demos, (list, tuple)):
         if are_raw(demos):
@@ -115,14 +118,14 @@ def raw_tasks(demos: Any, rules: ImageRules | None = None) -> list[list[Any]]:
             return [list(task) for task in demos]
     parsed = parse_demos(demos, rules)  # raises where it is of no known kind
     read = parsed if isinstance(parsed, list) else [parsed]
-    kinds = sorted({str(kind_of(one)) for one in read})
+    kinds = sorted({str(kind_of(part)) for part in read})
     raise ValueError(
         "choose_depth reads demonstrations at many depths, so it takes raw ones: a list of (image, text), (image, "
         f"question, answer) or dicts with these, or one such list a task. Got {', '.join(kinds)}."
     )
 
 
-def _bare(demo: Any) -> Demonstration:
+def _bare(demo: RawDemonstration) -> Demonstration:
     """A raw demonstration without its images, which are not opened."""
     if isinstance(demo, Mapping):
         return Demonstration.of({key: value for key, value in demo.items() if key not in ("image", "images")})
@@ -130,7 +133,7 @@ def _bare(demo: Any) -> Demonstration:
 
 
 def drawn_demonstrations(
-    tasks: Sequence[Sequence[Any]], processor: Any, most: int, seed: int
+    tasks: Sequence[Sequence[Any]], processor: AimProcessor, most: int, seed: int
 ) -> tuple[list[Demonstration], list[LeftOut], list[str]]:
     """The demonstrations that are read, those of them that are left out, and notes for the user."""
     used: list[Demonstration] = []
@@ -148,8 +151,8 @@ def drawn_demonstrations(
         first = len(used)
         used += pool
         for place, demo in enumerate(pool):
-            asked = bool(demo.images) or demo.question is not None
-            if not asked or len(pool) < 2 or (named and says[_says(demo)] < 2):
+            has_query = bool(demo.images) or demo.question is not None
+            if not has_query or len(pool) < 2 or (named and says[_says(demo)] < 2):
                 continue
             open_ended += not named
             others = [other for other in range(len(pool)) if other != place]
@@ -174,7 +177,7 @@ def drawn_demonstrations(
     return used, left_out, notes
 
 
-def _is_naming(demos: Sequence[Demonstration], processor: Any) -> bool:
+def _is_naming(demos: Sequence[Demonstration], processor: AimProcessor) -> bool:
     """Whether the texts of demonstrations are labels: bare names, or texts of which at least half repeat."""
     says = Counter(map(_says, demos))
     again = sum(count for count in says.values() if count > 1)
@@ -313,4 +316,4 @@ def chance_of_best(differences: torch.Tensor) -> list[float]:
     spread = (squares - means.square()).clamp(min=1e-12)
     best = (means / spread.sqrt()).amax(dim=1)
     own = means[0] / spread[0].sqrt()  # the first draw flips no sign
-    return [float((best >= one - 1e-9).double().mean()) for one in own]
+    return [float((best >= score - 1e-9).double().mean()) for score in own]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -42,41 +42,45 @@ AUTO_MAP = {
 
 def check_versions() -> None:
     """Raise `ImportError` when transformers or torch is older than the oldest supported release."""
-    for name, found in (("transformers", transformers.__version__), ("torch", torch.__version__)):
-        if Version(found).release < Version(MINIMUM_VERSIONS[name]).release:
+    for name, installed in (("transformers", transformers.__version__), ("torch", torch.__version__)):
+        if Version(installed).release < Version(MINIMUM_VERSIONS[name]).release:
             raise ImportError(
-                f"AIM needs {name}>={MINIMUM_VERSIONS[name]}, but {name} {found} is installed. "
+                f"AIM needs {name}>={MINIMUM_VERSIONS[name]}, but {name} {installed} is installed. "
                 f'Run: pip install --upgrade "{name}>={MINIMUM_VERSIONS[name]}"'
             )
 
 
 check_versions()  # before names that old releases lack are imported
 
+
 from transformers import AutoConfig, PreTrainedConfig  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES  # noqa: E402
 
 
-def by_part(asked: Any) -> Any:
+def by_part(requested: str | dict[str, Any] | None) -> Any:
     """Convert an `attn_implementation` or `experts_implementation` to the keys of the plug-in's configuration.
 
     Args:
-        asked: one name for all parts, or a dictionary by part, whose keys may be the backbone's own.
+        requested: one name for all parts, or a dictionary by part, whose keys may be the backbone's own.
     """
-    if not isinstance(asked, dict) or asked.keys() <= {"", "backbone_config"}:
-        return asked
-    return {**({"": asked[""]} if "" in asked else {}), "backbone_config": asked}
+    if not isinstance(requested, dict) or requested.keys() <= {"", "backbone_config"}:
+        return requested
+    return {**({"": requested[""]} if "" in requested else {}), "backbone_config": requested}
 
 
 def implementation(config: PreTrainedConfig, option: str) -> Any:
     """The value of `option` (see `IMPLEMENTATIONS`): one name, or a dictionary by part where the parts differ."""
     own = getattr(config, f"_{option}")
     parts = {name: part for name in config.sub_configs if (part := getattr(config, name, None)) is not None}
-    said = {name: implementation(part, option) for name, part in parts.items()}
-    return own if all(value == own for value in said.values()) else {"": own, **said}
+    by_part_name = {name: implementation(part, option) for name, part in parts.items()}
+    return own if all(value == own for value in by_part_name.values()) else {"": own, **by_part_name}
 
 
 def preset_settings(
-    preset: str, read_layers: Any = None, entry_layers: Any = None, projector_form: str | None = None
+    preset: str,
+    read_layers: Sequence[int] | None = None,
+    entry_layers: Sequence[int] | None = None,
+    projector_form: str | None = None,
 ) -> dict[str, Any]:
     """The settings of a preset, with given settings in place of its own.
 
@@ -134,7 +138,7 @@ def usable(what: str) -> Iterator[None]:
         ) from error
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from PIL import Image
@@ -118,7 +118,20 @@ class Demonstration:
         return digest.hexdigest()
 
 
-def _has_words(value: Any) -> bool:
+class ReadDemonstrations(Protocol):
+    """Demonstrations that were read: fused ones, a prefix or a bank; `kind_of` tells which."""
+
+    aim_kind: ClassVar[str]
+
+    def __len__(self) -> int: ...
+
+
+RawDemonstration = Demonstration | Mapping[str, Any] | Sequence[Any]
+Demos = Sequence[Any] | ReadDemonstrations | None  # what `generate` takes as `demos`: `parse_demos` checks it
+Selection = str | Sequence[int] | Sequence[str] | Mapping[str, Any] | None  # what it takes as `select`
+
+
+def _has_words(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
@@ -130,7 +143,7 @@ def _is_unicode(words: str) -> bool:
     return True
 
 
-def kind_of(value: Any) -> str | None:
+def kind_of(value: object) -> str | None:
     """The kind of `value` as a part of `demos`: `"demonstration"`, `"fused"`, `"bank"`, `"prefix"`, or `None`.
 
     Classes have it as an attribute (`aim_kind`), since a class loaded as remote code is not the installed one.
@@ -141,12 +154,12 @@ def kind_of(value: Any) -> str | None:
     return kind
 
 
-def _is_pair(value: Any) -> bool:
+def _is_pair(value: object) -> bool:
     """Whether `value` is (image, text) or (image, question, answer), and not the demonstrations of a row."""
     return isinstance(value, (list, tuple)) and len(value) in (2, 3) and isinstance(value[-1], str)
 
 
-def parse_demos(demos: Any, rules: ImageRules | None = None) -> Any:
+def parse_demos(demos: Demos, rules: ImageRules | None = None) -> Any:
     """Check what `generate` takes as `demos`, and open its raw demonstrations within `rules`.
 
     Returns:
@@ -159,10 +172,10 @@ def parse_demos(demos: Any, rules: ImageRules | None = None) -> Any:
     kind = kind_of(demos)
     if kind == "demonstration":
         raise ValueError("demos takes a list of demonstrations; put the single one in a list.")
-    if kind is not None:
-        return demos if len(demos) else None
     if demos is None:
         return None
+    if kind is not None:
+        return demos if len(demos) else None
     if not isinstance(demos, (list, tuple)):
         raise _unknown(demos)
     raw = [kind_of(entry) == "demonstration" for entry in demos]
@@ -176,7 +189,7 @@ def parse_demos(demos: Any, rules: ImageRules | None = None) -> Any:
     return [_parse_row(entry, rules) for entry in demos]
 
 
-def _parse_row(entry: Any, rules: ImageRules | None) -> Any:
+def _parse_row(entry: Demos, rules: ImageRules | None) -> Any:
     if isinstance(entry, (list, tuple)) and not all(kind_of(part) == "demonstration" for part in entry):
         raise _unknown(entry, " in its list")
     if entry is not None and kind_of(entry) is None and not isinstance(entry, (list, tuple)):
@@ -184,7 +197,7 @@ def _parse_row(entry: Any, rules: ImageRules | None) -> Any:
     return parse_demos(entry, rules)
 
 
-def _unknown(value: Any, where: str = "") -> ValueError:
+def _unknown(value: object, where: str = "") -> ValueError:
     return ValueError(
         f"demos has {value!r:.80}{where}. It takes a list of demonstrations, each (image, text), (image, question, "
         "answer) or a dict with these; what read() or prefill() returned; a DemonstrationBank; or a list with one of "
@@ -192,7 +205,7 @@ def _unknown(value: Any, where: str = "") -> ValueError:
     )
 
 
-def demos_by_row(demos: Any, batch: int, rules: ImageRules | None = None) -> list[Any]:
+def demos_by_row(demos: Demos, batch: int, rules: ImageRules | None = None) -> list[Any]:
     """The part, or `None`, of each of `batch` rows; see `parse_demos`.
 
     Raises:
@@ -301,8 +314,8 @@ class FusedDemonstrations:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {"vectors": self.vectors.detach().cpu().contiguous(), "ids": self.ids.cpu().contiguous()}
         about = {name: list(getattr(self, name)) for name in ("lengths", "keys", "texts")}
-        said = json.dumps({**about, "source": dict(self.source)}, sort_keys=True)
-        metadata = {"format": FUSED_FORMAT, "about": said, "sha256": _digest(said, tensors)}
+        about_json = json.dumps({**about, "source": dict(self.source)}, sort_keys=True)
+        metadata = {"format": FUSED_FORMAT, "about": about_json, "sha256": _digest(about_json, tensors)}
         write_whole(folder / FUSED_FILE, save(tensors, metadata=metadata))
 
     @classmethod
@@ -351,7 +364,7 @@ def concatenated(parts: Sequence[FusedDemonstrations]) -> FusedDemonstrations:
     first = parts[0]
     if len(parts) == 1:
         return first
-    keys, texts = (tuple(one for part in parts for one in getattr(part, name)) for name in ("keys", "texts"))
+    keys, texts = (tuple(item for part in parts for item in getattr(part, name)) for name in ("keys", "texts"))
     count = sum(len(part) for part in parts)
     return FusedDemonstrations(
         vectors=torch.cat([part.vectors.to(first.vectors) for part in parts]),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,9 +16,12 @@ from .backbone_aim import check_depth, longest_prompt
 from .batching_aim import CPU_POSITIONS, PASS_POSITIONS
 from .choice_aim import DepthChoice, LeftOut, chosen_depth, drawn_demonstrations, raw_tasks
 from .configuration_aim import AimConfig, deepest_entry, default_depth
-from .demonstrations_aim import Demonstration, FusedDemonstrations
+from .demonstrations_aim import Demonstration, Demos, FusedDemonstrations
 from .injection_aim import FusedPrompt, injected
 from .state_aim import preserved_state
+
+if TYPE_CHECKING:
+    from .processing_aim import AimProcessor
 
 MOST_DEPTHS = 12  # in a deep decoder, evenly spread; plus the default depth and the model's own
 ASKED = ("chat", "plain")
@@ -30,7 +33,7 @@ class DepthMixin:
     @torch.no_grad()
     def choose_depth(
         self: Any,
-        demos: Any,
+        demos: Demos,
         depths: Sequence[int] | None = None,
         *,
         most: int = 32,
@@ -88,23 +91,23 @@ class DepthMixin:
         sources = [None, 0, *candidates]
         scores: dict[int | None, list[float]] = {source: [] for source in sources}
         right: dict[int | None, list[bool]] = {source: [] for source in sources}
-        shown: list[int] = []
+        shown_counts: list[int] = []
         for batch in _batches(self, used, left_out, words):
-            inputs, mask = _encoded(self.processor, [(used[one.number], one.known) for one in batch], prompts)
-            contexts = [_fitting(self, one, used, words, inputs["input_ids"].shape[1]) for one in batch]
-            shown += map(len, contexts)
+            inputs, mask = _encoded(self.processor, [(used[query.number], query.known) for query in batch], prompts)
+            contexts = [_fitting(self, query, used, words, inputs["input_ids"].shape[1]) for query in batch]
+            shown_counts += map(len, contexts)
             inputs = inputs.to(self.device, self.dtype)
             for source in sources:
-                fused = [_fused(self, one, source, candidates, states, words) for one in contexts]
-                found = _answer_scores(self, inputs, mask, fused, source)
-                scores[source] += found[0]
-                right[source] += found[1]
+                fused = [_fused(self, query, source, candidates, states, words) for query in contexts]
+                batch_scores = _answer_scores(self, inputs, mask, fused, source)
+                scores[source] += batch_scores[0]
+                right[source] += batch_scores[1]
                 computed(len(batch))
-        others = [len(one.others) for one in left_out]
-        if sum(shown) < sum(others):
+        others = [len(query.others) for query in left_out]
+        if sum(shown_counts) < sum(others):
             notes.append(
-                f"Of up to {max(others)} other demonstrations {min(shown)} to {max(shown)} were shown: more do not "
-                f"fit into the backbone's {longest_prompt(self.backbone.config)} positions."
+                f"Of up to {max(others)} other demonstrations {min(shown_counts)} to {max(shown_counts)} were shown: "
+                f"more do not fit into the backbone's {longest_prompt(self.backbone.config)} positions."
             )
         return chosen_depth(self.config, scores, right, len(used), notes)
 
@@ -165,25 +168,27 @@ def _batches(
 ) -> Iterator[list[LeftOut]]:
     """Left-out demonstrations by pass: all with or all without images, of similar length, bounded in positions."""
     lengths = dict(enumerate(model.processor.reading_lengths(used)))
-    shown = {one.number: sum(len(words[other]) for other in one.others) for one in left_out}
+    shown_tokens = {query.number: sum(len(words[other]) for other in query.others) for query in left_out}
     positions = CPU_POSITIONS if model.device.type == "cpu" else PASS_POSITIONS
-    order = sorted(left_out, key=lambda one: (bool(used[one.number].images), lengths[one.number], one.number))
+    order = sorted(left_out, key=lambda query: (bool(used[query.number].images), lengths[query.number], query.number))
     batch: list[LeftOut] = []
     longest = 0
-    for one in order:
-        longest = max(longest, lengths[one.number] + shown[one.number])
-        other = batch and bool(used[one.number].images) != bool(used[batch[0].number].images)
+    for query in order:
+        longest = max(longest, lengths[query.number] + shown_tokens[query.number])
+        other = batch and bool(used[query.number].images) != bool(used[batch[0].number].images)
         if batch and (other or (len(batch) + 1) * longest > positions):
             yield batch
-            batch, longest = [], lengths[one.number] + shown[one.number]
-        batch.append(one)
+            batch, longest = [], lengths[query.number] + shown_tokens[query.number]
+        batch.append(query)
     yield batch
 
 
 # --- one pass
 
 
-def _encoded(processor: Any, asked: Sequence[tuple[Demonstration, int]], prompts: str) -> tuple[Any, torch.Tensor]:
+def _encoded(
+    processor: AimProcessor, queries: Sequence[tuple[Demonstration, int]], prompts: str
+) -> tuple[Any, torch.Tensor]:
     """Queries followed by their answers, and a mask of the answers' tokens.
 
     Args:
@@ -192,7 +197,7 @@ def _encoded(processor: Any, asked: Sequence[tuple[Demonstration, int]], prompts
         prompts: as for `choose_depth`.
     """
     texts, spans = [], []
-    for demo, known in asked:
+    for demo, known in queries:
         front = processor.front(len(demo.images))
         words, start, end = processor.word(demo)
         question = words[: start + known]
@@ -201,29 +206,29 @@ def _encoded(processor: Any, asked: Sequence[tuple[Demonstration, int]], prompts
             question += "" if question[-1:].isspace() else " "
         texts.append(front + question + words[start + known : end])
         spans.append((len(front + question), len(texts[-1])))
-    inputs, mask = processor.encode_spans([list(demo.images) for demo, _ in asked], texts, spans)
-    empty = [demo.text for (demo, _), row in zip(asked, mask, strict=True) if not bool(row.any())]
+    inputs, mask = processor.encode_spans([list(demo.images) for demo, _ in queries], texts, spans)
+    empty = [demo.text for (demo, _), row in zip(queries, mask, strict=True) if not bool(row.any())]
     if empty:
         raise ValueError(f"The tokenizer finds no token in the answers of these demonstrations: {empty[:3]}.")
     return inputs, mask
 
 
 def _fitting(
-    model: Any, one: LeftOut, used: Sequence[Demonstration], words: Sequence[torch.Tensor], length: int
+    model: Any, query: LeftOut, used: Sequence[Demonstration], words: Sequence[torch.Tensor], length: int
 ) -> list[int]:
     """The other demonstrations that fit before a prompt of `length` tokens, in their order."""
     longest = longest_prompt(model.backbone.config)
     room = None if longest is None else longest - length
     chosen: list[int] = []
-    for other in one.others:
+    for other in query.others:
         if room is None or len(words[other]) <= room:
             chosen.append(other)
             room = None if room is None else room - len(words[other])
     if not chosen:
-        shortest = min(len(words[other]) for other in one.others)
+        shortest = min(len(words[other]) for other in query.others)
         raise ValueError(
-            f"The demonstration {used[one.number].text[:40]!r} takes {length} tokens as a query, and the shortest of "
-            f"the others {shortest}, but the backbone has {longest} positions: none fits before it. Give shorter "
+            f"The demonstration {used[query.number].text[:40]!r} takes {length} tokens as a query, and the shortest "
+            f"of the others {shortest}, but the backbone has {longest} positions: none fits before it. Give shorter "
             "demonstrations, or fewer or smaller images in each."
         )
     return sorted(chosen)
@@ -249,7 +254,11 @@ def _fused(
 
 
 def _answer_scores(
-    model: Any, inputs: Any, mask: torch.Tensor, fused: Sequence[FusedDemonstrations | None], depth: int | None
+    model: Any,
+    inputs: Mapping[str, Any],
+    mask: torch.Tensor,
+    fused: Sequence[FusedDemonstrations | None],
+    depth: int | None,
 ) -> tuple[list[float], list[bool]]:
     """Mean log-likelihood of the tokens of each row's answer, and whether each of them is the most likely one.
 
@@ -271,7 +280,7 @@ def _answer_scores(
     with preserved_state(model.backbone), injected(prompt):
         logits = model.backbone(**given, use_cache=False, return_dict=True).logits
     logits = logits[:, -kept:-1].float().log_softmax(dim=-1)
-    ids, here = (one[:, 1 - kept :].to(logits.device) for one in (inputs["input_ids"], mask))
-    said = logits.gather(-1, ids[..., None])[..., 0]
+    ids, here = (tensor[:, 1 - kept :].to(logits.device) for tensor in (inputs["input_ids"], mask))
+    token_scores = logits.gather(-1, ids[..., None])[..., 0]
     likeliest = ((logits.argmax(dim=-1) == ids) | ~here).all(dim=1)
-    return (torch.where(here, said, 0.0).sum(dim=1) / here.sum(dim=1)).tolist(), likeliest.tolist()
+    return (torch.where(here, token_scores, 0.0).sum(dim=1) / here.sum(dim=1)).tolist(), likeliest.tolist()

@@ -155,9 +155,9 @@ class EncodingMixin:
         Returns:
             The backbone's inputs, and a mask `(batch, length)` that is true at the tokens of the part.
         """
-        shown = [list(row) for row in images] if any(images) else None
+        image_rows = [list(row) for row in images] if any(images) else None
         with TOKENIZING:
-            inputs = self._encode(shown, list(prompts), padding=True, padding_side="left", return_tensors="pt")
+            inputs = self._encode(image_rows, list(prompts), padding=True, padding_side="left", return_tensors="pt")
         plain, ids = self._tokenized(prompts), inputs["input_ids"]
         mask = torch.zeros(ids.shape, dtype=torch.bool)
         # The processor expands images, so positions are counted from the end, where the text is unchanged except for
@@ -177,19 +177,19 @@ class EncodingMixin:
             return self.tokenizer(list(prompts), return_offsets_mapping=True, return_special_tokens_mask=True)
 
     @staticmethod
-    def _kept_places(plain: Any, row: int, span: tuple[int, int]) -> list[int]:
+    def _kept_places(plain: Mapping[str, Any], row: int, span: tuple[int, int]) -> list[int]:
         """Positions of the tokens that lie in a span of characters, in a prompt whose images are not expanded."""
         tokens = zip(plain["offset_mapping"][row], plain["special_tokens_mask"][row], strict=True)
         start, end = span
         return [i for i, ((a, b), special) in enumerate(tokens) if b > start and a < end and b > a and not special]
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """A setting of an image processor in a form that saving and loading does not change."""
     if isinstance(value, Mapping) or hasattr(value, "items"):
         return {str(k): _plain(v) for k, v in value.items() if v is not None}
     if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
+        return [_plain(item) for item in value]
     return float(value) if isinstance(value, (int, float)) else None if value is None else str(value)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ FAMILIES = {
 }
 
 
-def family_of_processor(processor: Any) -> Family:
+def family_of_processor(processor: object) -> Family:
     """The family whose processor differs and is of this class; an ordinary one otherwise."""
     name = type(processor).__name__
     return next((family for family in FAMILIES.values() if family.processor == name), Family())

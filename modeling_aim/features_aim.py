@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .backbone_aim import image_positions
-from .demonstrations_aim import Demonstration, kind_of
+from .demonstrations_aim import Demonstration, Selection, kind_of
 from .injection_aim import injected
 from .reading_aim import image_features, read_hidden_states
 
@@ -39,16 +39,18 @@ class FeaturesMixin:
         read = sorted(self._read_batches(demos, images=features), key=lambda row: row[0])
         states = [row[1] for row in read]
         fused = [self.project(part) for part in states]
-        found: dict[str, torch.Tensor] = {}
+        by_kind: dict[str, torch.Tensor] = {}
         if features:
             images = [row[2].cpu() for row in read]
             width = max((image.shape[-1] for image in images), default=0)
-            found["image"] = torch.stack([nn.functional.pad(image, (0, width - image.shape[-1])) for image in images])
-            found["text"] = self.text_features(
+            by_kind["image"] = torch.stack(
+                [nn.functional.pad(image, (0, width - image.shape[-1])) for image in images]
+            )
+            by_kind["text"] = self.text_features(
                 [Demonstration((), demo.question or demo.text, None, self.processor.is_label(demo)) for demo in demos]
             )
-            found["fused"] = torch.stack([part.float().mean(dim=0) for part in fused])
-        return {"fused": fused, "states": states, "features": found}
+            by_kind["fused"] = torch.stack([part.float().mean(dim=0) for part in fused])
+        return {"fused": fused, "states": states, "features": by_kind}
 
     def text_features(self: Any, texts: Sequence[Demonstration]) -> torch.Tensor:
         """Hidden states of words alone, averaged: `(texts, joined layers x hidden size)`."""
@@ -57,7 +59,7 @@ class FeaturesMixin:
         means = {key: states.float().mean(dim=0) for key, states in zip(unique, read, strict=True)}
         return torch.stack([means[text.key] for text in texts])
 
-    def query_inputs(self: Any, query: Any) -> dict[str, Any]:
+    def query_inputs(self: Any, query: object) -> dict[str, Any]:
         """The backbone's inputs of one query that is an image, a text, or a dict or pair of both."""
         if isinstance(query, str):
             fields: dict[str, Any] = {"question": query}
@@ -92,7 +94,7 @@ class FeaturesMixin:
         given = {k: v.to(self.device, self.dtype) if v.is_floating_point() else v for k, v in given.items()}
         ids = given["input_ids"]
         words = given.get("attention_mask", torch.ones_like(ids)).bool() & ~image_positions(self.backbone.config, ids)
-        found = {}
+        by_kind = {}
         for kind in kinds:
             empty: list[int] = []
             if kind == "image":
@@ -116,10 +118,12 @@ class FeaturesMixin:
                     f"Query {empty[0]} of {len(ids)} has no {what}, but {them} are compared. Give each query its "
                     f'{them}, or use another selection strategy ("random" compares nothing).'
                 )
-            found[kind] = features
-        return found
+            by_kind[kind] = features
+        return by_kind
 
-    def _selected(self: Any, rows: list[Any], inputs: Mapping[str, Any], shots: int | None, select: Any) -> list[Any]:
+    def _selected(
+        self: Any, rows: list[Any], inputs: Mapping[str, Any], shots: int | None, select: Selection
+    ) -> list[Any]:
         """For each row of the batch, what `shots` and `select` select from the bank of that row."""
         if shots is None and select is None:
             return rows

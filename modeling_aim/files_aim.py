@@ -9,11 +9,11 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from filelock import FileLock, Timeout
@@ -22,6 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file, logging
+
+if TYPE_CHECKING:
+    from .configuration_aim import AimConfig
 
 try:
     import fcntl
@@ -81,11 +84,11 @@ def file_digest(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
 
 
-def _digest(file: Any) -> str:
-    found = hashlib.sha256()
+def _digest(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
     while block := file.read(2**20):
-        found.update(block)
-    return found.hexdigest()
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def locate_file(name_or_path: str | os.PathLike[str], filename: str, **hub_kwargs: Any) -> str:
@@ -131,7 +134,7 @@ def safetensors_metadata(path: str) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def _listing(names: Any) -> str:
+def _listing(names: Iterable[str]) -> str:
     names = sorted(names)
     return ", ".join(names[:6]) + (f", ... ({len(names)} tensors)" if len(names) > 6 else "") if names else "nothing"
 
@@ -356,7 +359,7 @@ model = AutoModelForImageTextToText.from_pretrained(
 """
 
 
-def model_card(config: Any, projector: torch.nn.Module, datasets: Sequence[str] = ()) -> str:
+def model_card(config: AimConfig, projector: torch.nn.Module, datasets: Sequence[str] = ()) -> str:
     """A model card that says what the repository holds and how to use it.
 
     Args:
@@ -395,7 +398,7 @@ tags: [aim, multimodal-in-context-learning, few-shot, custom_code]
 {USE}"""
 
 
-def _what_it_is(config: Any, parameters: int) -> str:
+def _what_it_is(config: AimConfig, parameters: int) -> str:
     """The first paragraph of a model card."""
     paper = (
         "[AIM: Let Any Multi-modal Large Language Models Embrace Efficient In-Context Learning]"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from .demonstrations_aim import Demonstration
 from .processing_aim import AimProcessor
+
+if TYPE_CHECKING:
+    from .registered import AimForConditionalGeneration
 
 # Arguments of a call, not settings of a processor.
 OF_A_CALL = {
@@ -45,7 +48,7 @@ def set_image_settings(processor: AimProcessor, settings: Mapping[str, Any]) -> 
         if name not in known:
             raise ValueError(f"--image {name}={value}: {type(images).__name__} takes {', '.join(known)}.")
         _check_kind(name, value, getattr(images, name, None))
-    shown = ", ".join(f"{name}={value}" for name, value in settings.items())
+    setting_list = ", ".join(f"{name}={value}" for name, value in settings.items())
     stored = {name: value for name, value in images.to_dict().items() if name not in OF_A_CALL}
     try:
         processor.processor.image_processor = type(images)(**{**stored, **settings})
@@ -54,22 +57,22 @@ def set_image_settings(processor: AimProcessor, settings: Mapping[str, Any]) -> 
         processor.processor.image_processor = images
         reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
         raise ValueError(
-            f"--image {shown}: {type(images).__name__} does not take this ({reason}). Its own: "
+            f"--image {setting_list}: {type(images).__name__} does not take this ({reason}). Its own: "
             + ", ".join(f"{name}={getattr(images, name, None)}" for name in settings)
             + "."
         ) from error
 
 
-def check_readable(model: Any, settings: Mapping[str, Any]) -> None:
+def check_readable(model: AimForConditionalGeneration, settings: Mapping[str, Any]) -> None:
     """Raise `ValueError` where a backbone cannot read an image of these settings, which its processor takes."""
     if not settings:
         return
     try:
         model.read_states([Demonstration((Image.new("RGB", TRIED, "gray"),), "a name")])
     except Exception as error:
-        shown = ", ".join(f"{name}={value}" for name, value in settings.items())
+        setting_list = ", ".join(f"{name}={value}" for name, value in settings.items())
         reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
-        raise ValueError(f"--image {shown}: the backbone cannot read such images ({reason}).") from error
+        raise ValueError(f"--image {setting_list}: the backbone cannot read such images ({reason}).") from error
 
 
 def image_tokens(processor: AimProcessor, image: Image.Image | None = None) -> int:
@@ -81,8 +84,8 @@ def image_tokens(processor: AimProcessor, image: Image.Image | None = None) -> i
     """
     image = Image.new("RGB", TRIED, "gray") if image is None else image
     words = processor(text=[processor.front(0) + "a"], return_tensors="pt")
-    shown = processor(images=[[image]], text=[processor.front(1) + "a"], return_tensors="pt")
-    return shown["input_ids"].shape[1] - words["input_ids"].shape[1]
+    with_image = processor(images=[[image]], text=[processor.front(1) + "a"], return_tensors="pt")
+    return with_image["input_ids"].shape[1] - words["input_ids"].shape[1]
 
 
 def tokens_line(processor: AimProcessor) -> str:
@@ -95,7 +98,7 @@ def tokens_line(processor: AimProcessor) -> str:
     return f"An image of {width} x {height} pixels is {tokens} tokens (--image NAME=VALUE changes this)."
 
 
-def _check_kind(name: str, value: Any, now: Any) -> None:
+def _check_kind(name: str, value: object, now: object) -> None:
     """Raise `ValueError` for a value of another kind than the one that is there."""
     if name.startswith("do_") or isinstance(now, bool):
         expected, fits = "true or false", isinstance(value, bool)

@@ -14,7 +14,7 @@ import os
 import socket
 import ssl
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
@@ -72,7 +72,7 @@ class ImageRules:
 
 
 def open_image(
-    image: Any, rules: ImageRules | None = None, shrink: Callable[[tuple[int, int]], int] | None = None
+    image: object, rules: ImageRules | None = None, shrink: Callable[[tuple[int, int]], int] | None = None
 ) -> Image.Image:
     """Load one image as RGB.
 
@@ -112,12 +112,12 @@ def is_readable(image: bytes | str | os.PathLike[str]) -> bool:
         return False
 
 
-def is_address(text: Any) -> bool:
+def is_address(text: object) -> bool:
     """Whether a text names an image by URL."""
     return isinstance(text, str) and text.lower().startswith(("http://", "https://"))
 
 
-def opened_images(images: Any, rules: ImageRules) -> Any:
+def opened_images(images: object, rules: ImageRules) -> Any:
     """Open the paths, URLs and bytes among the images of a query, however they are nested, and check the others.
 
     Images and arrays stay as they are, so that the backbone's processor gets the caller's own.
@@ -157,7 +157,7 @@ def opened_media(options: Mapping[str, Any], rules: ImageRules) -> dict[str, Any
     return opened
 
 
-def _check_unnamed(media: Any, what: str, rules: ImageRules) -> None:
+def _check_unnamed(media: object, what: str, rules: ImageRules) -> None:
     """Raise `ValueError` for a path or URL among videos or audio, however nested, where none is fetched."""
     if rules.sources == "any":
         return
@@ -169,7 +169,7 @@ def _check_unnamed(media: Any, what: str, rules: ImageRules) -> None:
         _check_unnamed(part, what, rules)
 
 
-def opened_chat(chat: Any, rules: ImageRules) -> list[Any]:
+def opened_chat(chat: Iterable[Mapping[str, Any]], rules: ImageRules) -> list[Any]:
     """A chat with its images opened, so that nothing else fetches them.
 
     Raises:
@@ -178,7 +178,7 @@ def opened_chat(chat: Any, rules: ImageRules) -> list[Any]:
     return [_opened_turn(turn, rules) for turn in chat]
 
 
-def _opened_turn(turn: Any, rules: ImageRules) -> Any:
+def _opened_turn(turn: Mapping[str, Any], rules: ImageRules) -> Any:
     content = turn.get("content")
     if not isinstance(content, (list, tuple)):
         return turn
@@ -188,7 +188,8 @@ def _opened_turn(turn: Any, rules: ImageRules) -> Any:
         if kind in ("video", "audio"):
             _check_unnamed([block.get(key) for key in (kind, "url", "path", "base64")], kind, rules)
         if kind in ("image", "image_url"):
-            blocks += [{"type": "image", "image": opened_images(one, rules)} for one in block_images(block)] or [block]
+            images = block_images(block)
+            blocks += [{"type": "image", "image": opened_images(image, rules)} for image in images] or [block]
         else:
             blocks.append(block)
     return {**turn, "content": blocks}
@@ -224,15 +225,16 @@ def _loaded(
     return whole.reduce(scale) if scale > 1 else whole
 
 
-def _check_finite(pixels: Any) -> None:
-    tensor = pixels if isinstance(pixels, torch.Tensor) else None
-    if tensor is not None and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        raise ValueError("Cannot read the image: it has pixels that are not finite (NaN or infinite).")
-    if tensor is None and pixels.dtype.kind == "f" and not bool(np.isfinite(pixels).all()):
+def _check_finite(pixels: np.ndarray | torch.Tensor) -> None:
+    if isinstance(pixels, torch.Tensor):
+        finite = not pixels.is_floating_point() or bool(torch.isfinite(pixels).all())
+    else:
+        finite = pixels.dtype.kind != "f" or bool(np.isfinite(pixels).all())
+    if not finite:
         raise ValueError("Cannot read the image: it has pixels that are not finite (NaN or infinite).")
 
 
-def _check_array(pixels: Any, rules: ImageRules) -> None:
+def _check_array(pixels: np.ndarray | torch.Tensor, rules: ImageRules) -> None:
     """Raise `ValueError` for an array (one image or several) of too many pixels, or with some that are not finite."""
     shape = tuple(pixels.shape)
     last = len(shape) > 2 and shape[-1] in (1, 3, 4)
@@ -244,7 +246,7 @@ def _check_array(pixels: Any, rules: ImageRules) -> None:
     _check_finite(pixels)
 
 
-def _of_array(image: Any, rules: ImageRules) -> Image.Image:
+def _of_array(image: object, rules: ImageRules) -> Image.Image:
     pixels = np.asarray(image)
     if pixels.ndim == 3 and pixels.shape[-1] not in (1, 3, 4) and pixels.shape[0] in (1, 3, 4):
         pixels = np.moveaxis(pixels, 0, -1)
@@ -253,13 +255,13 @@ def _of_array(image: Any, rules: ImageRules) -> Image.Image:
     _check_finite(pixels)
     top = 1 if pixels.dtype.kind in "fb" else 255
     if pixels.size == 0 or pixels.min() < 0 or pixels.max() > top:
-        found = "none" if pixels.size == 0 else f"{pixels.min()}..{pixels.max()}"
-        raise ValueError(f"pixels of type {pixels.dtype} must lie in 0..{top}, found {found}")
+        value_range = "none" if pixels.size == 0 else f"{pixels.min()}..{pixels.max()}"
+        raise ValueError(f"pixels of type {pixels.dtype} must lie in 0..{top}, found {value_range}")
     pixels = (pixels * (255 // top)).round().astype(np.uint8) if top == 1 else pixels.astype(np.uint8)
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).convert("RGB")
 
 
-def _file(image: Any, rules: ImageRules) -> Any:
+def _file(image: object, rules: ImageRules) -> Any:
     """A path, or the bytes of an image in memory."""
     if isinstance(image, (bytes, bytearray)):
         return io.BytesIO(image)
@@ -321,15 +323,15 @@ def _opener(rules: ImageRules) -> OpenerDirector:
     return opener
 
 
-def _public_socket(host: str, port: int, timeout: Any) -> socket.socket:
+def _public_socket(host: str, port: int, timeout: float | None) -> socket.socket:
     """A connection to an address that was checked, so that a second DNS lookup cannot give another one."""
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    for _, _, _, _, place in found:
+    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for _, _, _, _, place in addresses:
         address: Any = ipaddress.ip_address(str(place[0]).partition("%")[0])
         address = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None) or address
         if not address.is_global or address.is_multicast:
             raise ValueError(f"{host} is {address}, which is no public address (image_sources='public')")
-    return socket.create_connection((str(found[0][4][0]), port), timeout)
+    return socket.create_connection((str(addresses[0][4][0]), port), timeout)
 
 
 class _PublicConnection(HTTPConnection):

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,6 +22,9 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from .backbone_aim import decoder_layers
 from .demonstrations_aim import FusedDemonstrations
 from .reading_aim import layer_input
+
+if TYPE_CHECKING:
+    from transformers.generation.streamers import BaseStreamer
 
 
 @dataclass
@@ -233,22 +236,22 @@ class FusedPrompt:
             )
 
 
-def shape_of(value: Any) -> Any:
+def shape_of(value: object) -> Any:
     """The shape of a tensor; of anything else the name of its type."""
     return tuple(value.shape) if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
 
 
 def check_mask(inputs: Mapping[str, Any]) -> None:
     """Raise `ValueError` for an `attention_mask` that is not `(batch, length)`, as `input_ids` are."""
-    found, expected = (shape_of(inputs.get(name)) for name in ("attention_mask", "input_ids"))
-    if inputs.get("attention_mask") is not None and found != expected:
+    given, expected = (shape_of(inputs.get(name)) for name in ("attention_mask", "input_ids"))
+    if inputs.get("attention_mask") is not None and given != expected:
         raise ValueError(
-            f"attention_mask is {found}; expected (batch, length) like input_ids, {expected}. Leave it out where "
+            f"attention_mask is {given}; expected (batch, length) like input_ids, {expected}. Leave it out where "
             "nothing is padded."
         )
 
 
-def _check_words(ids: torch.Tensor, embedding: Any) -> None:
+def _check_words(ids: torch.Tensor, embedding: nn.Embedding) -> None:
     """Raise `ValueError` for ids that the input embeddings do not have: on a GPU they would end the process."""
     known = getattr(embedding, "num_embeddings", None) or len(embedding.weight)
     known += getattr(embedding, "num_additional_embeddings", 0)
@@ -287,7 +290,7 @@ def _enter_embeddings(module: nn.Module, args: tuple[Any, ...], output: torch.Te
     return prompt.enter_embeddings(output) if prompt.begin_pass(args[0]) else None
 
 
-def _enter_layer(number: int, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+def _enter_layer(number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     prompt = _PROMPT.get()
     if prompt is None or prompt.layers is None:
         return None
@@ -381,7 +384,7 @@ class _OwnTokensProcessor:
     transformers inspects the arguments of `__call__`: there must be exactly these two.
     """
 
-    def __init__(self, call: Any, own: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, call: Callable[..., Any], own: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.call, self.own = call, own
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> Any:
@@ -391,7 +394,7 @@ class _OwnTokensProcessor:
 class _OwnTokensCriterion:
     """Calls the caller's stopping criterion with the caller's prompt instead of the widened one."""
 
-    def __init__(self, call: Any, own: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, call: Callable[..., Any], own: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.call, self.own = call, own
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> Any:
@@ -401,7 +404,7 @@ class _OwnTokensCriterion:
 class QueryStreamer:
     """A streamer that shows the caller's own prompt, without fused tokens, and then every new token."""
 
-    def __init__(self, streamer: Any, input_ids: torch.Tensor) -> None:
+    def __init__(self, streamer: BaseStreamer, input_ids: torch.Tensor) -> None:
         self.streamer = streamer
         self.prompt: torch.Tensor | None = input_ids
 

@@ -21,7 +21,9 @@ from .cache_aim import LRUCache
 from .configuration_aim import AimConfig
 from .demonstrations_aim import (
     Demonstration,
+    Demos,
     FusedDemonstrations,
+    Selection,
     check_finite,
     check_source,
     kind_of,
@@ -107,7 +109,7 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
     # --- read, project
 
     @torch.no_grad()
-    def read(self, demos: Any, batch_size: int | None = None) -> FusedDemonstrations:
+    def read(self, demos: Demos, batch_size: int | None = None) -> FusedDemonstrations:
         """Read demonstrations once, each alone, into fused tokens that any number of calls can use (section 3.2).
 
         Args:
@@ -186,12 +188,12 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
 
     def word_ids(self, demos: Sequence[Demonstration]) -> list[torch.Tensor]:
         """Word ids under the fused tokens of each demonstration, `(tokens,)`; of averaged ones the last."""
-        budget, found = self.config.max_fused_tokens, []
+        budget, kept_ids = self.config.max_fused_tokens, []
         for ids in self.processor.kept_ids(demos, self.config.read_span):
             if budget is not None and len(ids) > budget:
                 ids = ids[[-(-(i + 1) * len(ids) // budget) - 1 for i in range(budget)]]
-            found.append(ids)
-        return found
+            kept_ids.append(ids)
+        return kept_ids
 
     def _project(
         self, demos: list[Demonstration], batch_size: int | None = None, keep: bool = True
@@ -241,10 +243,10 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         *,
-        demos: Any = None,
-        chat_demos: Any = None,
+        demos: Demos = None,
+        chat_demos: Demos = None,
         shots: int | None = None,
-        select: Any = None,
+        select: Selection = None,
         **kwargs: Any,
     ) -> Any:
         """Answer queries from demonstrations with the backbone's own `generate`.
@@ -300,7 +302,7 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
-        demos: Any = None,
+        demos: Demos = None,
         labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -348,7 +350,7 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         return output.to_tuple() if as_tuple else output
 
     @torch.no_grad()
-    def prompt_embeds(self, inputs: Mapping[str, Any], demos: Any = None) -> list[torch.Tensor]:
+    def prompt_embeds(self, inputs: Mapping[str, Any], demos: Demos = None) -> list[torch.Tensor]:
         """The prompt as embeddings, fused tokens and images in it, for an engine that takes `prompt_embeds` (vLLM).
 
         It works where the decoder gets only embeddings at consecutive positions. It is refused where the decoder gets
@@ -382,7 +384,7 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         return [row[mask.bool()] for row, mask in zip(embeddings, whole["attention_mask"], strict=True)]
 
     @torch.no_grad()
-    def prefill(self, demos: Any) -> FusedPrefix:
+    def prefill(self, demos: Demos) -> FusedPrefix:
         """Read demonstrations and compute the KV of their fused tokens, once for any number of calls of `generate`.
 
         The KV is kept in `model.prefix_cache`, an LRU cache of at most `prefix_cache.max_bytes`; evicted KV is

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import Version
+from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
@@ -92,11 +93,11 @@ def prefilled(model: Any, rows: Sequence[tuple[Any, ...]], options: Mapping[str,
     prefixes = [parts[0] for parts in rows if len(parts) == 1 and kind_of(parts[0]) == "prefix"]
     if not any(kind_of(part) == "prefix" for parts in rows for part in parts):
         return None
-    found = _prefilled(model, prefixes, len(rows), options)
-    if isinstance(found, str):
-        logger.warning_once(f"The KV of prefilled demonstrations is not used: {found}. Their fused tokens are.")
+    result = _prefilled(model, prefixes, len(rows), options)
+    if isinstance(result, str):
+        logger.warning_once(f"The KV of prefilled demonstrations is not used: {result}. Their fused tokens are.")
         return None
-    return found
+    return result
 
 
 def _prefilled(
@@ -135,7 +136,7 @@ def _prefilled(
     return prompt, grown_from(cache, batch * copies)
 
 
-def grown_from(cache: Any, rows: int) -> Any:
+def grown_from(cache: Cache, rows: int) -> Any:
     """A KV cache of `rows` rows that continues one of a single row and does not change it.
 
     Layers that concatenate old and new KV into new tensors start with a view of the old: nothing is copied, for any
@@ -155,7 +156,7 @@ def grown_from(cache: Any, rows: int) -> Any:
     return own
 
 
-def serves(cache: Any, padded: bool) -> bool:
+def serves(cache: object, padded: bool) -> bool:
     """Whether the KV of a prefix alone is the KV that the prefix has in a whole prompt.
 
     It is not in layers that a prefix alone does not enter (cross-attention, where even masked words may attend to the
@@ -202,20 +203,20 @@ def check_continued(inputs: Mapping[str, Any], whole_prompt: bool) -> None:
         )
 
 
-def cache_bytes(cache: Any) -> int:
+def cache_bytes(cache: object) -> int:
     """Bytes of the tensors that a KV cache holds."""
-    found: dict[int, int] = {}
+    tensor_bytes: dict[int, int] = {}
 
-    def count(value: Any) -> None:
+    def count(value: object) -> None:
         if isinstance(value, torch.Tensor):
-            found[value.data_ptr()] = value.numel() * value.element_size()
+            tensor_bytes[value.data_ptr()] = value.numel() * value.element_size()
         elif isinstance(value, (list, tuple)):
-            for one in value:
-                count(one)
+            for item in value:
+                count(item)
         elif isinstance(value, dict):
             count(list(value.values()))
         elif hasattr(value, "__dict__"):
             count(list(vars(value).values()))
 
     count(getattr(cache, "layers", cache))
-    return sum(found.values())
+    return sum(tensor_bytes.values())

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import cached_file, logging
 
 from .backbone_aim import (
@@ -91,7 +91,7 @@ class AimPreTrainedModel(PreTrainedModel):
         return self.backbone.generation_config
 
     @generation_config.setter
-    def generation_config(self, value: Any) -> None:
+    def generation_config(self, value: GenerationConfig | None) -> None:
         if "backbone" in self._modules:
             self.backbone.generation_config = value
 
@@ -128,11 +128,11 @@ class AimPreTrainedModel(PreTrainedModel):
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Set the attention implementation of the backbone, for all of its parts or by part."""
-        asked = by_part(attn_implementation)
-        inner = asked.get("backbone_config") if isinstance(asked, dict) else asked
+        requested = by_part(attn_implementation)
+        inner = requested.get("backbone_config") if isinstance(requested, dict) else requested
         if inner is not None:
             self.backbone.set_attn_implementation(inner, *args, **kwargs)
-        own = asked.get("") if isinstance(asked, dict) else self.backbone.config._attn_implementation
+        own = requested.get("") if isinstance(requested, dict) else self.backbone.config._attn_implementation
         if own is not None:
             self.config._attn_implementation_internal = self.get_correct_attn_implementation(own)
 
@@ -155,7 +155,9 @@ class AimPreTrainedModel(PreTrainedModel):
         set_recomputing(self.backbone, mode)
         return self
 
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """Recompute the backbone's layers in the backward pass instead of keeping their activations."""
         options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
         if not options["use_reentrant"]:
@@ -173,7 +175,9 @@ class AimPreTrainedModel(PreTrainedModel):
         _renamed(self.backbone, "checkpointing_disable")()
         self.train(self.training)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """The name of `activation_checkpointing_enable` before transformers 6."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
@@ -196,7 +200,7 @@ class AimPreTrainedModel(PreTrainedModel):
         return self._processor
 
     @processor.setter
-    def processor(self, processor: Any) -> None:
+    def processor(self, processor: AimProcessor | ProcessorMixin) -> None:
         self._processor = processor if hasattr(processor, "encode_demonstrations") else AimProcessor(processor)
 
     @property
@@ -230,7 +234,7 @@ class AimPreTrainedModel(PreTrainedModel):
     def from_backbone(
         cls,
         backbone: str | os.PathLike[str] | PreTrainedModel,
-        processor: Any = None,
+        processor: AimProcessor | ProcessorMixin | None = None,
         *,
         preset: str = "untrained",
         read_layers: Sequence[int] | None = None,
@@ -321,8 +325,9 @@ class AimPreTrainedModel(PreTrainedModel):
         settings = {key: kwargs.pop(key) for key in OWN_SETTINGS if key in kwargs}
         config = AimConfig.from_pretrained(name, **hub, **settings) if config is None else copy.deepcopy(config)
         config, digest = without_digest(config)
-        said = config if config.backbone_config is None else config.backbone_config
-        options = {"dtype": config.dtype, **{option: implementation(said, option) for option in IMPLEMENTATIONS}}
+        requested_config = config if config.backbone_config is None else config.backbone_config
+        implementations = {option: implementation(requested_config, option) for option in IMPLEMENTATIONS}
+        options = {"dtype": config.dtype, **implementations}
         for option, taken in options.items():
             if taken is not None:  # AutoConfig has taken it out of the arguments
                 kwargs.setdefault(option, taken)

@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
 from .configuration_aim import usable
-from .demonstrations_aim import parse_demos
+from .demonstrations_aim import Demos, parse_demos
 from .encoding_aim import SENTINEL, TOKENIZING, EncodingMixin, split_few_shot_chat
 from .families_aim import family_of_processor
 from .files_aim import check_place, copy_shipped_files, staged_folder
@@ -42,7 +42,7 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
 
     def __init__(
         self,
-        processor: Any,
+        processor: ProcessorMixin,
         label_template: str = "This is {label}.",
         question_template: str = "{question} {answer}",
         image_prompt: str | None = None,
@@ -64,7 +64,7 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
                 "or false."
             )
         ImageRules(max_image_pixels, image_sources)
-        self.processor = processor
+        self.processor: Any = processor
         self.max_image_pixels, self.image_sources = max_image_pixels, image_sources
         self.label_template = label_template
         self.question_template = question_template
@@ -104,7 +104,7 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
         return getattr(self.processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
 
     @chat_template.setter
-    def chat_template(self, template: Any) -> None:
+    def chat_template(self, template: str | dict[str, str] | None) -> None:
         self.processor.chat_template = template
 
     @property
@@ -118,7 +118,9 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
 
     # --- queries
 
-    def __call__(self, images: Any = None, text: Any = None, demos: Any = None, **kwargs: Any) -> BatchFeature:
+    def __call__(
+        self, images: object = None, text: str | list[str] | None = None, demos: Demos = None, **kwargs: Any
+    ) -> BatchFeature:
         """Prepare a query, or a batch of queries, as the backbone's processor does.
 
         Args:
@@ -140,7 +142,7 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
             inputs["demos"] = parse_demos(demos, self.image_rules)
         return inputs
 
-    def _encode(self, images: Any, text: Any, **kwargs: Any) -> BatchFeature:
+    def _encode(self, images: object, text: str | list[str] | None, **kwargs: Any) -> BatchFeature:
         """The backbone's inputs; images stand between the words for a processor that takes them there."""
         images, texts = opened_images(images, self.image_rules), [text] if isinstance(text, str) else text
         kwargs = opened_media(kwargs, self.image_rules)
@@ -162,7 +164,7 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
             prompts.append([part for part in parts if part != ""])
         return self.processor(text=prompts, **kwargs)
 
-    def _check_placeholders(self, images: Any, text: Any) -> None:
+    def _check_placeholders(self, images: object, text: str | list[str] | None) -> None:
         token = self._image_token
         texts = [text] if isinstance(text, str) else text
         if not token or not texts or not all(isinstance(t, str) for t in texts):
@@ -207,9 +209,9 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
             )
             pairs = enumerate(zip(with_image, without, strict=False))
             start = next((i for i, (a, b) in pairs if a != b), len(with_image))
-            found = with_image[start : with_image.index(SENTINEL)]
-            if found.strip():
-                return found
+            between = with_image[start : with_image.index(SENTINEL)]
+            if between.strip():
+                return between
         return "<image>" if token is None else token
 
     def prompt(self, question: str, images: int = 1) -> str:
@@ -249,7 +251,7 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
 
     # --- chats
 
-    def apply_chat_template(self, conversation: Any, *args: Any, demos: Any = None, **kwargs: Any) -> Any:
+    def apply_chat_template(self, conversation: Sequence[Any], *args: Any, demos: Demos = None, **kwargs: Any) -> Any:
         """Render (and tokenize) a chat; earlier turns with images become demonstrations.
 
         With `tokenize=True, return_dict=True`, and unless `few_shot_chats=False` is given or set, a chat whose last
@@ -276,16 +278,16 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
             return self.processor.apply_chat_template(conversation, *args, **kwargs)
         batched = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "content")
         chats = [getattr(chat, "messages", chat) for chat in conversation] if batched else [conversation]
-        found = []
+        chat_demos = []
         if few_shot:
             split = [split_few_shot_chat(chat, self.image_rules) for chat in chats]
-            found, chats = [s[0] for s in split], [s[1] for s in split]
+            chat_demos, chats = [s[0] for s in split], [s[1] for s in split]
         chats = [opened_chat(chat, self.image_rules) for chat in chats]
         inputs = self.processor.apply_chat_template(chats if batched else chats[0], *args, **kwargs)
         if demos is not None:
             inputs["demos"] = parse_demos(demos, self.image_rules)
         if few_shot:  # also when empty: a pipeline batches only chats with the same keys
-            inputs["chat_demos"] = found if batched else found[0]
+            inputs["chat_demos"] = chat_demos if batched else chat_demos[0]
         return inputs
 
     # --- files
@@ -351,7 +353,7 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
         return cls(inner, **{**saved, **settings})
 
 
-def _flat(images: Any) -> list[Any]:
+def _flat(images: object) -> list[Any]:
     """Images of a batch, one after another, however they are nested."""
     if images is None:
         return []

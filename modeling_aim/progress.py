@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 Item = TypeVar("Item")
-Told = Callable[[int, str], None]
+Report = Callable[[int, str], None]
 EVERY = 30.0  # seconds from one line to the next at most, while something is done
 SOONEST = 1.0  # and at least
 
@@ -90,7 +90,7 @@ class PlainLines:
 
 
 @contextmanager
-def shown(what: str, unit: str, total: int | None = None, disable: bool = False) -> Iterator[Told]:
+def show_progress(what: str, unit: str, total: int | None = None, disable: bool = False) -> Iterator[Report]:
     """Show progress; what it gives is called with how many more are done, and what they were.
 
     A bar appears with the first call: what comes before may have one of its own.
@@ -112,12 +112,12 @@ def shown(what: str, unit: str, total: int | None = None, disable: bool = False)
         bar = Progress(*columns, console=Console(stderr=True), transient=True)
         task = bar.add_task(what, total=total)
 
-        def told(count: int, note: str = "") -> None:
+        def report(count: int, note: str = "") -> None:
             bar.start()
             bar.update(task, advance=count, description=note or what)
 
         try:
-            yield told
+            yield report
         finally:
             bar.stop()
 
@@ -129,7 +129,7 @@ def _silent(count: int, note: str = "") -> None:
 def tracked(items: Iterable[Item], what: str, unit: str, total: int | None = None) -> Iterator[Item]:
     """The same items, with their progress shown."""
     total = len(items) if total is None and isinstance(items, Sized) else total
-    with shown(what, unit, total) as told:
+    with show_progress(what, unit, total) as report:
         for item in items:
             yield item
-            told(1, "")
+            report(1, "")

@@ -119,7 +119,7 @@ def publish(
         done = api.upload_folder(
             repo_id=made.repo_id, folder_path=staged, revision=revision, commit_message="Publish an AIM plug-in"
         )
-        files = sorted(one.relative_to(staged).as_posix() for one in staged.rglob("*") if one.is_file())
+        files = sorted(path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file())
     return Published(str(made), str(done.oid), tuple(files), tuple(left_out))
 
 
@@ -163,7 +163,7 @@ def stage(
     inner = str(config.get("backbone_subfolder") or "").partition("/")[0]
     card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
     left_out = []
-    for path in sorted(one for one in folder.iterdir() if not one.name.startswith(".")):
+    for path in sorted(entry for entry in folder.iterdir() if not entry.name.startswith(".")):
         if path.is_dir() and path.name == inner:
             shutil.copytree(path, target / path.name, ignore=_not_published)
         elif path.is_file() and (_is_published(path.name) or (path.suffix == ".png" and f"({path.name})" in card)):
@@ -210,7 +210,7 @@ def _hide_paths(target: Path, known: Mapping[str, str]) -> None:
         (target / CARD).write_text(without_paths(text), encoding="utf-8")
 
 
-def _with_base_names(value: Any, words: dict[str, str], is_record: bool) -> Any:
+def _with_base_names(value: object, words: dict[str, str], is_record: bool) -> Any:
     """JSON with base names in place of paths; what was replaced is added to `words`.
 
     Args:
@@ -219,9 +219,9 @@ def _with_base_names(value: Any, words: dict[str, str], is_record: bool) -> Any:
         is_record: of a run, whose settings have paths inside texts; of other files only whole texts are paths.
     """
     if isinstance(value, Mapping):
-        return {name: _with_base_names(one, words, is_record) for name, one in value.items()}
+        return {name: _with_base_names(item, words, is_record) for name, item in value.items()}
     if isinstance(value, list):
-        return [_with_base_names(one, words, is_record) for one in value]
+        return [_with_base_names(item, words, is_record) for item in value]
     if isinstance(value, str) and value not in words:
         is_path = os.path.isabs(value) and (os.path.exists(value) or len(Path(value).parts) > 2)
         hidden = base_names(value) if is_record or is_path else value
@@ -248,7 +248,7 @@ def _base_name(piece: str) -> str:
 
 def without_paths(text: str) -> str:
     """A text with base names in place of absolute paths; addresses stay."""
-    return LOCAL_PATH.sub(lambda found: re.split(r"[\\/]", found[0].rstrip("\\/"))[-1], text)
+    return LOCAL_PATH.sub(lambda match: re.split(r"[\\/]", match[0].rstrip("\\/"))[-1], text)
 
 
 def _finish_card(path: Path, repo_id: str, backbone: str | None) -> None:

@@ -107,7 +107,7 @@ def layer_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int | s
     )
 
 
-def _keep_layer_input(number: int, layer: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+def _keep_layer_input(number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Keep the state after `number` layers, also for earlier layers that this pass skipped (cross-attention)."""
     kept = _PASS.get()
     if kept is None:
@@ -123,7 +123,9 @@ def _keep_layer_input(number: int, layer: nn.Module, args: Any, kwargs: Mapping[
         raise _ReadFinished
 
 
-def _keep_layer_output(number: int, layer: nn.Module, args: Any, output: Any) -> None:
+def _keep_layer_output(
+    number: int, layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor | tuple[torch.Tensor, ...]
+) -> None:
     kept = _PASS.get()
     if kept is not None and number in kept.layers:
         kept.states[number] = output[0] if isinstance(output, tuple) else output
@@ -131,7 +133,7 @@ def _keep_layer_output(number: int, layer: nn.Module, args: Any, output: Any) ->
             raise _ReadFinished
 
 
-def _keep_last(head: nn.Module, args: Any) -> None:
+def _keep_last(head: nn.Module, args: tuple[Any, ...]) -> None:
     """Read a backbone that has no separate model below its LM head from the input of the head."""
     kept = _PASS.get()
     if kept is not None and LAST in kept.layers:
@@ -139,7 +141,9 @@ def _keep_last(head: nn.Module, args: Any) -> None:
         raise _ReadFinished
 
 
-def _share_images(tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+def _share_images(
+    tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]] | None:
     kept = _PASS.get()
     if kept is None or not kept.share_images:
         return None
@@ -147,7 +151,7 @@ def _share_images(tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[
     return None if shared is None else (shared.args, shared.kwargs)
 
 
-def _keep_vision(tower: nn.Module, args: Any, output: Any) -> Any:
+def _keep_vision(tower: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     kept = _PASS.get()
     if kept is None:
         return None
@@ -159,7 +163,7 @@ def _keep_vision(tower: nn.Module, args: Any, output: Any) -> Any:
     return output
 
 
-def _keep_decoder(decoder: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+def _keep_decoder(decoder: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     kept = _PASS.get()
     if kept is not None and kept.stop_at_decoder:
         kept.decoder_arguments = dict(kwargs)
@@ -204,7 +208,7 @@ def decoder_inputs(backbone: PreTrainedModel, inputs: Mapping[str, Any]) -> torc
     return embeddings
 
 
-def _holds_tensors(value: Any) -> bool:
+def _holds_tensors(value: object) -> bool:
     if isinstance(value, (list, tuple)):
         return any(_holds_tensors(item) for item in value)
     return isinstance(value, torch.Tensor)
@@ -274,12 +278,12 @@ def image_features(backbone: PreTrainedModel, inputs: Mapping[str, Any]) -> torc
 
 def _pooled_images(backbone: PreTrainedModel, inputs: Mapping[str, Any], kept: _Pass) -> torch.Tensor:
     ids = inputs["input_ids"]
-    shown, entered = image_positions(backbone.config, ids), kept.entered
-    if entered is not None and entered.ndim == 3 and bool(shown.any()):
-        one = shown.nonzero()[0]
-        plain = backbone.get_input_embeddings()(ids[one[0], one[1]][None])[0]
-        if not torch.allclose(entered[one[0], one[1]].to(plain), plain):  # else images come by another way
-            weights = shown.to(entered.device)[..., None]
+    image_mask, entered = image_positions(backbone.config, ids), kept.entered
+    if entered is not None and entered.ndim == 3 and bool(image_mask.any()):
+        row, place = image_mask.nonzero()[0]
+        plain = backbone.get_input_embeddings()(ids[row, place][None])[0]
+        if not torch.allclose(entered[row, place].to(plain), plain):  # else images come by another way
+            weights = image_mask.to(entered.device)[..., None]
             total = torch.where(weights, entered.float(), 0.0).sum(dim=1)
             return total / weights.sum(dim=1).clamp(min=1)
     seen, pixels = kept.vision, inputs.get("pixel_values")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from itertools import accumulate
 from typing import Any
 
@@ -10,7 +10,9 @@ import torch
 
 from .backbone_aim import longest_prompt
 from .demonstrations_aim import (
+    Demos,
     FusedDemonstrations,
+    Selection,
     check_finite,
     concatenated,
     demos_by_row,
@@ -26,10 +28,10 @@ class RowsMixin:
     def _parts(
         self: Any,
         inputs: Mapping[str, Any],
-        demos: Any,
-        chat_demos: Any = None,
+        demos: Demos,
+        chat_demos: Demos = None,
         shots: int | None = None,
-        select: Any = None,
+        select: Selection = None,
     ) -> list[tuple[Any, ...]]:
         """The demonstrations of each row of the batch, in order, in parts as `parse_demos` returns them."""
         ids: Any = inputs.get("input_ids")
@@ -90,7 +92,7 @@ class RowsMixin:
             self._check_room([] if row is None else row.lengths, inputs["input_ids"].shape[1])
         return self._widened(inputs, rows, first)
 
-    def _check_count(self: Any, demos: Any, prompt: int) -> None:
+    def _check_count(self: Any, demos: Demos, prompt: int) -> None:
         """Raise `ValueError` for more raw demonstrations than positions: then nothing is opened, counted or read."""
         longest = longest_prompt(self.backbone.config)
         if longest is None or kind_of(demos) is not None or not isinstance(demos, (list, tuple)):
@@ -135,7 +137,7 @@ class RowsMixin:
         """The ids before the fused tokens of a prompt that begins with `first_id`: BOS, or none."""
         return [first_id] if first_id == getattr(self.config.get_text_config(), "bos_token_id", None) else []
 
-    def _check_bank(self: Any, bank: Any) -> None:
+    def _check_bank(self: Any, bank: Sized) -> None:
         """Raise `ValueError` for a bank that no prompt can hold, before it is loaded."""
         longest = longest_prompt(self.backbone.config)
         tokens = getattr(bank, "num_tokens", 0)

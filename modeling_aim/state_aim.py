@@ -29,11 +29,11 @@ _RESTS: WeakKeyDictionary[PreTrainedModel, _Rest] = WeakKeyDictionary()
 
 def all_modules(backbone: nn.Module) -> list[nn.Module]:
     """`backbone.modules()`, several times faster: it makes no names, and lists a shared module twice."""
-    found = [backbone]
-    for module in found:  # grows on the way
+    modules = [backbone]
+    for module in modules:  # grows on the way
         if module._modules:
-            found += [child for child in module._modules.values() if child is not None]
-    return found
+            modules += [child for child in module._modules.values() if child is not None]
+    return modules
 
 
 def weights_state(module: nn.Module) -> list[Any]:

@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 from modeling_aim import AimForConditionalGeneration
 from modeling_aim.cli import app
 from modeling_aim.publishing import base_names, without_paths
-from modeling_aim.training.run import TrainSettings, train
+from modeling_aim.training.run import train
+from modeling_aim.training.settings import TrainSettings
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from small_real import small_backbone
 from typer.testing import CliRunner
 
 from modeling_aim.cli import app
-from modeling_aim.training.run import TrainSettings
+from modeling_aim.training.settings import TrainSettings
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "RECIPES.md").read_text(encoding="utf-8")
 RECIPES = {"SmolVLM-256M": "SmolVLM-256M", "LLaVA-1.5-7B": "llava-1.5-7b", "Qwen2.5-VL-7B": "Qwen2.5-VL-7B"}

@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +24,9 @@ from .opening import open_files
 from .rows import BadRow
 from .shard_files import file_sha256
 from .shards import BankDamaged, Shard, joined, slice_of, stored_as, with_vectors
+
+if TYPE_CHECKING:
+    from ..registered import AimForConditionalGeneration
 
 SHARD_BYTES = 256 * 2**20
 
@@ -45,7 +48,11 @@ class DemonstrationBank(ChoosingBank):
 
     @classmethod
     def build(
-        cls, model: Any, demos: Iterable[Any], save_directory: str | os.PathLike[str], **options: Any
+        cls,
+        model: AimForConditionalGeneration,
+        demos: Iterable[Any],
+        save_directory: str | os.PathLike[str],
+        **options: Any,
     ) -> DemonstrationBank:
         """Read a stream of demonstrations into a bank on disk, each content once.
 
@@ -111,7 +118,12 @@ class DemonstrationBank(ChoosingBank):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | os.PathLike[str], model: Any = None, *, damaged: str = "raise", **hub_kwargs: Any
+        cls,
+        name_or_path: str | os.PathLike[str],
+        model: AimForConditionalGeneration | None = None,
+        *,
+        damaged: str = "raise",
+        **hub_kwargs: Any,
     ) -> DemonstrationBank:
         """Open a bank from a folder or a Hub repository. Files are mapped: memory is taken for what is used.
 
@@ -146,7 +158,7 @@ class DemonstrationBank(ChoosingBank):
         """
         if self.folder is not None:
             listed = read_manifest(self.folder / BANK_MANIFEST)["shards"]
-            wrong = [one["file"] for one in listed if file_sha256(self.folder / one["file"]) != one["sha256"]]
+            wrong = [entry["file"] for entry in listed if file_sha256(self.folder / entry["file"]) != entry["sha256"]]
             if wrong:
                 raise BankDamaged(
                     f"These files of {self.folder} are damaged: {', '.join(wrong)}. Copy or build them again."
@@ -181,7 +193,7 @@ class DemonstrationBank(ChoosingBank):
         return files if manifest["complete"] and not any((folder / name).is_symlink() for name in files) else []
 
     def reproject(
-        self, model: Any, save_directory: str | os.PathLike[str], batch_size: int = 256
+        self, model: AimForConditionalGeneration, save_directory: str | os.PathLike[str], batch_size: int = 256
     ) -> DemonstrationBank:
         """Put the hidden states of this bank through the projector of `model`: nothing is read again.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.utils import logging
@@ -54,13 +54,16 @@ from .shards import (
     stored_as,
 )
 
+if TYPE_CHECKING:
+    from ..registered import AimForConditionalGeneration
+
 logger = logging.get_logger(__name__)
 
 Row = tuple[int, str, Demonstration]  # number in the stream, key, and what it is
 
 
 def build_bank(
-    model: Any,
+    model: AimForConditionalGeneration,
     demos: Iterable[Any],
     save_directory: str | os.PathLike[str],
     *,
@@ -134,7 +137,7 @@ def build_bank(
 
 
 def _progress(
-    demos: Iterator[tuple[int, Demonstration]], given: Any, total: int | None
+    demos: Iterator[tuple[int, Demonstration]], given: Iterable[Any], total: int | None
 ) -> Iterable[tuple[int, Demonstration]]:
     if total is None and hasattr(given, "__len__"):
         total = len(given)
@@ -165,14 +168,21 @@ def _batches(demos: Iterable[tuple[int, Demonstration]], builder: _Builder, batc
 class _Builder:
     """A bank on its way: finished shards, parts that wait to become one, and what is known of both."""
 
-    def __init__(self, model: Any, folder: Path, settings: dict[str, Any], shard_bytes: int, bad: BadRows) -> None:
+    def __init__(
+        self,
+        model: AimForConditionalGeneration,
+        folder: Path,
+        settings: dict[str, Any],
+        shard_bytes: int,
+        bad: BadRows,
+    ) -> None:
         self.model, self.folder, self.settings, self.shard_bytes, self.bad = model, folder, settings, shard_bytes, bad
         self.parts_folder = parts_folder(folder)
         self.duplicates = 0
         self.manifest = self._begun()
         shards = [open_shard(folder / listed["file"], listed) for listed in self.manifest["shards"]]
         self.parts = self._open_parts()
-        self.known = {bytes(row).hex() for one in [*shards, *self.parts] for row in one.columns["keys"].tolist()}
+        self.known = {bytes(row).hex() for shard in [*shards, *self.parts] for row in shard.columns["keys"].tolist()}
         # rows that the model cannot read: kept with each part and shard, so that a resumed build has the same batches
         self.unreadable: dict[str, str] = dict(self.manifest.get(UNREADABLE, {}))
         for part in self.parts:
@@ -213,12 +223,12 @@ class _Builder:
         """Parts that are in no shard yet. Behind a damaged one everything is read again, in the same order."""
         for stale in self.parts_folder.glob(".writing-*"):
             stale.unlink()
-        found, left_out = open_parts(self.folder, self.manifest)
+        parts, left_out = open_parts(self.folder, self.manifest)
         for path, error in left_out.items():
             if error is not None:
                 logger.warning(f"Reading again what was in {path.name}: {error}")
             path.unlink()
-        return [in_memory(part) for part in found]
+        return [in_memory(part) for part in parts]
 
     def add(self, batch: list[Row]) -> None:
         """Read a batch and keep it on disk."""
@@ -258,7 +268,7 @@ class _Builder:
         return joined(parts) if parts else None
 
     def _make_full_shard(self) -> None:
-        if self.parts and sum(one.nbytes for one in self.parts) >= self.shard_bytes:
+        if self.parts and sum(part.nbytes for part in self.parts) >= self.shard_bytes:
             self._make_shard()
 
     def _make_shard(self) -> None:
@@ -309,8 +319,8 @@ class _Builder:
             columns["thumbnails"], columns["thumbnail_lengths"] = blob(pictures)
         if self.settings["features"]:
             columns[HAS_QUESTION] = torch.tensor([demo.question is not None for demo in demos], dtype=torch.uint8)
-        for kind, found in reading["features"].items():
-            columns[FEATURE + kind] = sketched(found, min(self.settings["features"], model.config.hidden_size)).half()
+        for kind, rows in reading["features"].items():
+            columns[FEATURE + kind] = sketched(rows, min(self.settings["features"], model.config.hidden_size)).half()
         dtype = str(columns["vectors"].dtype).removeprefix("torch.")
         part = make_shard(columns, {"source": self.manifest["source"], "dtype": dtype})
         storage = self.settings["storage"]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..demonstrations_aim import FusedDemonstrations, check_source
+from ..demonstrations_aim import FusedDemonstrations, Selection, check_source
 from .contents import BankContents
 from .select import (
     FAISS_FROM,
@@ -27,6 +27,9 @@ from .select import (
     sketched,
 )
 from .shards import HAS_QUESTION, Shard, is_finite, mean_tokens
+
+if TYPE_CHECKING:
+    from ..registered import AimForConditionalGeneration
 
 SELECT_OPTIONS = {"balanced", "near_duplicate", "search", "seed"}
 
@@ -51,7 +54,7 @@ class ChoosingBank(BankContents):
         self._lock = threading.RLock()
 
     def select(
-        self, query: Any = None, k: int = 8, by: str | Sequence[int] | Sequence[str] = "random", **options: Any
+        self, query: object = None, k: int = 8, by: str | Sequence[int] | Sequence[str] = "random", **options: Any
     ) -> FusedDemonstrations:
         """Choose `k` demonstrations for a query; see `choose`, which has the `options`, and says which they are.
 
@@ -62,7 +65,7 @@ class ChoosingBank(BankContents):
 
     def choose(
         self,
-        query: Any = None,
+        query: object = None,
         k: int = 8,
         by: str | Sequence[int] | Sequence[str] = "random",
         *,
@@ -70,7 +73,7 @@ class ChoosingBank(BankContents):
         balanced: bool = True,
         near_duplicate: float | None = 0.98,
         search: str = "auto",
-        model: Any = None,
+        model: AimForConditionalGeneration | None = None,
     ) -> list[tuple[int, float]]:
         """Choose `k` demonstrations for a query.
 
@@ -148,21 +151,25 @@ class ChoosingBank(BankContents):
         """Numbers of a fixed list of numbers or keys."""
         if len(by) < k:
             raise ValueError(f"by lists {len(by)} demonstrations, but k={k}.")
-        odd = [one for one in by if not (isinstance(one, str) or is_whole(one))]
+        odd = [entry for entry in by if not (isinstance(entry, str) or is_whole(entry))]
         if odd:
             raise ValueError(f"by lists {odd[0]!r:.80}; expected numbers or keys of demonstrations.")
         places: dict[str, int] = {}
-        if any(isinstance(one, str) for one in by):
+        if any(isinstance(entry, str) for entry in by):
             places = {key: number for number, key in enumerate(self.keys())}
         wrong = [
-            one for one in by if (one not in places if isinstance(one, str) else not -len(self) <= one < len(self))
+            entry
+            for entry in by
+            if (entry not in places if isinstance(entry, str) else not -len(self) <= entry < len(self))
         ]
         if wrong:
             raise ValueError(f"by lists {wrong[0]!r:.80}, which is not in this bank of {len(self)} demonstrations.")
-        numbers = [places[one] if isinstance(one, str) else range(len(self))[one] for one in by]
+        numbers = [places[entry] if isinstance(entry, str) else range(len(self))[entry] for entry in by]
         return numbers[:k]
 
-    def _features_of(self, query: Any, by: str, model: Any) -> dict[str, torch.Tensor]:
+    def _features_of(
+        self, query: object, by: str, model: AimForConditionalGeneration | None
+    ) -> dict[str, torch.Tensor]:
         """Features of one query, of the kinds that `by` compares."""
         if isinstance(query, Mapping) and query and all(isinstance(v, torch.Tensor) for v in query.values()):
             for kind in KINDS[by]:
@@ -176,7 +183,7 @@ class ChoosingBank(BankContents):
         model = self._comparing(by, model)
         return {kind: rows[0] for kind, rows in self.query_features(model.query_inputs(query), by, model).items()}
 
-    def _comparing(self, by: str, model: Any) -> Any:
+    def _comparing(self, by: str, model: AimForConditionalGeneration | None) -> Any:
         """The model that compares."""
         model = self.model if model is None else model
         if model is None:
@@ -186,7 +193,9 @@ class ChoosingBank(BankContents):
             )
         return model
 
-    def query_features(self, inputs: Mapping[str, Any], by: str, model: Any = None) -> dict[str, torch.Tensor]:
+    def query_features(
+        self, inputs: Mapping[str, Any], by: str, model: AimForConditionalGeneration | None = None
+    ) -> dict[str, torch.Tensor]:
         """Features of each query of a batch, as this bank compares them; a row of each goes to `choose` as a query.
 
         Args:
@@ -214,7 +223,11 @@ class ChoosingBank(BankContents):
         return {kind: sketched(features[kind], width) for kind, width in widths.items()}
 
     def select_rows(
-        self, model: Any, inputs: Mapping[str, Any], shots: int | None = None, select: Any = None
+        self,
+        model: AimForConditionalGeneration,
+        inputs: Mapping[str, Any],
+        shots: int | None = None,
+        select: Selection = None,
     ) -> list[FusedDemonstrations]:
         """Choose demonstrations for each row of a batch: what `generate(demos=bank, shots=, select=)` asks.
 
@@ -242,7 +255,7 @@ class ChoosingBank(BankContents):
             chosen = self.select(None, k, by, **options)
             return [chosen for _ in rows]
         features = self.query_features(inputs, by, model)
-        queries = [{kind: one[row] for kind, one in features.items()} for row in rows]
+        queries = [{kind: values[row] for kind, values in features.items()} for row in rows]
         return [self.select(query, k, by, **options) for query in queries]
 
     def feature_width(self, kind: str) -> int:
@@ -265,8 +278,8 @@ class ChoosingBank(BankContents):
         with self._lock:
             if kind == "question" and kind not in self._similarity:
                 texts = self.similarity("text")
-                asked = torch.cat([shard.columns[HAS_QUESTION] for shard in self._shards]).bool()
-                self._similarity[kind] = SimilarityIndex(texts.parts, only=asked)
+                has_question = torch.cat([shard.columns[HAS_QUESTION] for shard in self._shards]).bool()
+                self._similarity[kind] = SimilarityIndex(texts.parts, only=has_question)
             elif kind not in self._similarity:
                 width = self.feature_width(kind)
                 if kind in self.features:

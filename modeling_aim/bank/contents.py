@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,17 +74,17 @@ class BankContents:
     def __iter__(self) -> Iterator[FusedDemonstrations]:
         return (self[i] for i in range(len(self)))
 
-    def _gather(self, numbers: Sequence[int], look_up: Any) -> list[Any]:
+    def _gather(self, numbers: Sequence[int], look_up: Callable[[Shard, list[int]], Sequence[Any]]) -> list[Any]:
         """What `look_up(shard, rows)` gives for each of `numbers`, asked of each shard once."""
         by_shard: dict[int, list[int]] = {}
         for place, number in enumerate(numbers):
             by_shard.setdefault(bisect.bisect_right(self._starts, number) - 1, []).append(place)
-        found: list[Any] = [None] * len(numbers)
+        gathered: list[Any] = [None] * len(numbers)
         for at, places in by_shard.items():
             values = look_up(self._shards[at], [numbers[place] - self._starts[at] for place in places])
             for place, value in zip(places, values, strict=True):
-                found[place] = value
-        return found
+                gathered[place] = value
+        return gathered
 
     @property
     def fused(self) -> FusedDemonstrations:

@@ -56,7 +56,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     write_whole(folder / BANK_MANIFEST, text.encode())
 
 
-def _digest_of(content: Any) -> str:
+def _digest_of(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -153,7 +153,7 @@ def open_parts(folder: Path, manifest: Mapping[str, Any]) -> tuple[list[Shard], 
     Returns:
         The parts in order, and the files that are left out: because of damage, or since a shard has them (`None`).
     """
-    found: list[Shard] = []
+    parts: list[Shard] = []
     left_out: dict[Path, BankDamaged | None] = {}
     for path in sorted(parts_folder(folder).glob("part-*.safetensors")):
         number = path.stem.removeprefix("part-")
@@ -161,7 +161,7 @@ def open_parts(folder: Path, manifest: Mapping[str, Any]) -> tuple[list[Shard], 
             if number.isdecimal() and int(number) < manifest["parts"]:
                 left_out[path] = None
                 continue
-            if not number.isdecimal() or int(number) != manifest["parts"] + len(found):
+            if not number.isdecimal() or int(number) != manifest["parts"] + len(parts):
                 raise BankDamaged(f"a part before {path} is missing")
             part = open_shard(path)
             if part.about["source"] != manifest["source"]:
@@ -171,10 +171,10 @@ def open_parts(folder: Path, manifest: Mapping[str, Any]) -> tuple[list[Shard], 
                     part.rows(name, range(len(part)))
             for kind in part.features:
                 part.feature(kind)
-            found.append(part)
+            parts.append(part)
         except BankDamaged as error:
             left_out[path] = error
-    return found, left_out
+    return parts, left_out
 
 
 def remove_parts(folder: Path) -> None:

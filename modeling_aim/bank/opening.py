@@ -64,11 +64,11 @@ def open_files(name_or_path: str | os.PathLike[str], damaged: str, hub_kwargs: M
 def _waiting(folder: Path | None, manifest: Mapping[str, Any], damaged: str) -> list[Shard]:
     """What a build that was stopped had read, but not put into a shard yet."""
     try:
-        found, left_out = ([], {}) if folder is None else open_parts(folder, manifest)
+        parts, left_out = ([], {}) if folder is None else open_parts(folder, manifest)
         for path, error in left_out.items():
             if error is not None:
                 logger.warning(f"Left out: {path.name}: {error}")
-        return found
+        return parts
     except BankDamaged as error:
         if damaged == "raise":
             raise
@@ -101,16 +101,16 @@ def _fitting(shards: Sequence[Shard], source: Mapping[str, str], damaged: str) -
     Raises:
         BankDamaged: one does not belong to the others.
     """
-    found: list[Shard] = []
+    fitting: list[Shard] = []
     for shard in shards:
         if shard.about["source"] != source:
             problem = "was read by another model than the others"
-        elif found and (shard.width, shard.about["dtype"]) != (found[0].width, found[0].about["dtype"]):
-            problem = f"has fused tokens of another width or type than {found[0].name}"
+        elif fitting and (shard.width, shard.about["dtype"]) != (fitting[0].width, fitting[0].about["dtype"]):
+            problem = f"has fused tokens of another width or type than {fitting[0].name}"
         else:
-            found.append(shard)
+            fitting.append(shard)
             continue
         if damaged == "raise":
             raise BankDamaged(f"{shard.name} {problem}. Copy or build the bank again.")
         logger.warning(f"Left out: {shard.name} {problem}.")
-    return found
+    return fitting

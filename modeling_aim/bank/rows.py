@@ -120,7 +120,9 @@ def _undecoded(data: Any) -> Iterable[Any]:
     return streamed.decode(False) if hasattr(streamed, "decode") else data
 
 
-def _opened(row: Any, columns: Mapping[str, str] | None, kinds: Mapping[str, Any], rules: ImageRules) -> Demonstration:
+def _opened(
+    row: object, columns: Mapping[str, str] | None, kinds: Mapping[str, Any], rules: ImageRules
+) -> Demonstration:
     if columns is None or not isinstance(row, Mapping):
         demo = Demonstration.of(row, rules)
     else:
@@ -141,10 +143,10 @@ def _opened(row: Any, columns: Mapping[str, str] | None, kinds: Mapping[str, Any
     return demo
 
 
-def _file(image: Any, rules: ImageRules) -> Any:
+def _file(image: object, rules: ImageRules) -> Any:
     """An image, or several, as `Demonstration` takes it, of what a dataset holds: `{"bytes": ..., "path": ...}`."""
     if isinstance(image, (list, tuple)):
-        return [_file(one, rules) for one in image]
+        return [_file(item, rules) for item in image]
     if isinstance(image, Mapping) and set(image) == {"bytes", "path"}:
         image = image["bytes"] or image["path"]
     if isinstance(image, str) and "://" in image and not is_address(image) and rules.sources == "any":
@@ -158,6 +160,6 @@ def _file(image: Any, rules: ImageRules) -> Any:
     return image
 
 
-def _named(kind: Any, value: Any) -> Any:
+def _named(kind: object, value: object) -> Any:
     """The name of a class where a column holds its number."""
     return kind.int2str(value) if hasattr(kind, "int2str") and isinstance(value, int) else value

@@ -26,7 +26,7 @@ ALL_ALIKE = 1e-3  # a feature that differs from the mean of the bank by less dif
 BLOCK = 2**17  # numbers that are compared at a time: in float32 they stay in the processor's cache
 
 
-def check_strategy(by: Any, search: str = "auto") -> None:
+def check_strategy(by: object, search: str = "auto") -> None:
     """Raise `ValueError` unless `by` is a selection strategy that `search` can search for."""
     listed = all(hasattr(by, name) for name in ("__len__", "__getitem__")) and not isinstance(by, (bytes, Mapping))
     if by not in STRATEGIES if isinstance(by, str) else not listed:
@@ -37,7 +37,7 @@ def check_strategy(by: Any, search: str = "auto") -> None:
         raise ValueError(f"search='faiss' finds the most alike by one of {', '.join(SEARCHED)}; got by={by!r:.80}.")
 
 
-def is_whole(value: Any) -> bool:
+def is_whole(value: object) -> bool:
     """Whether `value` is a whole number; a bool is none."""
     try:
         return not isinstance(value, bool) and operator.index(value) is not None
@@ -117,10 +117,10 @@ class SimilarityIndex:
         query = self._centred(query[None])[0]
         if among is not None:
             return torch.where(self.there[list(among)], self.rows(among) @ query, ABSENT)
-        found = torch.empty(self.starts[-1])
+        products = torch.empty(self.starts[-1])
         for here, rows in self._blocks():
-            torch.mv(rows, query, out=found[here])
-        return torch.where(self.there, ((found - self.mean @ query) / self.norms).clamp(-1, 1), ABSENT)
+            torch.mv(rows, query, out=products[here])
+        return torch.where(self.there, ((products - self.mean @ query) / self.norms).clamp(-1, 1), ABSENT)
 
     def nearest(self, query: torch.Tensor, count: int) -> torch.Tensor:
         """`scores` of the `count` most alike, found by FAISS through `datasets`; the others are not compared.
@@ -132,16 +132,16 @@ class SimilarityIndex:
             if not bool(self.there.all()):
                 raise FaissUnavailable("some demonstrations of the bank have no such feature")
             self.index = _faiss_index(self)
-        found = self.index.search("features", self._centred(query[None])[0].numpy(), k=count)
+        neighbours = self.index.search("features", self._centred(query[None])[0].numpy(), k=count)
         scores = torch.full((len(self.there),), NOT_COMPARED)
-        scores[torch.from_numpy(found.indices)] = torch.from_numpy(found.scores)
+        scores[torch.from_numpy(neighbours.indices)] = torch.from_numpy(neighbours.scores)
         return scores
 
-    def alike(self, one: int, others: Sequence[int]) -> torch.Tensor:
+    def alike(self, number: int, others: Sequence[int]) -> torch.Tensor:
         """Cosine of one demonstration with others; 1 where neither has the feature, or both have that of all."""
-        rows = self.rows([one, *others])
+        rows = self.rows([number, *others])
         plain = ~rows.any(dim=1)
-        same = plain[1:] & plain[0] & (self.there[list(others)] == self.there[one])
+        same = plain[1:] & plain[0] & (self.there[list(others)] == self.there[number])
         return torch.where(same, 1.0, rows[1:] @ rows[0])
 
 
@@ -160,12 +160,12 @@ def _faiss_index(similarity: SimilarityIndex) -> Any:
     for here, rows in similarity._blocks():
         features[here] = similarity._centred(rows)
     data = datasets.Dataset.from_dict({"number": list(range(similarity.starts[-1]))})
-    shown = not datasets.are_progress_bars_disabled()
+    had_bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         data.add_faiss_index_from_external_arrays(features.numpy(), index_name="features", metric_type=INNER_PRODUCT)
     finally:
-        if shown:
+        if had_bars:
             datasets.enable_progress_bars()
     return data
 
@@ -281,7 +281,9 @@ def mmices(
     """
     seen = images.scores(query["image"])
     first = pick(seen, min(len(seen), MMICES_POOL * k), groups, lambda number, chosen: False)
-    asked = torch.where(questions.there[first], questions.scores(query["text"], among=first), 0.0)
+    question_scores = torch.where(questions.there[first], questions.scores(query["text"], among=first), 0.0)
     scores = seen.clamp(min=-1) + NOT_COMPARED - 1
-    scores[first] = asked.mul(100).round() / 100 + 0.004 * seen[first].clamp(min=-1)  # less than half a digit
+    scores[first] = question_scores.mul(100).round() / 100 + 0.004 * seen[first].clamp(
+        min=-1
+    )  # less than half a digit
     return scores

@@ -99,9 +99,9 @@ def open_shard(path: str | os.PathLike[str], listed: Mapping[str, Any] | None = 
 
 def _seal(about: Mapping[str, Any], columns: Mapping[str, torch.Tensor]) -> str:
     """Digest of all that a shard says of itself, so that one whose manifest is lost can be trusted as well."""
-    said = {name: value for name, value in about.items() if name != SEAL}
+    described = {name: value for name, value in about.items() if name != SEAL}
     layout = {name: [str(column.dtype), list(column.shape)] for name, column in columns.items()}
-    return hashlib.sha256(json.dumps([said, layout], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([described, layout], sort_keys=True).encode()).hexdigest()
 
 
 def check_version(about: Mapping[str, Any], path: str | os.PathLike[str]) -> None:

@@ -54,7 +54,7 @@ def is_finite(values: torch.Tensor) -> bool:
     return bool(torch.isfinite(least) & torch.isfinite(most))
 
 
-def is_words(value: Any) -> bool:
+def is_words(value: object) -> bool:
     """Whether `value` is a dict of strings."""
     return isinstance(value, dict) and all(isinstance(word, str) for pair in value.items() for word in pair)
 
@@ -135,42 +135,46 @@ class Shard:
 
     def _problem(self) -> str | None:
         """What is wrong with the shapes and types of the columns, if anything."""
-        found = self.columns
-        missing = [name for name in NEEDED if name not in found]
+        columns = self.columns
+        missing = [name for name in NEEDED if name not in columns]
         if missing:
             return f"it has no {', '.join(missing)}"
-        count = found["keys"].shape[0]
+        count = columns["keys"].shape[0]
         expected: dict[str, tuple[Any, Any]] = {"keys": ((count, KEY_BYTES), torch.uint8)}
         for name, lengths in RAGGED.items():
-            if name not in found:
+            if name not in columns:
                 continue
-            tail = tuple(found[name].shape[1:])
-            if len(tail) != (name in ("vectors", "states")) or lengths not in found:
-                return f"{name} has the shape {tuple(found[name].shape)}"
-            if found[lengths].dtype != torch.int32 or found[lengths].ndim != 1 or bool((found[lengths] < 0).any()):
-                return f"{lengths} are {found[lengths].dtype} {tuple(found[lengths].shape)}, or negative"
+            tail = tuple(columns[name].shape[1:])
+            if len(tail) != (name in ("vectors", "states")) or lengths not in columns:
+                return f"{name} has the shape {tuple(columns[name].shape)}"
+            if (
+                columns[lengths].dtype != torch.int32
+                or columns[lengths].ndim != 1
+                or bool((columns[lengths] < 0).any())
+            ):
+                return f"{lengths} are {columns[lengths].dtype} {tuple(columns[lengths].shape)}, or negative"
             expected[lengths] = ((count,), torch.int32)
-            total = int(found[lengths].sum())
+            total = int(columns[lengths].sum())
             kinds = {"texts": torch.uint8, "labels": torch.uint8, "thumbnails": torch.uint8, "scales": torch.float32}
             kinds["ids"] = torch.int32
             expected[name] = ((total, *tail), kinds.get(name))
             expected[name + ".digest"] = ((count, DIGEST_BYTES), torch.uint8)
-        for name in found:
+        for name in columns:
             if name.startswith(FEATURE):
-                width = found[name].shape[1] if found[name].ndim == 2 else 0
+                width = columns[name].shape[1] if columns[name].ndim == 2 else 0
                 expected[name] = ((count, width), torch.float16)
-        if FEATURE + "text" in found:
+        if FEATURE + "text" in columns:
             expected[HAS_QUESTION] = ((count,), torch.uint8)
-        if set(found) != set(expected):
-            return f"it holds {sorted(found)}, expected {sorted(expected)}"
+        if set(columns) != set(expected):
+            return f"it holds {sorted(columns)}, expected {sorted(expected)}"
         for name, (shape, dtype) in expected.items():
-            if tuple(found[name].shape) != shape or (dtype is not None and found[name].dtype != dtype):
-                return f"{name} is {found[name].dtype} {tuple(found[name].shape)}, expected {dtype} {shape}"
-        if found["vectors"].numel() == 0 and found["vectors"].shape[0]:
-            return f"its fused tokens have the shape {tuple(found['vectors'].shape)}"
-        known = [*DTYPES.values(), *([torch.int8] if "scales" in found else [])]
-        if found["vectors"].dtype not in known or self.about.get("dtype") not in DTYPES:
-            return f"its fused tokens are {found['vectors'].dtype}, to be used as {self.about.get('dtype')!r:.40}"
+            if tuple(columns[name].shape) != shape or (dtype is not None and columns[name].dtype != dtype):
+                return f"{name} is {columns[name].dtype} {tuple(columns[name].shape)}, expected {dtype} {shape}"
+        if columns["vectors"].numel() == 0 and columns["vectors"].shape[0]:
+            return f"its fused tokens have the shape {tuple(columns['vectors'].shape)}"
+        known = [*DTYPES.values(), *([torch.int8] if "scales" in columns else [])]
+        if columns["vectors"].dtype not in known or self.about.get("dtype") not in DTYPES:
+            return f"its fused tokens are {columns['vectors'].dtype}, to be used as {self.about.get('dtype')!r:.40}"
         if not is_words(self.about.get("source")) or not is_words(self.about.get(UNREADABLE, {})):
             return f"it was read by {self.about.get('source')!r:.80}"
         return None
@@ -182,7 +186,7 @@ class Shard:
             BankDamaged: the content is not what was written.
         """
         ends, column, digests = self.ends[RAGGED[name]], self.columns[name], self.columns[name + ".digest"]
-        found = []
+        parts = []
         for i in index:
             part = column[ends[i] : ends[i + 1]]
             if hashlib.blake2b(as_bytes(part), digest_size=DIGEST_BYTES).digest() != bytes(digests[i].tolist()):
@@ -190,47 +194,47 @@ class Shard:
                     f"{name} of demonstration {i} of {self.name} are damaged; the others can still be used. Copy the "
                     "file again, or build the bank again."
                 )
-            found.append(part)
-        return found
+            parts.append(part)
+        return parts
 
     def vectors(self, index: Sequence[int]) -> list[torch.Tensor]:
         """Fused tokens of the demonstrations at `index`, in the type in which they are used."""
         dtype = DTYPES[self.about["dtype"]]
-        found = self.rows("vectors", index)
+        parts = self.rows("vectors", index)
         if "scales" in self.columns:
             scales = self.rows("scales", index)
-            found = [part.float() * scale[:, None] for part, scale in zip(found, scales, strict=True)]
-        found = [part.to(dtype) for part in found]
-        for i, part in zip(index, found, strict=True):
+            parts = [part.float() * scale[:, None] for part, scale in zip(parts, scales, strict=True)]
+        parts = [part.to(dtype) for part in parts]
+        for i, part in zip(index, parts, strict=True):
             if not is_finite(part):
                 raise BankDamaged(
                     f"Fused tokens of demonstration {i} of {self.name} are not finite; the others can still be used. "
                     "Build the bank again."
                 )
-        return found
+        return parts
 
     def ids(self, index: Sequence[int]) -> list[torch.Tensor]:
         """The word under each fused token of the demonstrations at `index`."""
-        found = [part.long() for part in self.rows("ids", index)]
-        for i, part in zip(index, found, strict=True):
+        parts = [part.long() for part in self.rows("ids", index)]
+        for i, part in zip(index, parts, strict=True):
             if bool((part < 0).any()):
                 raise BankDamaged(
                     f"ids of demonstration {i} of {self.name} are negative. Copy or build the bank again."
                 )
-        return found
+        return parts
 
     def words(self, name: str, index: Iterable[int]) -> list[str]:
         """`texts` or `labels` of the demonstrations at `index`."""
         index = list(index)
-        found = []
+        texts = []
         for i, part in zip(index, self.rows(name, index), strict=True):
             try:
-                found.append(bytes(as_bytes(part)).decode())
+                texts.append(bytes(as_bytes(part)).decode())
             except UnicodeDecodeError as error:
                 raise BankDamaged(
                     f"{name} of demonstration {i} of {self.name} are not UTF-8 ({error.reason})."
                 ) from error
-        return found
+        return texts
 
     def feature(self, kind: str) -> torch.Tensor:
         """Features of all demonstrations `(demonstrations, width)`, checked when they are first used."""
@@ -271,7 +275,7 @@ def joined(shards: Sequence[Shard]) -> Shard:
     return Shard(columns, shards[0].facts)
 
 
-def check_digest(content: bytes | memoryview, name: str, expected: Any, file: str) -> None:
+def check_digest(content: bytes | memoryview, name: str, expected: object, file: str) -> None:
     if hashlib.sha256(content).hexdigest() != expected:
         raise BankDamaged(f"{name} of {file} are damaged (their sha256 is another one). Copy or build it again.")
 

@@ -30,10 +30,10 @@ def _alone(case: Case, **options: Any) -> Exception | None:
 def _same_alone(case: Case, change: dict[str, Any], **options: Any) -> bool:
     """Whether the backbone itself, without AIM, answers the same with options that should change nothing."""
     try:
-        expected, found = (case.answered_alone(case.query(), **options, **more) for more in ({}, change))
+        expected, actual = (case.answered_alone(case.query(), **options, **more) for more in ({}, change))
     except Exception:
         return False
-    return case.why_other(found, expected) is None
+    return case.why_other(actual, expected) is None
 
 
 @holds("without demonstrations it is the backbone, bit for bit")
@@ -52,10 +52,10 @@ def no_demonstrations(case: Case) -> None:
 def demonstrations_reach(case: Case) -> None:
     inputs = case.query()
     fused = case.fused
-    plain, shown = case.logits(inputs), case.logits(inputs, fused)
+    plain, with_demos = case.logits(inputs), case.logits(inputs, fused)
     turned, fewer = case.logits(inputs, fused[[2, 1, 0]]), case.logits(inputs, fused[:1])
     for other in (plain, turned, fewer):
-        require(not torch.allclose(shown, other, atol=1e-4), "another prompt gives the same logits")
+        require(not torch.allclose(with_demos, other, atol=1e-4), "another prompt gives the same logits")
 
 
 @holds("raw, read and per-row demonstrations answer the same")
@@ -115,10 +115,10 @@ def beams(case: Case) -> None:
     if (problem := _alone(case, num_beams=3)) is not None:
         raise NotApplicable(f"the backbone's own beam search fails: {problem}")
     options: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 2}
-    found = case.answered(inputs, fused, **options)
-    require(found.ids.shape == (2, NEW), f"two sequences have the shape {tuple(found.ids.shape)}")
+    answer = case.answered(inputs, fused, **options)
+    require(answer.ids.shape == (2, NEW), f"two sequences have the shape {tuple(answer.ids.shape)}")
     if _same_alone(case, NO_CACHE, **options):
-        case.require_same(found, case.answered(inputs, fused, use_cache=False, **options))
+        case.require_same(answer, case.answered(inputs, fused, use_cache=False, **options))
 
 
 @holds("sampling repeats with its seed")
@@ -145,8 +145,8 @@ def prompt_lookup(case: Case) -> None:
 @holds("repetition penalty and stop strings work with demonstrations")
 def penalties(case: Case) -> None:
     inputs, fused = case.query(), case.fused
-    found = case.answer(inputs, fused, repetition_penalty=1.3)
-    require(found.shape == (1, NEW), f"the answer has the shape {tuple(found.shape)}")
+    answer = case.answer(inputs, fused, repetition_penalty=1.3)
+    require(answer.shape == (1, NEW), f"the answer has the shape {tuple(answer.shape)}")
     words = case.processor.decode(case.answer(inputs, fused)[0, :2])
     if words.strip():
         stopped = case.model.generate(
@@ -160,10 +160,10 @@ class _Collector:
     """A streamer that keeps what it is shown."""
 
     def __init__(self) -> None:
-        self.shown: list[torch.Tensor] = []
+        self.tokens: list[torch.Tensor] = []
 
     def put(self, value: torch.Tensor) -> None:
-        self.shown.append(value.reshape(-1).cpu())
+        self.tokens.append(value.reshape(-1).cpu())
 
     def end(self) -> None:
         pass
@@ -175,22 +175,22 @@ def streaming(case: Case) -> None:
     streamer = _Collector()
     new = case.answer(inputs, fused, streamer=streamer)
     expected = torch.cat([inputs["input_ids"][0].cpu(), new[0].cpu()])
-    require(torch.equal(torch.cat(streamer.shown), expected), "the streamer sees other tokens")
+    require(torch.equal(torch.cat(streamer.tokens), expected), "the streamer sees other tokens")
 
 
 @holds("eager and sdpa attention answer the same")
 def attention_kinds(case: Case) -> None:
     backbone, inputs = case.model.backbone, case.query()
-    before, found = backbone.config._attn_implementation, []
+    before, by_kind = backbone.config._attn_implementation, []
     if not backbone._supports_sdpa:
         raise NotApplicable("the backbone has eager attention only")
     try:
         for kind in ("eager", "sdpa"):
             backbone.set_attn_implementation(kind)
-            found.append(case.logits(inputs, case.demos))
+            by_kind.append(case.logits(inputs, case.demos))
     finally:
         backbone.set_attn_implementation(before)
-    case.require_close(*found)
+    case.require_close(*by_kind)
 
 
 @holds("an answer from the KV of a prefix is the uncached one: alone, in a padded batch, with beams, in two threads")
@@ -206,12 +206,12 @@ def kept_prefix(case: Case) -> None:
     lengths = [cache and cache.get_seq_length() for cache in kept]
     for inputs in queries:
         for beams in (1, 3) if _alone(case, num_beams=3) is None else (1,):
-            expected, found = (case.answered(inputs, demos, num_beams=beams) for demos in (fused, prefix))
-            case.require_same(found, expected)
+            expected, actual = (case.answered(inputs, demos, num_beams=beams) for demos in (fused, prefix))
+            case.require_same(actual, expected)
     expected = case.answered(queries[0], fused)
     with ThreadPoolExecutor(3) as pool:
-        for found in pool.map(lambda _: case.answered(queries[0], prefix), range(3)):
-            case.require_same(found, expected)
+        for actual in pool.map(lambda _: case.answered(queries[0], prefix), range(3)):
+            case.require_same(actual, expected)
     after = [cache and cache.get_seq_length() for cache in kept]
     require(after == lengths, "an answer changed the KV that is kept")
 
@@ -238,8 +238,8 @@ def few_shot_chat(case: Case) -> None:
     chat: list[dict[str, Any]] = []
     for demo in case.demos:
         words = demo.get("label") or demo.get("answer") or demo["text"]
-        asked = [{"type": "image", "image": demo["image"]}, {"type": "text", "text": QUESTION}]
-        chat += [{"role": "user", "content": asked}]
+        question_parts = [{"type": "image", "image": demo["image"]}, {"type": "text", "text": QUESTION}]
+        chat += [{"role": "user", "content": question_parts}]
         chat += [{"role": "assistant", "content": [{"type": "text", "text": words}]}]
     last = [{"type": "image", "image": noise(10)}, {"type": "text", "text": QUESTION}]
     chat += [{"role": "user", "content": last}]
@@ -261,9 +261,9 @@ def system_turn(case: Case) -> None:
         raise NotApplicable("the backbone's chat template takes no system turn") from error
     if rule not in plain:
         raise NotApplicable("the backbone's chat template leaves system turns out")
-    shown = [{"type": "image", "image": noise(1)}, {"type": "text", "text": "What do you see?"}]
+    image_turn = [{"type": "image", "image": noise(1)}, {"type": "text", "text": "What do you see?"}]
     answered = {"role": "assistant", "content": [{"type": "text", "text": "A dax."}]}
-    chat = [system, {"role": "user", "content": shown}, answered, query]
+    chat = [system, {"role": "user", "content": image_turn}, answered, query]
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     inputs = case.processor.apply_chat_template(chat, **options).to(case.model.device, case.model.dtype)
     alone = case.processor.apply_chat_template([system, query], **options)
@@ -286,7 +286,7 @@ def chosen_for_each_row(case: Case) -> None:
             rows = [[number for number, _ in bank.choose(None, 2)]] * 2
             if by != "random":
                 features = bank.query_features(inputs, by)
-                queries = [{kind: found[row] for kind, found in features.items()} for row in range(2)]
+                queries = [{kind: values[row] for kind, values in features.items()} for row in range(2)]
                 rows = [[number for number, _ in bank.choose(query, 2, by)] for query in queries]
             expected = case.answered(inputs, [bank[row] for row in rows])
             case.require_same(case.answered(inputs, bank, shots=2, select=by), expected)
@@ -320,5 +320,5 @@ def two_threads(case: Case) -> None:
     alone = [case.answered(inputs, demos) for demos in given]
     with ThreadPoolExecutor(4) as pool:
         together = pool.map(lambda demos: case.answered(inputs, demos), given * 2)
-        for found, expected in zip(together, alone * 2, strict=True):
-            case.require_same(found, expected)
+        for actual, expected in zip(together, alone * 2, strict=True):
+            case.require_same(actual, expected)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from PIL import Image
+from transformers import PreTrainedModel
 
 from .. import AimForConditionalGeneration, AimProcessor, FusedDemonstrations
+from ..demonstrations_aim import Demos
 
 NEW = 5  # new tokens of a test answer
 QUESTION = "What is this?"
@@ -28,7 +30,7 @@ class NotApplicable(Exception):
     """The backbone itself does not do what a property is about."""
 
 
-def require(condition: Any, sentence: str) -> None:
+def require(condition: object, sentence: str) -> None:
     """Raise `AssertionError` with `sentence` unless `condition` holds, also under `python -O`."""
     if not condition:
         raise AssertionError(sentence)
@@ -139,19 +141,21 @@ class Case:
             return_tensors="pt",
         ).to(self.model.device, self.model.dtype)
 
-    def answer(self, inputs: Any, demos: Any = None, **options: Any) -> torch.Tensor:
+    def answer(self, inputs: Mapping[str, Any], demos: Demos = None, **options: Any) -> torch.Tensor:
         """New tokens of a greedy answer, as many in each row."""
         return self.answered(inputs, demos, **options).ids
 
-    def answered(self, inputs: Any, demos: Any = None, **options: Any) -> Answer:
+    def answered(self, inputs: Mapping[str, Any], demos: Demos = None, **options: Any) -> Answer:
         """A greedy answer with its logits, as many new tokens in each row."""
         return self._answered(self.model, inputs, {"demos": demos, **options})
 
-    def answered_alone(self, inputs: Any, **options: Any) -> Answer:
+    def answered_alone(self, inputs: Mapping[str, Any], **options: Any) -> Answer:
         """The same of the backbone itself, without AIM."""
         return self._answered(self.model.backbone, inputs, options)
 
-    def _answered(self, model: Any, inputs: Any, options: dict[str, Any]) -> Answer:
+    def _answered(
+        self, model: AimForConditionalGeneration | PreTrainedModel, inputs: Mapping[str, Any], options: dict[str, Any]
+    ) -> Answer:
         options = {"do_sample": False, "max_new_tokens": NEW, "min_new_tokens": NEW, **options}
         options |= {"return_dict_in_generate": True, "output_logits": True}
         output, length = model.generate(**inputs, **options), inputs["input_ids"].shape[1]
@@ -160,33 +164,33 @@ class Case:
             require(torch.equal(output.sequences[:, :length], queries), "the query's ids are lost")
         return Answer(output.sequences[:, length:], output.logits, getattr(output, "sequences_scores", None))
 
-    def logits(self, inputs: Any, demos: Any = None) -> torch.Tensor:
+    def logits(self, inputs: Mapping[str, Any], demos: Demos = None) -> torch.Tensor:
         """Logits at the last position of each query, `(batch, vocabulary)`."""
         with torch.no_grad():
             return self.model(**inputs, demos=demos).logits[:, -1].float()
 
-    def require_close(self, found: torch.Tensor, expected: torch.Tensor) -> None:
+    def require_close(self, actual: torch.Tensor, expected: torch.Tensor) -> None:
         """Require equality within `tolerance`."""
-        gap = difference(found, expected)
+        gap = difference(actual, expected)
         require(gap <= self.tolerance, f"they differ by {gap:.1e} of their size; rounding is {self.tolerance:.1e}")
 
-    def require_same(self, found: Answer, expected: Answer) -> None:
+    def require_same(self, actual: Answer, expected: Answer) -> None:
         """Require the same answer; see `why_other`."""
-        reason = self.why_other(found, expected)
+        reason = self.why_other(actual, expected)
         require(reason is None, f"the answers differ: {reason}")
 
-    def why_other(self, found: Answer, expected: Answer) -> str | None:
+    def why_other(self, actual: Answer, expected: Answer) -> str | None:
         """In what two answers differ by more than rounding, `None` where they do not.
 
         Logits are compared at each step, as far as the tokens before it are the same. Where rows go apart, the token
         that was chosen must be within rounding of the other one; beams, where their scores are.
         """
-        if found.ids.shape != expected.ids.shape:
-            return f"they have the shapes {tuple(found.ids.shape)} and {tuple(expected.ids.shape)}"
-        if expected.scores is not None and found.scores is not None:
-            return self._why_other_beams(found, expected, (found.scores - expected.scores).abs())
-        together = torch.ones(len(found.ids), dtype=torch.bool, device=found.ids.device)
-        for step, (ours, theirs) in enumerate(zip(found.logits, expected.logits, strict=True)):
+        if actual.ids.shape != expected.ids.shape:
+            return f"they have the shapes {tuple(actual.ids.shape)} and {tuple(expected.ids.shape)}"
+        if expected.scores is not None and actual.scores is not None:
+            return self._why_other_beams(actual, expected, (actual.scores - expected.scores).abs())
+        together = torch.ones(len(actual.ids), dtype=torch.bool, device=actual.ids.device)
+        for step, (ours, theirs) in enumerate(zip(actual.logits, expected.logits, strict=True)):
             rows = together.nonzero()[:, 0]
             if not len(rows):
                 break
@@ -194,18 +198,18 @@ class Case:
             gap = difference(ours, theirs)
             if not gap <= self.tolerance:
                 return f"at step {step} the logits differ by {gap:.1e} of their size"
-            one, other = (ids[rows, step, None].to(theirs.device) for ids in (found.ids, expected.ids))
-            lead = (theirs.gather(1, other) - theirs.gather(1, one)).abs()[:, 0]
+            our_ids, their_ids = (ids[rows, step, None].to(theirs.device) for ids in (actual.ids, expected.ids))
+            lead = (theirs.gather(1, their_ids) - theirs.gather(1, our_ids)).abs()[:, 0]
             if not bool((lead <= self.tolerance * size_of(theirs)).all()):
                 return f"at step {step} another token is chosen, whose logit is lower by {float(lead.max()):.1e}"
-            together[rows] = found.ids[rows, step] == expected.ids[rows, step]
+            together[rows] = actual.ids[rows, step] == expected.ids[rows, step]
         return None
 
-    def _why_other_beams(self, found: Answer, expected: Answer, apart: torch.Tensor) -> str | None:
-        gap = difference(found.logits[0].float(), expected.logits[0].float())
+    def _why_other_beams(self, actual: Answer, expected: Answer, apart: torch.Tensor) -> str | None:
+        gap = difference(actual.logits[0].float(), expected.logits[0].float())
         if not gap <= self.tolerance:
             return f"at the first step the logits differ by {gap:.1e} of their size"
-        rows = (found.ids != expected.ids).any(dim=1)
+        rows = (actual.ids != expected.ids).any(dim=1)
         lead = apart[rows.to(apart.device)]
         size = float(size_of(expected.logits[0].float()).max())
         if not bool((lead <= self.tolerance * size).all()):
@@ -221,15 +225,15 @@ def size_of(values: torch.Tensor) -> torch.Tensor:
     return torch.where(there, values - mean, 0.0).abs().amax(dim=-1)
 
 
-def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest |found - expected| / |expected| of the rows; infinite where one is masked alone, or no number."""
-    found, expected = found.float(), expected.float().to(found.device)
+    actual, expected = actual.float(), expected.float().to(actual.device)
     there = expected > MASKED
-    if bool((found.isnan() | expected.isnan()).any()) or not torch.equal(there, found > MASKED):
+    if bool((actual.isnan() | expected.isnan()).any()) or not torch.equal(there, actual > MASKED):
         return float("inf")
-    found, expected = torch.where(there, found, 0.0), torch.where(there, expected, 0.0)
+    actual, expected = torch.where(there, actual, 0.0), torch.where(there, expected, 0.0)
     size = expected.norm(dim=-1)
     if not size.numel():
         return 0.0
     floor = max(1e-6 * float(size.max()), torch.finfo(torch.float32).tiny)
-    return float(((found - expected).norm(dim=-1) / size.clamp(min=floor)).max())
+    return float(((actual - expected).norm(dim=-1) / size.clamp(min=floor)).max())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,8 +28,8 @@ def untrained(case: Case) -> AimForConditionalGeneration:
 
 @holds("what is read depends on the demonstration's image")
 def images_matter(case: Case) -> None:
-    one, other = (case.model.read([(noise(seed), "dax")]).vectors for seed in (1, 2))
-    require(not torch.allclose(one, other, atol=1e-6), "another image is read to the same fused tokens")
+    first, second = (case.model.read([(noise(seed), "dax")]).vectors for seed in (1, 2))
+    require(not torch.allclose(first, second, atol=1e-6), "another image is read to the same fused tokens")
 
 
 @holds("a padded batch of demonstrations is read as each alone")
@@ -70,14 +71,14 @@ def early_stop(case: Case) -> None:
     ran: list[Any] = []
     handles = [layer.register_forward_hook(lambda layer, *_: ran.append(layer)) for layer in layers[middle:]]
     try:
-        found = stopping.read_states(demos)
+        actual = stopping.read_states(demos)
         require(not ran, f"{len(ran)} layers ran behind the one that is read")
         expected = whole.read_states(demos)
         require(ran, "the whole pass ran no layer behind the one that is read")
     finally:
         for handle in handles:
             handle.remove()
-    for states, joined in zip(found, expected, strict=True):
+    for states, joined in zip(actual, expected, strict=True):
         case.require_close(states, joined[:, : states.shape[1]])
 
 
@@ -89,12 +90,14 @@ def without_training(case: Case) -> None:
     model, inputs = untrained(case), case.query()
     swapped = [{**demo, "image": noise(90 + i, *demo["image"].size)} for i, demo in enumerate(case.demos)]
     with torch.no_grad():
-        plain, shown, other = (model(**inputs, demos=demos).logits[:, -1] for demos in (None, case.demos, swapped))
-    require(bool(shown.float().isfinite().any()), "the logits are no numbers")
-    require(difference(shown, plain) > 1e-4, "demonstrations do not reach the answer")
-    require(difference(shown, other) > 1e-4, "the images of the demonstrations do not reach the answer")
-    found = model.generate(**inputs, demos=case.demos, max_new_tokens=2, min_new_tokens=2, do_sample=False)
-    require(found.shape == (1, inputs["input_ids"].shape[1] + 2), f"the answer has the shape {tuple(found.shape)}")
+        plain, with_demos, other = (
+            model(**inputs, demos=demos).logits[:, -1] for demos in (None, case.demos, swapped)
+        )
+    require(bool(with_demos.float().isfinite().any()), "the logits are no numbers")
+    require(difference(with_demos, plain) > 1e-4, "demonstrations do not reach the answer")
+    require(difference(with_demos, other) > 1e-4, "the images of the demonstrations do not reach the answer")
+    answer = model.generate(**inputs, demos=case.demos, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    require(answer.shape == (1, inputs["input_ids"].shape[1] + 2), f"the answer has the shape {tuple(answer.shape)}")
 
 
 @holds("words read alone and put back at depth give the logits of the plain text prompt")
@@ -110,9 +113,9 @@ def words_at_depth(case: Case) -> None:
     if _sees_behind(case, plain, len(fused.ids), model.config.read_layers):
         raise NotApplicable("the backbone itself shows the words of a prompt an image that stands behind them")
     with torch.no_grad():
-        found = model(**inputs, demos=fused).logits[:, -1]
+        logits = model(**inputs, demos=fused).logits[:, -1]
         wanted = model.backbone(**plain).logits[:, -1]
-    case.require_close(found, wanted)
+    case.require_close(logits, wanted)
 
 
 def _looks_ahead(case: Case, layers: list[int]) -> bool:
@@ -132,11 +135,11 @@ def _sees_behind(case: Case, inputs: dict[str, Any], count: int, layers: list[in
     """Whether the states of the first `count` tokens change with an image behind them (Mllama's cross-attention)."""
     other = {k: -v if k.startswith("pixel_values") and v.is_floating_point() else v for k, v in inputs.items()}
     with preserved_state(case.model.backbone):
-        found = [read_hidden_states(case.model.backbone, given, layers)[:, :count] for given in (inputs, other)]
-    return difference(*found) > case.tolerance
+        states = [read_hidden_states(case.model.backbone, given, layers)[:, :count] for given in (inputs, other)]
+    return difference(*states) > case.tolerance
 
 
-def with_words(case: Case, inputs: Any, ids: torch.Tensor) -> dict[str, Any]:
+def with_words(case: Case, inputs: Mapping[str, Any], ids: torch.Tensor) -> dict[str, Any]:
     """The inputs of one query with the words `ids` behind its BOS, put together without the package."""
     first, length = int(inputs["input_ids"][0, 0]), inputs["input_ids"].shape[1]
     start = int(first == getattr(case.model.config.get_text_config(), "bos_token_id", None))
@@ -161,7 +164,7 @@ def gradients(case: Case) -> None:
         model = AimForConditionalGeneration.from_backbone(
             model.backbone, case.processor, preset="trained", read_layers=layers
         )
-    found = []
+    by_precision = []
     for checkpointing in (False, True):
         model.zero_grad()
         model.train()
@@ -177,10 +180,10 @@ def gradients(case: Case) -> None:
         others = sorted(name for name in got if not name.startswith("projector."))
         require(got and not others, f"weights beside the projector's have a gradient: {others[:3]}")
         require(all(bool(grad.isfinite().all()) for grad in got.values()), "a gradient is not finite")
-        found.append(torch.cat([gradient.reshape(-1) for gradient in got.values()]))
+        by_precision.append(torch.cat([gradient.reshape(-1) for gradient in got.values()]))
         model.zero_grad()
-    require(bool(found[0].any()), "no gradient reaches the projector")
-    case.require_close(found[1], found[0])
+    require(bool(by_precision[0].any()), "no gradient reaches the projector")
+    case.require_close(by_precision[1], by_precision[0])
 
 
 @holds("saved and loaded again, it answers the same")
@@ -189,5 +192,5 @@ def reload(case: Case) -> None:
     with tempfile.TemporaryDirectory() as folder:
         case.model.save_pretrained(folder)
         again = AimForConditionalGeneration.from_pretrained(folder, backbone=case.model.backbone)
-        found = Case(again).answered(inputs, case.demos)
-    case.require_same(found, case.answered(inputs, case.demos))
+        actual = Case(again).answered(inputs, case.demos)
+    case.require_same(actual, case.answered(inputs, case.demos))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from .. import AimConfig, AimForConditionalGeneration, AimProcessor, laptop_quantization_config
 from ..backbone_aim import check_usable
@@ -72,7 +72,9 @@ def check_model(
     return model
 
 
-def without_training(backbone: Any, processor: Any, options: dict[str, Any]) -> AimForConditionalGeneration:
+def without_training(
+    backbone: str | PreTrainedModel, processor: AimProcessor | None, options: dict[str, Any]
+) -> AimForConditionalGeneration:
     """AIM on a backbone, with states put back at depth where the backbone can, as in the paper where it cannot."""
     try:
         return AimForConditionalGeneration.from_backbone(backbone, processor, **options)
@@ -82,7 +84,7 @@ def without_training(backbone: Any, processor: Any, options: dict[str, Any]) -> 
     return AimForConditionalGeneration.from_backbone(backbone, processor, preset="paper", **options)
 
 
-def random_backbone(config: Any) -> Any:
+def random_backbone(config: PreTrainedConfig) -> Any:
     """A backbone with random weights of the real widths and few layers."""
     config = copy.deepcopy(config)
     text = config.get_text_config(decoder=True)
@@ -99,7 +101,7 @@ def random_backbone(config: Any) -> Any:
     return backbone
 
 
-def _cut_tower(tower: Any) -> None:
+def _cut_tower(tower: PreTrainedConfig) -> None:
     """Give a vision tower one layer with a narrow MLP: it takes most of the time of a check."""
     for name, most in (("num_hidden_layers", 1), ("depth", 1), ("intermediate_size", INNER)):
         if isinstance(getattr(tower, name, None), int):

@@ -112,16 +112,16 @@ def _of_task(settings: AttentionSettings) -> list[PromptPlan]:
     task = open_task((settings.task or "").replace(MARK, str(seed)))
     examples = task.examples(seed)
     sample = random.Random(f"attention {seed}").sample(range(len(examples)), min(settings.limit, len(examples)))
-    asked = {seed: [examples[place] for place in sorted(sample)]}
+    queries = {seed: [examples[place] for place in sorted(sample)]}
     if task.fixed:
-        chosen = own_shots(task, asked, [count])
+        chosen = own_shots(task, queries, [count])
     else:
         check_pool(task, [count], Choice())
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "demonstrations.jsonl"
-            choose_all(task, asked, [count], Choice(), path, no_bank)
+            choose_all(task, queries, [count], Choice(), path, no_bank)
             chosen = read_chosen(task, path)
-    return [(query, [Shown(shot, shot) for shot in chosen[seed, count, query.id]]) for query in asked[seed]]
+    return [(query, [Shown(shot, shot) for shot in chosen[seed, count, query.id]]) for query in queries[seed]]
 
 
 def _of_file(settings: AttentionSettings) -> PromptPlan:

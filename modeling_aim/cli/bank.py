@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.table import Table
@@ -19,6 +19,9 @@ from ..data.jsonl import read_demonstrations
 from .loading import LoadingSettings
 from .options import check_least, command
 from .terminal import errors, print_json, safe, wide_console
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 app = typer.Typer(
     help="Demonstrations read once: build, inspect and choose.",
@@ -222,7 +225,7 @@ def _streamed(dataset: str | None, split: str, limit: int | None) -> Any:
     return data if limit is None else data.take(limit)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """A value of `bank.info()` for people."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {number}" for name, number in value.items()) or "none"
@@ -237,7 +240,9 @@ def _bytes(count: int) -> str:
     return f"{count} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
 
 
-def contact_sheet(query: Any, question: str, thumbnails: Sequence[bytes], says: Sequence[str], side: int = 112) -> Any:
+def contact_sheet(
+    query: Image.Image | None, question: str, thumbnails: Sequence[bytes], says: Sequence[str], side: int = 112
+) -> Any:
     """A picture of the query and, row by row, of what was chosen for it, most alike last.
 
     Args:
@@ -257,7 +262,7 @@ def contact_sheet(query: Any, question: str, thumbnails: Sequence[bytes], says: 
     sheet = Image.new("RGB", (columns * cell_width + edge, (rows + 1) * cell_height + edge), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
 
-    def place(picture: Any, text: str, column: int, row: int, frame: str) -> None:
+    def place(picture: Image.Image | None, text: str, column: int, row: int, frame: str) -> None:
         x, y = edge + column * cell_width, edge + row * cell_height
         if picture is not None:
             small = picture.copy()

@@ -71,24 +71,24 @@ class CompareSettings:
 @command(app, "aim eval compare", positional=("first", "second"))
 def compare(settings: CompareSettings) -> None:
     """Compare two runs, or two methods, with paired tests on the examples that both answered."""
-    found = compare_runs(settings.first, settings.second or settings.first, settings.between)
+    comparison = compare_runs(settings.first, settings.second or settings.first, settings.between)
     if settings.as_json:
-        print_json(found)
+        print_json(comparison)
         return
     table = Table("task", "shots", "methods", "first", "second", "difference (95 %)", "p", "n")
-    for row in found["rows"]:
+    for row in comparison["rows"]:
         low, high = row["interval"]
-        shown = "\n".join(dict.fromkeys(row["methods"]))
+        method_names = "\n".join(dict.fromkeys(row["methods"]))
         difference = f"{row['difference']:+.3f}\n({low:+.3f} {high:+.3f})"
         scores = f"{row['first']:.3f}", f"{row['second']:.3f}"
         mark = "*" * (row["test"] == MCNEMAR)
         table.add_row(
-            safe(row["task"]), str(row["shots"]), shown, *scores, difference, f"{row['p']:.2g}{mark}",
+            safe(row["task"]), str(row["shots"]), method_names, *scores, difference, f"{row['p']:.2g}{mark}",
             str(row["examples"]),
         )  # fmt: skip
     wide_console().print(table)
     wide_console().print(f"p: paired bootstrap over examples; *: {MCNEMAR}.")
-    for note in found["notes"]:
+    for note in comparison["notes"]:
         wide_console().print(safe(note), soft_wrap=True)
 
 

@@ -36,11 +36,11 @@ class LazyGroup(TyperGroup):
         for name, (_, summary) in COMMANDS.items():
             self.add_command(TyperCommand(name=name, help=summary))
 
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        name, found, rest = super().resolve_command(ctx, args)
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:
+        name, subcommand, rest = super().resolve_command(ctx, args)
         if name in COMMANDS:
-            found = typer.main.get_command(import_module(f"..{COMMANDS[name][0]}", __name__).app)
-        return name, found, rest
+            subcommand = typer.main.get_command(import_module(f"..{COMMANDS[name][0]}", __name__).app)
+        return name, subcommand, rest
 
 
 app = typer.Typer(cls=LazyGroup, no_args_is_help=True, pretty_exceptions_enable=False)

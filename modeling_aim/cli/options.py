@@ -118,7 +118,7 @@ def field_help(settings_class: type) -> dict[str, str]:
     return texts
 
 
-def check_least(settings: Any, least: int, *names: str) -> None:
+def check_least(settings: object, least: int, *names: str) -> None:
     """Raise `ValueError` for a field that is below its least value; `None` is no value."""
     for name in names:
         value = getattr(settings, name)
@@ -234,7 +234,7 @@ def _required(field: Field[Any]) -> bool:
     return field.default is MISSING and field.default_factory is MISSING
 
 
-def _given(value: Any) -> bool:
+def _given(value: object) -> bool:
     return value is not None and value != []
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from packaging.version import Version
@@ -17,6 +17,9 @@ from ..serving.requests import ServingLimits
 from .loading import LoadingSettings
 from .options import check_least, command
 from .terminal import errors, safe
+
+if TYPE_CHECKING:
+    from .. import AimForConditionalGeneration
 
 OLDEST = "5.23"  # transformers whose server this subclasses
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -97,7 +100,7 @@ def _named(banks: tuple[str, ...]) -> dict[str, str]:
     return named
 
 
-def _opened(place: str, model: Any) -> Any:
+def _opened(place: str, model: AimForConditionalGeneration) -> Any:
     from .. import DemonstrationBank
 
     return DemonstrationBank.from_pretrained(place, model)

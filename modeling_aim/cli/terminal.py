@@ -42,20 +42,20 @@ def reported(command: str) -> Iterator[None]:
     except Exception as error:
         if os.environ.get("AIM_TRACEBACK", "0") not in ("", "0"):
             raise
-        said = str(error).strip()
-        if not isinstance(error, EXPECTED) or not said:
-            said = f"{type(error).__name__}: {said} (AIM_TRACEBACK=1 shows where)"
-        line = " ".join(part.strip() for part in said.splitlines() if part.strip())
+        message = str(error).strip()
+        if not isinstance(error, EXPECTED) or not message:
+            message = f"{type(error).__name__}: {message} (AIM_TRACEBACK=1 shows where)"
+        line = " ".join(part.strip() for part in message.splitlines() if part.strip())
         errors.print(f"[red]{command}:[/red] {safe(line)}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
 
 
 def safe(value: object) -> str:
     """A text as rich can print it: markup, terminal escapes and what is no Unicode are shown, not obeyed."""
-    return escape(STEERING.sub(lambda found: ascii(found[0])[1:-1], str(value)))
+    return escape(STEERING.sub(lambda match: ascii(match[0])[1:-1], str(value)))
 
 
 def print_json(value: object) -> None:
     """Print a value as JSON on one line."""
     text = json.dumps(value, ensure_ascii=False)  # which escapes the other control characters itself
-    typer.echo(STEERING.sub(lambda found: json.dumps(found[0])[1:-1], text))
+    typer.echo(STEERING.sub(lambda match: json.dumps(match[0])[1:-1], text))

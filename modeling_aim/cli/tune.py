@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.table import Table
@@ -21,10 +21,13 @@ from ..choice_aim import DepthChoice
 from ..data.jsonl import read_demonstrations, read_json
 from ..files_aim import write_whole
 from ..image_settings import tokens_line
-from ..progress import shown
+from ..progress import show_progress
 from .loading import LoadingSettings
 from .options import check_least, command
 from .terminal import errors, print_json, safe, wide_console
+
+if TYPE_CHECKING:
+    from .. import AimForConditionalGeneration
 
 BAR = 16  # characters of the longest bar
 
@@ -75,9 +78,9 @@ def tune(settings: TuneSettings) -> None:
     model = _load(settings)
     errors.print(tokens_line(model.processor), soft_wrap=True, highlight=False)
     before = model.config.read_layers
-    with _progress() as told:
+    with _progress() as report:
         choice = model.choose_depth(
-            tasks, settings.depths, most=settings.most, prompts=settings.prompts, seed=settings.seed, progress=told
+            tasks, settings.depths, most=settings.most, prompts=settings.prompts, seed=settings.seed, progress=report
         )
     drawn = None if settings.picture is None else draw(choice, settings.picture)
     kept = "Nothing was written (--dry-run)." if settings.dry_run else _keep(choice, model, repo, output, before)
@@ -124,7 +127,11 @@ def _demonstrations(path: Path) -> list[dict[str, Any]]:
         return list(read_demonstrations(path))
     from ..data.link_context import class_folders
 
-    return [{"image": image, "label": one.name} for one in class_folders(path) for image in one.images]
+    return [
+        {"image": image, "label": image_class.name}
+        for image_class in class_folders(path)
+        for image in image_class.images
+    ]
 
 
 def _load(settings: TuneSettings) -> Any:
@@ -141,20 +148,22 @@ def _load(settings: TuneSettings) -> Any:
 def _progress() -> Iterator[Callable[[int, int], None]]:
     """What `choose_depth` reports to."""
     with ExitStack() as stack:
-        told: Callable[[int, str], None] | None = None
+        report: Callable[[int, str], None] | None = None
         before = 0
 
         def so_far(done: int, total: int) -> None:
-            nonlocal told, before
-            if told is None:
-                told = stack.enter_context(shown("tune", "prompts", total))
-            told(done - before, "")
+            nonlocal report, before
+            if report is None:
+                report = stack.enter_context(show_progress("tune", "prompts", total))
+            report(done - before, "")
             before = done
 
         yield so_far
 
 
-def _keep(choice: DepthChoice, model: Any, repo: str | None, output: Path | None, before: list[int]) -> str:
+def _keep(
+    choice: DepthChoice, model: AimForConditionalGeneration, repo: str | None, output: Path | None, before: list[int]
+) -> str:
     """Write the depth where it belongs; what was done, in a sentence."""
     if output is not None:
         choice.apply(model).save_pretrained(output)

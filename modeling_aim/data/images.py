@@ -120,7 +120,7 @@ class Encoded(Unopened):
         return f"<image {self.number} of the document at byte {self.offset} of {self.archive}>"
 
 
-def is_image(image: Any) -> bool:
+def is_image(image: object) -> bool:
     """Whether an image that is unopened is there and begins as an image does; its pixels are not read.
 
     URLs are taken on trust: they are fetched when they are shown.
@@ -135,7 +135,7 @@ def is_image(image: Any) -> bool:
     return bool(image) and isinstance(image, (bytes, str, os.PathLike)) and is_readable(image)
 
 
-def image_key(image: Any) -> str:
+def image_key(image: object) -> str:
     """What tells images apart: where a file lies, or else the digest of the content."""
     if isinstance(image, Member):
         return f"{image.archive}:{image.name}"

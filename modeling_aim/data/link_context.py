@@ -45,14 +45,14 @@ class Wording:
             raise ValueError(f"wording={value!r} is unknown; choose one of {tuple(WORDINGS)}, or give a Wording.")
         return WORDINGS[value] if isinstance(value, str) else value
 
-    def shown(self, image: Any, name: str) -> Pair:
+    def shown(self, image: object, name: str) -> Pair:
         """A raw demonstration."""
         words = self.demonstration.replace("{label}", name)
         if self.demonstration_question is not None:
             return {"image": image, "question": self.demonstration_question, "answer": words}
         return {"image": image, "label" if self.demonstration == "{label}" else "text": words}
 
-    def asked(self, image: Any, name: str) -> Pair:
+    def asked(self, image: object, name: str) -> Pair:
         """A raw query with its answer."""
         return {"image": image, "question": self.question, "answer": self.answer.replace("{label}", name)}
 
@@ -180,7 +180,7 @@ def class_rows(path: Path, keys: Sequence[str]) -> Iterator[tuple[int, dict[str,
         yield line, row
 
 
-def image_paths(root: Path, names: Any, path: str | os.PathLike[str], line: int) -> Iterator[str]:
+def image_paths(root: Path, names: object, path: str | os.PathLike[str], line: int) -> Iterator[str]:
     """Image paths of a row, each once."""
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"{path}, line {line}: {names!r:.60} is no list of image paths.")

@@ -305,7 +305,7 @@ def _read(path: Path) -> tuple[ClassFeatures, str]:
     return ClassFeatures(tuple(classes), tensors["text"], tensors["images"]), metadata.get("key", "")
 
 
-def _check(path: Path, classes: Any, tensors: dict[str, torch.Tensor]) -> None:
+def _check(path: Path, classes: object, tensors: dict[str, torch.Tensor]) -> None:
     """Raise `ValueError` unless a file holds one row of finite numbers of each tensor for each class."""
     if not isinstance(classes, list) or not all(isinstance(one, str) for one in classes):
         raise ValueError(f"The classes of {path} are {classes!r:.60}; expected a JSON list of class folders.")

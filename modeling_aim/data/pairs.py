@@ -84,7 +84,7 @@ class Replaceable:
         spares: others, which several images may share: each is used once.
     """
 
-    def __init__(self, image: Any, spares: list[Any]) -> None:
+    def __init__(self, image: object, spares: list[Any]) -> None:
         self.image, self.spares = image, spares
 
 
@@ -134,7 +134,7 @@ def _demonstration(pair: Pair, skipped: Counter[str], shrink: Shrink | None) -> 
     return Demonstration.of({k: words[k] if k in words else _open(v, skipped, shrink) for k, v in pair.items()})
 
 
-def _open(value: Any, skipped: Counter[str], shrink: Shrink | None) -> Any:
+def _open(value: object, skipped: Counter[str], shrink: Shrink | None) -> Any:
     """An image, or several, opened; what can be replaced is, as often as it has to be."""
     if isinstance(value, (list, tuple)):
         return [_open(one, skipped, shrink) for one in value]
@@ -150,7 +150,7 @@ def _open(value: Any, skipped: Counter[str], shrink: Shrink | None) -> Any:
             value.image = value.spares.pop(0)
 
 
-def _reason(pair: Any, error: Exception) -> str:
+def _reason(pair: Mapping[str, Any], error: Exception) -> str:
     words = any(isinstance(pair.get(key), str) and pair[key].strip() for key in ("text", "label", "answer"))
     image = "read the image" in str(error).lower()
     other = NO_UNICODE if "lone surrogate" in str(error) else "other bad pair"
@@ -174,7 +174,7 @@ def is_refused(reason: str) -> bool:
     return reason == NO_UNICODE or reason.startswith(("text that holds", "image that the processor"))
 
 
-def _image(value: Any) -> Any:
+def _image(value: object) -> Any:
     """An image as `open_image` takes it, of what datasets hold; a dataset that holds none here has lost it."""
     if isinstance(value, Mapping) and set(value) <= {"bytes", "path"}:
         value = value.get("bytes") or value.get("path")
@@ -183,7 +183,7 @@ def _image(value: Any) -> Any:
     return value
 
 
-def located(folder: Path, image: Any) -> Any:
+def located(folder: Path, image: object) -> Any:
     """An image (or several) where the data says it is: paths relative to a folder, URLs and bytes as they are."""
     if isinstance(image, (list, tuple)):
         return [located(folder, one) for one in image]

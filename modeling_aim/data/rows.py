@@ -16,13 +16,16 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
 
 from .images import DatasetImage, Stretch
 from .pairs import IMAGE_SUFFIXES, Pair, located
 from .pairs import NO_IMAGE as NO_IMAGE
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
 
 try:
     import orjson
@@ -143,7 +146,7 @@ class SavedRows:
         images: columns of images.
     """
 
-    def __init__(self, data: Any, images: list[str]) -> None:
+    def __init__(self, data: Dataset, images: list[str]) -> None:
         self.features, self.images, self.data = data.features, images, data
         for name in images:
             self.data = self.data.cast_column(name, type(data.features[name])(decode=False))
@@ -161,14 +164,14 @@ class SavedRows:
             yield {**row, **{name: DatasetImage(self.data, number, name, Path()) for name in self.images}}
 
 
-def dataset_rows(data: Any, rng: random.Random) -> Iterator[dict[str, Any]]:
+def dataset_rows(data: IterableDataset, rng: random.Random) -> Iterator[dict[str, Any]]:
     """Rows of a streamed dataset, shard by shard in random order."""
     # Not by the dataset's own `shuffle`, which from datasets 5 on reads shards in threads and sleeps after each pass.
     for index in rng.sample(range(data.num_shards), data.num_shards):
         yield from data.shard(num_shards=data.num_shards, index=index)
 
 
-def columns_of(data: Any) -> Mapping[str, Any]:
+def columns_of(data: IterableDataset) -> Mapping[str, Any]:
     """Columns of a streamed dataset with their kinds, or, where these are not declared, those of its first row."""
     return data.features or next(iter(data), {})
 
@@ -336,7 +339,7 @@ def pair_of(
     return {"image": located(folder, row.get(columns["image"])), **words}
 
 
-def _words(value: Any, name_of: Callable[[int], str] | None = None) -> str | None:
+def _words(value: object, name_of: Callable[[int], str] | None = None) -> str | None:
     """What a cell says: text, the name of a class, or the most frequent of several texts (answers of VQA)."""
     if isinstance(value, bytes):
         return value.decode("utf-8", errors="replace")

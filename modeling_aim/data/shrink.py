@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..processing_aim import AimProcessor
+
 GAP = 2.0  # as Pillow's `reducing_gap`: what is shrunk in two steps then looks as what is shrunk in one
 LARGEST = 3072  # pixels of a side of the image that a processor is tried with
 ALIKE = 0.25  # of the standard deviation of what the processor makes of noise, which no two images share by chance
@@ -30,7 +32,7 @@ class ShrinkFor:
         processor: an `AimProcessor`.
     """
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: AimProcessor) -> None:
         self.processor, self.images = processor, processor.image_processor
         self._trusted: bool | None = None
 
@@ -111,6 +113,6 @@ class ShrinkFor:
         return True
 
 
-def _plain(size: Any) -> dict[str, Any]:
+def _plain(size: object) -> dict[str, Any]:
     """A size of an image processor as a dict; empty where there is none."""
     return dict(size) if isinstance(size, Mapping) or hasattr(size, "__iter__") else {}

@@ -7,11 +7,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .images import DatasetImage
 from .jsonl import numbered_json, read_json
 from .rows import LINES, csv_rows, existing, is_hub_id, is_saved, json_rows
+
+if TYPE_CHECKING:
+    import datasets
 
 Row = Mapping[str, Any]
 INSTALL = "pip install modeling-aim[eval]"
@@ -206,7 +209,7 @@ def _known_split(place: Path | str, split: str, found: Sequence[str]) -> str:
     return split if split in found else others[0]
 
 
-def _of_data_set(data: Any, where: str, folder: Path) -> Table:
+def _of_data_set(data: datasets.Dataset, where: str, folder: Path) -> Table:
     import datasets
 
     pictures = [name for name, kind in data.features.items() if isinstance(kind, datasets.Image)]

@@ -71,7 +71,12 @@ def _said(builder: PromptBuilder, shown: Shown) -> tuple[str, int]:
 
 
 def parts_of(
-    processor: AimProcessor, config: PreTrainedConfig, text: str, words: Sequence[Any], images: Sequence[int], ids: Any
+    processor: AimProcessor,
+    config: PreTrainedConfig,
+    text: str,
+    words: Sequence[Any],
+    images: Sequence[int],
+    ids: Sequence[int],
 ) -> torch.Tensor:
     """For each position of an encoded prompt its place in `PARTS`, `(length)`.
 
@@ -184,14 +189,14 @@ def last_attention(
     length = inputs["input_ids"].shape[1]
 
     def weights_of(number: int) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             for value in output[1:] if isinstance(output, tuple) else ():
                 if isinstance(value, torch.Tensor) and value.ndim == 4 and value.shape[2:] == (length, length):
                     found.setdefault(number, value[0, :, -1].float().mean(dim=0).cpu())
 
         return hook
 
-    def enter(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         entered.append(args[0] if args else kwargs["hidden_states"])
 
     layers = decoder_layers(backbone)

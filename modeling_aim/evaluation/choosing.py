@@ -211,7 +211,7 @@ class _Finder:
                 seen += own
         return repeats
 
-    def _hashed(self, name: str, images: Any) -> list[int]:
+    def _hashed(self, name: str, images: Sequence[object]) -> list[int]:
         if name not in self._hashes:
             self._hashes[name] = [
                 difference_hash(one) for one in open_images(list(images), f"{self.task.name}, {name}")

@@ -153,7 +153,7 @@ class _Tasks:
         return opened
 
 
-def _tested(pairs: PredictionPairs, task: Any) -> dict[str, Any] | None:
+def _tested(pairs: PredictionPairs, task: str) -> dict[str, Any] | None:
     """Both scores of some pairs of answers, their difference, and whether it is more than chance.
 
     Scores of 0 and 1, each example once: McNemar's exact test. Otherwise a paired bootstrap over examples, with the

@@ -7,8 +7,8 @@ seeds and numbers of demonstrations.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +16,9 @@ from ..cache_aim import LRUCache
 from ..data.pairs import opened
 from ..demonstrations_aim import Demonstration
 from .methods import Shown
+
+if TYPE_CHECKING:
+    from .. import AimForConditionalGeneration
 
 Read = tuple[torch.Tensor, torch.Tensor]  # hidden states and ids of the kept words of a demonstration
 
@@ -29,7 +32,7 @@ def open_images(images: Sequence[Any], what: str) -> list[Any]:
     return list(open_pair({"images": list(images), "text": "its images"}, what).images) if images else []
 
 
-def open_pair(pair: Any, what: str) -> Demonstration:
+def open_pair(pair: Mapping[str, Any], what: str) -> Demonstration:
     """A raw demonstration opened.
 
     Raises:
@@ -60,7 +63,9 @@ class Reads:
         task: name of the task, for messages and, with the read layers, as a part of the key.
     """
 
-    def __init__(self, model: Any, plan: Sequence[Shown], batch_size: int, kept: LRUCache, task: str) -> None:
+    def __init__(
+        self, model: AimForConditionalGeneration, plan: Sequence[Shown], batch_size: int, kept: LRUCache, task: str
+    ) -> None:
         self.model, self.kept, self.task = model, kept, task
         self.layers = tuple(model.config.read_layers)
         unique = list({one.key: one for one in plan}.values())

@@ -157,7 +157,7 @@ def cell_figures(
     }
 
 
-def _known(value: Any) -> float | None:
+def _known(value: object) -> float | None:
     """A number; `None` for what is none, such as ROC-AUC over one class alone, which JSON cannot hold."""
     return None if np.isnan(value) else float(value)
 

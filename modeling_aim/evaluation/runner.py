@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import PartialState
 from rich.console import Console
 from transformers.utils import logging
@@ -28,7 +27,7 @@ from .. import AimForConditionalGeneration, DemonstrationBank
 from ..cache_aim import LRUCache
 from ..files_aim import only_one, write_whole
 from ..image_settings import tokens_line
-from ..progress import shown
+from ..progress import show_progress
 from .asked import Asked, open_asked
 from .choosing import choose_all, read_chosen
 from .folder import RECORD, begin, claim
@@ -39,6 +38,7 @@ from .results import LEFT_OUT, PREDICTIONS, RESULTS, Cell, Kept, Key, Prediction
 from .rivals import refuses
 from .settings import EvalSettings
 from .subject import Answer, Subject, load_subject
+from .summary import about, model_identity, task_summary, too_long
 from .task import Example
 
 logger = logging.get_logger(__name__)
@@ -81,7 +81,7 @@ def _evaluate(settings: EvalSettings, asked: Sequence[Asked], state: PartialStat
         Console(stderr=True).print(tokens_line(subject.processor), soft_wrap=True, highlight=False)
     state.wait_for_everyone()
     if state.is_main_process:
-        begin(settings, _model(settings, subject), {one.task.name: one.digest for one in asked})
+        begin(settings, model_identity(settings, subject), {one.task.name: one.digest for one in asked})
     state.wait_for_everyone()
     run = Run(settings, subject, asked, state)
     run.choose()
@@ -129,7 +129,7 @@ class Run:
         files = {one.task.name: self.output / "demonstrations" / f"{_slug(one.task.name)}.jsonl" for one in open_}
         if self.state.is_main_process and open_:
             total = sum(len(found) for one in open_ for found in one.examples.values())
-            with shown("choose demonstrations", "examples", total) as told:
+            with show_progress("choose demonstrations", "examples", total) as told:
                 for one in open_:
                     path = files[one.task.name]
                     bank = partial(self._bank, path.with_suffix(".bank"))
@@ -217,7 +217,7 @@ class Run:
         total = sum(len(self.asked[cell.task].examples[cell.seed]) for cell in self.cells) - len(done)
         reads: tuple[str, dict[tuple[int, ...], Reads]] = ("", {})
         share = total // self.state.num_processes
-        with shown("answer", "examples", share, disable=not self.state.is_main_process) as told:
+        with show_progress("answer", "examples", share, disable=not self.state.is_main_process) as told:
             for cell, places, missing, batch in self._ahead(self._work(done)):
                 one = self.asked[cell.task]
                 if reads[0] != cell.task:
@@ -365,11 +365,11 @@ class Run:
         write_rows(self.output / PREDICTIONS, ordered)
         cells = self._figures(by_cell)
         results = {
-            **_about(self.settings, self.subject),
-            "tasks": [self._task(one) for one in self.asked.values()],
+            **about(self.settings, self.subject),
+            "tasks": [task_summary(asked, self.settings) for asked in self.asked.values()],
             "cells": cells,
             "curves": curves(cells),
-            "notes": self.notes + self._too_long(ordered) + self._timed(),
+            "notes": self.notes + too_long(ordered, self.settings, self.subject.longest) + self._timed(),
         }
         write_whole(
             self.output / RESULTS,
@@ -400,40 +400,6 @@ class Run:
             found.append({"task": task, "method": method, "shots": shots, **figures})
         return found
 
-    def _task(self, one: Asked) -> dict[str, Any]:
-        shots = {str(count): one.task.shots_note(count) for count in self.settings.counts}
-        return {
-            "task": one.task.name,
-            "spec": one.spec,
-            "metric": one.task.metric,
-            "printed_times": one.task.printed_times,
-            "examples": len(one.examples[0]),
-            "demonstrations": "its own" if one.task.fixed else f"by {self.settings.select}, of {len(one.task.pool())}",
-            "shots_notes": {count: note for count, note in shots.items() if note},
-            "notes": [*one.task.notes(), *self._same_seeds(one)],
-            "digest": one.digest,
-        }
-
-    def _same_seeds(self, one: Asked) -> list[str]:
-        """A word on seeds that change nothing, where there are some."""
-        counts = self.settings.counts or [0]
-        same = len(one.examples) > 1 and all(
-            one.repeats(seed, count) for seed in one.examples for count in counts if seed
-        )
-        return ["All seeds have the same examples and demonstrations: answered once, but by methods that draw."] * same
-
-    def _too_long(self, rows: Sequence[PredictionRow]) -> list[str]:
-        """Which methods went beyond the positions that the backbone was made for."""
-        longest, found = self.subject.longest, []
-        for method in self.settings.methods:
-            lengths = [row["prompt_tokens"] for row in rows if row["method"] == method]
-            over = sum(longest is not None and length > longest for length in lengths)
-            if over:
-                found.append(
-                    f"{method}: {over} of {len(lengths)} prompts have more than the backbone's {longest} positions."
-                )
-        return found
-
     def _timed(self) -> list[str]:
         """A word on times that cannot be compared."""
         alone = [m for m in self.settings.methods if method_of(m).rival is not None and m not in self._cannot]
@@ -451,26 +417,6 @@ def _check_names(plan: Sequence[Shown], task: str) -> None:
             first = known.setdefault(shot.id, shot)
             if first is not shot and dict(first.pair) != dict(shot.pair):
                 raise ValueError(f"{task} gives two different demonstrations the id {shot.id!r}.")
-
-
-def _about(settings: EvalSettings, subject: Subject) -> dict[str, Any]:
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return {"settings": RECORD.comparable(settings), "model": _model(settings, subject), "versions": versions}
-
-
-def _model(settings: EvalSettings, subject: Subject) -> dict[str, str]:
-    """Identity of what answers, with the depths of methods without training.
-
-    Raises:
-        ValueError: states cannot enter at a depth that is asked for.
-    """
-    found = dict(subject.identity)
-    for name in settings.methods:
-        method = method_of(name)
-        if method.projector == "untrained" and (method.depth is not None or not subject.refuses_states()):
-            layers = subject.untrained(method.depth).read_layers
-            found[name] = f"states read after {', '.join(map(str, layers))} decoder layers and put back there"
-    return found
 
 
 def _noted(told: Callable[[int, str], None], note: str, done: int) -> None:

@@ -27,7 +27,7 @@ from . import rivals
 from .cost import FirstToken, row_kv_bytes
 from .methods import Prompt, PromptBuilder
 from .random_projector import random_projector
-from .reads import open_images
+from .reads import Reads, open_images
 from .task import Prediction
 
 
@@ -80,7 +80,9 @@ class Subject:
         prompt_builder: makes the text of prompts.
     """
 
-    def __init__(self, model: Any, processor: AimProcessor, prompt_builder: PromptBuilder) -> None:
+    def __init__(
+        self, model: AimForConditionalGeneration, processor: AimProcessor, prompt_builder: PromptBuilder
+    ) -> None:
         self.model, self.processor, self.prompt_builder = model, processor, prompt_builder
         self.plugin = model if getattr(model.config, "model_type", None) == AimConfig.model_type else None
         self.backbone = model if self.plugin is None else model.backbone
@@ -143,7 +145,9 @@ class Subject:
         return self.processor(images=pictures, text=list(texts), padding=True, return_tensors="pt")
 
     @torch.no_grad()
-    def answer(self, batch: Batch, options: Sequence[Sequence[str]], new: int, seed: int, reads: Any) -> list[Answer]:
+    def answer(
+        self, batch: Batch, options: Sequence[Sequence[str]], new: int, seed: int, reads: Reads | None
+    ) -> list[Answer]:
         """Answer a batch: greedily, or by the likelihood of options where the rows have some.
 
         Args:
@@ -178,7 +182,7 @@ class Subject:
         found = rivals.answer(pieces, prompt, options, new, self)
         return Answer(found.prediction, found.tokens, 0, found.total, found.reading, found.first, found.kv_bytes)
 
-    def _fused(self, prompts: Sequence[Prompt], seed: int, reads: Any) -> list[FusedDemonstrations | None]:
+    def _fused(self, prompts: Sequence[Prompt], seed: int, reads: Reads | None) -> list[FusedDemonstrations | None]:
         """Fused tokens of each row."""
         rows: list[FusedDemonstrations | None] = []
         for prompt in prompts:
@@ -204,7 +208,7 @@ class Subject:
     def _with(self, fused: Sequence[FusedDemonstrations | None]) -> dict[str, Any]:
         return {"demos": list(fused)} if any(one is not None for one in fused) else {}
 
-    def _write(self, inputs: Any, fused: Sequence[Any], new: int, clock: FirstToken) -> list[Prediction]:
+    def _write(self, inputs: Mapping[str, Any], fused: Sequence[Any], new: int, clock: FirstToken) -> list[Prediction]:
         output = self.model.generate(
             **inputs, **self._with(fused), max_new_tokens=new, do_sample=False, num_beams=1, streamer=clock,
             return_dict_in_generate=True,
@@ -217,7 +221,12 @@ class Subject:
     # --- options
 
     def _choose(
-        self, batch: Batch, inputs: Any, fused: Sequence[Any], options: Sequence[Sequence[str]], clock: FirstToken
+        self,
+        batch: Batch,
+        inputs: Mapping[str, Any],
+        fused: Sequence[Any],
+        options: Sequence[Sequence[str]],
+        clock: FirstToken,
     ) -> list[Prediction]:
         """The option with the highest mean log-probability of its tokens after the prompt.
 

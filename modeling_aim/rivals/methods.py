@@ -120,7 +120,7 @@ def _feature(reading: Reading, number: int) -> torch.Tensor:
     """Mean of what enters the decoder for a piece, its images among it."""
     inputs, found = dict(reading.encode([number], True)), []
 
-    def see(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+    def see(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         found.append(layer_input(args, kwargs)[1][0].float().mean(0))
         raise SeenError
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from ..backbone_aim import decoder_layers, image_positions
@@ -148,7 +148,7 @@ class Reading:
 
     def __init__(
         self,
-        backbone: Any,
+        backbone: PreTrainedModel,
         encode: Callable[[Sequence[int], bool], Mapping[str, Any]],
         count: int,
         said: Sequence[int],
@@ -237,7 +237,7 @@ def check_cache(cache: DynamicCache) -> None:
         raise CannotServe("some layers of its cache hold no keys and values of the prompt's tokens")
 
 
-def check_backbone(backbone: Any) -> None:
+def check_backbone(backbone: PreTrainedModel) -> None:
     """Raise `CannotServe` for a backbone whose demonstrations are not keys and values of single tokens."""
     try:
         decoder_layers(backbone)
@@ -267,7 +267,7 @@ def checked_depth(reading: Reading, depth: int, name: str, least: int = 1) -> in
 
 @torch.no_grad()
 def forward(
-    backbone: Any, inputs: Mapping[str, Any], places: torch.Tensor, cache: DynamicCache, logits: int = 0
+    backbone: PreTrainedModel, inputs: Mapping[str, Any], places: torch.Tensor, cache: DynamicCache, logits: int = 0
 ) -> Any:
     """One pass behind a cache, which grows.
 
@@ -299,7 +299,7 @@ def forward(
 
 
 @contextmanager
-def fitted_masks(backbone: Any, cache: DynamicCache) -> Iterator[None]:
+def fitted_masks(backbone: PreTrainedModel, cache: DynamicCache) -> Iterator[None]:
     """Give each layer a mask as wide as its own KV, where layers have kept different numbers of rows.
 
     The backbone makes one mask for all. All old rows are seen, so a mask is cut or widened at its left end.
@@ -309,7 +309,7 @@ def fitted_masks(backbone: Any, cache: DynamicCache) -> Iterator[None]:
         yield
         return
 
-    def fit(number: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def fit(number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         mask, states = kwargs.get("attention_mask"), args[0] if args else kwargs["hidden_states"]
         if not isinstance(mask, torch.Tensor):
             return None
@@ -337,7 +337,7 @@ class Answering:
         tokens: rows of these, mean over layers.
     """
 
-    def __init__(self, backbone: Any, experts: Sequence[Expert]) -> None:
+    def __init__(self, backbone: PreTrainedModel, experts: Sequence[Expert]) -> None:
         self.backbone, self.weights = backbone, [expert.weight for expert in experts]
         self.caches, self.places = [copied(expert.cache) for expert in experts], []
         logits = []

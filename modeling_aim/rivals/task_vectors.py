@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from ..backbone_aim import decoder_layers
 from ..configuration_aim import default_depth
@@ -58,7 +58,7 @@ def _state_of(reading: Reading, number: int, depth: int) -> torch.Tensor:
     places = reading.places(inputs, 0)[..., :asked]
     inputs = {name: value[:, :asked] if _by_token(name, value, length) else value for name, value in inputs.items()}
 
-    def see(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+    def see(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         found.append(layer_input(args, kwargs)[1][0, -1])
         raise SeenError
 
@@ -76,10 +76,10 @@ def _by_token(name: str, value: torch.Tensor, length: int) -> bool:
 
 
 @contextmanager
-def _replaced(backbone: Any, depth: int, state: torch.Tensor) -> Iterator[None]:
+def _replaced(backbone: PreTrainedModel, depth: int, state: torch.Tensor) -> Iterator[None]:
     """The state of the last token is another one at the input of a layer."""
 
-    def put(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def put(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         place, states = layer_input(args, kwargs)
         states = torch.cat([states[:, :-1], state.to(states).expand(len(states), 1, -1)], 1)
         if isinstance(place, str):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..backbone_aim import decoder_layers
 from ..reading_aim import layer_input
@@ -32,7 +33,7 @@ def attention_of(layer: nn.Module) -> Any:
     raise CannotServe(f"{type(layer).__name__} has no attention module that knows its place (layer_idx)")
 
 
-def _last(value: Any, length: int, window: int) -> Any:
+def _last(value: object, length: int, window: int) -> Any:
     """What of an argument of an attention module belongs to its last tokens."""
     if isinstance(value, (tuple, list)):
         return type(value)(_last(one, length, window) for one in value)
@@ -43,7 +44,7 @@ def _last(value: Any, length: int, window: int) -> Any:
     return value
 
 
-def window_attention(module: Any, kwargs: Mapping[str, Any], window: int) -> torch.Tensor:
+def window_attention(module: nn.Module, kwargs: Mapping[str, Any], window: int) -> torch.Tensor:
     """Attention weights of the last tokens of a pass that a module has just made, `(heads, window, rows)`.
 
     Args:
@@ -87,7 +88,10 @@ def window_attention(module: Any, kwargs: Mapping[str, Any], window: int) -> tor
 
 @contextmanager
 def watched_attention(
-    backbone: Any, window: int, layers: Sequence[int] | None = None, seen: dict[int, torch.Tensor] | None = None
+    backbone: PreTrainedModel,
+    window: int,
+    layers: Sequence[int] | None = None,
+    seen: dict[int, torch.Tensor] | None = None,
 ) -> Iterator[dict[int, torch.Tensor]]:
     """The attention of the last tokens of each pass meanwhile, by layer, `(heads, window, rows)`.
 
@@ -99,7 +103,7 @@ def watched_attention(
     """
     seen = {} if seen is None else seen
 
-    def watch(number: int, module: Any, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+    def watch(number: int, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         given = {**kwargs, **({"hidden_states": args[0]} if args else {})}
         seen[number] = window_attention(module, given, window)
 
@@ -115,7 +119,7 @@ Choose = Callable[[torch.Tensor, torch.Tensor, Mapping[int, torch.Tensor]], torc
 
 
 @contextmanager
-def dropping(backbone: Any, stages: Mapping[int, Choose], watch: Sequence[int] = ()) -> Iterator[None]:
+def dropping(backbone: PreTrainedModel, stages: Mapping[int, Choose], watch: Sequence[int] = ()) -> Iterator[None]:
     """Tokens leave the prompt of the pass meanwhile: later layers neither compute nor keep them.
 
     Args:
@@ -128,7 +132,7 @@ def dropping(backbone: Any, stages: Mapping[int, Choose], watch: Sequence[int] =
     seen: dict[int, torch.Tensor] = {}
     here: dict[str, torch.Tensor] = {}  # original places of the tokens that are there, and of all
 
-    def enter(number: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def enter(number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         place, states = layer_input(args, kwargs)
         if number == 0:
             here["all"] = here["kept"] = torch.arange(states.shape[1], device=states.device)

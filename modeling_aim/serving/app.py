@@ -24,6 +24,9 @@ from .metrics import Metrics
 from .requests import Refused, ServingLimits
 
 if TYPE_CHECKING:
+    from fastapi import Request
+
+    from .. import AimForConditionalGeneration
     from ..bank import DemonstrationBank
 
 ROUTES = {"/v1/chat/completions", "/v1/models", "/load_model", "/health"}  # the others load models or use no images
@@ -31,7 +34,10 @@ BODY_SECONDS = 30.0  # for a client to send its request
 
 
 def build_app(
-    name: str, model: Any, banks: Mapping[str, DemonstrationBank] | None = None, limits: ServingLimits | None = None
+    name: str,
+    model: AimForConditionalGeneration,
+    banks: Mapping[str, DemonstrationBank] | None = None,
+    limits: ServingLimits | None = None,
 ) -> ASGIApp:
     """An ASGI application that answers chat completions with one model.
 
@@ -92,21 +98,21 @@ def _add_errors(app: FastAPI) -> None:
     """Turn what the handlers raise into one sentence and a status."""
 
     @app.exception_handler(ValueError)
-    async def refused(_: Any, error: ValueError) -> JSONResponse:
+    async def refused(_: Request, error: ValueError) -> JSONResponse:
         return error_response(" ".join(str(error).split()), error.status if isinstance(error, Refused) else 400)
 
     @app.exception_handler(HTTPException)
-    async def http_error(_: Any, error: HTTPException) -> JSONResponse:
+    async def http_error(_: Request, error: HTTPException) -> JSONResponse:
         return error_response(str(error.detail).rstrip(".") + ".", error.status_code)
 
     @app.exception_handler(RequestValidationError)
-    async def bad_body(_: Any, error: RequestValidationError) -> JSONResponse:
+    async def bad_body(_: Request, error: RequestValidationError) -> JSONResponse:
         reason = error.errors()[0]
         about = reason.get("ctx", {}).get("error", reason["msg"])
         return error_response(f"The body is no JSON object ({about}).", 400)
 
     @app.exception_handler(Exception)
-    async def failed(_: Any, error: Exception) -> JSONResponse:
+    async def failed(_: Request, error: Exception) -> JSONResponse:
         return error_response(f"The server failed on this request ({type(error).__name__}); its log has more.", 500)
 
 

@@ -8,7 +8,7 @@ import json
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -21,6 +21,9 @@ from transformers.cli.serving.utils import GenerateManager, GenerationState, Mod
 from .demonstrations import Prompt, PromptBuilder
 from .metrics import Metrics
 from .requests import Refused, ServingLimits, checked_request
+
+if TYPE_CHECKING:
+    from .. import AimForConditionalGeneration, AimProcessor
 
 STOP_SECONDS = 10  # for the step of generation that is running when the server stops
 
@@ -48,7 +51,7 @@ class OneModel(ModelManager):
         wait: returns when no work is left on the model.
     """
 
-    def __init__(self, name: str, model: Any, wait: Callable[[], None]) -> None:
+    def __init__(self, name: str, model: AimForConditionalGeneration, wait: Callable[[], None]) -> None:
         super().__init__()
         self.force_model, self._model, self._wait = name, model, wait
 
@@ -71,7 +74,7 @@ class OneModel(ModelManager):
         yield f"data: {json.dumps(answer)}\n\n"
 
     @staticmethod
-    def get_model_modality(model: Any, processor: Any = None) -> Modality:
+    def get_model_modality(model: AimForConditionalGeneration, processor: AimProcessor | None = None) -> Modality:
         """Images and text."""
         return Modality.VLM
 
@@ -92,7 +95,12 @@ class OneThread(GenerateManager):
         return await self._unless_gone(lambda gone: work(*arguments))
 
     async def generate_non_streaming(
-        self, model: Any, processor: Any, inputs: dict[str, Any], gen_config: GenerationConfig, request_id: str
+        self,
+        model: AimForConditionalGeneration,
+        processor: AimProcessor,
+        inputs: dict[str, Any],
+        gen_config: GenerationConfig,
+        request_id: str,
     ) -> tuple[str, int, torch.Tensor]:
         """Text, number of tokens of the query, and new tokens."""
 
@@ -171,22 +179,22 @@ class AimChatHandler(ChatCompletionHandler):
             return answering._streaming(*arguments, gen_manager=manager)
         return await answering._non_streaming(*arguments, gen_manager=manager)
 
-    def _configured(self, asked: dict[str, Any], own: GenerationConfig, room: int | None) -> GenerationConfig:
+    def _configured(self, request: dict[str, Any], own: GenerationConfig, room: int | None) -> GenerationConfig:
         """The model's own generation settings with those that a request asks for."""
         config = copy.deepcopy(own)
-        temperature, sample = asked["temperature"], asked["do_sample"]
+        temperature, sample = request["temperature"], request["do_sample"]
         if temperature is not None:
             config.do_sample = temperature > 0
             config.temperature = float(temperature) or 1.0
         if sample is not None:
             config.do_sample = bool(sample) and temperature != 0
-        if asked["top_p"] is not None:
-            config.top_p = float(asked["top_p"])
+        if request["top_p"] is not None:
+            config.top_p = float(request["top_p"])
         if not config.do_sample:
             config.temperature = config.top_p = config.top_k = None
-        if asked["stop_strings"] is not None:
-            config.stop_strings = asked["stop_strings"]
-        most = asked["max_new_tokens"] or config.max_new_tokens or self.limits.max_new_tokens
+        if request["stop_strings"] is not None:
+            config.stop_strings = request["stop_strings"]
+        most = request["max_new_tokens"] or config.max_new_tokens or self.limits.max_new_tokens
         config.max_new_tokens = min(most, self.limits.max_new_tokens, most if room is None else room)
         config.max_length = None
         return config

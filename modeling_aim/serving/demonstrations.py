@@ -19,6 +19,7 @@ from ..images_aim import open_image
 from .requests import ChatRequest, Refused
 
 if TYPE_CHECKING:
+    from .. import AimForConditionalGeneration
     from ..bank import DemonstrationBank
 
 CACHE_BYTES = 256 * 2**20
@@ -67,7 +68,7 @@ class PromptBuilder:
         banks: banks by name.
     """
 
-    def __init__(self, model: Any, banks: Mapping[str, DemonstrationBank]) -> None:
+    def __init__(self, model: AimForConditionalGeneration, banks: Mapping[str, DemonstrationBank]) -> None:
         self.model, self.processor, self.banks = model, model.processor, dict(banks)
         self.cache = LRUCache(CACHE_BYTES)
         self._whole: dict[str, Any] = {}
@@ -85,16 +86,17 @@ class PromptBuilder:
         inputs = self._encoded(chat)
         of_bank = None if request.demos is None else self._of_bank(request.demos, request, inputs)
         of_chat = self._of_chat(raw)
-        parts = ([] if of_bank is None else [getattr(of_bank, "fused", of_bank)]) + [one.fused for one, _ in of_chat]
+        parts = [] if of_bank is None else [getattr(of_bank, "fused", of_bank)]
+        parts += [read_demo.fused for read_demo, _ in of_chat]
         if not parts:
             return self._checked(Prompt(inputs))
         fused = concatenated(parts)
         inputs["demos"] = of_bank if of_bank is not None and not of_chat else fused
         sizes = [part["image"].size for turn in chat for part in turn["content"] if part["type"] == "image"]
-        saved = [one.image_tokens for one, _ in of_chat]
+        saved = [read_demo.image_tokens for read_demo, _ in of_chat]
         if of_bank is not None:  # a bank does not know how large its images were: as large as the query's
             saved += [self._image_tokens(sizes[:1]) if sizes else None] * len(of_bank)
-        read = [one.fused.num_tokens for one, new in of_chat if new]
+        read = [read_demo.fused.num_tokens for read_demo, new in of_chat if new]
         total = None if None in saved else sum(count for count in saved if count is not None)
         return self._checked(
             Prompt(inputs, len(fused), fused.num_tokens, fused.num_tokens - sum(read), len(read), total)
@@ -128,15 +130,15 @@ class PromptBuilder:
         """Earlier turns as they were read, and whether each was read now; equal ones are read once."""
         keys = [_key(fields) for fields in raw]
         kept = {key: self.cache.get(key) for key in keys}
-        new = [key for key, found in kept.items() if found is None]
+        new = [key for key, read_demo in kept.items() if read_demo is None]
         by_key = dict(zip(keys, raw, strict=True))
         for start in range(0, len(new), OPEN_AT_ONCE):
             some = new[start : start + OPEN_AT_ONCE]
-            for key, one in zip(some, self._read([by_key[key] for key in some]), strict=True):
-                kept[key] = one
+            for key, read_demo in zip(some, self._read([by_key[key] for key in some]), strict=True):
+                kept[key] = read_demo
                 if _is_content(by_key[key]):
-                    vectors = one.fused.vectors
-                    self.cache.put(key, one, vectors.numel() * vectors.element_size())
+                    vectors = read_demo.fused.vectors
+                    self.cache.put(key, read_demo, vectors.numel() * vectors.element_size())
         first = {key: place for place, key in reversed(list(enumerate(keys)))}
         return [(kept[key], key in new and first[key] == place) for place, key in enumerate(keys)]
 

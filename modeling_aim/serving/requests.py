@@ -99,13 +99,16 @@ def checked_request(body: Mapping[str, Any], limits: ServingLimits, banks: Seque
         and all(isinstance(stop, str) and 0 < len(stop) <= STOP_CHARACTERS for stop in stops)
     ):
         raise Refused(f"stop={stops!r:.60}: expected at most {STOPS} texts of at most {STOP_CHARACTERS} characters.")
-    asked = {**_generation_config(body.get("generation_config")), **{k: v for k, v in body.items() if v is not None}}
-    most = next((name for name in ("max_completion_tokens", "max_tokens", "max_new_tokens") if name in asked), "")
+    requested = {
+        **_generation_config(body.get("generation_config")),
+        **{k: v for k, v in body.items() if v is not None},
+    }
+    most = next((name for name in ("max_completion_tokens", "max_tokens", "max_new_tokens") if name in requested), "")
     generation = {
-        "max_new_tokens": _number(asked, most, 1, limits.max_new_tokens, whole=True),
-        "temperature": _number(asked, "temperature", 0, 2),
-        "top_p": _number(asked, "top_p", 1e-6, 1),
-        "do_sample": asked.get("do_sample"),
+        "max_new_tokens": _number(requested, most, 1, limits.max_new_tokens, whole=True),
+        "temperature": _number(requested, "temperature", 0, 2),
+        "top_p": _number(requested, "top_p", 1e-6, 1),
+        "do_sample": requested.get("do_sample"),
         "stop_strings": stops or None,
     }
     demos, stream = body.get("demos"), body.get("stream")
@@ -127,7 +130,7 @@ def checked_request(body: Mapping[str, Any], limits: ServingLimits, banks: Seque
     )
 
 
-def _generation_config(given: Any) -> dict[str, Any]:
+def _generation_config(given: object) -> dict[str, Any]:
     """What `transformers chat` sends beside the fields of OpenAI: the few settings that this server takes from it."""
     if given is None:
         return {}
@@ -152,17 +155,17 @@ def _number(body: Mapping[str, Any], name: str, least: float, most: float, whole
     return value
 
 
-def _checked_select(select: Any) -> Any:
+def _checked_select(select: object) -> Any:
     """A selection strategy that JSON can say: a name, numbers, or an object of plain values."""
     plain = (str, int, float, bool, type(None))
     values = select.values() if isinstance(select, dict) else select if isinstance(select, list) else [select]
-    flat = [one for value in values for one in (value if isinstance(value, list) else [value])]
-    if not all(isinstance(one, plain) and not (isinstance(one, float) and math.isnan(one)) for one in flat):
+    flat = [item for value in values for item in (value if isinstance(value, list) else [value])]
+    if not all(isinstance(item, plain) and not (isinstance(item, float) and math.isnan(item)) for item in flat):
         raise Refused(f"select={select!r:.60}: expected a name, a list of numbers, or an object with by.")
     return select
 
 
-def _checked_messages(messages: Any, limits: ServingLimits) -> list[dict[str, Any]]:
+def _checked_messages(messages: object, limits: ServingLimits) -> list[dict[str, Any]]:
     """The turns of a chat, with plain texts and image URLs in their parts."""
     if not isinstance(messages, list) or not messages:
         raise Refused("messages must be a list of at least one message.")
@@ -177,7 +180,7 @@ def _checked_messages(messages: Any, limits: ServingLimits) -> list[dict[str, An
     return checked
 
 
-def _checked_message(message: Any, number: int) -> dict[str, Any]:
+def _checked_message(message: object, number: int) -> dict[str, Any]:
     """One turn; its content is a list of parts."""
     where = f"messages[{number}]"
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
@@ -197,7 +200,7 @@ def _checked_message(message: Any, number: int) -> dict[str, Any]:
     }
 
 
-def _checked_part(part: Any, where: str) -> dict[str, Any]:
+def _checked_part(part: object, where: str) -> dict[str, Any]:
     """A part of a message: a text, or an image by its URL."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):

@@ -10,11 +10,14 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..demonstrations_aim import FusedDemonstrations
+
+if TYPE_CHECKING:
+    from .. import AimForConditionalGeneration, AimProcessor
 
 NAME = "demonstrations"  # of the message that holds them
 SENTINEL = "<prompt_embeds>"  # what vLLM writes for a part before it puts the embeddings there
@@ -35,7 +38,7 @@ FRONT = """\
 {{%- endif %}}"""
 
 
-def check_exportable(model: Any) -> None:
+def check_exportable(model: AimForConditionalGeneration) -> None:
     """Raise `ValueError` where vLLM cannot answer from the demonstrations of a model; the message says why.
 
     Args:
@@ -65,7 +68,7 @@ def chat_message(fused: FusedDemonstrations) -> dict[str, Any]:
     Returns:
         A message as JSON has it. The server decodes each part with `torch.load(..., weights_only=True)`.
     """
-    parts = [{"type": "prompt_embeds", "data": encoded(one.vectors)} for one in fused]
+    parts = [{"type": "prompt_embeds", "data": encoded(demo.vectors)} for demo in fused]
     return {"role": "system", "name": NAME, "content": parts}
 
 
@@ -76,7 +79,7 @@ def encoded(vectors: torch.Tensor) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def chat_template(processor: Any, begins_with_bos: bool) -> str:
+def chat_template(processor: AimProcessor, begins_with_bos: bool) -> str:
     """The chat template of a backbone, with demonstrations right after BOS, where the plug-in puts them.
 
     Args:
@@ -110,11 +113,11 @@ def shown_as(count: int) -> list[dict[str, Any]]:
     return [{"role": "system", "name": NAME, "content": parts}] if count else []
 
 
-def _rendered(processor: Any, chat: Sequence[Any], template: str) -> str:
+def _rendered(processor: AimProcessor, chat: Sequence[Any], template: str) -> str:
     return str(processor.processor.apply_chat_template(chat, chat_template=template, add_generation_prompt=True))
 
 
-def begins_with_bos(model: Any) -> bool:
+def begins_with_bos(model: AimForConditionalGeneration) -> bool:
     """Whether prompts of a model begin with BOS, behind which its fused tokens stand."""
     processor = model.processor
     first = processor(text=[processor.prompt("a", images=0)], return_tensors="pt")["input_ids"][0, 0]

@@ -60,21 +60,21 @@ def write(folder: Path, demonstrations: int, tokens: int) -> None:
     write_manifest(folder, new_manifest({"backbone": "random"}, shards=listed, complete=True, duplicates=0))
 
 
-def note_memory(found: dict[str, float], when: str) -> None:
+def note_memory(figures: dict[str, float], when: str) -> None:
     """Note the memory of this process in MB."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     for name, what in (("VmRSS", "resident"), ("RssAnon", "of it the process's own")):
-        found[f"{when}: {what}, MB"] = int(lines[name].split()[0]) * 1024 / 1e6
+        figures[f"{when}: {what}, MB"] = int(lines[name].split()[0]) * 1024 / 1e6
 
 
 def measure(folder: Path) -> dict[str, float]:
     """Open, choose and read, in this process."""
-    found: dict[str, float] = {}
-    note_memory(found, "libraries, no bank")
+    figures: dict[str, float] = {}
+    note_memory(figures, "libraries, no bank")
     start = time.perf_counter()
     bank = DemonstrationBank.from_pretrained(folder)
-    found["open ms"] = 1000 * (time.perf_counter() - start)
-    note_memory(found, "with the open bank, before use")
+    figures["open ms"] = 1000 * (time.perf_counter() - start)
+    note_memory(figures, "with the open bank, before use")
     generator = torch.Generator().manual_seed(1)
     for name, by, balanced in (
         ("image", "image", False),
@@ -90,11 +90,11 @@ def measure(folder: Path) -> dict[str, float]:
             times.append(1000 * (time.perf_counter() - start))
             work.append(1000 * (time.process_time() - used))
             assert len(chosen) == SHOTS
-        found[f"select {SHOTS} by {name}: first, ms"] = times[0]
-        found[f"select {SHOTS} by {name}: median of the next 11, ms"] = statistics.median(times[1:])
-        found[f"select {SHOTS} by {name}: the same, ms of processor time"] = statistics.median(work[1:])
-    note_memory(found, "after all of these")
-    return found
+        figures[f"select {SHOTS} by {name}: first, ms"] = times[0]
+        figures[f"select {SHOTS} by {name}: median of the next 11, ms"] = statistics.median(times[1:])
+        figures[f"select {SHOTS} by {name}: the same, ms of processor time"] = statistics.median(work[1:])
+    note_memory(figures, "after all of these")
+    return figures
 
 
 def main() -> None:

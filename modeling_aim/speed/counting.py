@@ -19,7 +19,7 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
-from transformers import AutoModelForImageTextToText, DynamicCache
+from transformers import AutoModelForImageTextToText, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from ..backbone_aim import decoder_layers
 from ..configuration_aim import PRESETS, AimConfig, default_depth
@@ -74,12 +74,12 @@ def count_flops(call: Callable[[], Any]) -> Flops:
     """What torch counts while `call` runs; a causal matrix as if it were full."""
     with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter, torch.no_grad():
         call()
-    found = counter.get_flop_counts().get("Global", {})
-    attention = sum(n for op, n in found.items() if "bmm" in str(op) or "attention" in str(op))
-    return Flops(sum(found.values()) - attention, attention)
+    by_operation = counter.get_flop_counts().get("Global", {})
+    attention = sum(n for op, n in by_operation.items() if "bmm" in str(op) or "attention" in str(op))
+    return Flops(sum(by_operation.values()) - attention, attention)
 
 
-def analytic(backbone: Any, new: int, past: int = 0) -> Flops:
+def analytic(backbone: PreTrainedModel, new: int, past: int = 0) -> Flops:
     """FLOPs of one pass of a text decoder, from the shapes of its weights: what torch should count.
 
     Each matrix costs two operations a weight and token, of experts only those that a token goes through; attention
@@ -105,7 +105,7 @@ def analytic(backbone: Any, new: int, past: int = 0) -> Flops:
     return Flops(2 * weights * new, attention)
 
 
-def analytic_kv(text: Any, tokens: int, itemsize: int = 2) -> int:
+def analytic_kv(text: PreTrainedConfig, tokens: int, itemsize: int = 2) -> int:
     """Bytes of keys and values of so many tokens, from the configuration of a text decoder."""
     kinds = getattr(text, "layer_types", None)
     layers = text.num_hidden_layers if kinds is None else sum(kind != "linear_attention" for kind in kinds)
@@ -113,11 +113,11 @@ def analytic_kv(text: Any, tokens: int, itemsize: int = 2) -> int:
     return 2 * layers * heads * _head_width(text) * tokens * itemsize
 
 
-def _head_width(text: Any) -> int:
+def _head_width(text: PreTrainedConfig) -> int:
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
-def kv_bytes(cache: Any) -> int:
+def kv_bytes(cache: Cache) -> int:
     """Bytes of keys and values in a cache, of meta tensors too."""
     tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
@@ -135,7 +135,7 @@ class Twin:
         ValueError: it is not known how an image enters this backbone.
     """
 
-    def __init__(self, config: Any, causal: bool = True, picture: Picture | None = None) -> None:
+    def __init__(self, config: PreTrainedConfig, causal: bool = True, picture: Picture | None = None) -> None:
         self.config, self.causal = copy.deepcopy(config), causal  # what is built on it writes to it
         self.picture = picture_of(config) if picture is None else picture
         with torch.device("meta"):
@@ -183,9 +183,9 @@ class Twin:
         with torch.no_grad():
             if past:
                 run(past)
-            found = count_flops(lambda: run(new))
+            flops = count_flops(lambda: run(new))
         part = (past + new / 2) / (past + new) if self.causal else 1.0
-        return found.other + found.attention * part, kv_bytes(cache)
+        return flops.other + flops.attention * part, kv_bytes(cache)
 
     def fuse(self, tokens: int) -> float:
         """FLOPs of the paper's projector for so many fused tokens."""

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +16,12 @@ from ..training.pace import StepTimes
 from ..training.targets import logits_kept
 from .counting import Twin
 from .shapes import free_memory, picture_with
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from .. import AimForConditionalGeneration
+    from ..training import AimTrainer, EpisodeCollator, TrainSettings
 
 GIB = 2**30
 ADAM_BYTES, MUON_BYTES = 8, 4  # of optimizer state for a weight
@@ -64,7 +70,7 @@ class Compute:
         return self.reading / (self.reading + self.answering)
 
 
-def sample_episodes(model: Any, collator: Any, episodes: Iterable[Any]) -> Sample:
+def sample_episodes(model: AimForConditionalGeneration, collator: EpisodeCollator, episodes: Iterable[Any]) -> Sample:
     """Look at some episodes as the run will see them.
 
     Args:
@@ -99,7 +105,7 @@ def sample_episodes(model: Any, collator: Any, episodes: Iterable[Any]) -> Sampl
     )
 
 
-def count_compute(model: Any, sample: Sample, episodes: int, recomputed: bool) -> Compute:
+def count_compute(model: AimForConditionalGeneration, sample: Sample, episodes: int, recomputed: bool) -> Compute:
     """Count the FLOPs of a step on modules without weights.
 
     Frozen weights have no gradient of their own, so a backward pass costs as much as the forward pass through the
@@ -133,7 +139,7 @@ def count_compute(model: Any, sample: Sample, episodes: int, recomputed: bool) -
     return Compute(episodes * sample.demonstrations * read, episodes * answer)
 
 
-def activation_bytes(model: Any, sample: Sample, episodes: int, recomputed: bool) -> float:
+def activation_bytes(model: AimForConditionalGeneration, sample: Sample, episodes: int, recomputed: bool) -> float:
     """About how much the backward pass of one forward pass keeps, from the widths of the text decoder.
 
     Weights are frozen, so only what is not linear keeps its inputs: norms (in float32), attention, and the gate of the
@@ -175,7 +181,14 @@ class Estimate:
     compute: Compute | str
 
     @classmethod
-    def of(cls, model: Any, settings: Any, collator: Any, episodes: Iterable[Any], processes: int = 1) -> Estimate:
+    def of(
+        cls,
+        model: AimForConditionalGeneration,
+        settings: TrainSettings,
+        collator: EpisodeCollator,
+        episodes: Iterable[Any],
+        processes: int = 1,
+    ) -> Estimate:
         """Make the estimate from the first episodes of a run."""
         sample = sample_episodes(model, collator, episodes)
         each_step = settings.batch_size * settings.accumulation
@@ -264,8 +277,8 @@ class Estimate:
 
     def _checkpoint_line(self) -> str:
         state = MUON_BYTES if self.settings.optimizer == "muon" else ADAM_BYTES
-        one = self._trained * (4 + state)
-        return f"Checkpoints: {_bytes(one)} each, two stay; the repository is {_bytes(4 * self._trained)} and code."
+        checkpoint, repository = self._trained * (4 + state), self._trained * 4
+        return f"Checkpoints: {_bytes(checkpoint)} each, two stay; the repository is {_bytes(repository)} and code."
 
     def measured_line(self, seconds: float, share: float, left: int) -> str:
         """What measured steps say beside the estimate.
@@ -286,7 +299,7 @@ class Estimate:
         return f"{line}; {duration(hours)} to the end, of which {duration(reading)} reading."
 
 
-def announce(trainer: Any, settings: Any, episodes: Iterable[Any]) -> None:
+def announce(trainer: AimTrainer, settings: TrainSettings, episodes: Iterable[Any]) -> None:
     """Write what a run will take, and have what is measured written after some steps.
 
     Args:
@@ -317,7 +330,7 @@ def _numel(weight: torch.Tensor) -> int:
     return weight.numel() * (2 if packed else 1)
 
 
-def _image_id(config: Any) -> int | None:
+def _image_id(config: PreTrainedConfig) -> int | None:
     for name in ("image_token_id", "image_token_index"):
         if isinstance(getattr(config, name, None), int):
             return getattr(config, name)

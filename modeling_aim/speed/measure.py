@@ -159,15 +159,15 @@ class Measuring:
         task = None if progress is None else progress.add_task("measuring", total=passes)
         for n, methods in counts.items():
             self._release()
-            found = {name: Measurement(self._counted(name, n)) for name in methods}
+            by_method = {name: Measurement(self._counted(name, n)) for name in methods}
             for repeat in range(self.repeats + 1):  # the first is for warming up, and for memory
                 turn = repeat % max(len(methods), 1)
                 for name in methods[turn:] + methods[:turn]:
                     if progress is not None and task is not None:
                         progress.update(task, advance=1, description=f"{name}, {n} demonstrations")
-                    if found[name].failed is None:
-                        self._try(found[name], warm=repeat == 0)
-            rows += found.values()
+                    if by_method[name].failed is None:
+                        self._try(by_method[name], warm=repeat == 0)
+            rows += by_method.values()
         return rows
 
     def _counted(self, name: str, shots: int) -> Counted:

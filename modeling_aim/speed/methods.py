@@ -22,9 +22,10 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from .. import AimForConditionalGeneration
-from ..demonstrations_aim import FusedDemonstrations
+from ..demonstrations_aim import Demos, FusedDemonstrations
 from ..state_aim import preserved_state
 from .prompts import RandomPrompts
 from .rivals import reading_of, rival_call
@@ -80,7 +81,7 @@ class Bench:
         prompts: what is asked.
     """
 
-    def __init__(self, backbone: Any, prompts: RandomPrompts) -> None:
+    def __init__(self, backbone: PreTrainedModel, prompts: RandomPrompts) -> None:
         self.backbone, self.prompts = backbone, prompts
         self.model = self._plugin("paper")
         self.query = self._placed(prompts.query())
@@ -118,7 +119,9 @@ class Bench:
         if "depth" in vars(self):
             self.depth.prefix_cache.clear()
 
-    def answer(self, generate: Any, inputs: dict[str, Any], clock: Clock, tokens: int, **options: Any) -> Any:
+    def answer(
+        self, generate: Callable[..., Any], inputs: dict[str, Any], clock: Clock, tokens: int, **options: Any
+    ) -> Any:
         """Greedy decoding of exactly so many tokens; the KV that it ends with."""
         output = generate(
             **inputs, **options, streamer=clock, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
@@ -159,7 +162,7 @@ class Bench:
         demos = self.prompts.demos(shots)
         return lambda clock, tokens: self.answer(model.generate, self.query, clock, tokens, demos=model.read(demos))
 
-    def _ready(self, model: AimForConditionalGeneration, demos: Any) -> Call:
+    def _ready(self, model: AimForConditionalGeneration, demos: Demos) -> Call:
         return lambda clock, tokens: self.answer(model.generate, self.query, clock, tokens, demos=demos)
 
     def cold(self, shots: int) -> Call:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import BatchFeature
+from transformers import BatchFeature, PreTrainedConfig
 
 from ..demonstrations_aim import Demonstration
 from .shapes import Picture, picture_of
@@ -31,9 +31,15 @@ class RandomPrompts:
     """
 
     def __init__(
-        self, config: Any, shots: int, demo_tokens: int, query_tokens: int, device: str, dtype: torch.dtype,
+        self,
+        config: PreTrainedConfig,
+        shots: int,
+        demo_tokens: int,
+        query_tokens: int,
+        device: str,
+        dtype: torch.dtype,
         picture: Picture | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.picture, self.device = picture_of(config) if picture is None else picture, device
         text = config.get_text_config()
         names = {name: value for part in (config, text) for name, value in part.to_dict().items()}
@@ -110,7 +116,7 @@ class RandomPrompts:
         """The words of a demonstration, and where its answer begins."""
         return demo.text, 0
 
-    def __call__(self, text: Any = None, **kwargs: Any) -> BatchFeature:
+    def __call__(self, text: Sequence[str] = (), **kwargs: Any) -> BatchFeature:
         """Some words without an image, one row a text."""
         return self._inputs([[(None, self._parts[-1][1][:1])] for _ in text])
 

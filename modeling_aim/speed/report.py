@@ -33,21 +33,21 @@ def with_ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         The rows with `counted_times_zero`, `counted_full_over`, `times_zero`, `full_over`, and, in rows of
         `overhead`, `overhead_ms` and `overhead_share`.
     """
-    found = []
+    extended = []
     for row in rows:
-        same = {one["method"]: one for one in rows if one["shots"] == row["shots"]}
-        zero = same.get("zero") or next((one for one in rows if one["method"] == "zero"), None)
+        same = {other_row["method"]: other_row for other_row in rows if other_row["shots"] == row["shots"]}
+        zero = same.get("zero") or next((other_row for other_row in rows if other_row["method"] == "zero"), None)
         full = same.get("full")
         new = dict(row)
         for name, value in (("", _time), ("counted_", _flops)):
-            own, floor, ceiling = (None if one is None else value(one) for one in (row, zero, full))
+            own, floor, ceiling = (None if compared is None else value(compared) for compared in (row, zero, full))
             new[name + "times_zero"] = own / floor if own and floor else None
             new[name + "full_over"] = ceiling / own if own and ceiling else None
         if row["method"] == "overhead" and zero is not None and _time(row) and _time(zero):
             new["overhead_ms"] = row["around_ms"]["median"]
             new["overhead_share"] = new["overhead_ms"] / _time(zero)
-        found.append(new)
-    return found
+        extended.append(new)
+    return extended
 
 
 def _time(row: dict[str, Any]) -> Any:
@@ -96,14 +96,14 @@ def _ratio(value: float | None) -> str:
 
 def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     """What the table does not say: cost of a call without demonstrations, and prompts that are too long."""
-    found = [
+    lines = [
         f"Without demonstrations, the plug-in adds {row['overhead_ms']:.3f} ms to a call whose first token takes "
         f"{_figure(_time(row))} ms ({100 * row['overhead_share']:.3f} %)."
         for row in rows
         if row.get("overhead_ms") is not None
     ]
     beyond = {row["beyond_positions"] for row in rows if row.get("beyond_positions")}
-    return [*found, *(f"* more than the backbone's {positions} positions" for positions in beyond)]
+    return [*lines, *(f"* more than the backbone's {positions} positions" for positions in beyond)]
 
 
 def headings(rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:

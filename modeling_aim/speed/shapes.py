@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from ..image_settings import TRIED
+from ..processing_aim import AimProcessor
 from .published import BACKBONES, CLIP_L, llama
 
 
@@ -99,7 +100,7 @@ def picture_of(config: PreTrainedConfig) -> Picture:
     return PICTURES[config.model_type](config)
 
 
-def picture_with(config: PreTrainedConfig, processor: Any) -> Picture:
+def picture_with(config: PreTrainedConfig, processor: AimProcessor) -> Picture:
     """How an image of 500 x 400 pixels enters a prompt of this backbone, with the settings of its processor.
 
     Args:
@@ -187,7 +188,7 @@ def shape_picture(name: str) -> Picture:
     return _split(config, tiles=1) if name.endswith("-whole") else picture_of(config)
 
 
-def random_backbone(config: Any, dtype: torch.dtype, device: str, load_in_4bit: bool = False) -> Any:
+def random_backbone(config: PreTrainedConfig, dtype: torch.dtype, device: str, load_in_4bit: bool = False) -> Any:
     """A backbone with random weights.
 
     Args:
@@ -220,13 +221,13 @@ def free_memory(device: str) -> int | None:
         return torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
-            found = dict(line.split(":", 1) for line in file)
+            memory = dict(line.split(":", 1) for line in file)
     except OSError:
         return None
-    return int(found["MemAvailable"].split()[0]) * 1024
+    return int(memory["MemAvailable"].split()[0]) * 1024
 
 
-def _in_4bit(backbone: Any) -> Any:
+def _in_4bit(backbone: PreTrainedModel) -> Any:
     """Quantize the linear layers of the text decoder, one after another."""
     import bitsandbytes
 

@@ -40,7 +40,7 @@ PLACES = ("both places", "depth alone", "input alone")
 def episodes(count: int, shots: int, pixels: int) -> list[Episode]:
     """Random images with a few words each; every pair after the first is a target."""
     generator = torch.Generator().manual_seed(0)
-    found = []
+    made = []
     for number in range(count):
         noise = torch.randint(0, 256, (shots + 1, pixels, pixels, 3), generator=generator, dtype=torch.uint8)
         pairs = [
@@ -49,8 +49,8 @@ def episodes(count: int, shots: int, pixels: int) -> list[Episode]:
             )
             for image in noise
         ]
-        found.append(Episode(tuple(pairs), tuple(range(1, shots + 1))))
-    return found
+        made.append(Episode(tuple(pairs), tuple(range(1, shots + 1))))
+    return made
 
 
 def final_pass(trainer: Any, batch: list[Episode]) -> Callable[[], None]:
@@ -84,7 +84,7 @@ def step(trainer: Any, batch: list[Episode]) -> Callable[[], None]:
     return run
 
 
-def trainer_of(model: Any, folder: str, device: str, pixels: int) -> Any:
+def trainer_of(model: AimForConditionalGeneration, folder: str, device: str, pixels: int) -> Any:
     """A trainer at a rate of nothing: the fused tokens of the final pass alone stay those of this projector."""
     options = TrainingArguments(folder, max_steps=1, learning_rate=0.0, report_to="none", use_cpu=device == "cpu")
     trainer = AimTrainer(
@@ -144,8 +144,8 @@ def main() -> None:
         for repeat in range(args.repeats + 1):  # the first is for warming up, and fills the cache
             for number, batch in enumerate(batches):
                 for place, trainer in turns:
-                    found = (timed(floors[place][number], args.device), *steps(trainer, batch, args.device))
-                    for name, value in zip(NAMES, found, strict=True):
+                    seconds = (timed(floors[place][number], args.device), *steps(trainer, batch, args.device))
+                    for name, value in zip(NAMES, seconds, strict=True):
                         times[f"{place}: {name}"] += [value] if repeat else []
     report(times, args)
 
@@ -153,7 +153,7 @@ def main() -> None:
 def report(times: dict[str, list[float]], args: argparse.Namespace) -> None:
     """Print medians and quartiles, beside the final pass of the same place."""
     floor_times = {place: statistics.median(times[f"{place}: {NAMES[0]}"]) for place in PLACES}
-    found: dict[str, dict[str, Any]] = {
+    by_code: dict[str, dict[str, Any]] = {
         name: {
             "steps a second": 1 / statistics.median(values),
             "milliseconds": 1000 * statistics.median(values),
@@ -163,11 +163,11 @@ def report(times: dict[str, list[float]], args: argparse.Namespace) -> None:
         for name, values in times.items()
     }
     if args.json:
-        print(json.dumps(found))
+        print(json.dumps(by_code))
         return
     print(f"training, {args.batch_size} episodes of {args.shots} demonstrations, all but the first pair are targets")
     print(f"{'':30}{'steps/s':>9}{'ms':>9}{'quartiles':>18}{'x final pass':>14}")
-    for name, row in found.items():
+    for name, row in by_code.items():
         low, high = row["quartiles"]
         numbers = f"{row['steps a second']:9.2f}{row['milliseconds']:9.1f}{low:9.1f}{high:9.1f}"
         print(f"{name:30}{numbers}{row['times the final pass']:14.2f}")

@@ -22,9 +22,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from modeling_aim import Demonstration
 
 BACKBONE = str(Path(__file__).resolve().parents[2] / "hub_configs" / "aim-tiny" / "backbone")
 PICTURES = 64  # files that the pages share
@@ -52,7 +55,7 @@ def make_pages(folder: Path, pages: int, size: tuple[int, int]) -> str:
         for number in range(pages):
             texts = [" ".join(rng.choices(WORDS, k=30 if place % 3 else 6)) + " ." for place in range(24)]
             images = rng.randint(4, 8)
-            found = [
+            image_info = [
                 {
                     "image_name": f"{rng.randrange(PICTURES)}.jpg",
                     "raw_url": f"https://example.org/{number}/{place}.jpg",
@@ -63,12 +66,17 @@ def make_pages(folder: Path, pages: int, size: tuple[int, int]) -> str:
                 for place in range(images)
             ]
             matrix = [[rng.random() for _ in texts] for _ in range(images)]
-            page = {"text_list": texts, "image_info": found, "similarity_matrix": matrix, "url": "https://example.org"}
+            page = {
+                "text_list": texts,
+                "image_info": image_info,
+                "similarity_matrix": matrix,
+                "url": "https://example.org",
+            }
             file.write(json.dumps(page) + "\n")
     return f"mmc4:{shard},images={folder}"
 
 
-def images_of(pair: Any) -> int:
+def images_of(pair: Mapping[str, Any] | Demonstration) -> int:
     return len(pair["images"] if isinstance(pair, Mapping) else pair.images)
 
 
@@ -81,7 +89,7 @@ def measured(data: str, output: str, steps: int, batch_size: int, skipped: int) 
     opened, batches, times = [0], [], {}  # type: ignore[var-annotated]
     open_, collate, step, run = Image.open, EpisodeCollator.__call__, AimTrainer.training_step, AimTrainer.train
 
-    def counting_open(place: Any, *args: Any, **kwargs: Any) -> Any:
+    def counting_open(place: object, *args: Any, **kwargs: Any) -> Any:
         opened[0] += isinstance(place, str) and place.endswith(".jpg")
         return open_(place, *args, **kwargs)
 
@@ -117,13 +125,13 @@ def measured(data: str, output: str, steps: int, batch_size: int, skipped: int) 
     )  # fmt: skip
     stop_at = steps
     _until_stopped(lambda: train(settings))
-    share, found = sum(batches[:steps]), dict(times)
+    share, marks = sum(batches[:steps]), dict(times)
     result = {
         "peak MB": _peak() / 2**20,
-        "MB of data": (_peak() - found["memory"]) / 2**20,
+        "MB of data": (_peak() - marks["memory"]) / 2**20,
         "images of its share": share,
         "opened / share": opened[0] / share,
-        "images/s": share / (found["end"] - found["begin"]),
+        "images/s": share / (marks["end"] - marks["begin"]),
     }
     if os.environ.get("RANK", "0") == "0":
         _move_checkpoint(Path(output), steps, behind)
@@ -136,7 +144,7 @@ def measured(data: str, output: str, steps: int, batch_size: int, skipped: int) 
     return result
 
 
-def _until_stopped(run: Any) -> None:
+def _until_stopped(run: Callable[[], object]) -> None:
     try:
         run()
     except FirstStep:
@@ -192,8 +200,8 @@ def main() -> None:
     if args.child:
         sys.path = [place for place in sys.path if Path(place).resolve() != Path(__file__).resolve().parent]
         data, output = args.child
-        found = measured(data, output, args.steps, args.batch_size, args.skipped)
-        Path(f"{output}.{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
+        figures = measured(data, output, args.steps, args.batch_size, args.skipped)
+        Path(f"{output}.{os.environ.get('RANK', '0')}.json").write_text(json.dumps(figures))
         os._exit(0)  # torch ends its threads in an order that now and then aborts the process
     here = Path(__file__).resolve().parents[2]
     codes = [("before", args.before.resolve(), args.before_skipped)] if args.before else []
@@ -204,9 +212,9 @@ def main() -> None:
             for ranks in args.ranks:
                 output = os.path.join(folder, f"{name}-{ranks}")
                 given = ["--steps", str(args.steps), "--batch-size", str(args.batch_size), "--skipped", str(skipped)]
-                for rank, found in enumerate(run_ranks(code, ranks, data, output, given)):
-                    scaled = {key: found[key] * args.skipped / skipped for key in ("resume s", "resume CPU s")}
-                    rows.append({"code": name, "ranks": ranks, "rank": rank, **found, **scaled})
+                for rank, figures in enumerate(run_ranks(code, ranks, data, output, given)):
+                    scaled = {key: figures[key] * args.skipped / skipped for key in ("resume s", "resume CPU s")}
+                    rows.append({"code": name, "ranks": ranks, "rank": rank, **figures, **scaled})
     if args.json:
         print(json.dumps(rows))
         return

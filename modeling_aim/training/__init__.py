@@ -2,7 +2,8 @@
 
 from .episodes import Episode, Mixture, ShotLaw, Source
 from .kept_states import KeptStates
-from .run import TrainSettings, train
+from .run import train
+from .settings import TrainSettings
 from .sources import open_source
 from .stream import EpisodeStream
 from .targets import EpisodeCollator

@@ -190,7 +190,7 @@ class Source:
         return Episode(tuple(pairs), tuple(targets), self.name, taken, whole)
 
 
-def _identity(document: Any) -> str:
+def _identity(document: object) -> str:
     """What a document is known by: its words, and its images where they are named or are bytes; nothing is opened."""
     if isinstance(document, Unopened):
         return repr(document)

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class KeptStates(LRUCache):
     def __reduce__(self) -> Any:
         return LRUCache, (self.max_bytes,)
 
-    def get(self, key: Any) -> Any:
+    def get(self, key: Hashable) -> Any:
         """States of a demonstration; `None` where they are not kept."""
         value = super().get(key)
         if value is None and self.folder is not None:
@@ -76,7 +76,7 @@ class KeptStates(LRUCache):
             self._missed = time.perf_counter()
         return value
 
-    def put(self, key: Any, value: Any, size: int) -> None:
+    def put(self, key: Hashable, value: torch.Tensor, size: int) -> None:
         """Keep states, off the accelerator."""
         value = value.detach().cpu()  # which waits for the accelerator
         if self._missed is not None:
@@ -86,7 +86,7 @@ class KeptStates(LRUCache):
         if self.folder is not None:
             self._store(self._path(key), value, size)
 
-    def _path(self, key: Any) -> Path:
+    def _path(self, key: Hashable) -> Path:
         assert self.folder is not None
         name = hashlib.sha256(f"{key[0]} {self._reader}".encode()).hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"

@@ -335,7 +335,7 @@ class LclRows(LinkedClasses):
 
 
 def _row_neighbours(
-    listed: Any, numbers: Mapping[str, int], root: Path, path: str | os.PathLike[str], line: int
+    listed: object, numbers: Mapping[str, int], root: Path, path: str | os.PathLike[str], line: int
 ) -> Iterator[Neighbour]:
     """Neighbours of a row that have rows of their own, with the weights of their places among all: 36, 35, ..., 1."""
     if not isinstance(listed, list) or not all(isinstance(one, list) and len(one) == 3 for one in listed):

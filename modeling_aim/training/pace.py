@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..progress import duration, write_line
 
@@ -70,11 +70,20 @@ class LogLines(TrainerCallback):
         self._begun: tuple[float, int] | None = None
         self._held: dict[str, float] = {}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Start the clock."""
         self._begun = time.perf_counter(), state.global_step
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Write the line of this log."""
         if logs is None or not state.is_world_process_zero:
             return
@@ -95,7 +104,7 @@ class LogLines(TrainerCallback):
             shown.append(f"reading {logs['reading_share']:.0%}")
         return ", ".join(shown)
 
-    def _left(self, state: Any) -> str:
+    def _left(self, state: TrainerState) -> str:
         if self._begun is None or state.global_step <= self._begun[1]:
             return ""
         seconds = (time.perf_counter() - self._begun[0]) / (state.global_step - self._begun[1])
@@ -118,15 +127,19 @@ class StepTimes(TrainerCallback):
         self._read = 0.0
         self.done = False
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """A step that is followed by an evaluation is not measured."""
         self._disturbed = True
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """A step that is followed by a save is not measured."""
         self._disturbed = True
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Note the time; after enough steps, or at the end, hand it on."""
         now = time.perf_counter(), self.reading()
         if self._ends and not self._disturbed:

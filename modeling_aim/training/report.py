@@ -95,7 +95,7 @@ Left out of the data on the main process: {skipped}.
 {image}"""
 
 
-def _worded(value: Any) -> str:
+def _worded(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return "<br>".join(f"`{base_names(str(one))}`" for one in value)
     return f"`{value}`" if isinstance(value, str) else json.dumps(value, default=str)

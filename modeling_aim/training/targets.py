@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -20,6 +20,9 @@ from ..data.shrink import ShrinkFor
 from ..demonstrations_aim import Demonstration
 from ..processing_aim import AimProcessor
 from .episodes import Episode, Opener
+
+if TYPE_CHECKING:
+    from .. import AimForConditionalGeneration
 
 SENTINEL = "aimanswergoeshere"
 TEACHERS = ("full", "text")
@@ -128,7 +131,7 @@ class EpisodeCollator:
         prompts: how questions are put: `"chat"`, `"plain"` or `"mixed"`, see `AnswerFrame`.
     """
 
-    def __init__(self, model: Any, teacher: str | None = None, prompts: str = "chat") -> None:
+    def __init__(self, model: AimForConditionalGeneration, teacher: str | None = None, prompts: str = "chat") -> None:
         if teacher is not None and teacher not in TEACHERS:
             raise ValueError(f"distillation from {teacher!r} is unknown; choose one of {TEACHERS}.")
         self.processor, self.dtype, self.teacher = model.processor, model.dtype, teacher

@@ -14,7 +14,7 @@ import inspect
 from collections import Counter
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast
@@ -32,6 +32,9 @@ from .optimizer import OPTIMIZERS, MuonAndAdamW
 from .pace import Pace
 from .stream import EpisodeStream
 from .targets import EpisodeCollator, logits_kept
+
+if TYPE_CHECKING:
+    from .. import AimForConditionalGeneration
 
 logger = logging.get_logger(__name__)
 
@@ -79,7 +82,7 @@ class AimTrainer(Trainer):
 
     def __init__(
         self,
-        model: Any,
+        model: AimForConditionalGeneration,
         args: TrainingArguments,
         *,
         prompts: str = "chat",
@@ -159,7 +162,11 @@ class AimTrainer(Trainer):
             logger.info(f"Calibrated the projector's {len(scale)} channels on {sum(map(len, sample))} states.")
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: AimForConditionalGeneration,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Cross-entropy of the targets, and the divergence to the teacher where there is one."""
         inputs = {**inputs}
@@ -182,7 +189,9 @@ class AimTrainer(Trainer):
             loss = (1 - self.distillation) * loss + self.distillation * divergence
         return (loss, outputs) if return_outputs else loss
 
-    def _divergence(self, logits: torch.Tensor, labels: torch.Tensor, taught: dict[str, Any], items: Any) -> Any:
+    def _divergence(
+        self, logits: torch.Tensor, labels: torch.Tensor, taught: dict[str, Any], items: torch.Tensor | int | None
+    ) -> Any:
         """KL divergence of the student from the teacher at the target tokens, a mean over them."""
         known = taught.pop("labels")
         teacher = self._teacher_logits(taught, known)
@@ -251,7 +260,12 @@ class AimTrainer(Trainer):
             f"{after}), so the untrained projector is kept. Train on other data, longer, or at a lower rate."
         )
 
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(
+        self,
+        model: AimForConditionalGeneration,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
         """One step; a loss that is not finite stops the run before it reaches the weights."""
         sources, first = inputs.get("sources"), inputs["demos"][0][0].text
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -281,7 +295,7 @@ class AimTrainer(Trainer):
 
     # --- checkpoints hold a projector, not a model.safetensors
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: AimForConditionalGeneration = None) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
@@ -294,7 +308,7 @@ class AimTrainer(Trainer):
             load_projector(self.model, str(self.state.best_model_checkpoint))
 
 
-def load_projector(model: Any, checkpoint: str) -> None:
+def load_projector(model: AimForConditionalGeneration, checkpoint: str) -> None:
     """Put the projector of a checkpoint on a model.
 
     Raises:

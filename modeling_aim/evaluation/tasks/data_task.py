@@ -24,7 +24,7 @@ class DataTask(Task):
             raise ValueError(f"name={name!r}: expected the name to show for the task.")
         self.name, self.left_out = name, Counter[str]()
 
-    def found(self, folder: Path, value: Any, what: str = "example") -> tuple[Any, ...] | None:
+    def found(self, folder: Path, value: object, what: str = "example") -> tuple[Any, ...] | None:
         """Images where they are, unopened; `None`, and counted, if one is not there or is none.
 
         Args:

@@ -180,7 +180,7 @@ def _identity(example: Example) -> tuple[str, ...]:
     return (*map(image_key, example.images), example.question)
 
 
-def texts(value: Any) -> tuple[str, ...]:
+def texts(value: object) -> tuple[str, ...]:
     """Answers as a row holds them: one, several, or objects with an `answer` each, as VQA has them; empty: none."""
     many = value if isinstance(value, (list, tuple)) else [value]
     said = (one.get("answer") if isinstance(one, Mapping) else one for one in many)

@@ -39,7 +39,7 @@ class VisualQuestions(SplitTask):
         facts = {"marks": self.marks(row["answers"])}
         return None if images is None else Example(name, images, asked, answers, label=common(answers), facts=facts)
 
-    def marks(self, answers: Any) -> list[Any]:
+    def marks(self, answers: object) -> list[Any]:
         """What tells annotations with equal answers apart, for OpenFlamingo's scorer: here an id of each."""
         return list(range(len(texts(answers))))
 
@@ -165,7 +165,7 @@ class VizWiz(VisualQuestions):
     def name_of(self, row: Row) -> Any:
         return row.get("question_id", row.get("image"))
 
-    def marks(self, answers: Any) -> list[Any]:
+    def marks(self, answers: object) -> list[Any]:
         """Published annotations have no id, but a confidence, which OpenFlamingo's scorer compares in its place."""
         many = answers if isinstance(answers, (list, tuple)) else [answers]
         return [one.get("answer_confidence", "") if isinstance(one, Mapping) else "" for one in many if texts([one])]
