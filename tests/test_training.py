@@ -443,7 +443,7 @@ def test_a_run_leaves_a_repository_that_answers(settings: TrainSettings, tmp_pat
     train(replace(settings, eval_data=(held,), eval_episodes=3))
     output = Path(settings.output)
     card = (output / "README.md").read_text()
-    assert "## Training" in card and settings.data[0] in card and "Held-out targets" in card
+    assert "## Training" in card and "`pairs:pairs.jsonl`" in card and "Held-out targets" in card
     history = json.loads(next(output.glob("checkpoint-*/trainer_state.json")).read_text())["log_history"]
     assert next(row["step"] for row in history if "eval_loss" in row) == 0 and "eval_accuracy" in str(history)
     assert (output / "training.png").stat().st_size > 1000 and "training.png" in card
