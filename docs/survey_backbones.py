@@ -170,9 +170,8 @@ def run_small(model_type: str) -> Row:
         return Row(model_type, "cannot", "no", str(error))
     except Exception as error:
         package = missing_package(error)
-        reason = (
-            f"no small model was made: {in_short(error)}" if package is None else f"it needs the package {package}"
-        )
+        reason = WHY.get(model_type, f"no small model was made: {in_short(error)}")
+        reason = reason if package is None else f"it needs the package {package}"
         return Row(model_type, "by construction", untrained, f"{layers}; not run, as {reason}")
 
 
