@@ -224,6 +224,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a large image": ({"messages": spoken([LARGE])}, "5000 x 4000 pixels, more than"),
     "ten thousand images": ({"messages": spoken([IMAGE] * 10_000)}, "has 10000 images; this server takes 64"),
     "images of a turn": ({"messages": spoken([IMAGE] * 30)}, "has 30 images; this server takes 16"),
+    "images of a long chat": ({"messages": spoken([IMAGE] * 9) * 2}, "18 images stand in the prompt; this server takes"),
     "a bad demonstration": ({"messages": [*image_at("data:,AAAA"), *spoken("dax", "assistant"), *chat([])]}, "is no"),
     "no messages": ({"messages": []}, "at least one message"),
     "messages of another type": ({"messages": {"role": "user"}}, "must be a list"),
@@ -396,6 +397,31 @@ def test_a_client_that_hangs_up_leaves_its_slot(model: Any, stream: bool) -> Non
         assert 3 < len(steps) < 100
         assert server.metric("aim_clients_hung_up_total") == 6
         assert said(server) == "this is gacre ."
+
+
+def test_a_client_that_sends_slowly(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modeling_aim.serving.app.BODY_SECONDS", 0.2)
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n")
+        assert connection.recv(2**16).startswith(b"HTTP/1.1 408")
+
+
+def test_many_demonstrations_are_opened_a_few_at_a_time(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    builder = PromptBuilder(model, {})
+    together: list[int] = []
+    read = builder._read
+
+    def counted(raw: Any) -> Any:
+        together.append(sum(len(demo["images"]) for demo in raw))
+        return read(raw)
+
+    monkeypatch.setattr(builder, "_read", counted)
+    turns: list[Any] = []
+    for number in range(20):
+        image = {"type": "image_url", "image_url": {"url": data_url(Image.new("RGB", (8, 8), (number, 0, 0)))}}
+        turns += [*spoken([image] * (1 + number % 3)), *spoken(f"number {number}", "assistant")]
+    prompt = builder.build(checked_request({"messages": turns + chat([])}, ServingLimits()))
+    assert prompt.demonstrations == prompt.read == 20 and sum(together) == 39 and max(together) <= 16
 
 
 def test_half_a_request_is_dropped(server: Server) -> None:

@@ -158,7 +158,7 @@ class Admission:
         """Take the body of a request, whatever its size, and answer it or say why not."""
         try:
             body = await asyncio.wait_for(self._body(receive, 0 if full else self.max_bytes), BODY_SECONDS)
-        except TimeoutError:
+        except asyncio.TimeoutError:
             await error_response(f"The request took longer than {BODY_SECONDS:g} s to arrive.", 408)(
                 scope, receive, send
             )

@@ -7,7 +7,7 @@ import copy
 import json
 import threading
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future
+from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -132,8 +132,7 @@ class OneThread(GenerateManager):
 
     def wait(self) -> None:
         """Return when everything that was submitted is done, `STOP_SECONDS` from now at the latest."""
-        done: Future[Any] = self.submit(lambda: None)
-        done.exception(timeout=STOP_SECONDS)
+        wait([self.submit(lambda: None)], timeout=STOP_SECONDS)
 
 
 class OneThreadState(GenerationState):

@@ -16,14 +16,13 @@ from ..cache_aim import LRUCache
 from ..demonstrations_aim import Demonstration, FusedDemonstrations, concatenated
 from ..encoding_aim import raw_few_shot_chat
 from ..images_aim import open_image
-from .requests import ChatRequest, Refused
+from .requests import IMAGES_AT_ONCE, ChatRequest, Refused
 
 if TYPE_CHECKING:
     from .. import AimForConditionalGeneration
     from ..bank import DemonstrationBank
 
 CACHE_BYTES = 256 * 2**20
-OPEN_AT_ONCE = 8  # demonstrations whose images are in memory at the same time
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,12 @@ class PromptBuilder:
             ValueError: something else in the request is of no use; the message says what.
         """
         raw, rest = raw_few_shot_chat(request.messages)
+        shown = sum(part["type"] == "image_url" for turn in rest for part in turn["content"])
+        if shown > IMAGES_AT_ONCE:
+            raise Refused(
+                f"{shown} images stand in the prompt; this server takes {IMAGES_AT_ONCE}. Pairs of an image and its "
+                "answer, before a last message with an image, are demonstrations and stand outside of it."
+            )
         chat = [{**turn, "content": [self._opened(part) for part in turn["content"]]} for turn in rest]
         inputs = self._encoded(chat)
         of_bank = None if request.demos is None else self._of_bank(request.demos, request, inputs)
@@ -132,8 +137,7 @@ class PromptBuilder:
         kept = {key: self.cache.get(key) for key in keys}
         new = [key for key, read_demo in kept.items() if read_demo is None]
         by_key = dict(zip(keys, raw, strict=True))
-        for start in range(0, len(new), OPEN_AT_ONCE):
-            some = new[start : start + OPEN_AT_ONCE]
+        for some in _groups(new, [len(by_key[key]["images"]) for key in new]):
             for key, read_demo in zip(some, self._read([by_key[key] for key in some]), strict=True):
                 kept[key] = read_demo
                 if _is_content(by_key[key]):
@@ -203,6 +207,19 @@ def unreadable(error: ValueError) -> Refused:
         return Refused(str(error))
     reason = str(cause) if type(cause) is ValueError else "it is no image file, or it is damaged"
     return Refused(f"An image of the request cannot be read: {reason}.")
+
+
+def _groups(keys: Sequence[str], images: Sequence[int]) -> list[list[str]]:
+    """Keys in groups that have at most `IMAGES_AT_ONCE` images together."""
+    groups: list[list[str]] = []
+    count = 0
+    for key, more in zip(keys, images, strict=True):
+        count += more
+        if not groups or count > IMAGES_AT_ONCE:
+            groups.append([])
+            count = more
+        groups[-1].append(key)
+    return groups
 
 
 def _key(fields: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-IMAGES_OF_A_TURN = 16  # those of the last turn are open at the same time
+IMAGES_AT_ONCE = 16  # that are open at the same time: of a turn, and of all that stand in the prompt
 STOPS, STOP_CHARACTERS = 4, 64
 ROLES = ("system", "user", "assistant")
 # fields of the OpenAI schema that change nothing here
@@ -173,8 +173,8 @@ def _checked_messages(messages: object, limits: ServingLimits) -> list[dict[str,
     counts = [sum(part["type"] == "image_url" for part in message["content"]) for message in checked]
     if sum(counts) > limits.max_images:
         raise Refused(f"The request has {sum(counts)} images; this server takes {limits.max_images} at most.")
-    if max(counts) > IMAGES_OF_A_TURN:
-        raise Refused(f"A message has {max(counts)} images; this server takes {IMAGES_OF_A_TURN} at most.")
+    if max(counts) > IMAGES_AT_ONCE:
+        raise Refused(f"A message has {max(counts)} images; this server takes {IMAGES_AT_ONCE} at most.")
     if checked[-1]["role"] != "user":
         raise Refused(f"The last message is of the role {checked[-1]['role']}; expected user.")
     return checked
