@@ -1,6 +1,6 @@
 """Which backbones AIM works with, for every class that AutoModelForImageTextToText maps; writes docs/BACKBONES.md.
 
-    python docs/survey_backbones.py                    # all of them, five minutes of one core
+    python docs/survey_backbones.py                    # all of them, some minutes
     python docs/survey_backbones.py internvl kosmos-2  # some, printed only
 
 A model type "works" when a tiny random model of its real class, with its real processor, has passed the properties

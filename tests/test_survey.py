@@ -25,7 +25,7 @@ def script() -> Any:
 
 def test_the_page_has_a_place_for_every_model_type(script: Any) -> None:
     assert "git" not in FAMILIES
-    rows = [script.survey(name) for name in ("pix2struct", "git", "instructblip")]
+    rows = [script.survey(name) for name in ("pix2struct", "git", "kosmos-2")]
     assert [(row.status, row.untrained) for row in rows] == [
         ("cannot", "no"), ("answers text", "yes"), ("by construction", "not known"),
     ]  # fmt: skip
