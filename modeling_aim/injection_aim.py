@@ -251,7 +251,7 @@ def check_mask(inputs: Mapping[str, Any]) -> None:
         )
 
 
-def _check_words(ids: torch.Tensor, embedding: nn.Embedding) -> None:
+def _check_words(ids: torch.Tensor, embedding: Any) -> None:
     """Raise `ValueError` for ids that the input embeddings do not have: on a GPU they would end the process."""
     known = getattr(embedding, "num_embeddings", None) or len(embedding.weight)
     known += getattr(embedding, "num_additional_embeddings", 0)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file, logging
 
 from .backbone_aim import (
@@ -192,7 +192,7 @@ class AimPreTrainedModel(PreTrainedModel):
         return self._processor
 
     @processor.setter
-    def processor(self, processor: AimProcessor | ProcessorMixin) -> None:
+    def processor(self, processor: Any) -> None:
         self._processor = processor if hasattr(processor, "encode_demonstrations") else AimProcessor(processor)
 
     @property
@@ -226,7 +226,7 @@ class AimPreTrainedModel(PreTrainedModel):
     def from_backbone(
         cls,
         backbone: str | os.PathLike[str] | PreTrainedModel,
-        processor: AimProcessor | ProcessorMixin | None = None,
+        processor: Any = None,
         *,
         preset: str = "untrained",
         read_layers: Sequence[int] | None = None,

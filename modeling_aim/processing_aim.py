@@ -353,7 +353,7 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
         return cls(inner, **{**saved, **settings})
 
 
-def _flat(images: object) -> list[Any]:
+def _flat(images: Any) -> list[Any]:
     """Images of a batch, one after another, however they are nested."""
     if images is None:
         return []

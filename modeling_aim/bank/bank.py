@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -43,7 +43,7 @@ class DemonstrationBank(ChoosingBank):
             from `build` has.
     """
 
-    aim_kind = "bank"  # by this a model recognises a bank, also a model loaded as remote code
+    aim_kind: ClassVar[str] = "bank"  # by this a model recognises a bank, also a model loaded as remote code
     bad_rows: tuple[BadRow, ...] = ()
 
     @classmethod

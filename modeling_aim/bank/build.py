@@ -8,7 +8,7 @@ shards: so a bank that was killed at any moment goes on from there and ends in t
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,7 +139,7 @@ def build_bank(
 def _progress(
     demos: Iterator[tuple[int, Demonstration]], given: Iterable[Any], total: int | None
 ) -> Iterable[tuple[int, Demonstration]]:
-    if total is None and hasattr(given, "__len__"):
+    if total is None and isinstance(given, Sized):
         total = len(given)
     if not has_bars() and logging.is_progress_bar_enabled():
         return tracked(demos, "read", "demonstrations", total)

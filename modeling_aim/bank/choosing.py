@@ -240,7 +240,9 @@ class ChoosingBank(BankContents):
         Returns:
             What was chosen for each row, in order.
         """
-        options = dict(select) if isinstance(select, Mapping) else {"by": "random" if select is None else select}
+        options: dict[str, Any] = (
+            dict(select) if isinstance(select, Mapping) else {"by": "random" if select is None else select}
+        )
         by, k = options.pop("by", "random"), 8 if shots is None else shots
         unknown = set(options) - SELECT_OPTIONS
         if unknown:

@@ -37,7 +37,7 @@ def check_strategy(by: object, search: str = "auto") -> None:
         raise ValueError(f"search='faiss' finds the most alike by one of {', '.join(SEARCHED)}; got by={by!r:.80}.")
 
 
-def is_whole(value: object) -> bool:
+def is_whole(value: Any) -> bool:
     """Whether `value` is a whole number; a bool is none."""
     try:
         return not isinstance(value, bool) and operator.index(value) is not None

@@ -264,7 +264,8 @@ def system_turn(case: Case) -> None:
     image_turn = [{"type": "image", "image": noise(1)}, {"type": "text", "text": "What do you see?"}]
     answered = {"role": "assistant", "content": [{"type": "text", "text": "A dax."}]}
     chat = [system, {"role": "user", "content": image_turn}, answered, query]
-    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    options: dict[str, Any] = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    options["return_tensors"] = "pt"
     inputs = case.processor.apply_chat_template(chat, **options).to(case.model.device, case.model.dtype)
     alone = case.processor.apply_chat_template([system, query], **options)
     same = torch.equal(inputs["input_ids"].cpu(), alone["input_ids"])

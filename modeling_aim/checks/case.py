@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import PreTrainedModel
 
 from .. import AimForConditionalGeneration, AimProcessor, FusedDemonstrations
 from ..demonstrations_aim import Demos
@@ -153,9 +152,7 @@ class Case:
         """The same of the backbone itself, without AIM."""
         return self._answered(self.model.backbone, inputs, options)
 
-    def _answered(
-        self, model: AimForConditionalGeneration | PreTrainedModel, inputs: Mapping[str, Any], options: dict[str, Any]
-    ) -> Answer:
+    def _answered(self, model: Any, inputs: Mapping[str, Any], options: dict[str, Any]) -> Answer:
         options = {"do_sample": False, "max_new_tokens": NEW, "min_new_tokens": NEW, **options}
         options |= {"return_dict_in_generate": True, "output_logits": True}
         output, length = model.generate(**inputs, **options), inputs["input_ids"].shape[1]

@@ -130,7 +130,7 @@ def inspect(settings: InspectSettings) -> None:
     """Show what is in a bank: counts, labels, tokens, bytes, and what read it."""
     from .. import DemonstrationBank
 
-    revision = {"revision": settings.revision} if settings.revision else {}
+    revision: dict[str, Any] = {"revision": settings.revision} if settings.revision else {}
     damaged = "skip" if settings.skip_damaged else "raise"
     opened = DemonstrationBank.from_pretrained(settings.bank, damaged=damaged, **revision)
     if settings.verify:

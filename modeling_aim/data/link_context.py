@@ -86,7 +86,7 @@ def class_folders(
     root = Path(path)
     if not root.is_dir():
         raise FileNotFoundError(f"There is no folder of classes at {root}.")
-    folders = sorted(one for one in root.iterdir() if one.is_dir() and not one.name.startswith("."))
+    folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if len(folders) < 2:
         raise ValueError(f"{root} has {len(folders)} class folders; link-context episodes need at least two.")
     if isinstance(names, (str, os.PathLike)):
@@ -105,8 +105,8 @@ def class_folders(
 
 
 def _images(folder: Path) -> tuple[str, ...]:
-    found = (os.path.join(base, file) for base, _, files in os.walk(folder) for file in files)
-    return tuple(sorted(path for path in found if Path(path).suffix.lower() in IMAGE_SUFFIXES))
+    paths = (os.path.join(base, file) for base, _, files in os.walk(folder) for file in files)
+    return tuple(sorted(path for path in paths if Path(path).suffix.lower() in IMAGE_SUFFIXES))
 
 
 def random_name(rng: random.Random, taken: set[str]) -> str:

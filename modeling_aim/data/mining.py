@@ -94,7 +94,7 @@ class ClassFeatures:
         Raises:
             ValueError: there are features of other classes than these; the message names them.
         """
-        keys = [one.key for one in classes]
+        keys = [image_class.key for image_class in classes]
         missing, unknown = sorted(set(keys) - set(self.classes)), sorted(set(self.classes) - set(keys))
         if missing or unknown:
             parts = [("without features", missing), ("with features but without a folder", unknown)]
@@ -136,13 +136,13 @@ def mined_neighbours(alike: torch.Tensor, seed: int = 0, bins: int = BINS) -> li
         For each class the numbers of its neighbours.
     """
     rng = random.Random(f"neighbours {seed}")
-    found = []
+    drawn = []
     for own, row in enumerate(alike):
         ranked = [other for other in row.argsort(descending=True, stable=True).tolist() if other != own]
         count = min(bins, len(ranked))
         edges = [place * len(ranked) // count for place in range(count + 1)]
-        found.append([rng.choice(ranked[a:b]) for a, b in pairwise(edges)])
-    return found
+        drawn.append([rng.choice(ranked[a:b]) for a, b in pairwise(edges)])
+    return drawn
 
 
 # --- features by CLIP
@@ -176,7 +176,7 @@ def clip_features(
         ValueError: the model is no CLIP, or a class has no readable image.
         OSError: the model is not found.
     """
-    chosen = [_chosen(one) for one in classes]
+    chosen = [_chosen(image_class) for image_class in classes]
     key = _content_key(classes, chosen, clip, images_per_class)
     path = Path(constants.HF_HOME) / "aim" / f"class-features-{key[:16]}.safetensors" if cache is None else Path(cache)
     if path.exists():
@@ -186,11 +186,13 @@ def clip_features(
         logger.warning(f"{path} is of another model, other names or other images; its features are computed anew.")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     encoder = _Encoder(clip, device)
-    names = [one.name for one in classes]
+    names = [image_class.name for image_class in classes]
     text = torch.cat([encoder.text(names[start : start + batch_size]) for start in range(0, len(names), batch_size)])
     progress = logging.tqdm(list(zip(classes, chosen, strict=True)), desc="CLIP features", unit="class")
-    images = torch.stack([encoder.mean(one, paths, images_per_class, batch_size) for one, paths in progress])
-    features = ClassFeatures(tuple(one.key for one in classes), text, images)
+    images = torch.stack(
+        [encoder.mean(image_class, paths, images_per_class, batch_size) for image_class, paths in progress]
+    )
+    features = ClassFeatures(tuple(image_class.key for image_class in classes), text, images)
     features.save(path, key)
     return features
 
@@ -220,7 +222,7 @@ class _Encoder:
         inputs = self.processor(images=list(images), return_tensors="pt")
         return _unit(self.model.get_image_features(**inputs.to(self.device)))
 
-    def mean(self, one: ImageClass, paths: Sequence[str], count: int, batch_size: int) -> torch.Tensor:
+    def mean(self, image_class: ImageClass, paths: Sequence[str], count: int, batch_size: int) -> torch.Tensor:
         """`(d,)`, over the first `count` readable images of a class."""
         readable = islice(_readable(paths), count)
         rows = []
@@ -228,7 +230,7 @@ class _Encoder:
             rows.append(self.images(batch))
         if not rows:
             raise ValueError(
-                f"None of the {len(paths)} images of the class {one.key!r} can be read; remove it or mend it."
+                f"None of the {len(paths)} images of the class {image_class.key!r} can be read; remove it or mend it."
             )
         return torch.nn.functional.normalize(torch.cat(rows).mean(dim=0), dim=0)
 
@@ -246,9 +248,9 @@ def _readable(paths: Sequence[str]) -> Iterator[Image.Image]:
             logger.warning(f"Left out of the class features: {path} ({error})")
 
 
-def _chosen(one: ImageClass) -> list[str]:
+def _chosen(image_class: ImageClass) -> list[str]:
     """The images of a class in the order in which they are taken: the same in whatever folder they lie."""
-    return random.Random(f"images of {one.key}").sample(one.images, len(one.images))
+    return random.Random(f"images of {image_class.key}").sample(image_class.images, len(image_class.images))
 
 
 def _content_key(
@@ -256,8 +258,8 @@ def _content_key(
 ) -> str:
     """Identity of what features are computed from."""
     digest = hashlib.sha256(f"{_model_key(clip)} {count}".encode())
-    for one, paths in zip(classes, chosen, strict=True):
-        digest.update(json.dumps([one.key, one.name]).encode())
+    for image_class, paths in zip(classes, chosen, strict=True):
+        digest.update(json.dumps([image_class.key, image_class.name]).encode())
         for path in paths[:count]:
             digest.update(f"{Path(path).name} {os.path.getsize(path)}\n".encode())
     return digest.hexdigest()
@@ -307,7 +309,7 @@ def _read(path: Path) -> tuple[ClassFeatures, str]:
 
 def _check(path: Path, classes: object, tensors: dict[str, torch.Tensor]) -> None:
     """Raise `ValueError` unless a file holds one row of finite numbers of each tensor for each class."""
-    if not isinstance(classes, list) or not all(isinstance(one, str) for one in classes):
+    if not isinstance(classes, list) or not all(isinstance(class_name, str) for class_name in classes):
         raise ValueError(f"The classes of {path} are {classes!r:.60}; expected a JSON list of class folders.")
     if len(set(classes)) < len(classes):
         raise ValueError(f"{path} names the class {max(classes, key=classes.count)!r} twice.")

@@ -84,10 +84,10 @@ class Table:
         Raises:
             ValueError: none is.
         """
-        found = next((column for column in columns if column in self.columns), None)
-        if found is None:
+        present = next((column for column in columns if column in self.columns), None)
+        if present is None:
             raise ValueError(f"{self.where} has the columns {sorted(self.columns)}; needed is one of {list(columns)}.")
-        return found
+        return present
 
 
 def open_table(path: str, split: str, config: str | None = None, images: str | None = None) -> Table:
@@ -112,7 +112,7 @@ def open_table(path: str, split: str, config: str | None = None, images: str | N
     if not place.exists() and not is_hub_id(path):
         raise FileNotFoundError(f"{path} was not found. Give a file, a folder or the id of a dataset on the Hub.")
     named = [place / f"{split}{end}" for end in FILES] if place.is_dir() else []
-    file = next((one for one in named if one.is_file()), place)
+    file = next((file for file in named if file.is_file()), place)
     if file.is_file() and file.suffix.lower() != ".parquet":
         rows = file_rows(file)
         columns = tuple(dict.fromkeys(name for row in rows for name in row))
@@ -196,17 +196,17 @@ def split_names(path: str, config: str | None = None) -> list[str]:
         raise FileNotFoundError(f"{path} is no dataset here, and on the Hub: {error}") from error
 
 
-def _known_split(place: Path | str, split: str, found: Sequence[str]) -> str:
+def _known_split(place: Path | str, split: str, splits: Sequence[str]) -> str:
     """A split by the name that it has, which `datasets` may have made "validation" of "val2014".
 
     Raises:
         MissingSplit: there is none.
     """
     same = next((names for names in SAME_SPLITS if split in names), (split,))
-    others = [one for one in found if one in same]
-    if split not in found and len(others) != 1:
-        raise MissingSplit(f"{place} has the splits {sorted(found)}, but not {split!r}.")
-    return split if split in found else others[0]
+    others = [name for name in splits if name in same]
+    if split not in splits and len(others) != 1:
+        raise MissingSplit(f"{place} has the splits {sorted(splits)}, but not {split!r}.")
+    return split if split in splits else others[0]
 
 
 def _of_data_set(data: datasets.Dataset, where: str, folder: Path) -> Table:

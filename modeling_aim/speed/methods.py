@@ -22,7 +22,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from .. import AimForConditionalGeneration
 from ..demonstrations_aim import Demos, FusedDemonstrations
@@ -81,7 +80,7 @@ class Bench:
         prompts: what is asked.
     """
 
-    def __init__(self, backbone: PreTrainedModel, prompts: RandomPrompts) -> None:
+    def __init__(self, backbone: Any, prompts: RandomPrompts) -> None:
         self.backbone, self.prompts = backbone, prompts
         self.model = self._plugin("paper")
         self.query = self._placed(prompts.query())

@@ -331,11 +331,13 @@ def _check_form(settings: TrainSettings, config: AimConfig) -> None:
     usual = {field.name: field.default for field in fields(TrainSettings)}
     if settings.preset != usual["preset"]:
         settings = replace(settings, **{k: v for k, v in preset_settings(settings.preset).items() if v is not None})
-    asked = {name: tuple(v) if isinstance(v := getattr(settings, name), list) else v for name in has}
+    requested = {name: tuple(v) if isinstance(v := getattr(settings, name), list) else v for name in has}
     if config.projector_form == "identity":  # a projector is put on it
         del has["projector_form"], has["projector_size"]
     other = [
-        f"{name}={asked[name]!r} (it has {has[name]!r})" for name in has if asked[name] not in (usual[name], has[name])
+        f"{name}={requested[name]!r} (it has {has[name]!r})"
+        for name in has
+        if requested[name] not in (usual[name], has[name])
     ]
     if other:
         raise ValueError(

@@ -100,7 +100,7 @@ class Pairs(ShuffledSource):
         elif not place.is_dir():
             self.shards = find_files(path, (), missing_ok=is_hub_id(path))
             known = (*LINES, ".json", ".csv", ".tar", ".parquet", *IMAGE_SUFFIXES)
-            if any(not one.name.lower().endswith(known) for one in self.shards):
+            if any(not shard.name.lower().endswith(known) for shard in self.shards):
                 raise ValueError(
                     f"{path} is no file of pairs: expected one that ends in {LINES}, .json, .csv, .tar or .parquet."
                 )
@@ -115,9 +115,9 @@ class Pairs(ShuffledSource):
         rows = [_given(row) for row in islice(self._rows(self.shards[0]), 20)]
         self.skipped.clear()
         chosen = [choose_columns(row, self.given) for row in rows]
-        if rows and not any("image" in one and words_in(one) for one in chosen):
+        if rows and not any("image" in columns and words_in(columns) for columns in chosen):
             fitting_columns(list(rows[0]), self.given, path)
-        both = next((found for row in rows if (found := text_or_label(row))), None)
+        both = next((pair for row in rows if (pair := text_or_label(row))), None)
         if (
             both
             and self.shards[0].suffix != ".tar"
