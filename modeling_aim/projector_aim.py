@@ -87,7 +87,7 @@ class AimProjector(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw new weights, so that the output norm is `config.projector_norm` for inputs of unit variance."""
-        self.is_new = True  # until weights are loaded: those that were trained without scales go on without
+        self.is_new = True  # until weights are loaded: weights that were trained without scales stay without
         gelu_scale = 0.425**-0.5  # second moment of GELU on a standard normal is 0.425
         linears = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
         for linear in linears:

@@ -194,7 +194,7 @@ def test_a_demonstration_is_read_once(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_backbone_that_sees_one_image_is_not_shown_several(tmp_path: Path) -> None:
-    """BLIP-2 takes two images without a word, and looks at the first."""
+    """BLIP-2 silently accepts two images but uses only the first."""
     torch.manual_seed(0)
     backbone, processor = blip_2()
     backbone.save_pretrained(tmp_path / "blip")

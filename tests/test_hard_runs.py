@@ -94,7 +94,7 @@ def test_data_that_is_bad_throughout_ends_the_run() -> None:
             opener(episode)
             assert number < 2000, "no end"
 
-    fails(read, "pairs of rows cannot be read", "Mend the data")
+    fails(read, "pairs of rows cannot be read", "Fix the data")
 
 
 def test_a_run_resumes_behind_a_bad_row(settings: TrainSettings, tmp_path: Path) -> None:  # noqa: F811

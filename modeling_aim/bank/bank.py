@@ -85,7 +85,7 @@ class DemonstrationBank(ChoosingBank):
         """Write the bank: shards, manifest and a card. A kill leaves the old bank or the new one, and nobody else can
         write there meanwhile.
 
-        A card that is already there is kept if somebody wrote it, and written anew if it was made by this.
+        A card that is already there is kept if somebody wrote it, and rewritten if this method wrote it.
 
         Args:
             save_directory: the folder.

@@ -212,7 +212,7 @@ class _Builder:
         ]
         if wrong:
             raise ValueError(
-                f"The bank in {self.folder} was begun with {'; '.join(wrong)}. Go on with the same model and "
+                f"The bank in {self.folder} was begun with {'; '.join(wrong)}. Resume with the same model and "
                 "settings, or give another folder."
             )
         self.parts_folder.mkdir(exist_ok=True)

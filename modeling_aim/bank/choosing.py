@@ -59,7 +59,7 @@ class ChoosingBank(BankContents):
         """Choose `k` demonstrations for a query; see `choose`, which has the `options`, and says which they are.
 
         Returns:
-            The chosen demonstrations, most alike last, as `read` returns them.
+            The chosen demonstrations, most similar last, as `read` returns them.
         """
         return self[[number for number, _ in self.choose(query, k, by, **options)]]
 
@@ -82,7 +82,7 @@ class ChoosingBank(BankContents):
                 fixed list. Also what `model.query_features` gave for one query.
             k: how many.
             by: `"random"`; `"image"` (RICES: the backbone's own features of images); `"text"`; `"fused"` (fused
-                tokens, averaged); `"mmices"` (of the `4 * k` most alike images those with the most alike questions;
+                tokens, averaged); `"mmices"` (of the `4 * k` most similar images those with the most similar questions;
                 where questions are as alike, and where nothing is asked, the images decide; arXiv 2311.18021); or a
                 list of numbers or keys of demonstrations, of which the first `k` are taken as they come.
             seed: of `"random"`.
@@ -94,7 +94,7 @@ class ChoosingBank(BankContents):
             model: the model that compares, where the bank was opened without one.
 
         Returns:
-            Number and score of each, most alike last.
+            Number and score of each, most similar last.
 
         Raises:
             ValueError: `k` is larger than the bank, the query lacks what is compared, or FAISS was asked for and
@@ -133,10 +133,10 @@ class ChoosingBank(BankContents):
             )
 
     def _scores(self, query: torch.Tensor, k: int, by: str, groups: Groups | None, search: str) -> torch.Tensor:
-        """Cosine of a query with each demonstration; of the most alike only, where FAISS searches."""
+        """Cosine of a query with each demonstration; of the nearest neighbours only, where FAISS searches."""
         if search == "faiss" and groups is not None:
             raise ValueError(
-                "search='faiss' finds the most alike of the whole bank, but labels are to be taken in turn. Choose "
+                "search='faiss' finds the nearest neighbours in the whole bank, but labels are to be taken in turn. Choose "
                 "with balanced=False, or without search."
             )
         if search == "faiss" or (search == "auto" and groups is None and len(self) >= FAISS_FROM):

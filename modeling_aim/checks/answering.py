@@ -282,7 +282,7 @@ def chosen_for_each_row(case: Case) -> None:
         bank = DemonstrationBank.build(case.model, demos, folder)
         chosen = bank.select_rows(case.model, inputs, 2, "image")
         alike = [row.texts[-1] for row in chosen] == [bank.texts()[0], bank.texts()[1]]
-        require(alike, "the most alike image is not the chosen one")
+        require(alike, "the most similar image is not the chosen one")
         for by in ("image", "text", "fused", "mmices", "random"):
             rows = [[number for number, _ in bank.choose(None, 2)]] * 2
             if by != "random":

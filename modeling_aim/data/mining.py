@@ -166,8 +166,8 @@ def clip_features(
         classes: with unique keys.
         clip: Hub id or folder of a CLIP (any model with `get_text_features` and `get_image_features`). The paper:
             `openai/clip-vit-base-patch16`.
-        cache: safetensors file to keep them in; one below the Hugging Face cache when `None`. A stale one is computed
-            anew: its key is made of the model's files (or Hub commit), the names, and paths and sizes of the images.
+        cache: safetensors file to keep them in; one below the Hugging Face cache when `None`. A stale one is
+            recomputed: its key is made of the model's files (or Hub commit), the names, and paths and sizes of the images.
         images_per_class: chosen at random, always the same ones.
         batch_size: images, or names, in one pass.
         device: CUDA where there is one, when `None`.
@@ -183,7 +183,7 @@ def clip_features(
         kept, stored = _read(path)
         if stored == key:
             return kept.of(classes)
-        logger.warning(f"{path} is of another model, other names or other images; its features are computed anew.")
+        logger.warning(f"{path} is of another model, other names or other images; its features are recomputed.")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     encoder = _Encoder(clip, device)
     names = [image_class.name for image_class in classes]
@@ -230,7 +230,7 @@ class _Encoder:
             rows.append(self.images(batch))
         if not rows:
             raise ValueError(
-                f"None of the {len(paths)} images of the class {image_class.key!r} can be read; remove it or mend it."
+                f"None of the {len(paths)} images of the class {image_class.key!r} can be read; remove it or fix it."
             )
         return torch.nn.functional.normalize(torch.cat(rows).mean(dim=0), dim=0)
 

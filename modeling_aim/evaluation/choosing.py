@@ -33,7 +33,7 @@ class Choice:
     """How demonstrations are chosen from the pool of a task that does not bring its own.
 
     Args:
-        by: `"random"` (drawn anew for each example), `"image"` (RICES), `"text"`, `"fused"`, `"mmices"`, or
+        by: `"random"` (drawn for each example), `"image"` (RICES), `"text"`, `"fused"`, `"mmices"`, or
             `"fixed:FILE"`: the first ones of a list of ids, one a line, or JSON: a list, or one for each task by name.
         balanced: take labels in turn.
         drop_duplicates: leave out demonstrations whose picture is nearly that of the query or of another one, since
@@ -170,7 +170,7 @@ class _Finder:
         return bank, [keys[name] for name in names]
 
     def find(self, example: Example, count: int, seed: int) -> list[int]:
-        """Places in the pool, most alike last."""
+        """Places in the pool, most similar last."""
         if self.choice.by.startswith(FIXED):
             return _listed(self.task, count, self.choice)
         wanted, most = count, len(self.pool if self.bank is None else self.places)
@@ -196,7 +196,7 @@ class _Finder:
         return [self.places[number] for number, _ in chosen]
 
     def _repeated(self, example: Example, ranked: Sequence[int]) -> list[int]:
-        """Those whose picture is nearly one that is there already; the most alike to the query stay."""
+        """Near-duplicates of an earlier image; the most similar to the query stay."""
         seen = list(self._hashed(f"query {example.id}", example.images))
         repeats = []
         for place in reversed(ranked):

@@ -45,7 +45,7 @@ def manifest() -> Any:
 
 @dataclass(frozen=True)
 class Query:
-    """One request, worded.
+    """One request, templated.
 
     Args:
         text: the prompt, with the backbone's placeholder for each image.

@@ -27,7 +27,7 @@ class Shown:
 
     Args:
         said: whose words are shown.
-        seen: whose images are shown with them; the same one but where images are dealt anew.
+        seen: whose images are shown with them; the same one unless images are shuffled.
     """
 
     said: Shot
@@ -207,7 +207,7 @@ def aim(builder: PromptBuilder, example: Example, demos: Sequence[Shown], seed: 
 
 
 def aim_shuffled(builder: PromptBuilder, example: Example, demos: Sequence[Shown], seed: int) -> Prompt:
-    """As `aim`, with the demonstrations' images dealt anew among them: what is left does not come from the images."""
+    """As `aim`, with images shuffled among the demonstrations: what is left does not come from the images."""
     seen = [demo.seen for demo in demos]
     random.Random(f"deal {seed} {example.id}").shuffle(seen)
     return aim(builder, example, [replace(demo, seen=other) for demo, other in zip(demos, seen, strict=True)], seed)

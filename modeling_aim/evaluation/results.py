@@ -21,7 +21,7 @@ RESULTS = "results.json"
 AS_JSON = ("utf-8", "backslashreplace")  # a lone surrogate becomes the escape that JSON has for it
 LEFT_OUT = "left_out"  # in a row that is kept: why there is no answer
 RESAMPLES = 2000  # of examples, where a metric is a mean over them
-COSTLY_RESAMPLES = 500  # where it is computed anew over each sample
+COSTLY_RESAMPLES = 500  # where it is recomputed for each sample
 COSTS = (
     "prompt_tokens",
     "fused_tokens",
@@ -158,7 +158,7 @@ def cell_figures(
 
 
 def _known(value: Any) -> float | None:
-    """A number; `None` for what is none, such as ROC-AUC over one class alone, which JSON cannot hold."""
+    """Convert NaN to `None`, since JSON has no NaN; ROC-AUC over a single class is NaN, for example."""
     return None if np.isnan(value) else float(value)
 
 
@@ -184,7 +184,7 @@ def interval(
 
     Args:
         task, examples, rows: as for `cell_figures`. Where the metric is the mean of `task.terms`, these are drawn
-            (CIDEr's with the word weights of all references); else it is computed anew over each sample.
+            (CIDEr's with the word weights of all references); else it is recomputed for each sample.
     """
     names = sorted({row["example"] for answered in rows.values() for row in answered})
     number = {name: place for place, name in enumerate(names)}

@@ -47,7 +47,7 @@ GIB = 2**30
 
 
 def evaluate(settings: EvalSettings) -> dict[str, Any]:
-    """Evaluate a model; goes on where a run with the same settings was interrupted.
+    """Evaluate a model; resumes an interrupted run with the same settings.
 
     Args:
         settings: all of the run.
@@ -272,7 +272,7 @@ class Run:
         if 2 * count > total:
             raise ValueError(
                 f"{count} of the {total} examples of {asked_task.task.name} cannot be asked, such as "
-                f"{min(self.left_out[asked_task.task.name])!r}; the log says why. Mend its data."
+                f"{min(self.left_out[asked_task.task.name])!r}; the log says why. Fix its data."
             )
 
     def _work(self, done: set[Key]) -> Iterator[tuple[Cell, list[int], set[str]]]:

@@ -57,7 +57,7 @@ class Compute:
     """FLOPs of one step of one process, counted.
 
     Args:
-        reading: demonstrations, all of them read anew.
+        reading: demonstrations, each read again.
         answering: the targets, forward and backward.
     """
 

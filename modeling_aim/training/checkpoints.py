@@ -40,7 +40,7 @@ def last_checkpoint(output: Path) -> str | None:
         logger.warning(f"The checkpoint {path} is damaged ({reason}); the one before it is taken.")
     if damaged:
         raise ValueError(
-            f"No checkpoint in {output} can be used ({'; '.join(damaged)}). Remove them to begin anew, or give "
+            f"No checkpoint in {output} can be used ({'; '.join(damaged)}). Remove them to start over, or give "
             "overwrite=True (--overwrite)."
         )
     return None

@@ -304,7 +304,7 @@ class Opener:
         if self._refused[name] > max(100, MOST_REFUSED * self._given[name]):
             raise ValueError(
                 f"{self._refused[name]} of the first {self._given[name]} pairs of {name} cannot be read by this "
-                f"model, such as {next(filter(is_refused, left_out), 'those in the log')}. Mend the data."
+                f"model, such as {next(filter(is_refused, left_out), 'those in the log')}. Fix the data."
             )
         self._failed[name] = 0 if opened.targets else self._failed[name] + len(episode.pairs)
         if self._failed[name] >= FAILED_IN_A_ROW:

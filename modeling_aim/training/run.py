@@ -64,7 +64,7 @@ class Held(Dataset):
 
 
 def train(settings: TrainSettings, announce: Announce | None = None) -> AimTrainer:
-    """Train a projector; goes on where a run with the same settings was interrupted.
+    """Train a projector; resumes an interrupted run with the same settings.
 
     Args:
         settings: all of the run.
@@ -208,7 +208,7 @@ def claim(settings: TrainSettings) -> str | None:
     earlier = RECORD.earlier(settings)
     if earlier is not None:
         if not earlier["finished"] and last_checkpoint(output) is None:
-            return None  # nothing is lost by beginning anew
+            return None  # nothing is lost by starting over
         RECORD.check_same(settings, earlier)
         if earlier["finished"]:
             raise ValueError(

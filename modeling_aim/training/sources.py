@@ -177,7 +177,7 @@ class EpisodeFile(ShuffledSource):
 
     Each query is a target of its own, answered from the demonstrations of its line and never from another query. The
     shot law draws nothing here; but of more than `law.most` demonstrations only the last are kept, since that many
-    are what memory was meant for, and the most alike stand last. A line with a demonstration that cannot be read is
+    are what memory was meant for, and the most similar come last. A line with a demonstration that cannot be read is
     left out whole: what its queries ask for may have been shown there.
 
     Args:

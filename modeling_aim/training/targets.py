@@ -1,6 +1,6 @@
 """What the backbone is to say: targets behind their prompts, as batches with labels.
 
-A target is worded as a query at answering time: its question through the backbone's chat template or plainly, or its
+A target is templated like a query: its question through the backbone's chat template or plainly, or its
 images alone for a caption, and behind it the answer and the token that ends an answer. Only these two are scored.
 """
 

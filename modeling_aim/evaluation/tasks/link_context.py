@@ -316,7 +316,7 @@ class ClassFolder(LinkContextTask):
         path: a folder a class.
         ways: classes in an example, each with as many demonstrations.
         queries: images of each class that are asked; the others are shown.
-        features: class features (`ClassFeatures`, safetensors) to take the most alike classes as the others; any
+        features: class features (`ClassFeatures`, safetensors) to take the most similar classes as the others; any
             when `None`.
         wording: `"label"` or `"paper"`.
         split_seed: draws which images are asked.
