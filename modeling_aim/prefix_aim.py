@@ -120,7 +120,9 @@ def _prefilled(
     check_source(prefix.fused.source, model.source)
     padded = mask is not None and not bool(mask.all())
     if not goes_on_behind_kv(model.backbone, padded):
-        return "on this backbone, or this release of transformers, a prompt (a padded one) cannot continue from cached KV"
+        return (
+            "on this backbone, or this release of transformers, a prompt (a padded one) cannot continue from cached KV"
+        )
     begins = [0] * batch if mask is None else mask.long().argmax(dim=1).tolist()
     firsts = {tuple(model._bos_of(int(ids[row, begin]))) for row, begin in enumerate(begins)}
     if len(firsts) > 1:

@@ -334,7 +334,7 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
             wrapped = getattr(transformers, str(inner_class), None)
             if not (isinstance(wrapped, type) and issubclass(wrapped, ProcessorMixin)):
                 raise ValueError(
-                    f"{PROCESSOR_FILE} of {name} wraps {inner_class!r}, which is no processor of transformers "
+                    f"{PROCESSOR_FILE} of {name} wraps {inner_class!r}, which is not a processor of transformers "
                     f"{transformers.__version__}. Upgrade transformers, or check where the repository comes from."
                 )
             with usable(f"The processor of {name}"):

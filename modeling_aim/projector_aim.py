@@ -261,7 +261,9 @@ def _stored_form(file: str) -> dict[str, Any] | None:
     try:
         form = None if stored is None else json.loads(stored)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{FORM_KEY} in the metadata of {file} is no JSON ({error}); the file is damaged.") from error
+        raise ValueError(
+            f"{FORM_KEY} in the metadata of {file} is not JSON ({error}); the file is damaged."
+        ) from error
     if not isinstance(form, dict | None):
         raise ValueError(f"{FORM_KEY} in the metadata of {file} is {form!r:.80}; expected an object.")
     return form

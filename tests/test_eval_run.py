@@ -273,7 +273,7 @@ def test_a_list_of_ids(tmp_path: Path) -> None:
     evaluate(settings(tmp_path, select=f"fixed:{tmp_path / 'ids.txt'}", **options))
     assert {tuple(row["demonstrations"]) for row in predictions(tmp_path / "run")} == {("p3", "p1")}
     (tmp_path / "ids.json").write_text(json.dumps({"pictures": ["p3", "nobody"]}))
-    with pytest.raises(ValueError, match=r"lists 'nobody', which is no demonstration of pictures"):
+    with pytest.raises(ValueError, match=r"lists 'nobody', which is not a demonstration of pictures"):
         evaluate(settings(tmp_path / "b", select=f"fixed:{tmp_path / 'ids.json'}", **options))
 
 
@@ -415,14 +415,14 @@ def test_another_run_is_not_overwritten(tmp_path: Path) -> None:
     ("given", "message"),
     [
         ({"methods": ("aim", "magic")}, "no method magic; choose of zero, text"),
-        ({"tasks": ("nothing",)}, "'nothing' is no task"),
+        ({"tasks": ("nothing",)}, "'nothing' is not a task"),
         ({"select": "best"}, "select='best' is unknown"),
         ({"shots": (0, -1)}, "expected numbers from 0 up"),
         ({"shots": (16,)}, "has 8 demonstrations, not 16"),
         ({"tasks": ("pictures",), "shots": (8,)}, "8 demonstrations are asked for, but pictures has 6"),
         ({"tasks": ("naming", "naming:,count=3")}, "Two tasks have the same name"),
         ({"repo": None, "backbone": AIM_TINY, "methods": ("full", "aim")}, "aim need an AIM repository"),
-        ({"repo": f"{AIM_TINY}/backbone"}, "is no AIM repository. Evaluate a model without AIM with --backbone"),
+        ({"repo": f"{AIM_TINY}/backbone"}, "is not an AIM repository. Evaluate a model without AIM with --backbone"),
         ({"backbone": AIM_TINY}, "one of them"),
         ({"prompts": "poem"}, "prompts='poem' is unknown"),
         ({"repo": None, "backbone": AIM_TINY, "select": "fused"}, "needs an AIM repository"),

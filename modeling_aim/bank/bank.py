@@ -139,7 +139,7 @@ class DemonstrationBank(ChoosingBank):
 
         Raises:
             FileNotFoundError: there is no bank.
-            ValueError: a file is damaged or is no bank (the message names the file), or another model read it (the
+            ValueError: a file is damaged or is not a bank (the message names the file), or another model read it (the
                 message names what differs).
         """
         files = open_files(name_or_path, damaged, hub_kwargs)

@@ -99,8 +99,8 @@ def build_bank(
         thumbnails: largest side in pixels of a small picture that is kept of each first image; 0 keeps none.
         shard_bytes: about how large a file may be.
         total: how many demonstrations come, for the progress bar, where `demos` does not say.
-        on_bad_row: what becomes of a row that is no demonstration, or that the model cannot read: `"skip"` leaves it
-            out with a warning that names it, `"raise"` makes it an error. What was read is kept in either case.
+        on_bad_row: what to do with a row that is not a demonstration, or that the model cannot read: `"skip"` leaves
+            it out with a warning that names it, `"raise"` makes it an error. What was read is kept in either case.
         max_bad_rows: with more bad rows than this, the build stops with an error; so it does when all rows are bad.
 
     Returns:

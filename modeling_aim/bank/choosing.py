@@ -82,9 +82,9 @@ class ChoosingBank(BankContents):
                 fixed list. Also what `model.query_features` gave for one query.
             k: how many.
             by: `"random"`; `"image"` (RICES: the backbone's own features of images); `"text"`; `"fused"` (fused
-                tokens, averaged); `"mmices"` (of the `4 * k` most similar images those with the most similar questions;
-                where questions are as alike, and where nothing is asked, the images decide; arXiv 2311.18021); or a
-                list of numbers or keys of demonstrations, of which the first `k` are taken as they come.
+                tokens, averaged); `"mmices"` (of the `4 * k` most similar images those with the most similar
+                questions; where questions are equally similar, and where nothing is asked, the images decide; arXiv
+                2311.18021); or a list of numbers or keys of demonstrations, of which the first `k` are taken as they come.
             seed: of `"random"`.
             balanced: take labels in turn, the best of each first, where demonstrations have labels.
             near_duplicate: a demonstration is left out while others are left when it is at least as alike (cosine) as
@@ -136,8 +136,8 @@ class ChoosingBank(BankContents):
         """Cosine of a query with each demonstration; of the nearest neighbours only, where FAISS searches."""
         if search == "faiss" and groups is not None:
             raise ValueError(
-                "search='faiss' finds the nearest neighbours in the whole bank, but labels are to be taken in turn. Choose "
-                "with balanced=False, or without search."
+                "search='faiss' finds the nearest neighbours in the whole bank, but labels are to be taken in turn. "
+                "Choose with balanced=False, or without search."
             )
         if search == "faiss" or (search == "auto" and groups is None and len(self) >= FAISS_FROM):
             try:
@@ -247,8 +247,8 @@ class ChoosingBank(BankContents):
         unknown = set(options) - SELECT_OPTIONS
         if unknown:
             raise ValueError(
-                f"select has the keys {sorted(unknown)}; known are by, {', '.join(sorted(SELECT_OPTIONS))}. How many "
-                "are chosen is said by shots=."
+                f"select has the keys {sorted(unknown)}; known are by, {', '.join(sorted(SELECT_OPTIONS))}. Set "
+                "their number with shots=."
             )
         check_strategy(by, options.get("search", "auto"))
         self.check_count(k)  # before anything is computed

@@ -19,7 +19,9 @@ SEARCHED = ("image", "text", "fused")  # strategies that rank the whole bank by 
 SEARCHES = ("auto", "torch", "faiss")
 FAISS_FROM = 250_000  # demonstrations; of 100 000 a product in blocks is as fast, and copies no features
 INNER_PRODUCT = 0  # faiss.METRIC_INNER_PRODUCT
-MMICES_POOL = 4  # times k: demonstrations with the most similar images, of which those with the most similar texts are taken
+MMICES_POOL = (
+    4  # times k: demonstrations with the most similar images, of which those with the most similar texts are taken
+)
 ABSENT = -2.0  # below every cosine: a demonstration without an image, when it is images that are compared
 NOT_COMPARED = -3.0  # below that: a demonstration outside of a shortlist
 ALL_ALIKE = 1e-3  # a feature that differs from the mean of the bank by less differs in rounding alone
@@ -34,11 +36,13 @@ def check_strategy(by: object, search: str = "auto") -> None:
     if search not in SEARCHES:
         raise ValueError(f"search={search!r:.80}: expected one of {', '.join(SEARCHES)}.")
     if search == "faiss" and not (isinstance(by, str) and by in SEARCHED):
-        raise ValueError(f"search='faiss' finds nearest neighbours by one of {', '.join(SEARCHED)}; got by={by!r:.80}.")
+        raise ValueError(
+            f"search='faiss' finds nearest neighbours by one of {', '.join(SEARCHED)}; got by={by!r:.80}."
+        )
 
 
 def is_whole(value: Any) -> bool:
-    """Whether `value` is a whole number; a bool is none."""
+    """Whether `value` is a whole number and not a bool."""
     try:
         return not isinstance(value, bool) and operator.index(value) is not None
     except TypeError:

@@ -22,7 +22,7 @@ LONG_QUESTION = "Which of the names that you were told goes with this?"
 # seen, and up to 22 in float32, whose sums round too.
 ROUNDINGS = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 2**10, torch.float64: 2**10}
 TF32_EPS = 2.0**-10  # in which a GPU may compute float32
-MASKED = float(torch.finfo(torch.float16).min)  # what is not above it is no logit, in any precision
+MASKED = float(torch.finfo(torch.float16).min)  # what is not above it is not a logit, in any precision
 
 
 class NotApplicable(Exception):

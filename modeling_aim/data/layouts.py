@@ -121,7 +121,7 @@ def _class_images(folder: Path, images: Sequence[Path], files: Sequence[Path], s
     ]  # fmt: skip
     if beside:
         raise ValueError(
-            f"{folder} holds annotations, and the names of its folders are no labels. Give the file that has the "
+            f"{folder} holds annotations, and the names of its folders are not labels. Give the file that has the "
             f"texts: {_listed([suggested(file) for file in beside])}."
         )
     inner = [image for image in images if image.parent != folder]

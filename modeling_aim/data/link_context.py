@@ -183,6 +183,6 @@ def class_rows(path: Path, keys: Sequence[str]) -> Iterator[tuple[int, dict[str,
 def image_paths(root: Path, names: object, path: str | os.PathLike[str], line: int) -> Iterator[str]:
     """Image paths of a row, each once."""
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"{path}, line {line}: {names!r:.60} is no list of image paths.")
+        raise ValueError(f"{path}, line {line}: {names!r:.60} is not a list of image paths.")
     for name in dict.fromkeys(names):
         yield os.path.join(root, name)

@@ -167,13 +167,14 @@ def clip_features(
         clip: Hub id or folder of a CLIP (any model with `get_text_features` and `get_image_features`). The paper:
             `openai/clip-vit-base-patch16`.
         cache: safetensors file to keep them in; one below the Hugging Face cache when `None`. A stale one is
-            recomputed: its key is made of the model's files (or Hub commit), the names, and paths and sizes of the images.
+            recomputed: its key is made of the model's files (or Hub commit), the names, and paths and sizes of the
+            images.
         images_per_class: chosen at random, always the same ones.
         batch_size: images, or names, in one pass.
         device: CUDA where there is one, when `None`.
 
     Raises:
-        ValueError: the model is no CLIP, or a class has no readable image.
+        ValueError: the model is not a CLIP, or a class has no readable image.
         OSError: the model is not found.
     """
     chosen = [_chosen(image_class) for image_class in classes]
@@ -289,7 +290,7 @@ def _read(path: Path) -> tuple[ClassFeatures, str]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a mapping)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read as safetensors ({error}). Remove it, or compute it again.") from error
     beside = path.with_suffix(".json")
@@ -321,7 +322,7 @@ def _check(path: Path, classes: object, tensors: dict[str, torch.Tensor]) -> Non
         raise ValueError(f"{path} holds {shapes} for {len(classes)} classes; expected (classes, d) for both.")
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
-        raise ValueError(f"{path} holds values of {broken[0]!r} that are no finite numbers.")
+        raise ValueError(f"{path} holds values of {broken[0]!r} that are not finite numbers.")
 
 
 def _listing(names: Sequence[str]) -> str:

@@ -116,7 +116,7 @@ def open_dataset(path: str, split: str, config: str | None) -> tuple[Any, Path]:
     try:
         import datasets
     except ImportError as error:
-        what = path if saved or shards else f"{path} is no file or folder here; to stream it from the Hub one"
+        what = path if saved or shards else f"{path} is not a file or folder here; to stream it from the Hub one"
         raise ImportError(f"{what} needs the datasets library: pip install modeling-aim[train]") from error
     if saved:
         data = datasets.load_from_disk(str(place))
@@ -131,7 +131,7 @@ def open_dataset(path: str, split: str, config: str | None) -> tuple[Any, Path]:
         try:
             return datasets.load_dataset(path, config, split=split, streaming=True).decode(False), Path()
         except (FileNotFoundError, ConnectionError) as error:
-            raise FileNotFoundError(f"{path} is no file or folder here, and from the Hub: {error}") from error
+            raise FileNotFoundError(f"{path} is not a file or folder here, and from the Hub: {error}") from error
     named = [shard for shard in shards if split == shard.parent.name or split in re.split(r"[-_.]", shard.name)]
     names = [str(shard) for shard in named or shards]
     data = datasets.load_dataset("parquet", data_files=names, split="train", streaming=True)
@@ -205,7 +205,7 @@ def json_rows(path: Path, skipped: Counter[str]) -> Iterator[dict[str, Any]]:
         if isinstance(row, dict):
             yield row
         else:
-            skipped["line that is no JSON object"] += 1
+            skipped["line that is not a JSON object"] += 1
 
 
 def _json(line: bytes) -> Any:
@@ -282,7 +282,7 @@ def json_members(path: Path, skipped: Counter[str]) -> Iterator[tuple[dict[str, 
                 if isinstance(fields, dict):
                     yield fields, member.offset_data, member.size
                 else:
-                    skipped["member that is no JSON object"] += 1
+                    skipped["member that is not a JSON object"] += 1
     except (OSError, EOFError, tarfile.TarError) as error:
         _damaged(path, error, skipped)
 
@@ -295,7 +295,7 @@ def _add_member(row: dict[str, Any], end: str, content: bytes, skipped: Counter[
         try:
             fields = dict(json.loads(content))
         except (ValueError, TypeError, RecursionError):
-            skipped["member that is no JSON object"] += 1
+            skipped["member that is not a JSON object"] += 1
             return
         row.update({name: value for name, value in fields.items() if name not in row})
 

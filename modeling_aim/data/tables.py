@@ -47,7 +47,7 @@ def fetched(path: str, patterns: Sequence[str]) -> Path:
     try:
         return Path(snapshot_download(path, repo_type="dataset", allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(f"{path} is no folder here, and from the Hub: {error}") from error
+        raise FileNotFoundError(f"{path} is not a folder here, and from the Hub: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def file_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a jsonl, json or csv file, all of which must be whole.
 
     Raises:
-        ValueError: a line is no JSON object, or the file is of another kind.
+        ValueError: a line is not a JSON object, or the file is of another kind.
     """
     name, broken = path.name.lower(), Counter[str]()
     if name.endswith(".jsonl"):
@@ -141,9 +141,9 @@ def file_rows(path: Path) -> list[dict[str, Any]]:
     elif name.endswith(".json"):
         rows = read_json(path)
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError(f"{path} is no JSON list of objects.")
+            raise ValueError(f"{path} is not a JSON list of objects.")
     else:
-        raise ValueError(f"{path} is no file of rows: expected .jsonl, .json, .csv or .parquet.")
+        raise ValueError(f"{path} is not a file of rows: expected .jsonl, .json, .csv or .parquet.")
     if broken:
         raise ValueError(f"{path} cannot be read whole: {counted(broken)}. Fetch it again.")
     return rows
@@ -166,7 +166,7 @@ def _data_set(place: Path | str, split: str, config: str | None) -> Any:
             named = _known_split(place, split, datasets.get_dataset_split_names(str(place), config))
             data = datasets.load_dataset(str(place), config, split=named)
         except (FileNotFoundError, ConnectionError) as error:
-            raise FileNotFoundError(f"{place} is no dataset here, and on the Hub: {error}") from error
+            raise FileNotFoundError(f"{place} is not a dataset here, and on the Hub: {error}") from error
     for name, kind in data.features.items():
         if isinstance(kind, datasets.Image):
             data = data.cast_column(name, datasets.Image(decode=False))
@@ -193,7 +193,7 @@ def split_names(path: str, config: str | None = None) -> list[str]:
     except ImportError as error:
         raise ImportError(f"{path} needs the datasets library: {INSTALL}") from error
     except (FileNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(f"{path} is no dataset here, and on the Hub: {error}") from error
+        raise FileNotFoundError(f"{path} is not a dataset here, and on the Hub: {error}") from error
 
 
 def _known_split(place: Path | str, split: str, splits: Sequence[str]) -> str:

@@ -131,7 +131,7 @@ def read_chosen(task: Task, path: Path) -> Chosen:
         for row in map(json.loads, file):
             missing = [name for name in row["demonstrations"] if name not in pool]
             if missing:
-                raise ValueError(f"{path} names the demonstration {missing[0]!r}, which {task.name} has no more.")
+                raise ValueError(f"{path} names the demonstration {missing[0]!r}, which {task.name} no longer has.")
             chosen[row["seed"], row["shots"], row["example"]] = [pool[name] for name in row["demonstrations"]]
     return chosen
 
@@ -246,7 +246,7 @@ def _listed(task: Task, count: int, choice: Choice) -> list[int]:
     places = {shot.id: place for place, shot in enumerate(task.pool())}
     wrong = [entry for entry in ids[:count] if entry not in places]
     if wrong or len(ids) < count:
-        what = f"{wrong[0]!r}, which is no demonstration of {task.name}" if wrong else f"{len(ids)} for {task.name}"
+        what = f"{wrong[0]!r}, which is not a demonstration of {task.name}" if wrong else f"{len(ids)} for {task.name}"
         raise ValueError(
             f"{path} lists {what}; {count} ids of its pool are needed, such as {next(iter(places), None)!r}."
         )

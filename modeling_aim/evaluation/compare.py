@@ -78,7 +78,7 @@ def _open(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{folder} holds no finished run of `aim eval`: there is no {name}.")
     results = read_json(folder / RESULTS)
     if not (isinstance(results, dict) and {"tasks", "cells", "settings"} <= set(results)):
-        raise ValueError(f"{folder / RESULTS} is no result of `aim eval`; run it again with --overwrite.")
+        raise ValueError(f"{folder / RESULTS} is not a result of `aim eval`; run it again with --overwrite.")
     return {"results": results, "rows": read_rows(folder / PREDICTIONS)}
 
 

@@ -319,7 +319,7 @@ def pictures(visuals: Any) -> tuple[Image.Image, ...]:
     """The images that a task shows, in RGB.
 
     Raises:
-        ValueError: one of them is no image.
+        ValueError: one of them is not an image.
     """
     images = tuple(visuals or ())
     other = next((image for image in images if not isinstance(image, Image.Image)), None)

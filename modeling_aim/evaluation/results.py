@@ -102,7 +102,7 @@ def read_rows(path: Path) -> list[PredictionRow]:
     """Predictions of a finished run.
 
     Raises:
-        ValueError: a line is no JSON; the message names file and line.
+        ValueError: a line is not JSON; the message names file and line.
     """
     return [row for _, row in numbered_json(path)]
 

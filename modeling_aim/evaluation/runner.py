@@ -410,7 +410,7 @@ class Run:
         return cell_rows
 
     def _timed(self) -> list[str]:
-        """A word on times that cannot be compared."""
+        """A note on times that cannot be compared."""
         alone = [m for m in self.settings.methods if method_of(m).rival is not None and m not in self._cannot]
         if not alone or self.settings.batch_size == 1:
             return []

@@ -406,7 +406,7 @@ def load_subject(
     place = {"revision": revision} if revision else {}
     if repo is not None:
         if not has_aim(repo, revision):
-            raise ValueError(f"{repo} is no AIM repository. Evaluate a model without AIM with --backbone {repo}.")
+            raise ValueError(f"{repo} is not an AIM repository. Evaluate a model without AIM with --backbone {repo}.")
         model: Any = AimForConditionalGeneration.from_pretrained(repo, **options)
         processor = model.processor
     else:

@@ -196,7 +196,7 @@ def rival_of(name: str) -> Rival:
         key, equals, value = part.partition("=")
         if key not in known or not equals:
             has = ", ".join(f"{n}={v}" for n, v in known.items()) or "none"
-            raise ValueError(f"Method {name!r}: {part!r} is no setting of {plain}; it has {has}.")
+            raise ValueError(f"Method {name!r}: {part!r} is not a setting of {plain}; it has {has}.")
         settings[key] = _setting(name, key, value, known[key])
     return replace(rival, settings=settings)
 

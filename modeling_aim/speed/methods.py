@@ -187,7 +187,7 @@ class Bench:
 
     @torch.no_grad()
     def prefix_kv(self, shots: int) -> Call:
-        """The baseline at its best: no copy of its KV, which is cut back behind each answer, and no generation loop."""
+        """The baseline at its best: its KV is not copied but cut back after each answer, without a generation loop."""
         before, behind = self._placed(self.prompts.before(shots)), self._placed(self.prompts.behind())
         whole = self._placed(self.prompts.full(shots))
         with preserved_state(self.backbone):

@@ -66,7 +66,7 @@ class Mmc4(ShuffledSource):
         self.image_folders = ShardFolders(self.shards, self.images)
         other = [shard for shard in self.shards if not shard.name.lower().endswith((*LINES, ".tar"))]
         if other:
-            raise ValueError(f"{other[0]} is no shard of MMC4: expected one that ends in {(*LINES, '.tar')}.")
+            raise ValueError(f"{other[0]} is not a shard of MMC4: expected one that ends in {(*LINES, '.tar')}.")
         tar = next((shard for shard in self.shards if shard.suffix.lower() == ".tar"), None)
         if tar is not None and not any(_is_document(row) for row, _, _ in islice(json_members(tar, Counter()), 20)):
             raise ValueError(

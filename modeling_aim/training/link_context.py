@@ -344,7 +344,7 @@ def _row_neighbours(
 ) -> Iterator[Neighbour]:
     """Neighbours of a row that have rows of their own, with the weights of their places among all: 36, 35, ..., 1."""
     if not isinstance(listed, list) or not all(isinstance(entry, list) and len(entry) == 3 for entry in listed):
-        raise ValueError(f"{path}, line {line}: its neighbors are no lists [class id, class name, image].")
+        raise ValueError(f"{path}, line {line}: its neighbors are not lists [class id, class name, image].")
     for place, (key, _, image) in enumerate(listed):
         if str(key) in numbers:
             more = tuple(image_paths(root, [image], path, line))

@@ -77,7 +77,7 @@ def train(settings: TrainSettings, announce: Announce | None = None) -> AimTrain
 
     Raises:
         ValueError: settings or data that cannot work, or an output folder that holds another run.
-        NotFinite: the loss is no number any more.
+        NotFinite: the loss became NaN or infinite.
     """
     mixture = _mixture(settings.data, settings)
     mixture.check()  # before the backbone is loaded

@@ -102,7 +102,7 @@ class Pairs(ShuffledSource):
             known = (*LINES, ".json", ".csv", ".tar", ".parquet", *IMAGE_SUFFIXES)
             if any(not shard.name.lower().endswith(known) for shard in self.shards):
                 raise ValueError(
-                    f"{path} is no file of pairs: expected one that ends in {LINES}, .json, .csv, .tar or .parquet."
+                    f"{path} is not a file of pairs: expected one that ends in {LINES}, .json, .csv, .tar or .parquet."
                 )
         if not self.shards or self.shards[0].suffix == ".parquet":
             self.data, self.folder = open_dataset(path, split or "train", config)
@@ -255,8 +255,8 @@ def open_source(spec: str) -> tuple[Source, float]:
     kind, path, values = split_spec(spec, KINDS, {"weight": float}, omitted=("name",))
     if kind not in KINDS or not path:
         raise ValueError(
-            f"{spec!r} is no source of data. Expected KIND:PATH[,name=value...] with a kind of {sorted(KINDS)}, such "
-            "as pairs:data/train.jsonl,weight=2."
+            f"{spec!r} is not a source of data. Expected KIND:PATH[,name=value...] with a kind of {sorted(KINDS)}, "
+            "such as pairs:data/train.jsonl,weight=2."
         )
     weight = values.pop("weight", 1.0)
     with spec_named(spec):

@@ -191,7 +191,7 @@ def _karpathy_table(path: Path, images: str | None) -> Table:
         if not (isinstance(rows, list) and rows) or not all(
             isinstance(row, dict) and needed <= set(row) for row in rows
         ):
-            raise ValueError(f"{path} is no file of Karpathy's: expected images, each with {sorted(needed)}.")
+            raise ValueError(f"{path} is not a file of Karpathy's: expected images, each with {sorted(needed)}.")
         captions = [[sentence["raw"] for sentence in row["sentences"]] for row in rows]
     table_rows = [
         {"file_name": row["filename"], "filename": row["filename"], "split": row["split"], "captions": some}

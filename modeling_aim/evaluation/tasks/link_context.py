@@ -144,7 +144,7 @@ class Isekai(LinkContextTask):
             if rows and all(isinstance(row, dict) and set(KEYS) <= set(row) for row in rows):
                 return rows
         if self.annotations:
-            raise ValueError(f"{self.annotations} is no list (or lines) of objects with the keys {list(KEYS)}.")
+            raise ValueError(f"{self.annotations} is not a list (or lines) of objects with the keys {list(KEYS)}.")
         raise FileNotFoundError(
             f"{folder} has no JSON file of objects with the keys {list(KEYS)}. Give the annotations of the paper's "
             "repository: annotations=..."

@@ -99,14 +99,14 @@ class VlIcl(DataTask):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is no list of objects with these keys.
+            ValueError: it is not a list of objects with these keys.
         """
         path = self.folder / file
         if not path.is_file():
             raise FileNotFoundError(f"{self.folder} has no {file}; {self.kind} has query.json and support.json.")
         entries = read_json(path)
         if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-            raise ValueError(f"{path} is no list of objects.")
+            raise ValueError(f"{path} is not a list of objects.")
         for number, entry in enumerate(entries):
             missing = [key for key in keys if key not in entry]
             if missing:
@@ -233,7 +233,7 @@ class OperatorInduction(VlIcl):
 
     def example(self, entry: Mapping[str, Any], name: str, images: Sequence[Any]) -> Example:
         if entry["operator"] not in OPERATORS:
-            raise ValueError(f"{self.folder}, query {name}: operator {entry['operator']!r} is none of {OPERATORS}.")
+            raise ValueError(f"{self.folder}, query {name}: operator {entry['operator']!r} is not one of {OPERATORS}.")
         prompt = PROMPT.format(question=entry["question"])
         facts = {"operator": entry["operator"]}
         answer, operator = str(entry["answer"]), entry["operator"]

@@ -60,7 +60,7 @@ class VisualQuestions(SplitTask):
 
 
 def short_answer(text: str) -> str:
-    """An answer, cut where the model continues with a question of its own: at a new line, or at a word of the prompt."""
+    """An answer, cut where the model begins a question of its own: at a new line, or at a word of the prompt."""
     return re.split(r"\s(?:Question|Answer|Short)\b", text.strip().split("\n")[0], maxsplit=1)[0].strip()
 
 
