@@ -25,7 +25,15 @@ from .backbone_aim import (
     module_device,
 )
 from .cache_aim import LRUCache
-from .configuration_aim import IMPLEMENTATIONS, OWN_SETTINGS, AimConfig, by_part, implementation, preset_settings
+from .configuration_aim import (
+    IMPLEMENTATIONS,
+    OWN_SETTINGS,
+    AimConfig,
+    by_part,
+    implementation,
+    preset_settings,
+    usable,
+)
 from .files_aim import (
     HUB_KWARGS,
     backbone_place,
@@ -337,7 +345,8 @@ class AimPreTrainedModel(PreTrainedModel):
         config.check()
         model = cls(config, backbone=backbone, processor=processor)
         if cached_file(name, "generation_config.json", _raise_exceptions_for_missing_entries=False, **hub) is not None:
-            model.generation_config = GenerationConfig.from_pretrained(name, **hub)
+            with usable(f"The generation_config.json of {name}"):
+                model.generation_config = GenerationConfig.from_pretrained(name, **hub)
         model._loaded_from = (name, {**hub, "trust_remote_code": trusted})
         if file is not None:
             load_projector(model.projector, config, file, name, digest)

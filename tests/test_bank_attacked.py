@@ -226,6 +226,7 @@ BAD = {
     "no image": ("missing.png", "a dax"),
     "a lone surrogate": {"text": "a dax \ud800 lies here."},
     "no demonstration": 7,
+    "a placeholder": {"text": "a <image> of a dax lies here."},
     "too long": {"text": "a dax lies here and there. " * 400},
 }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from backbones import build, picture, plugin
 from rich.console import Console
@@ -28,7 +29,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     built = build("llava")
     built.model.save_pretrained(folder / "backbone")
     built.processor.save_pretrained(folder / "backbone")
-    plugin("llava").model.save_pretrained(folder / "repo", include_backbone=True)
+    aim = plugin("llava")
+    aim.model.save_pretrained(folder / "repo", include_backbone=True)
+    with torch.no_grad():
+        aim.model.projector.layers[-1].weight[0] = float("nan")
+    aim.model.save_pretrained(folder / "nan", include_backbone=True)
     picture(0).save(folder / "0.png")
     (folder / "demos.jsonl").write_text(json.dumps({"image": "0.png", "label": "dax"}))
     (folder / "deep.jsonl").write_text("[" * 100_000)
@@ -57,6 +62,11 @@ CASES: dict[str, Any] = {
     "a missing file": lambda f, o: answer(f, demos="[/red]nowhere.jsonl"),
     "a missing repository": lambda f, o: answer(f, repo="no/where/at/all"),
     "a device that is not there": lambda f, o: answer(f, "--device-map", "gpu7"),
+    "a GPU that is not there": lambda f, o: answer(f, "--device-map", f"cuda:{torch.cuda.device_count()}"),
+    "weights that are not finite": lambda f, o: answer(f, repo="nan"),
+    "a bank of weights that are not finite": lambda f, o: [
+        "bank", "build", "--repo", f / "nan", "--demos", f / "demos.jsonl", "--output", o,
+    ],
     "an image that is none": lambda f, o: answer(f, "--image", f / "demos.jsonl"),
     "AIM on AIM": lambda f, o: ["init", AIM_TINY, "--output", o],
     "a number that is none": lambda f, o: train(f, "--output", o, "--steps", 1, "--set", "max_grad_norm=x"),

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import pytest
 import torch
 from backbones import picture
 from eval_tasks import AIM_TINY, UNTIMED, Naming, Pictures, episode_file, figures, predictions, settings, world
+from killed_commands import killed_command
 from more_families import blip_2
 from typer.testing import CliRunner
 
@@ -338,39 +337,31 @@ def _arguments(task: Path, output: Path) -> list[str]:
     return [*given, "--batch-size", "3", "--output", str(output)]
 
 
-def _hears_interrupts() -> None:
-    """What a shell starts in the background ignores SIGINT, and so do its children."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def test_a_killed_run_goes_on_to_the_same_results(tmp_path: Path) -> None:
-    """Killed and interrupted after a counted answer, then the same command again; cut lines among what is left."""
-    task = episode_file(tmp_path, 40)  # answering takes far longer than noticing that one answer more is there
+    """Killed and interrupted after counted answers, then the same command again; cut lines among what is left."""
+    task = episode_file(tmp_path, 8)
     whole = settings(tmp_path, tasks=(f"episodes:{task}",), shots=(0, 2), batch_size=3)
     evaluate(whole)
-    command = [sys.executable, *COMMAND, *_arguments(task, tmp_path / "killed")]
+    arguments = ["eval", *_arguments(task, tmp_path / "killed")]
     partial = tmp_path / "killed/unfinished/process-0.jsonl"
     answered = 0
-    for how in (signal.SIGKILL, signal.SIGINT):
-        running = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=_hears_interrupts
-        )
-        while running.poll() is None and (not partial.exists() or len(partial.read_bytes().splitlines()) <= answered):
-            time.sleep(0.005)
-        os.kill(running.pid, how)
-        said = running.communicate()[1]
-        assert how == signal.SIGKILL or (running.returncode == 130 and "Rerun the same command to resume" in said)
+    for number, how in ((2, signal.SIGKILL), (3, signal.SIGINT)):
+        killed = killed_command("answers", number, how, arguments)
+        interrupted = killed.returncode == 130 and "Rerun the same command to resume" in killed.stderr
+        assert interrupted if how == signal.SIGINT else killed.returncode == -how, killed.stderr
         assert not (tmp_path / "killed/results.json").exists()
+        before, answered = answered, len(partial.read_bytes().splitlines())
+        assert before < answered < len(predictions(tmp_path / "run"))
         with partial.open("ab") as file:
             file.write(b'{"task": "nam')
-        answered = len(partial.read_bytes().splitlines())
-    assert 0 < answered < len(predictions(tmp_path / "run"))
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "modeling_aim", *arguments], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     _same_results(tmp_path / "killed", tmp_path / "run")
-    before = (tmp_path / "run/predictions.jsonl").read_bytes()
+    before_again = (tmp_path / "run/predictions.jsonl").read_bytes()
     evaluate(whole)  # a finished run: nothing is answered again
-    assert (tmp_path / "run/predictions.jsonl").read_bytes() == before
+    assert (tmp_path / "run/predictions.jsonl").read_bytes() == before_again
 
 
 def test_two_processes_give_the_results_of_one(tmp_path: Path) -> None:

@@ -1,30 +1,41 @@
-"""Damaged repositories: configuration, weights and processor settings end in a clear error, or load what they say.
+"""Damaged repositories and banks, file by file: they end in a clear error, or load what they say.
 
-`FUZZ_SEED` draws other damage; a failure names the case, which `FUZZ_CASE` runs alone.
+`FUZZ_SEED` draws other damage; a failure names the case, which `FUZZ_CASE` runs alone. `test_bank_fuzz.py` has damage
+to banks by somebody who corrects their digests.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import random
+import shutil
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from backbones import Plugin, plugin
+from backbones import Plugin, picture, plugin
 from safetensors.torch import load_file, save_file
+from test_bank_fuzz import content
 
-from modeling_aim import AimForConditionalGeneration, AimProcessor
+from modeling_aim import AimForConditionalGeneration, AimProcessor, DemonstrationBank, FusedDemonstrations
+from modeling_aim.bank.manifest import BANK_MANIFEST, BANK_SHARDS
+from modeling_aim.demonstrations_aim import FUSED_FILE
 from modeling_aim.files_aim import safetensors_metadata
 from modeling_aim.projector_aim import DIGEST_KEY, PROJECTOR_WEIGHTS
 
 SEED = os.environ.get("FUZZ_SEED", "0")
 ONE = os.environ.get("FUZZ_CASE")
+CASES = {
+    "configuration": 700, "weights": 600, "processor": 300, "tokenizer": 60, "generation settings": 100,
+    "manifest": 300, "shards": 400, "fused demonstrations": 200, "backbone's weights": 40,
+}  # fmt: skip
 JUNK: tuple[Any, ...] = (
     None, True, -1, 0, 3, 2**63, 10**12, 1e308, -0.5, float("nan"), float("inf"), "", "x", "../..", "\ud800", "\x00",
     [], {}, [[]], [None], ["a", 1], {"a": {"b": []}}, "a" * 5000, [1] * 300, {"model_type": "llava"},
@@ -118,20 +129,24 @@ def damaged_weights(path: Path, rng: random.Random) -> None:
     save_file(tensors, path, metadata=metadata)
 
 
-def tried(cases: int, name: str, action: Callable[[random.Random], Any]) -> Counter[str]:
-    """Each case, which may end in `ValueError` or `OSError` with words, or well."""
+def tried(name: str, action: Callable[[random.Random], Any], least: int = 10) -> None:
+    """Each case, which may end in `ValueError` or `OSError` with words, or well; both happen at least so often."""
     ends: Counter[str] = Counter()
-    for case in range(cases) if ONE is None else [int(ONE)]:
+    for case in range(CASES[name]) if ONE is None else [int(ONE)]:
         rng = random.Random(f"{name} {SEED} {case}")
         try:
             action(rng)
             ends["well"] += 1
         except (ValueError, OSError) as error:
             assert len(str(error)) > 20, f"{name}: FUZZ_SEED={SEED} FUZZ_CASE={case}: {error!r} says nothing"
-            ends[type(error).__name__] += 1
+            ends["refused"] += 1
         except Exception as error:
             raise AssertionError(f"{name}: FUZZ_SEED={SEED} FUZZ_CASE={case} ends in {error!r}") from error
-    return ends
+    assert ONE or min(ends["well"], ends["refused"]) > least, ends
+
+
+def test_there_are_thousands_of_cases() -> None:
+    assert sum(CASES.values()) >= 2000
 
 
 def test_a_damaged_configuration(aim: Plugin, whole: Path, tmp_path: Path) -> None:
@@ -146,8 +161,7 @@ def test_a_damaged_configuration(aim: Plugin, whole: Path, tmp_path: Path) -> No
             torch.equal(value, wanted[name]) for name, value in model.projector.state_dict().items()
         )
 
-    ends = tried(700, "configuration", action)
-    assert ONE or min(ends["well"], ends["ValueError"], ends["OSError"]) > 20, ends
+    tried("configuration", action)
 
 
 def test_damaged_weights(aim: Plugin, whole: Path, tmp_path: Path) -> None:
@@ -167,8 +181,7 @@ def test_damaged_weights(aim: Plugin, whole: Path, tmp_path: Path) -> None:
         if bound:
             assert all(torch.equal(value, wanted[name]) for name, value in found.items())
 
-    ends = tried(600, "weights", action)
-    assert ONE or min(ends["well"], ends["ValueError"]) > 20, ends
+    tried("weights", action)
 
 
 def test_damaged_settings_of_a_processor(aim: Plugin, whole: Path, tmp_path: Path) -> None:
@@ -188,5 +201,133 @@ def test_damaged_settings_of_a_processor(aim: Plugin, whole: Path, tmp_path: Pat
         processor = AimProcessor.from_pretrained(tmp_path, local_files_only=True)
         assert "{label}" in processor.label_template
 
-    ends = tried(300, "processor", action)
-    assert ONE or min(ends["well"], ends["ValueError"]) > 20, ends
+    tried("processor", action)
+
+
+def test_a_damaged_tokenizer(whole: Path, tmp_path: Path) -> None:
+    for path in whole.iterdir():
+        if path.is_file() and path.suffix in (".json", ".jinja", ".model"):
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    files = [path for path in tmp_path.iterdir() if path.name.startswith(("tokenizer", "chat_template"))]
+    raw = {path: path.read_bytes() for path in sorted(files)}
+    assert len(raw) > 1
+
+    def action(rng: random.Random) -> None:
+        for path, whole_file in raw.items():
+            path.write_bytes(whole_file)
+        path = rng.choice(list(raw))
+        json_file = path.suffix == ".json" and rng.random() < 0.5
+        path.write_bytes(damaged_json(raw[path], rng, ()) if json_file else damaged_bytes(raw[path], rng))
+        AimProcessor.from_pretrained(tmp_path, local_files_only=True)
+
+    tried("tokenizer", action, least=5)
+
+
+def test_damaged_generation_settings(aim: Plugin, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "copy")
+    path = tmp_path / "copy" / "generation_config.json"
+    raw = json.dumps({**json.loads(path.read_bytes()), "max_new_tokens": 5, "do_sample": True, "top_k": 3}).encode()
+    own = ("max_new_tokens", "do_sample", "top_k", "suppress_tokens", "eos_token_id", "transformers_version")
+
+    def action(rng: random.Random) -> None:
+        path.write_bytes(damaged_json(raw, rng, own))
+        before = aim.backbone.generation_config
+        try:
+            AimForConditionalGeneration.from_pretrained(path.parent, backbone=aim.backbone, processor=aim.processor)
+        finally:
+            aim.backbone.generation_config = before
+
+    tried("generation settings", action)
+
+
+def test_damaged_weights_of_the_backbone(aim: Plugin, tmp_path: Path) -> None:
+    aim.model.save_pretrained(tmp_path, include_backbone=True)
+    [path] = (tmp_path / "backbone").glob("*.safetensors")
+    raw = path.read_bytes()
+    header = 8 + int.from_bytes(raw[:8], "little")
+
+    def action(rng: random.Random) -> None:
+        path.write_bytes(raw)
+        if rng.random() < 0.5:
+            damaged_weights(path, rng)
+        else:
+            path.write_bytes(damaged_bytes(raw[:header], rng) + raw[header:])
+        AimForConditionalGeneration.from_pretrained(tmp_path, processor=aim.processor)
+
+    tried("backbone's weights", action, least=3)
+
+
+# --- banks and fused demonstrations
+
+
+@pytest.fixture(scope="module")
+def bank(aim: Plugin, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A bank on disk, and what it holds."""
+    folder = tmp_path_factory.mktemp("bank")
+    demos = [{"image": picture(seed), "label": f"dax {seed}"} for seed in range(4)]
+    built = DemonstrationBank.build(aim.model, demos, folder, batch_size=2, shard_bytes=1)
+    assert len(built._shards) == 2
+    return folder, content(built)
+
+
+def test_a_damaged_manifest(bank: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, wanted = bank
+    shutil.copytree(folder, tmp_path / "bank")
+    path = tmp_path / "bank" / BANK_MANIFEST
+    raw = path.read_bytes()
+    own = tuple(name for name in json.loads(raw) if name != "source")
+
+    def action(rng: random.Random) -> None:
+        damaged = damaged_json(raw, rng, own)
+        if rng.random() < 0.5:
+            with suppress(ValueError, AttributeError, TypeError):  # its own digest corrected
+                manifest = json.loads(damaged)
+                manifest.pop("sha256", None)
+                digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+                damaged = json.dumps({**manifest, "sha256": digest}).encode()
+        path.write_bytes(damaged)
+        assert content(DemonstrationBank.from_pretrained(path.parent)) == wanted
+
+    tried("manifest", action)
+
+
+def test_damaged_shards(bank: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, wanted = bank
+    shutil.copytree(folder, tmp_path / "bank")
+    shards = {path: path.read_bytes() for path in sorted((tmp_path / "bank").glob(BANK_SHARDS))}
+
+    def action(rng: random.Random) -> None:
+        for path, raw in shards.items():
+            path.write_bytes(raw)
+        path = rng.choice(list(shards))
+        kind = rng.random()
+        if kind < 0.3:
+            damaged_weights(path, rng)
+        elif kind < 0.4:
+            path.unlink()
+        elif kind < 0.5:  # nothing is damaged: one page more, which nobody reads, is refused; the same file is right
+            path.write_bytes(shards[path] + bytes(rng.choice((0, 0, 1))))
+        else:
+            path.write_bytes(damaged_bytes(shards[path], rng))
+        assert content(DemonstrationBank.from_pretrained(path.parent)) == wanted
+
+    tried("shards", action)
+
+
+def test_damaged_fused_demonstrations(aim: Plugin, tmp_path: Path) -> None:
+    fused = aim.model.read([{"text": "a dax lies here."}, {"image": picture(1), "label": "wug"}])
+    fused.save_pretrained(tmp_path)
+    path = tmp_path / FUSED_FILE
+    raw = path.read_bytes()
+
+    def action(rng: random.Random) -> None:
+        path.write_bytes(raw)
+        if rng.random() < 0.5:
+            damaged_weights(path, rng)
+        elif rng.random() < 0.8:
+            path.write_bytes(damaged_bytes(raw, rng))
+        found = FusedDemonstrations.from_pretrained(tmp_path)
+        assert torch.equal(found.vectors, fused.vectors) and torch.equal(found.ids, fused.ids)
+        assert (found.texts, found.keys, found.source) == (fused.texts, fused.keys, fused.source)
+
+    tried("fused demonstrations", action)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +20,7 @@ import pytest
 import torch
 from backbones import picture
 from hub_server import HubServer
+from killed_commands import killed_command
 from pyarrow import parquet
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
@@ -316,40 +315,18 @@ def test_a_4_bit_backbone_trains(saved_backbone: str, tmp_path: Path) -> None:
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(settings: TrainSettings, tmp_path: Path) -> None:
-    """SIGKILL between checkpoints, then the same command again."""
+    """SIGKILL after a counted step between checkpoints, then the same command again."""
     settings = replace(settings, steps=10, optimizer="adamw")
     train(settings)
-    command = [
-        sys.executable,
-        "-m",
-        "modeling_aim",
-        "train",
-        "--backbone",
-        settings.backbone,
-        "--data",
-        settings.data[0],
-    ]
-    command += ["--output", str(tmp_path / "killed"), "--steps", "10", "--batch-size", "2", "--shots", "2"]
-    command += [
-        "--optimizer",
-        "adamw",
-        "--learning-rate",
-        "1e-2",
-        "--dtype",
-        "float32",
-        "--save-every",
-        "2",
-        "--log-every",
-        "1",
-    ]
-    command += ["--set", "use_cpu=true", "--set", "disable_tqdm=true"]
-    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while running.poll() is None and not (tmp_path / "killed/checkpoint-4/trainer_state.json").exists():
-        time.sleep(0.01)
-    os.kill(running.pid, signal.SIGKILL)
-    running.wait()
-    begun = last_checkpoint(tmp_path / "killed")
-    assert begun is not None and not (tmp_path / "killed" / PROJECTOR_WEIGHTS).exists()
+    arguments = ["train", "--backbone", settings.backbone, "--data", settings.data[0]]
+    arguments += ["--output", str(tmp_path / "killed"), "--steps", "10", "--batch-size", "2", "--shots", "2"]
+    arguments += ["--optimizer", "adamw", "--learning-rate", "1e-2", "--dtype", "float32", "--save-every", "2"]
+    arguments += ["--log-every", "1", "--set", "use_cpu=true", "--set", "disable_tqdm=true"]
+    killed = killed_command("step", 5, signal.SIGKILL, arguments)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert last_checkpoint(tmp_path / "killed") == str(tmp_path / "killed/checkpoint-4")
+    assert not (tmp_path / "killed" / PROJECTOR_WEIGHTS).exists()
+    command = [sys.executable, "-m", "modeling_aim", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     whole, resumed = (load_file(folder / PROJECTOR_WEIGHTS) for folder in (Path(settings.output), tmp_path / "killed"))
