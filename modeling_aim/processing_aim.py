@@ -240,7 +240,7 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
         """What stands before the words of a prompt that no chat template renders: BOS, and `images` images.
 
         BOS is the tokenizer's own business, but where the chat template alone writes it (SmolVLM, PaddleOCR-VL):
-        there, words that are read without it would not be read as they stand in a prompt, right behind it.
+        there, words that are read without it would not be read as they stand in a prompt, right after it.
         """
         if self._begin is None or self._begin[0] != self.chat_template:
             bos, begin = self.tokenizer.bos_token, ""
