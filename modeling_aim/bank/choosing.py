@@ -87,8 +87,8 @@ class ChoosingBank(BankContents):
                 2311.18021); or a list of numbers or keys of demonstrations, of which the first `k` are taken in order.
             seed: of `"random"`.
             balanced: take labels in turn, the best of each first, where demonstrations have labels.
-            near_duplicate: a demonstration is left out while others are left when its cosine similarity to a chosen one is
-                at least this in everything that is stored of it: image and text. `None` keeps all.
+            near_duplicate: a demonstration is left out, while others are left, when its cosine similarity to a chosen
+                one is at least this in everything that is stored of it: image and text. `None` keeps all.
             search: `"torch"`; `"faiss"` (an exact index through `datasets`, for `by` image, text or fused where no
                 labels are taken in turn); or `"auto"`: FAISS from 250 000 demonstrations on where it can be used.
             model: the model that compares, where the bank was opened without one.
