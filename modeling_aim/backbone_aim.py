@@ -68,7 +68,7 @@ def check_given(backbone: object) -> PreTrainedModel:
     """Return a backbone that AIM is put on for the first time, checked; log a warning for one that was not tested.
 
     Raises:
-        TypeError: it is no loaded model, or an AIM model itself.
+        TypeError: it is not a loaded model, or an AIM model itself.
         ValueError: AIM cannot work with it.
     """
     if not isinstance(backbone, PreTrainedModel) or backbone.config.model_type == AimConfig.model_type:

@@ -302,7 +302,7 @@ class AimConfig(PreTrainedConfig):
         if outside:
             limit = "0, 1, 2, ..." if deepest is None else f"0..{deepest}"
             last = layers is None or deepest == layers - 1
-            place = "behind the last layer" if last else "behind the last layer that has keys and values of its own"
+            place = "after the last layer" if last else "after the last layer that has keys and values of its own"
             raise ValueError(
                 f"read_layers={read}: states can be put back at {limit}, but not at {outside[0]}, {place}. Read at a "
                 "smaller depth, or use entry_layers=[0] with a projector (preset 'paper')."

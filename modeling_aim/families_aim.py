@@ -23,7 +23,7 @@ class Family:
             two counts as positions; `"never"` where words attend to later ones, positions are lost, or every prompt
             needs an image.
         states_at_depth: its decoder layers hand on one state a word, `(batch, length, width)`. Where `False`, states
-            are read behind the last layer and enter at the input alone.
+            are read after the last layer and enter at the input alone.
     """
 
     processor: str | None = None

@@ -359,7 +359,7 @@ model = AutoModelForImageTextToText.from_pretrained(
 """
 
 
-def model_card(config: AimConfig, projector: torch.nn.Module, datasets: Sequence[str] = ()) -> str:
+def model_card(config: Any, projector: torch.nn.Module, datasets: Sequence[str] = ()) -> str:
     """A model card that says what the repository holds and how to use it.
 
     Args:

@@ -98,7 +98,7 @@ def tokens_line(processor: AimProcessor) -> str:
     return f"An image of {width} x {height} pixels is {tokens} tokens (--image NAME=VALUE changes this)."
 
 
-def _check_kind(name: str, value: object, now: object) -> None:
+def _check_kind(name: str, value: Any, now: object) -> None:
     """Raise `ValueError` for a value of another kind than the one that is there."""
     if name.startswith("do_") or isinstance(now, bool):
         expected, fits = "true or false", isinstance(value, bool)

@@ -278,7 +278,7 @@ def _file(image: object, rules: ImageRules) -> Any:
     except (binascii.Error, ValueError, IndexError):
         if rules.sources != "any":
             raise ValueError(f"image_sources={rules.sources!r}: no file of this machine is opened") from None
-        raise FileNotFoundError("there is no such file, and it is no URL and no base64") from None
+        raise FileNotFoundError("there is no such file, and it is neither a URL nor base64") from None
 
 
 # --- URLs
@@ -330,7 +330,7 @@ def _public_socket(host: str, port: int, timeout: float | None) -> socket.socket
         address: Any = ipaddress.ip_address(str(place[0]).partition("%")[0])
         address = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None) or address
         if not address.is_global or address.is_multicast:
-            raise ValueError(f"{host} is {address}, which is no public address (image_sources='public')")
+            raise ValueError(f"{host} is {address}, which is not a public address (image_sources='public')")
     return socket.create_connection((str(addresses[0][4][0]), port), timeout)
 
 

@@ -165,7 +165,7 @@ class FusedPrompt:
         """
         waiting = self._pass is not None and not self._pass.entered_at and any(self.entry_layers)
         before = self._pass.seen_before if self._pass is not None and waiting else self.seen
-        if not waiting:  # else the pass may be still to come: some embed their prompt twice, or images behind it
+        if not waiting:  # else the pass may be still to come: some embed their prompt twice, or images after it
             self._check_entered()
             self._pass = None
         whole = ids.shape[1] >= self.width
@@ -251,7 +251,7 @@ def check_mask(inputs: Mapping[str, Any]) -> None:
         )
 
 
-def _check_words(ids: torch.Tensor, embedding: nn.Embedding) -> None:
+def _check_words(ids: torch.Tensor, embedding: Any) -> None:
     """Raise `ValueError` for ids that the input embeddings do not have: on a GPU they would end the process."""
     known = getattr(embedding, "num_embeddings", None) or len(embedding.weight)
     known += getattr(embedding, "num_additional_embeddings", 0)

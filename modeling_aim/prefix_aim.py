@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
 from packaging.version import Version
-from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
@@ -34,7 +33,7 @@ class FusedPrefix:
         fused: the demonstrations, in the order of the prompt.
     """
 
-    aim_kind = "prefix"
+    aim_kind: ClassVar[str] = "prefix"
 
     def __init__(self, fused: FusedDemonstrations) -> None:
         self._fused = fused
@@ -121,7 +120,9 @@ def _prefilled(
     check_source(prefix.fused.source, model.source)
     padded = mask is not None and not bool(mask.all())
     if not goes_on_behind_kv(model.backbone, padded):
-        return "on this backbone, or this release of transformers, a prompt (a padded one) cannot go on behind KV"
+        return (
+            "on this backbone, or this release of transformers, a prompt (a padded one) cannot continue from cached KV"
+        )
     begins = [0] * batch if mask is None else mask.long().argmax(dim=1).tolist()
     firsts = {tuple(model._bos_of(int(ids[row, begin]))) for row, begin in enumerate(begins)}
     if len(firsts) > 1:
@@ -136,7 +137,7 @@ def _prefilled(
     return prompt, grown_from(cache, batch * copies)
 
 
-def grown_from(cache: Cache, rows: int) -> Any:
+def grown_from(cache: Any, rows: int) -> Any:
     """A KV cache of `rows` rows that continues one of a single row and does not change it.
 
     Layers that concatenate old and new KV into new tensors start with a view of the old: nothing is copied, for any

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file, logging
 
 from .backbone_aim import (
@@ -56,7 +56,7 @@ from .projector_aim import (
     projector_file,
     without_digest,
 )
-from .state_aim import set_recomputing
+from .state_aim import recomputing_switch, set_recomputing
 
 if TYPE_CHECKING:
     from typing import Self
@@ -167,12 +167,12 @@ class AimPreTrainedModel(PreTrainedModel):
                 "use_reentrant=True gives no gradient to fused tokens that enter at depth, inside a layer that is "
                 "recomputed. Leave it out, or give use_reentrant=False."
             )
-        _renamed(self.backbone, "checkpointing_enable")(options, **kwargs)
+        recomputing_switch(self.backbone, "checkpointing_enable")(options, **kwargs)
         self.train(self.training)
 
     def activation_checkpointing_disable(self) -> None:
         """Keep the backbone's activations for the backward pass."""
-        _renamed(self.backbone, "checkpointing_disable")()
+        recomputing_switch(self.backbone, "checkpointing_disable")()
         self.train(self.training)
 
     def gradient_checkpointing_enable(
@@ -200,7 +200,7 @@ class AimPreTrainedModel(PreTrainedModel):
         return self._processor
 
     @processor.setter
-    def processor(self, processor: AimProcessor | ProcessorMixin) -> None:
+    def processor(self, processor: Any) -> None:
         self._processor = processor if hasattr(processor, "encode_demonstrations") else AimProcessor(processor)
 
     @property
@@ -234,7 +234,7 @@ class AimPreTrainedModel(PreTrainedModel):
     def from_backbone(
         cls,
         backbone: str | os.PathLike[str] | PreTrainedModel,
-        processor: AimProcessor | ProcessorMixin | None = None,
+        processor: Any = None,
         *,
         preset: str = "untrained",
         read_layers: Sequence[int] | None = None,
@@ -446,8 +446,3 @@ class AimPreTrainedModel(PreTrainedModel):
                     "include_backbone=True, or load the plug-in with a backbone from the Hub."
                 )
             return upload(folder, repo_id, **kwargs)
-
-
-def _renamed(backbone: PreTrainedModel, name: str) -> Any:
-    """The backbone's `activation_{name}`, or `gradient_{name}` as older releases of transformers call it."""
-    return getattr(backbone, f"activation_{name}", None) or getattr(backbone, f"gradient_{name}")

@@ -240,7 +240,7 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
         """What stands before the words of a prompt that no chat template renders: BOS, and `images` images.
 
         BOS is the tokenizer's own business, but where the chat template alone writes it (SmolVLM, PaddleOCR-VL):
-        there, words that are read without it would not be read as they stand in a prompt, right behind it.
+        there, words that are read without it would not be read as they stand in a prompt, right after it.
         """
         if self._begin is None or self._begin[0] != self.chat_template:
             bos, begin = self.tokenizer.bos_token, ""
@@ -334,7 +334,7 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
             wrapped = getattr(transformers, str(inner_class), None)
             if not (isinstance(wrapped, type) and issubclass(wrapped, ProcessorMixin)):
                 raise ValueError(
-                    f"{PROCESSOR_FILE} of {name} wraps {inner_class!r}, which is no processor of transformers "
+                    f"{PROCESSOR_FILE} of {name} wraps {inner_class!r}, which is not a processor of transformers "
                     f"{transformers.__version__}. Upgrade transformers, or check where the repository comes from."
                 )
             with usable(f"The processor of {name}"):
@@ -353,7 +353,7 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
         return cls(inner, **{**saved, **settings})
 
 
-def _flat(images: object) -> list[Any]:
+def _flat(images: Any) -> list[Any]:
     """Images of a batch, one after another, however they are nested."""
     if images is None:
         return []

@@ -87,7 +87,7 @@ class AimProjector(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw new weights, so that the output norm is `config.projector_norm` for inputs of unit variance."""
-        self.is_new = True  # until weights are loaded: those that were trained without scales go on without
+        self.is_new = True  # until weights are loaded: weights that were trained without scales stay without
         gelu_scale = 0.425**-0.5  # second moment of GELU on a standard normal is 0.425
         linears = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
         for linear in linears:
@@ -261,7 +261,9 @@ def _stored_form(file: str) -> dict[str, Any] | None:
     try:
         form = None if stored is None else json.loads(stored)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{FORM_KEY} in the metadata of {file} is no JSON ({error}); the file is damaged.") from error
+        raise ValueError(
+            f"{FORM_KEY} in the metadata of {file} is not JSON ({error}); the file is damaged."
+        ) from error
     if not isinstance(form, dict | None):
         raise ValueError(f"{FORM_KEY} in the metadata of {file} is {form!r:.80}; expected an object.")
     return form

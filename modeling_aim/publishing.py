@@ -81,7 +81,7 @@ def publish(
         include_backbone: publish the backbone too, in a subfolder.
         private: for a new repository.
         revision: branch to publish to, made where there is none; the main one by default.
-        check: load it first as remote code, in a process with an empty cache, so that the backbone is fetched anew.
+        check: load it first as remote code, in a process with an empty cache, which downloads the backbone again.
         load: keyword arguments of that load: `dtype`, `device_map`, `load_in_4bit`.
 
     Raises:

@@ -20,7 +20,7 @@ from .backbone_aim import INPUT_ALONE, decoder_layers, embedding_weight, image_p
 from .batching_aim import SharedImages, repeat_images, shared_images
 from .state_aim import preserved_state
 
-LAST = -1  # among read layers: the state behind the last norm
+LAST = -1  # among read layers: the state after the last norm
 ALONE = {"inputs_embeds", "attention_mask", "position_ids", "input_ids", "cache_position", "past_key_values"}
 
 

@@ -43,9 +43,9 @@ class RunRecord:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is no JSON ({error}). {self._mend(output)}") from error
+            raise ValueError(f"{path} is not JSON ({error}). {self._mend(output)}") from error
         if not (isinstance(record, dict) and isinstance(record.get("settings"), dict) and "finished" in record):
-            raise ValueError(f"{path} is no record of a run of `{self.command}`. {self._mend(output)}")
+            raise ValueError(f"{path} is not a record of a run of `{self.command}`. {self._mend(output)}")
         return record
 
     def _mend(self, output: Path) -> str:

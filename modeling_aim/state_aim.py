@@ -137,6 +137,11 @@ class _Rest:
                         module.training = True
 
 
+def recomputing_switch(backbone: PreTrainedModel, name: str) -> Any:
+    """The backbone's `activation_{name}`, or `gradient_{name}` as older releases of transformers call it."""
+    return getattr(backbone, f"activation_{name}", None) or getattr(backbone, f"gradient_{name}")
+
+
 def set_recomputing(backbone: PreTrainedModel, mode: bool) -> None:
     """Put a frozen backbone in evaluation mode, except layers that recompute their activations.
 

@@ -93,7 +93,7 @@ def plugin(family: str, **settings: Any) -> Plugin:
     """
     backbone = build(family)
     torch.manual_seed(1)
-    last = bool({-1, 3} & set(settings.get("read_layers", ())))  # behind the last layer: for the input alone
+    last = bool({-1, 3} & set(settings.get("read_layers", ())))  # after the last layer: for the input alone
     settings = {"preset": "paper" if last else "trained", **settings}
     if settings["preset"] == "trained" and "projector_form" not in settings:
         settings = {"read_layers": [1], **settings}  # one depth: depth 0 embeds the words once more, which tests count

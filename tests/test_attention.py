@@ -239,7 +239,7 @@ def test_the_command_studies_files_and_bare_backbones(tmp_path: Path) -> None:
         ((), "Give --repo or --backbone"),
         (("--repo", AIM_TINY), "Give --task SPEC, or --demos FILE"),
         (("--repo", AIM_TINY, "--demos", "demos.jsonl"), "--demos needs a query"),
-        (("--repo", AIM_TINY, "--task", "nothing:here"), "'nothing:here' is no task"),
+        (("--repo", AIM_TINY, "--task", "nothing:here"), "'nothing:here' is not a task"),
     ],
 )
 def test_the_command_says_what_is_wrong(tmp_path: Path, arguments: Any, message: str) -> None:

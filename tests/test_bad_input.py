@@ -114,7 +114,7 @@ def test_a_projector_that_is_not_finite_or_of_another_width(saved: Path) -> None
 WRONG_DEMONSTRATIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "no text": ({"image": picture(0)}, ("needs words", "'text'", "'label'", "'answer'")),
     "empty text": ((picture(0), "  "), ("needs words", "'text'")),
-    "a text that is no text": ({"image": picture(0), "text": 3}, ("needs words", "3")),
+    "a text that is a number": ({"image": picture(0), "text": 3}, ("needs words", "3")),
     "a question without answer": ({"image": picture(0), "question": "What?"}, ("needs words", "'answer'", r"What\?")),
     "two texts": ({"text": "a", "label": "b"}, ("one of", "text", "label")),
     "unknown keys": ({"img": picture(0), "text": "a"}, ("img", "known are", "'image'")),

@@ -333,9 +333,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], type[Exception], str, int]] = {
     ),
     "half a manifest": (
         lambda f: write_whole(f / BANK_MANIFEST, (f / BANK_MANIFEST).read_bytes()[:80]), ValueError,
-        f"{BANK_MANIFEST} is no manifest of a demonstration bank", 5,
+        f"{BANK_MANIFEST} is not a manifest of a demonstration bank", 5,
     ),
-    "another manifest": (lambda f: (f / BANK_MANIFEST).write_text('["a"]'), ValueError, "is no manifest", 5),
+    "another manifest": (lambda f: (f / BANK_MANIFEST).write_text('["a"]'), ValueError, "is not a manifest", 5),
     "an edited manifest": (
         lambda f: edited(f, '"duplicates": 0', '"duplicates": 3'), ValueError, "was changed after it was written", 5,
     ),
@@ -349,12 +349,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], type[Exception], str, int]] = {
     "a shard of an older version": (
         older_shard, ValueError, f"aim_bank-00001.* is of version {VERSION - 1} of .* reads version {VERSION}", 2,
     ),
-    "an entry missing": (lambda f: rewritten(f, shards=None), ValueError, "is no manifest.*shards", 5),
+    "an entry missing": (lambda f: rewritten(f, shards=None), ValueError, "is not a manifest.*shards", 5),
     "a shard listed twice": (
         lambda f: rewritten(f, shards=[read_manifest(f / BANK_MANIFEST)["shards"][0]] * 2), ValueError,
         "lists aim_bank-00001.* twice", 5,
     ),
-    "a shard outside": (lambda f: first_listed(f, file="../other"), ValueError, "is no manifest.*the shard", 5),
+    "a shard outside": (lambda f: first_listed(f, file="../other"), ValueError, "is not a manifest.*the shard", 5),
     "no shard": (lambda f: shards_of(f)[0].unlink(), ValueError, "aim_bank-00001.* is missing.*damaged='skip'", 2),
     "half a shard": (
         lambda f: write_whole(shards_of(f)[0], shards_of(f)[0].read_bytes()[:500]), ValueError,

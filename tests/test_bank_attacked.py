@@ -357,7 +357,7 @@ def test_a_manifest_names_nothing_but_shards(llava: Plugin, tmp_path: Path) -> N
     manifest = read_manifest(tmp_path / "bank" / BANK_MANIFEST)
     for name in ("*", "README.md", "[a-z]*", "../secret", "aim_bank-1\x1b[2J.safetensors", ".aim_bank_parts"):
         write_manifest(tmp_path / "bank", {**manifest, "shards": [{**manifest["shards"][0], "file": name}]})
-        with pytest.raises(ValueError, match="is no manifest of a demonstration bank"):
+        with pytest.raises(ValueError, match="is not a manifest of a demonstration bank"):
             DemonstrationBank.from_pretrained(tmp_path / "bank")
 
 
@@ -485,5 +485,5 @@ def test_a_stranger_who_corrects_every_digest_ends_in_our_error(tmp_path: Path) 
         about = {**base, **wrong}
         about["about_sha256"] = shard_files._seal(about, columns)
         (tmp_path / "bank" / "aim_bank-9.safetensors").write_bytes(save(columns, {FORMAT: json.dumps(about)}))
-        with pytest.raises(ValueError, match="no shard of a demonstration bank"):
+        with pytest.raises(ValueError, match="not a shard of a demonstration bank"):
             shard_files.open_shard(tmp_path / "bank" / "aim_bank-9.safetensors")

@@ -57,7 +57,7 @@ def test_build_inspect_and_select(folder: Path, tmp_path: Path) -> None:
     assert {row["label"] for row in chosen} == {"dax", "wug", "blicket"}
     with Image.open(sheet) as drawn:
         assert drawn.width > 300 and len(drawn.convert("RGB").getcolors(10**6) or ()) > 100
-    assert "most alike last" in run(*command, "--shots", 2, "--select", "mmices", "--question", "What is this?")
+    assert "most similar last" in run(*command, "--shots", 2, "--select", "mmices", "--question", "What is this?")
 
 
 def test_errors_are_one_message(folder: Path, tmp_path: Path) -> None:

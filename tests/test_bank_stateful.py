@@ -121,7 +121,7 @@ class Bank(RuleBasedStateMachine):
         try:
             with killed_at(kill):
                 bank = DemonstrationBank.build(self.model.model, rows, self.folder, **OPTIONS)
-        except ValueError as error:  # a saved bank has no settings to go on with; damage is named
+        except ValueError as error:  # a saved bank has no settings to resume with; damage is named
             assert self.damaged or "was begun with" in str(error), error
             self.known = before if "was begun with" in str(error) else self.known
             return

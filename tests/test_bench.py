@@ -316,4 +316,4 @@ def test_a_run_with_methods_of_others(tmp_path: Path) -> None:
     assert rows["emloc"]["measured_kv_bytes"] <= 2 * rows["emloc"]["kv_bytes"]  # all rows are its bound
     assert "snapkv-cold:ratio=.9" in (tmp_path / "bench.md").read_text()
     result = run("--shape", "tiny", "--methods", "snapkv:share=1", "--count-only")
-    assert result.exit_code == 1 and "is no setting of snapkv" in result.output
+    assert result.exit_code == 1 and "is not a setting of snapkv" in result.output

@@ -119,7 +119,7 @@ def test_weights_without_a_calibration_load_as_they_were(tmp_path: Path) -> None
     loaded = AimForConditionalGeneration.from_pretrained(tmp_path, backbone=model.backbone)
     sample = torch.randn(3, 2 * model.config.hidden_size)
     assert torch.equal(loaded.project(sample), model.project(sample))
-    trainer(loaded, tmp_path / "run", max_steps=1).train()  # trained without, it goes on without
+    trainer(loaded, tmp_path / "run", max_steps=1).train()  # trained without scales, it stays without
     assert getattr(loaded.projector, SCALE_KEY) is None
     loaded.projector.calibrate(torch.randn(20, 2 * model.config.hidden_size))
     load_projector(loaded.projector, loaded.config, str(tmp_path / PROJECTOR_WEIGHTS), str(tmp_path))

@@ -193,7 +193,7 @@ def test_a_demonstration_is_read_once(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_backbone_that_sees_one_image_is_not_shown_several(tmp_path: Path) -> None:
-    """BLIP-2 takes two images without a word, and looks at the first."""
+    """BLIP-2 silently accepts two images but uses only the first."""
     torch.manual_seed(0)
     backbone, processor = blip_2()
     backbone.save_pretrained(tmp_path / "blip")
@@ -272,7 +272,7 @@ def test_a_list_of_ids(tmp_path: Path) -> None:
     evaluate(settings(tmp_path, select=f"fixed:{tmp_path / 'ids.txt'}", **options))
     assert {tuple(row["demonstrations"]) for row in predictions(tmp_path / "run")} == {("p3", "p1")}
     (tmp_path / "ids.json").write_text(json.dumps({"pictures": ["p3", "nobody"]}))
-    with pytest.raises(ValueError, match=r"lists 'nobody', which is no demonstration of pictures"):
+    with pytest.raises(ValueError, match=r"lists 'nobody', which is not a demonstration of pictures"):
         evaluate(settings(tmp_path / "b", select=f"fixed:{tmp_path / 'ids.json'}", **options))
 
 
@@ -406,14 +406,14 @@ def test_another_run_is_not_overwritten(tmp_path: Path) -> None:
     ("given", "message"),
     [
         ({"methods": ("aim", "magic")}, "no method magic; choose of zero, text"),
-        ({"tasks": ("nothing",)}, "'nothing' is no task"),
+        ({"tasks": ("nothing",)}, "'nothing' is not a task"),
         ({"select": "best"}, "select='best' is unknown"),
         ({"shots": (0, -1)}, "expected numbers from 0 up"),
         ({"shots": (16,)}, "has 8 demonstrations, not 16"),
         ({"tasks": ("pictures",), "shots": (8,)}, "8 demonstrations are asked for, but pictures has 6"),
         ({"tasks": ("naming", "naming:,count=3")}, "Two tasks have the same name"),
         ({"repo": None, "backbone": AIM_TINY, "methods": ("full", "aim")}, "aim need an AIM repository"),
-        ({"repo": f"{AIM_TINY}/backbone"}, "is no AIM repository. Evaluate a model without AIM with --backbone"),
+        ({"repo": f"{AIM_TINY}/backbone"}, "is not an AIM repository. Evaluate a model without AIM with --backbone"),
         ({"backbone": AIM_TINY}, "one of them"),
         ({"prompts": "poem"}, "prompts='poem' is unknown"),
         ({"repo": None, "backbone": AIM_TINY, "select": "fused"}, "needs an AIM repository"),

@@ -94,7 +94,7 @@ def test_data_that_is_bad_throughout_ends_the_run() -> None:
             opener(episode)
             assert number < 2000, "no end"
 
-    fails(read, "pairs of rows cannot be read", "Mend the data")
+    fails(read, "pairs of rows cannot be read", "Fix the data")
 
 
 def test_a_run_resumes_behind_a_bad_row(settings: TrainSettings, tmp_path: Path) -> None:  # noqa: F811
@@ -187,7 +187,7 @@ def test_a_damaged_record_of_a_run_is_named(interrupted: TrainSettings) -> None:
     whole = record.read_text()
     for text in (whole[:40], "[]", '{"settings": 3, "finished": false}', '{"finished": true}', "\x00", "[" * 100_000):
         record.write_text(text)
-        fails(lambda: train(interrupted), RUN_FILE, "no JSON|no record", "--overwrite")
+        fails(lambda: train(interrupted), RUN_FILE, "not JSON|not a record", "--overwrite")
 
 
 def test_two_runs_in_one_folder_are_one(interrupted: TrainSettings) -> None:
@@ -261,7 +261,7 @@ def test_two_evaluations_in_one_folder_are_one(monkeypatch: pytest.MonkeyPatch, 
         fails(lambda: evaluate(given), "Another `aim eval`", "another folder")
     evaluate(given)
     (tmp_path / "run" / "aim_eval.json").write_text('{"settings": ')
-    fails(lambda: evaluate(given), "aim_eval.json", "no JSON", "--overwrite")
+    fails(lambda: evaluate(given), "aim_eval.json", "not JSON", "--overwrite")
 
 
 def test_the_lock_of_a_killed_run_keeps_nobody_out(tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_the_lock_of_a_killed_run_keeps_nobody_out(tmp_path: Path) -> None:
 def test_a_damaged_run_to_compare_is_named(tmp_path: Path) -> None:
     for results, rows, said in (
         ('{"tasks"', "{}", "results.json is not JSON"),
-        ("[]", "{}", "no result of `aim eval`"),
+        ("[]", "{}", "not a result of `aim eval`"),
     ):
         (tmp_path / "results.json").write_text(results)
         (tmp_path / "predictions.jsonl").write_text(rows)

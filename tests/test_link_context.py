@@ -392,7 +392,7 @@ def test_a_damaged_file_of_features_is_refused(tmp_path: Path, features: ClassFe
     for tensors, message in (
         ({"text": features.text}, r"holds the tensors \['text'\]"),
         ({"text": features.text, "images": features.images[:5].clone()}, "for 6 classes; expected"),
-        ({"text": features.text, "images": features.images / 0}, "'images' that are no finite numbers"),
+        ({"text": features.text, "images": features.images / 0}, "'images' that are not finite numbers"),
     ):
         save_file(tensors, path, metadata=names)
         with pytest.raises(ValueError, match=message):
@@ -556,8 +556,8 @@ def test_published_rows_give_episodes(tmp_path: Path) -> None:
 
 def test_bad_rows_are_named(tmp_path: Path) -> None:
     for changes, message in (
-        ({"neighbors": [["2", "English setter"]]}, r"line 1: its neighbors are no lists \[class id"),
-        ({"samples": "a.png"}, r"line 1: 'a.png' is no list of image paths"),
+        ({"neighbors": [["2", "English setter"]]}, r"line 1: its neighbors are not lists \[class id"),
+        ({"samples": "a.png"}, r"line 1: 'a.png' is not a list of image paths"),
         ({"class_name": " "}, r"line 1: class_name is ' '; expected a name"),
         ({"class_id": "2"}, r"has 4 rows of only 3 classes"),
         ({"neighbors": [["1000", "toast", "val/x.png"]]}, "class '1' has 0 neighbours"),

@@ -102,7 +102,7 @@ def test_the_default_depth_is_one_where_states_count(text: dict[str, Any], depth
 
 def test_a_depth_behind_the_last_keys_is_refused() -> None:
     case = made("gemma4")
-    with pytest.raises(ValueError, match=r"put back at 0..1, but not at 2, behind the last layer that has keys"):
+    with pytest.raises(ValueError, match=r"put back at 0..1, but not at 2, after the last layer that has keys"):
         AimForConditionalGeneration.from_backbone(case.model.backbone, case.processor, read_layers=[2])
     with pytest.raises(ValueError, match="from 0 to 1"):
         case.model.set_depth(2)

@@ -45,7 +45,7 @@ def test_the_notebook_runs_and_demonstrations_help(printed: list[str]) -> None:
     [tuned] = re.findall(r"right at depth \d: (\d+)", text)
     [whole] = re.findall(r"all of them: +(\d+)", text)
     assert tuned == whole  # the bank holds what was read
-    assert int(re.findall(r"most alike images: (\d+)", text)[0]) >= 0.8 * questions
+    assert int(re.findall(r"most similar images: (\d+)", text)[0]) >= 0.8 * questions
     assert "'step': 8" in text and "residual_mlp" in text
 
 

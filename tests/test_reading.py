@@ -41,7 +41,7 @@ def states_by_hand(aim: Plugin, demo: Demonstration, words: str, kept: str) -> d
         images=[list(demo.images)] if demo.images else None, text=[text], return_tensors="pt"
     )
     joined: dict[int, torch.Tensor] = {}
-    hook = layers_of(aim)[-1].register_forward_hook(  # behind the last layer the backbone reports the norm's output
+    hook = layers_of(aim)[-1].register_forward_hook(  # after the last layer the backbone reports the norm's output
         lambda module, args, output: joined.update({3: output[0] if isinstance(output, tuple) else output})
     )
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Choosing from a bank: most alike last, in turn over labels, without near-duplicates, for each row of a batch."""
+"""Choosing from a bank: most similar last, in turn over labels, without near-duplicates, for each row of a batch."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_mmices_takes_texts_among_the_most_alike_images(llava: Plugin, tmp_path:
             query = {"image": picture(seed), "question": QUESTIONS[asked]}
             chosen = numbers(bank.choose(query, 2, by="mmices"))
             pool = numbers(bank.choose(query, 8, by="image", near_duplicate=None))
-            assert set(chosen) < set(pool), "not among the 4 k most alike images"
+            assert set(chosen) < set(pool), "not among the 4 k most similar images"
             assert all(number % 2 == asked for number in chosen), "another question is asked"
             assert chosen[-1] == 2 * seed + asked
     assert all(number % 2 == 0 for number in numbers(bank.choose(QUESTIONS[0], 6, by="text", near_duplicate=None)))
@@ -345,13 +345,13 @@ def test_faiss_that_cannot_be_used_is_an_error_only_when_asked_for(
 ) -> None:
     query, options = {"image": picture(1), "question": "What is this?"}, {"balanced": False, "search": "faiss"}
     for by in ("random", "mmices", [1, 2]):
-        with pytest.raises(ValueError, match="finds the most alike by one of image, text, fused; got by="):
+        with pytest.raises(ValueError, match="finds nearest neighbours by one of image, text, fused; got by="):
             bank.choose(query, 2, by=by, **options)
     with pytest.raises(ValueError, match=r"labels are to be taken in turn.*balanced=False"):
         bank.choose(query, 2, by="image", search="faiss")
     with pytest.raises(ValueError, match="search='annoy': expected one of auto, torch, faiss"):
         bank.choose(query, 2, by="image", search="annoy")
-    with pytest.raises(ValueError, match="finds the most alike"):
+    with pytest.raises(ValueError, match="finds the nearest neighbours in the whole bank"):
         llava.answer(llava.query(), bank, shots=2, select={"by": "mmices", "search": "faiss"})
     words = [{"text": "only words, no image."}, {"image": picture(1), "text": "it is one of them."}]
     partly = DemonstrationBank.build(llava.model, words, tmp_path)

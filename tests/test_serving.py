@@ -217,7 +217,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no image": ({"messages": image_at("")}, "has no image"),
     "an empty image": ({"messages": image_at("data:image/png;base64,")}, "has no image"),
     "no URL": ({"messages": image_at(None)}, "has no image"),
-    "no picture": ({"messages": image_at("data:image/png;base64,AAAA")}, "is no image file, or it is damaged"),
+    "no picture": ({"messages": image_at("data:image/png;base64,AAAA")}, "is not an image file, or it is damaged"),
     "a URL": ({"messages": image_at("http://127.0.0.1:1/a.png")}, "no URL is fetched"),
     "a file": ({"messages": image_at(str(Path(__file__).parents[1] / "docs" / "demo.png"))}, "no file"),
     "a file's URL": ({"messages": image_at("file:///etc/passwd")}, "no file"),
@@ -287,7 +287,7 @@ def post(server: Server, body: bytes, path: str = "/v1/chat/completions") -> tup
 def test_a_body_that_is_no_json_object(server: Server, body: bytes) -> None:
     status, message = post(server, body)
     assert status == 400
-    assert message.startswith(("The body is no JSON object", "There was an error parsing the body.")), message
+    assert message.startswith(("The body is not a JSON object", "There was an error parsing the body.")), message
 
 
 def resident() -> int:

@@ -166,9 +166,9 @@ def test_errors_are_a_sentence_and_leave_a_way_on(page: Any, tmp_path: Path) -> 
     assert error(page).startswith("There is no image to ask about")
     (tmp_path / "notes.png").write_text("not an image")
     upload(page, "#images", tmp_path / "notes.png")
-    assert error(page) == "notes.png is no image, or is damaged: give a PNG, JPEG or WebP file."
+    assert error(page) == "notes.png is not an image, or is damaged: give a PNG, JPEG or WebP file."
     upload(page, "#query", tmp_path / "notes.png")
-    assert error(page).startswith("notes.png is no image")
+    assert error(page).startswith("notes.png is not an image")
     expect(page.locator("#query input[type=file]")).to_be_attached()  # empty again
     page.get_by_role("tab", name="Bank").click()
     button(page, "Save the demonstrations as a bank").click()
@@ -180,7 +180,7 @@ def test_errors_are_a_sentence_and_leave_a_way_on(page: Any, tmp_path: Path) -> 
     for name in ("examples/images", "<b>../etc</b>"):
         page.locator("#backbone input, #backbone textarea").fill(name)
         button(page, "Load").click()
-        assert error(page).startswith(f"'{name}' is no Hub id")
+        assert error(page).startswith(f"'{name}' is not a Hub id")
     page.locator("#backbone input, #backbone textarea").fill("nobody/nothing")
     button(page, "Load").click()
     assert error(page) == "nobody/nothing cannot be loaded: the Hub cannot be reached from here."

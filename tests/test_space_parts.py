@@ -70,7 +70,7 @@ def test_the_depth_belongs_to_a_visitor_although_the_model_is_shared() -> None:
 )
 def test_only_hub_ids_are_loaded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    with pytest.raises(ValueError, match="is no Hub id; write OWNER/NAME"):
+    with pytest.raises(ValueError, match="is not a Hub id; write OWNER/NAME"):
         answers.loaded(Backbone(name))
 
 
@@ -96,8 +96,8 @@ def test_what_is_no_image_or_no_label_is_refused_in_one_sentence(tmp_path: Path)
     Image.new("1", (8000, 8000)).save(tmp_path / "huge.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "001.png")
     cases: dict[str, Callable[[], object]] = {
-        "notes.png is no image, or is damaged": lambda: demonstrations.opened(tmp_path / "notes.png"),
-        "page.png is no image, or is damaged": lambda: demonstrations.opened(tmp_path / "page.png"),
+        "notes.png is not an image, or is damaged": lambda: demonstrations.opened(tmp_path / "notes.png"),
+        "page.png is not an image, or is damaged": lambda: demonstrations.opened(tmp_path / "page.png"),
         "huge.png has 8000 x 8000 pixels, more than": lambda: demonstrations.opened(tmp_path / "huge.png"),
         "001.png has no name to take a label from": lambda: demonstrations.added((), [str(tmp_path / "001.png")], ""),
         "The label has 81 characters": lambda: demonstrations.checked_label("a" * 81),
@@ -135,7 +135,7 @@ def test_a_bank_comes_back_with_its_labels_pictures_and_answers(tmp_path: Path) 
 def test_a_zip_file_writes_nothing_but_the_files_of_a_bank(entry: str, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
         archive.writestr(entry, b"x")
-    with pytest.raises(ValueError, match=r"bad\.zip is no bank: give a ZIP file that was saved here"):
+    with pytest.raises(ValueError, match=r"bad\.zip is not a bank: give a ZIP file that was saved here"):
         demonstrations.opened_bank(tmp_path / "bad.zip", None)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["bad.zip"]
     assert not list(tmp_path.parent.glob("outside*")) and not Path("/tmp/outside.safetensors").exists()

@@ -135,7 +135,7 @@ def test_mmc4_leaves_out_what_is_broken(tmp_path: Path) -> None:
         "no text": 1,
         "image that is matched to no sentence": 1,
         "line without text_list and image_info": 1,
-        "line that is no JSON object": 2,
+        "line that is not a JSON object": 2,
         "document with fewer than two pairs": 1,
         "episode with fewer than two pairs that can be read": 2,
     }
@@ -215,7 +215,7 @@ def test_pairs_of_a_jsonl_file(tmp_path: Path) -> None:
     ]
     source = Pairs(str(lines(tmp_path / "a.jsonl", rows)))
     assert contents(source) == [[], [], *([one] for one in EXPECTED)]
-    assert source.skipped == {MISSING: 2, "no text": 2, "line that is no JSON object": 1}
+    assert source.skipped == {MISSING: 2, "no text": 2, "line that is not a JSON object": 1}
     labels = [pair.is_label for one in source.documents(0) for pair in opened(one, Counter())]
     assert sorted(labels) == [False, False, True]
     pickle.loads(pickle.dumps(source))  # workers of a DataLoader that are spawned get it so
@@ -279,7 +279,7 @@ def test_pairs_of_webdataset_shards(tmp_path: Path) -> None:
     source = Pairs(str(tmp_path))
     found = [[((0,), "zero", None)], [((1,), "one", None)], [((2,), "two", "Which?")]]
     assert [one for one in contents(source) if one] == found
-    assert source.skipped == {MISSING: 2, "no text": 1, "member that is no JSON object": 1}
+    assert source.skipped == {MISSING: 2, "no text": 1, "member that is not a JSON object": 1}
     assert all(isinstance(pair["image"], Stretch) for one in source.documents(0) for pair in one)  # not read
     (tmp_path / "00001.tar").write_bytes((tmp_path / "00001.tar").read_bytes()[:1546])  # inside the second member
     cut = Pairs(str(tmp_path / "*.tar"))
@@ -338,7 +338,7 @@ def test_a_first_row_without_a_text_is_no_reason_to_stop(tmp_path: Path) -> None
 
 
 def test_a_name_that_is_neither_here_nor_on_the_hub() -> None:
-    with pytest.raises(FileNotFoundError, match="some-user/some-data is no file or folder here, and from the Hub"):
+    with pytest.raises(FileNotFoundError, match="some-user/some-data is not a file or folder here, and from the Hub"):
         open_source("pairs:some-user/some-data")
 
 
@@ -513,7 +513,7 @@ def test_passes_differ_and_what_is_left_out_is_reported(tmp_path: Path) -> None:
     assert texts(episodes[:4]) != texts(episodes[4:8])
     taken = sum((one.opened().skipped for one in episodes), Counter[str]()) + source.skipped
     lost = "episode with fewer than two pairs that can be read"
-    assert taken == {MISSING: 3, "line that is no JSON object": 3, lost: 3}
+    assert taken == {MISSING: 3, "line that is not a JSON object": 3, lost: 3}
 
 
 def test_data_without_an_episode(tmp_path: Path) -> None:
@@ -547,7 +547,7 @@ def test_a_source_of_one_line_of_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "kind", "match"),
     [
-        ("coco:{path}", ValueError, r"'coco:.*' is no source.*'link-context', 'llava', 'mmc4', 'obelics', 'pairs'"),
+        ("coco:{path}", ValueError, r"'coco:.*' is not a source.*'link-context', 'llava', 'mmc4', 'obelics', 'pairs'"),
         ("{path}", ValueError, "Expected KIND:PATH"),
         ("mmc4:", ValueError, "Expected KIND:PATH"),
         ("mmc4:{path},floor=1", ValueError, r"has no setting 'floor'; it has \['images', 'min_similarity'"),
@@ -562,7 +562,7 @@ def test_a_source_of_one_line_of_text(tmp_path: Path) -> None:
         ("mmc4:{path},images={folder}/no", FileNotFoundError, "/no was not found"),
         ("mmc4:{folder}/empty", FileNotFoundError, "holds no file that ends in"),
         ("pairs:{folder}/empty", ValueError, "holds no pairs: expected metadata.jsonl"),
-        ("pairs:{folder}/a.txt", ValueError, "is no file of pairs: expected"),
+        ("pairs:{folder}/a.txt", ValueError, "is not a file of pairs: expected"),
     ],
 )
 def test_what_is_wrong_with_a_source_is_said(tmp_path: Path, spec: str, kind: type[Exception], match: str) -> None:

@@ -116,7 +116,7 @@ def test_mmc4_says_what_a_tar_must_hold(tmp_path: Path) -> None:
         tar.addfile(member, io.BytesIO(png(0)))
     with pytest.raises(ValueError, match=r"holds no documents of MMC4.*unpack them and give.*images=FOLDER"):
         open_source(f"mmc4:{tmp_path / 'shard_0_images_v3.tar'}")
-    with pytest.raises(ValueError, match=r"a\.parquet is no shard of MMC4: expected one that ends in"):
+    with pytest.raises(ValueError, match=r"a\.parquet is not a shard of MMC4: expected one that ends in"):
         open_source(f"mmc4:{written(tmp_path / 'a.parquet', 'x')}")
 
 
@@ -269,7 +269,7 @@ def test_what_img2dataset_wrote(tmp_path: Path, form: str) -> None:
     img2dataset(tmp_path, form)
     assert found_in(Pairs(str(tmp_path))) == IMG2DATASET
     if form == "files":
-        for file in tmp_path.rglob("*.txt"):  # fetched without a column of captions: shards are no labels
+        for file in tmp_path.rglob("*.txt"):  # fetched without a column of captions: shards are not labels
             file.unlink()
         with pytest.raises(ValueError, match=r"3 images beside one another, with no text and no label"):
             Pairs(str(tmp_path))

@@ -1,6 +1,6 @@
 """Build hub_configs/aim-tiny from nothing: images, backbone, AIM projector, controls.
 
-    python examples/aim_tiny/build.py                 # everything; goes on where it stopped
+    python examples/aim_tiny/build.py                 # everything; rerun to resume
     python examples/aim_tiny/build.py --only aim      # one stage
     python examples/aim_tiny/build.py --list
 

@@ -149,7 +149,7 @@ def as_read(t: Task) -> Task:
 
 
 def shuffled(t: Task) -> Task:
-    """The same demonstrations with their images dealt anew."""
+    """The same demonstrations with their images shuffled."""
     images = [demo.image for demo in t.demos]
     random.Random(f"{images}").shuffle(images)
     return replace(t, demos=[replace(demo, image=image) for demo, image in zip(t.demos, images, strict=True)])

@@ -1,4 +1,4 @@
-"""Where fused tokens go in a chat prompt, and how a demonstration is worded for reading: measured on aim-tiny.
+"""Where fused tokens go in a chat prompt, and which template a demonstration is read in: measured on aim-tiny.
 
     python examples/aim_tiny/placement.py                # validation split, 2-way 8, 5-way 10, 8-way 16; a table
 

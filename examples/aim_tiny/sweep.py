@@ -1,6 +1,6 @@
 """What to train with: short runs of `aim train` on aim-tiny's backbone that differ from a base run in one setting.
 
-    python examples/aim_tiny/sweep.py                                  # all; goes on where it stopped; then the table
+    python examples/aim_tiny/sweep.py                                  # all, then the table; rerun to resume
     python examples/aim_tiny/sweep.py --only base,form-residual
     python examples/aim_tiny/sweep.py --table                          # of what is there
 

@@ -114,7 +114,7 @@ def _load(name: str, projector: bool) -> Any:
         processor = AimProcessor.from_pretrained(folder)
         return AimForConditionalGeneration.from_backbone(folder / "backbone", processor)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) or Path(name).exists():
-        raise ValueError(f"{name!r:.80} is no Hub id; write OWNER/NAME, such as llava-hf/llava-1.5-7b-hf.")
+        raise ValueError(f"{name!r:.80} is not a Hub id; write OWNER/NAME, such as llava-hf/llava-1.5-7b-hf.")
     allowed = os.environ.get("AIM_BACKBONES", "").split()
     if allowed and name not in allowed:
         raise ValueError(f"This Space loads {', '.join([AIM_TINY, *allowed])}, not {name}.")

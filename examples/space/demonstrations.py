@@ -53,13 +53,13 @@ def opened(path: str | Path) -> Image.Image:
     """An image that was uploaded.
 
     Raises:
-        ValueError: it is no image, is damaged or has too many pixels.
+        ValueError: it is not an image, is damaged or has too many pixels.
     """
     try:
         image = open_image(Path(path).read_bytes(), RULES)
     except (ValueError, OSError) as error:
         size = re.search(r"\d+ x \d+ pixels", str(error))
-        why = f"has {size[0]}, more than {RULES.max_pixels:,}" if size else "is no image, or is damaged"
+        why = f"has {size[0]}, more than {RULES.max_pixels:,}" if size else "is not an image, or is damaged"
         raise ValueError(f"{Path(path).name[:60]} {why}: give a PNG, JPEG or WebP file.") from error
     image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
     return image
@@ -133,7 +133,7 @@ def opened_bank(path: str | Path, model: Any) -> tuple[Labelled, ...]:
     """The demonstrations of a bank in a ZIP file.
 
     Raises:
-        ValueError: it is no bank, is damaged or too large, or another model has read it.
+        ValueError: it is not a bank, is damaged or too large, or another model has read it.
     """
     with tempfile.TemporaryDirectory(prefix="aim-bank-") as scratch:
         folder = Path(scratch)
@@ -142,7 +142,7 @@ def opened_bank(path: str | Path, model: Any) -> tuple[Labelled, ...]:
                 _extract(archive, folder)
             bank = DemonstrationBank.from_pretrained(folder, model)
         except (zipfile.BadZipFile, FileNotFoundError, OSError) as error:
-            raise ValueError(f"{Path(path).name[:60]} is no bank: give a ZIP file that was saved here.") from error
+            raise ValueError(f"{Path(path).name[:60]} is not a bank: give a ZIP file that was saved here.") from error
         except ValueError as error:
             if "read by another model" in str(error):
                 raise ValueError(

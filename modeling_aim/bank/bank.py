@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -43,7 +43,7 @@ class DemonstrationBank(ChoosingBank):
             from `build` has.
     """
 
-    aim_kind = "bank"  # by this a model recognises a bank, also a model loaded as remote code
+    aim_kind: ClassVar[str] = "bank"  # by this a model recognises a bank, also a model loaded as remote code
     bad_rows: tuple[BadRow, ...] = ()
 
     @classmethod
@@ -85,7 +85,7 @@ class DemonstrationBank(ChoosingBank):
         """Write the bank: shards, manifest and a card. A kill leaves the old bank or the new one, and nobody else can
         write there meanwhile.
 
-        A card that is already there is kept if somebody wrote it, and written anew if it was made by this.
+        A card that is already there is kept if somebody wrote it, and rewritten if this method wrote it.
 
         Args:
             save_directory: the folder.
@@ -139,7 +139,7 @@ class DemonstrationBank(ChoosingBank):
 
         Raises:
             FileNotFoundError: there is no bank.
-            ValueError: a file is damaged or is no bank (the message names the file), or another model read it (the
+            ValueError: a file is damaged or is not a bank (the message names the file), or another model read it (the
                 message names what differs).
         """
         files = open_files(name_or_path, damaged, hub_kwargs)

@@ -8,7 +8,7 @@ shards: so a bank that was killed at any moment goes on from there and ends in t
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,8 +99,8 @@ def build_bank(
         thumbnails: largest side in pixels of a small picture that is kept of each first image; 0 keeps none.
         shard_bytes: about how large a file may be.
         total: how many demonstrations come, for the progress bar, where `demos` does not say.
-        on_bad_row: what becomes of a row that is no demonstration, or that the model cannot read: `"skip"` leaves it
-            out with a warning that names it, `"raise"` makes it an error. What was read is kept in either case.
+        on_bad_row: what to do with a row that is not a demonstration, or that the model cannot read: `"skip"` leaves
+            it out with a warning that names it, `"raise"` makes it an error. What was read is kept in either case.
         max_bad_rows: with more bad rows than this, the build stops with an error; so it does when all rows are bad.
 
     Returns:
@@ -139,7 +139,7 @@ def build_bank(
 def _progress(
     demos: Iterator[tuple[int, Demonstration]], given: Iterable[Any], total: int | None
 ) -> Iterable[tuple[int, Demonstration]]:
-    if total is None and hasattr(given, "__len__"):
+    if total is None and isinstance(given, Sized):
         total = len(given)
     if not has_bars() and logging.is_progress_bar_enabled():
         return tracked(demos, "read", "demonstrations", total)
@@ -212,7 +212,7 @@ class _Builder:
         ]
         if wrong:
             raise ValueError(
-                f"The bank in {self.folder} was begun with {'; '.join(wrong)}. Go on with the same model and "
+                f"The bank in {self.folder} was begun with {'; '.join(wrong)}. Resume with the same model and "
                 "settings, or give another folder."
             )
         self.parts_folder.mkdir(exist_ok=True)

@@ -59,7 +59,7 @@ class ChoosingBank(BankContents):
         """Choose `k` demonstrations for a query; see `choose`, which has the `options`, and says which they are.
 
         Returns:
-            The chosen demonstrations, most alike last, as `read` returns them.
+            The chosen demonstrations, most similar last, as `read` returns them.
         """
         return self[[number for number, _ in self.choose(query, k, by, **options)]]
 
@@ -82,19 +82,19 @@ class ChoosingBank(BankContents):
                 fixed list. Also what `model.query_features` gave for one query.
             k: how many.
             by: `"random"`; `"image"` (RICES: the backbone's own features of images); `"text"`; `"fused"` (fused
-                tokens, averaged); `"mmices"` (of the `4 * k` most alike images those with the most alike questions;
-                where questions are as alike, and where nothing is asked, the images decide; arXiv 2311.18021); or a
-                list of numbers or keys of demonstrations, of which the first `k` are taken as they come.
+                tokens, averaged); `"mmices"` (of the `4 * k` most similar images those with the most similar
+                questions; where questions are equally similar, and where nothing is asked, the images decide; arXiv
+                2311.18021); or a list of numbers or keys of demonstrations, of which the first `k` are taken in order.
             seed: of `"random"`.
             balanced: take labels in turn, the best of each first, where demonstrations have labels.
-            near_duplicate: a demonstration is left out while others are left when it is at least as alike (cosine) as
-                this to a chosen one in everything that is stored of it: image and text. `None` keeps all.
+            near_duplicate: a demonstration is left out, while others are left, when its cosine similarity to a chosen
+                one is at least this in everything that is stored of it: image and text. `None` keeps all.
             search: `"torch"`; `"faiss"` (an exact index through `datasets`, for `by` image, text or fused where no
                 labels are taken in turn); or `"auto"`: FAISS from 250 000 demonstrations on where it can be used.
             model: the model that compares, where the bank was opened without one.
 
         Returns:
-            Number and score of each, most alike last.
+            Number and score of each, most similar last.
 
         Raises:
             ValueError: `k` is larger than the bank, the query lacks what is compared, or FAISS was asked for and
@@ -133,11 +133,11 @@ class ChoosingBank(BankContents):
             )
 
     def _scores(self, query: torch.Tensor, k: int, by: str, groups: Groups | None, search: str) -> torch.Tensor:
-        """Cosine of a query with each demonstration; of the most alike only, where FAISS searches."""
+        """Cosine of a query with each demonstration; of the nearest neighbours only, where FAISS searches."""
         if search == "faiss" and groups is not None:
             raise ValueError(
-                "search='faiss' finds the most alike of the whole bank, but labels are to be taken in turn. Choose "
-                "with balanced=False, or without search."
+                "search='faiss' finds the nearest neighbours in the whole bank, but labels are to be taken in turn. "
+                "Choose with balanced=False, or without search."
             )
         if search == "faiss" or (search == "auto" and groups is None and len(self) >= FAISS_FROM):
             try:
@@ -240,13 +240,15 @@ class ChoosingBank(BankContents):
         Returns:
             What was chosen for each row, in order.
         """
-        options = dict(select) if isinstance(select, Mapping) else {"by": "random" if select is None else select}
+        options: dict[str, Any] = (
+            dict(select) if isinstance(select, Mapping) else {"by": "random" if select is None else select}
+        )
         by, k = options.pop("by", "random"), 8 if shots is None else shots
         unknown = set(options) - SELECT_OPTIONS
         if unknown:
             raise ValueError(
-                f"select has the keys {sorted(unknown)}; known are by, {', '.join(sorted(SELECT_OPTIONS))}. How many "
-                "are chosen is said by shots=."
+                f"select has the keys {sorted(unknown)}; known are by, {', '.join(sorted(SELECT_OPTIONS))}. Set "
+                "their number with shots=."
             )
         check_strategy(by, options.get("search", "auto"))
         self.check_count(k)  # before anything is computed

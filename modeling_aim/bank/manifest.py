@@ -90,7 +90,7 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BankDamaged(
-            f"{path} is no manifest of a demonstration bank ({error!r:.200}). Copy or build the bank again."
+            f"{path} is not a manifest of a demonstration bank ({error!r:.200}). Copy or build the bank again."
         ) from error
     return manifest
 

@@ -26,7 +26,7 @@ def open_thumbnail(content: bytes) -> Image.Image:
     """Decode a thumbnail: a JPEG of a few pixels, and nothing else that Pillow can open.
 
     Raises:
-        ValueError: it is no JPEG, is damaged, or has more than `MAX_PIXELS` pixels.
+        ValueError: it is not a JPEG, is damaged, or has more than `MAX_PIXELS` pixels.
     """
     try:
         image = Image.open(io.BytesIO(content), formats=("JPEG",))
@@ -34,4 +34,4 @@ def open_thumbnail(content: bytes) -> Image.Image:
             raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
         return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"A thumbnail of the bank is no small JPEG ({error}).") from error
+        raise ValueError(f"A thumbnail of the bank is not a small JPEG ({error}).") from error

@@ -16,7 +16,7 @@ ON_BAD_ROW = ("skip", "raise")
 
 
 class BadRow(NamedTuple):
-    """A row that is no demonstration, or that the model cannot read, and why."""
+    """A row that is not a demonstration, or that the model cannot read, and why."""
 
     number: int
     reason: str
@@ -89,8 +89,8 @@ def open_rows(
         rules: which images may be opened.
 
     Raises:
-        ValueError: a row is no demonstration and bad rows are errors, or a dataset has no column that is part of one;
-            the message says which.
+        ValueError: a row is not a demonstration and bad rows are errors, or a dataset has no column that is part of
+            one; the message says which.
     """
     if isinstance(demos, (str, bytes, Mapping)):
         raise ValueError(f"A bank is built from a stream of demonstrations; got {demos!r:.80}.")

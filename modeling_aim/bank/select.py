@@ -1,4 +1,4 @@
-"""Selection strategies: by similarity or at random, spread over labels, without near-duplicates, most alike last."""
+"""Selection strategies: by similarity or at random, spread over labels, without near-duplicates, most similar last."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ SEARCHED = ("image", "text", "fused")  # strategies that rank the whole bank by 
 SEARCHES = ("auto", "torch", "faiss")
 FAISS_FROM = 250_000  # demonstrations; of 100 000 a product in blocks is as fast, and copies no features
 INNER_PRODUCT = 0  # faiss.METRIC_INNER_PRODUCT
-MMICES_POOL = 4  # times k: demonstrations with the most alike images, of which the most alike texts are taken
+MMICES_POOL = (
+    4  # times k: demonstrations with the most similar images, of which those with the most similar texts are taken
+)
 ABSENT = -2.0  # below every cosine: a demonstration without an image, when it is images that are compared
 NOT_COMPARED = -3.0  # below that: a demonstration outside of a shortlist
 ALL_ALIKE = 1e-3  # a feature that differs from the mean of the bank by less differs in rounding alone
@@ -34,11 +36,13 @@ def check_strategy(by: object, search: str = "auto") -> None:
     if search not in SEARCHES:
         raise ValueError(f"search={search!r:.80}: expected one of {', '.join(SEARCHES)}.")
     if search == "faiss" and not (isinstance(by, str) and by in SEARCHED):
-        raise ValueError(f"search='faiss' finds the most alike by one of {', '.join(SEARCHED)}; got by={by!r:.80}.")
+        raise ValueError(
+            f"search='faiss' finds nearest neighbours by one of {', '.join(SEARCHED)}; got by={by!r:.80}."
+        )
 
 
-def is_whole(value: object) -> bool:
-    """Whether `value` is a whole number; a bool is none."""
+def is_whole(value: Any) -> bool:
+    """Whether `value` is a whole number and not a bool."""
     try:
         return not isinstance(value, bool) and operator.index(value) is not None
     except TypeError:
@@ -123,7 +127,7 @@ class SimilarityIndex:
         return torch.where(self.there, ((products - self.mean @ query) / self.norms).clamp(-1, 1), ABSENT)
 
     def nearest(self, query: torch.Tensor, count: int) -> torch.Tensor:
-        """`scores` of the `count` most alike, found by FAISS through `datasets`; the others are not compared.
+        """`scores` of the `count` nearest neighbours, found by FAISS through `datasets`; the others are not compared.
 
         Raises:
             FaissUnavailable: one of both is not installed, or a demonstration has no feature.
@@ -264,7 +268,7 @@ def mmices(
     k: int,
     groups: Groups | None,
 ) -> torch.Tensor:
-    """Scores of MMICES (arXiv 2311.18021): the most alike images are shortlisted, then ranked by their texts.
+    """Scores of MMICES (arXiv 2311.18021): the most similar images are shortlisted, then ranked by their texts.
 
     The query's question is compared with questions alone: names and captions would be ranked by how much they sound
     like a question. Cosines are taken to two digits, and between equals the images decide.

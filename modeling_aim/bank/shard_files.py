@@ -105,7 +105,7 @@ def _seal(about: Mapping[str, Any], columns: Mapping[str, torch.Tensor]) -> str:
 
 
 def check_version(about: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Raise `BankDamaged` where a file is of another version of the format, `ValueError` where it is no bank's."""
+    """Raise `BankDamaged` where a file is of another version of the format, `ValueError` where it is not a bank's."""
     if about["format"] != FORMAT:
         raise ValueError(f"its format is {about['format']!r:.40}")
     if about["version"] != VERSION:

@@ -91,7 +91,7 @@ class Shard:
         self.reopen: tuple[Any, ...] | None = None  # a function and its arguments, for a shard that was opened
         problem = self._problem()
         if problem is not None:
-            raise BankDamaged(f"{name} is no shard of a demonstration bank: {problem}. Copy or build it again.")
+            raise BankDamaged(f"{name} is not a shard of a demonstration bank: {problem}. Copy or build it again.")
         sizes = {lengths: columns[lengths].numpy() for lengths in RAGGED.values() if lengths in columns}
         self.ends = {name: np.concatenate([[0], np.cumsum(size, dtype=np.int64)]) for name, size in sizes.items()}
 
@@ -300,7 +300,7 @@ def fused_columns(fused: FusedDemonstrations) -> tuple[dict[str, torch.Tensor], 
 
 
 def key_column(keys: Iterable[str]) -> torch.Tensor:
-    """Keys as bytes `(demonstrations, 32)`; what is no sha256 is hashed to one."""
+    """Keys as bytes `(demonstrations, 32)`; keys that are not sha256 digests are hashed."""
     rows = []
     for key in keys:
         try:

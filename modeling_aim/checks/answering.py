@@ -264,7 +264,8 @@ def system_turn(case: Case) -> None:
     image_turn = [{"type": "image", "image": noise(1)}, {"type": "text", "text": "What do you see?"}]
     answered = {"role": "assistant", "content": [{"type": "text", "text": "A dax."}]}
     chat = [system, {"role": "user", "content": image_turn}, answered, query]
-    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    options: dict[str, Any] = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    options["return_tensors"] = "pt"
     inputs = case.processor.apply_chat_template(chat, **options).to(case.model.device, case.model.dtype)
     alone = case.processor.apply_chat_template([system, query], **options)
     same = torch.equal(inputs["input_ids"].cpu(), alone["input_ids"])
@@ -281,7 +282,7 @@ def chosen_for_each_row(case: Case) -> None:
         bank = DemonstrationBank.build(case.model, demos, folder)
         chosen = bank.select_rows(case.model, inputs, 2, "image")
         alike = [row.texts[-1] for row in chosen] == [bank.texts()[0], bank.texts()[1]]
-        require(alike, "the most alike image is not the chosen one")
+        require(alike, "the most similar image is not the chosen one")
         for by in ("image", "text", "fused", "mmices", "random"):
             rows = [[number for number, _ in bank.choose(None, 2)]] * 2
             if by != "random":

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import PreTrainedModel
 
 from .. import AimForConditionalGeneration, AimProcessor, FusedDemonstrations
 from ..demonstrations_aim import Demos
@@ -23,7 +22,7 @@ LONG_QUESTION = "Which of the names that you were told goes with this?"
 # seen, and up to 22 in float32, whose sums round too.
 ROUNDINGS = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 2**10, torch.float64: 2**10}
 TF32_EPS = 2.0**-10  # in which a GPU may compute float32
-MASKED = float(torch.finfo(torch.float16).min)  # what is not above it is no logit, in any precision
+MASKED = float(torch.finfo(torch.float16).min)  # what is not above it is not a logit, in any precision
 
 
 class NotApplicable(Exception):
@@ -153,9 +152,7 @@ class Case:
         """The same of the backbone itself, without AIM."""
         return self._answered(self.model.backbone, inputs, options)
 
-    def _answered(
-        self, model: AimForConditionalGeneration | PreTrainedModel, inputs: Mapping[str, Any], options: dict[str, Any]
-    ) -> Answer:
+    def _answered(self, model: Any, inputs: Mapping[str, Any], options: dict[str, Any]) -> Answer:
         options = {"do_sample": False, "max_new_tokens": NEW, "min_new_tokens": NEW, **options}
         options |= {"return_dict_in_generate": True, "output_logits": True}
         output, length = model.generate(**inputs, **options), inputs["input_ids"].shape[1]

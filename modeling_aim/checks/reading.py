@@ -93,7 +93,7 @@ def without_training(case: Case) -> None:
         plain, with_demos, other = (
             model(**inputs, demos=demos).logits[:, -1] for demos in (None, case.demos, swapped)
         )
-    require(bool(with_demos.float().isfinite().any()), "the logits are no numbers")
+    require(bool(with_demos.float().isfinite().any()), "the logits are not numbers")
     require(difference(with_demos, plain) > 1e-4, "demonstrations do not reach the answer")
     require(difference(with_demos, other) > 1e-4, "the images of the demonstrations do not reach the answer")
     answer = model.generate(**inputs, demos=case.demos, max_new_tokens=2, min_new_tokens=2, do_sample=False)

@@ -130,7 +130,7 @@ def inspect(settings: InspectSettings) -> None:
     """Show what is in a bank: counts, labels, tokens, bytes, and what read it."""
     from .. import DemonstrationBank
 
-    revision = {"revision": settings.revision} if settings.revision else {}
+    revision: dict[str, Any] = {"revision": settings.revision} if settings.revision else {}
     damaged = "skip" if settings.skip_damaged else "raise"
     opened = DemonstrationBank.from_pretrained(settings.bank, damaged=damaged, **revision)
     if settings.verify:
@@ -208,7 +208,7 @@ def select(settings: SelectSettings) -> None:
     if settings.as_json:
         print_json(rows)
         return
-    title = f"{len(rows)} of {len(opened)} by {settings.select}, most alike last"
+    title = f"{len(rows)} of {len(opened)} by {settings.select}, most similar last"
     table = Table("number", "score", "label", "text", title=title)
     for row in rows:
         table.add_row(*(safe("" if value is None else str(value)) for value in row.values()))
@@ -243,7 +243,7 @@ def _bytes(count: int) -> str:
 def contact_sheet(
     query: Image.Image | None, question: str, thumbnails: Sequence[bytes], says: Sequence[str], side: int = 112
 ) -> Any:
-    """A picture of the query and, row by row, of what was chosen for it, most alike last.
+    """A picture of the query and, row by row, of what was chosen for it, most similar last.
 
     Args:
         query: its image, or `None`.

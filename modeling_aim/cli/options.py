@@ -119,7 +119,7 @@ def field_help(settings_class: type) -> dict[str, str]:
 
 
 def check_least(settings: object, least: int, *names: str) -> None:
-    """Raise `ValueError` for a field that is below its least value; `None` is no value."""
+    """Raise `ValueError` for a field that is below its least value; `None` counts as no value."""
     for name in names:
         value = getattr(settings, name)
         if value is not None and value < least:
@@ -135,7 +135,7 @@ def parsed(given: Any, hint: Any, option: str) -> Any:
         option: for messages.
 
     Raises:
-        ValueError: it is no such value; the message has what was given and what is expected.
+        ValueError: it is not such a value; the message has what was given and what is expected.
     """
     kind = _without_none(hint)
     if get_origin(kind) is tuple:

@@ -25,7 +25,7 @@ class PublishSettings(LoadingSettings):
         backbone: Hub id of the backbone, where it was loaded from a local folder.
         include_backbone: publish the backbone too, for a repository that needs no other.
         private: make a new repository private.
-        check: load it first as remote code from an empty cache, which fetches the backbone anew.
+        check: load it first as remote code from an empty cache, which downloads the backbone again.
         revision: branch to publish to, made where there is none.
         dtype: precision in which that check loads the backbone; by default its own.
         load_in_4bit: load it in 4-bit for the check.

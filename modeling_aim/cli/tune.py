@@ -117,7 +117,7 @@ def _check(
             raise ValueError('--picture needs matplotlib: pip install "modeling-aim[demo]"') from error
     if repo is not None:
         if not has_aim(repo, revision):
-            raise ValueError(f"{repo} is no AIM repository. Choose a depth for a backbone with --backbone {repo}.")
+            raise ValueError(f"{repo} is not an AIM repository. Choose a depth for a backbone with --backbone {repo}.")
         check_weightless(AimConfig.from_pretrained(repo, revision=revision or "main"))
 
 

@@ -88,7 +88,7 @@ def images_folder(path: Path, names: Sequence[str]) -> Path:
         names: of some of its images.
     """
     roots = [path.parent, *([path.parent.parent] if path.parent.name.lower() == "annotations" else [])]
-    inner = [one for root in roots for one in sorted(root.iterdir()) if one.is_dir()]
+    inner = [entry for root in roots for entry in sorted(root.iterdir()) if entry.is_dir()]
     for folder in (*roots, *inner):
         if any((folder / name).is_file() for name in names):
             return folder

@@ -135,7 +135,7 @@ def is_image(image: object) -> bool:
     return bool(image) and isinstance(image, (bytes, str, os.PathLike)) and is_readable(image)
 
 
-def image_key(image: object) -> str:
+def image_key(image: Any) -> str:
     """What tells images apart: where a file lies, or else the digest of the content."""
     if isinstance(image, Member):
         return f"{image.archive}:{image.name}"
@@ -165,7 +165,7 @@ class Pictures:
         Raises:
             ValueError: an archive is damaged.
         """
-        found: dict[str, list[tuple[Path, str]]] = {}
+        by_name: dict[str, list[tuple[Path, str]]] = {}
         for archive in sorted(self.folder.rglob("*.zip")):
             try:
                 with zipfile.ZipFile(archive) as opened:
@@ -173,8 +173,8 @@ class Pictures:
             except zipfile.BadZipFile as error:
                 raise ValueError(f"{archive} is damaged ({error}). Fetch it again.") from error
             for name in names:
-                found.setdefault(name.rpartition("/")[2], []).append((archive, name))
-        return found
+                by_name.setdefault(name.rpartition("/")[2], []).append((archive, name))
+        return by_name
 
     def find(self, name: str) -> str | Member | None:
         """Where an image is; `None` if it is nowhere. Files go before archives.
@@ -195,7 +195,7 @@ class Pictures:
                 if [archive.stem, *member.split("/")][-len(some) :] == some
             ]
             if len(members) > 1:
-                raise ValueError(f"{self.folder}: {name!r} may be any of {[Member(*one) for one in members]}.")
+                raise ValueError(f"{self.folder}: {name!r} may be any of {[Member(*pair) for pair in members]}.")
             if members:
                 return Member(*members[0])
         return None

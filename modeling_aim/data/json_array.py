@@ -23,7 +23,7 @@ def json_entries(path: Path, piece: int = PIECE) -> Iterator[tuple[Any, int, int
         An entry, its first byte in the file, and the byte after its last.
 
     Raises:
-        ValueError: it is no JSON, or holds something else than a list.
+        ValueError: it is not JSON, or holds something else than a list.
     """
     with path.open("rb") as file:
         text = _Text(file, piece)
@@ -77,7 +77,7 @@ class _Text:
         self.at += count
 
     def next(self) -> str:
-        """The next character that is no space; nothing at the end."""
+        """The next character that is not a space; nothing at the end."""
         while True:
             rest = self.at
             while rest < len(self.text) and self.text[rest] in " \t\r\n":

@@ -13,7 +13,7 @@ def read_demonstrations(path: Path) -> Iterator[dict[str, Any]]:
     """Demonstrations of a jsonl file; image paths are relative to the file.
 
     Raises:
-        ValueError: a line is no JSON object; the message names file and line.
+        ValueError: a line is not a JSON object; the message names file and line.
         FileNotFoundError: there is no such file.
     """
     for number, demo in numbered_json(path):
@@ -40,7 +40,7 @@ def numbered_json(path: Path) -> Iterator[tuple[int, Any]]:
             try:
                 value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                 if b"\\u" in line:
-                    json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate is no text
+                    json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate cannot be encoded
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error}). Expected one object a line.") from error
             yield number, value

@@ -39,17 +39,17 @@ def data_files(folder: Path, split: str | None = None) -> list[Path]:
     files = files_of(folder)
 
     def ending(*ends: str) -> list[Path]:
-        return [one for one in files if one.name.lower().endswith(ends)]
+        return [file for file in files if file.name.lower().endswith(ends)]
 
-    metadata = next((found for name in METADATA if (found := ending(name))), [])
-    parquet = [one for one in ending(".parquet") if not _is_index(one)]
+    metadata = next((candidates for name in METADATA if (candidates := ending(name))), [])
+    parquet = [file for file in ending(".parquet") if not _is_index(file)]
     if parquet and not metadata:
         return parquet  # their splits are told apart where they are opened
-    found = metadata or ending(".tar") or ending(*LINES)
-    if found:
-        return of_split(folder, found, split)
-    images = [one for one in files if one.suffix.lower() in IMAGE_SUFFIXES]
-    captioned = sorted({one.parent for one in images if one.with_suffix(".txt").is_file()})
+    candidates = metadata or ending(".tar") or ending(*LINES)
+    if candidates:
+        return of_split(folder, candidates, split)
+    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    captioned = sorted({file.parent for file in images if file.with_suffix(".txt").is_file()})
     return captioned or _class_images(folder, images, files, split)
 
 
@@ -65,10 +65,10 @@ def of_split(folder: Path, files: Sequence[Path], split: str | None) -> list[Pat
     Raises:
         ValueError: the files are of several splits and none was chosen, or none is of that split.
     """
-    named = {one: _words(one.relative_to(folder)) for one in files}
-    known = {one: next((word for word in words if SPLIT.fullmatch(word)), None) for one, words in named.items()}
+    named = {file: _words(file.relative_to(folder)) for file in files}
+    known = {file: next((word for word in words if SPLIT.fullmatch(word)), None) for file, words in named.items()}
     several = {_same(word) for word in known.values() if word is not None}
-    stems = sorted({_stem(one) if one.name not in METADATA else one.parent.name for one in files})
+    stems = sorted({_stem(file) if file.name not in METADATA else file.parent.name for file in files})
     if split is None and len(several) > 1:
         example = next((stem for stem in stems if "train" in stem), stems[0])
         raise ValueError(
@@ -77,7 +77,7 @@ def of_split(folder: Path, files: Sequence[Path], split: str | None) -> list[Pat
         )
     if split is None or not several:
         return list(files)
-    chosen = [one for one in files if split == _stem(one)] or [one for one in files if split in named[one]]
+    chosen = [file for file in files if split == _stem(file)] or [file for file in files if split in named[file]]
     if not chosen:
         raise ValueError(f"{folder} holds {_listed(stems)}, but nothing of split={split}.")
     return chosen
@@ -115,26 +115,26 @@ def which_column(text: str, label: str) -> str:
 def _class_images(folder: Path, images: Sequence[Path], files: Sequence[Path], split: str | None) -> list[Path]:
     """Images in folders that are named by their labels."""
     beside = [
-        one for one in files
-        if one.suffix.lower() in ANNOTATIONS and not one.name.endswith("_stats.json")  # img2dataset's
-        and one.parent.relative_to(folder).as_posix().lower() in (".", "annotations")
+        file for file in files
+        if file.suffix.lower() in ANNOTATIONS and not file.name.endswith("_stats.json")  # img2dataset's
+        and file.parent.relative_to(folder).as_posix().lower() in (".", "annotations")
     ]  # fmt: skip
     if beside:
         raise ValueError(
-            f"{folder} holds annotations, and the names of its folders are no labels. Give the file that has the "
-            f"texts: {_listed([suggested(one) for one in beside])}."
+            f"{folder} holds annotations, and the names of its folders are not labels. Give the file that has the "
+            f"texts: {_listed([suggested(file) for file in beside])}."
         )
-    inner = [one for one in images if one.parent != folder]
-    parts = {one: one.relative_to(folder).parts for one in inner}
+    inner = [image for image in images if image.parent != folder]
+    parts = {image: image.relative_to(folder).parts for image in inner}
     if inner and all(len(some) > 2 and SPLIT.fullmatch(some[0]) for some in parts.values()):
         splits = sorted({some[0] for some in parts.values()})
         if split is None and len(splits) > 1:
             raise ValueError(
                 f"{folder} holds the splits {_listed(splits)}, each with class folders. Say which: split={splits[0]}."
             )
-        inner = [one for one in inner if parts[one][0] == (split or splits[0])]
-    described = {one.with_suffix("") for one in files if one.suffix.lower() == ".json"}  # one by one: no labels
-    labels = Counter(one.parent.name for one in inner if one.with_suffix("") not in described)
+        inner = [image for image in inner if parts[image][0] == (split or splits[0])]
+    described = {file.with_suffix("") for file in files if file.suffix.lower() == ".json"}  # one by one: no labels
+    labels = Counter(image.parent.name for image in inner if image.with_suffix("") not in described)
     if not images:
         raise ValueError(
             f"{folder} holds no pairs: expected metadata.jsonl or metadata.csv beside images, .parquet, .tar or "
@@ -148,9 +148,9 @@ def _class_images(folder: Path, images: Sequence[Path], files: Sequence[Path], s
             "at least (FOLDER/cat/1.jpg, FOLDER/dog/1.jpg). Give the file of their texts with "
             f"images={folder}, such as pairs:captions.json or llava:chat.json."
         )
-    shown = ", ".join(f"{label} ({count})" for label, count in labels.most_common(5))
+    label_counts = ", ".join(f"{label} ({count})" for label, count in labels.most_common(5))
     more = f", ... ({len(labels)} labels)" if len(labels) > 5 else ""
-    logger.warning(f"{folder}: {len(inner)} images with the names of their folders as labels: {shown}{more}.")
+    logger.warning(f"{folder}: {len(inner)} images with the names of their folders as labels: {label_counts}{more}.")
     return inner
 
 
@@ -168,8 +168,8 @@ def llava_file(path: Path) -> Path:
         ValueError: it is a folder; the message names the files in it.
     """
     if path.is_dir():
-        inside = [one for one in sorted(path.glob("*.json")) if suggested(one).startswith("llava:")]
-        named = f" Give one of {_listed([f'llava:{one}' for one in inside])}." if inside else " It holds none."
+        inside = [file for file in sorted(path.glob("*.json")) if suggested(file).startswith("llava:")]
+        named = f" Give one of {_listed([f'llava:{file}' for file in inside])}." if inside else " It holds none."
         raise ValueError(
             f"{path} is a folder; llava takes LLaVA's JSON file, with images= the folder of its images.{named}"
         )
@@ -181,7 +181,7 @@ def captioned_images(folder: Path) -> Iterator[dict[str, Any]]:
 
     Image paths are relative to the parent of the folder.
     """
-    for image in sorted(one for one in folder.iterdir() if one.suffix.lower() in IMAGE_SUFFIXES):
+    for image in sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES):
         beside = image.with_suffix(".txt")
         text = beside.read_text(encoding="utf-8", errors="replace") if beside.is_file() else None
         yield {"image": f"{folder.name}/{image.name}", "text": text}
@@ -192,17 +192,17 @@ def fetched_images(folder: Path) -> dict[str, str]:
 
     It writes `00000/000000000.jpg`, and `00000.parquet` with the URL, the key and the status of each.
     """
-    found: dict[str, str] = {}
+    by_url: dict[str, str] = {}
     for table in sorted(folder.glob("*.parquet")):
         if _is_index(table) and table.with_suffix("").is_dir():
             from pyarrow import parquet
 
             columns = parquet.read_table(table, columns=["url", "key", "status"]).to_pydict()
-            names = (one.suffix for one in table.with_suffix("").iterdir())
-            suffix = next((one for one in names if one in IMAGE_SUFFIXES), ".jpg")
+            names = (entry.suffix for entry in table.with_suffix("").iterdir())
+            suffix = next((ending for ending in names if ending in IMAGE_SUFFIXES), ".jpg")
             rows = zip(columns["url"], columns["key"], columns["status"], strict=True)
-            found.update({url: f"{table.stem}/{key}{suffix}" for url, key, status in rows if status == "success"})
-    return found
+            by_url.update({url: f"{table.stem}/{key}{suffix}" for url, key, status in rows if status == "success"})
+    return by_url
 
 
 def _stem(path: Path) -> str:
@@ -219,8 +219,8 @@ def _words(path: Path) -> list[str]:
 
 def _same(split: str) -> str:
     """Names of one split as one word."""
-    found = split.lower()
-    return "train" if found.startswith(("train", "rest")) else "test" if found.startswith("test") else "validation"
+    name = split.lower()
+    return "train" if name.startswith(("train", "rest")) else "test" if name.startswith("test") else "validation"
 
 
 def _listed(names: Sequence[str]) -> str:

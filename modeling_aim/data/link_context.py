@@ -86,7 +86,7 @@ def class_folders(
     root = Path(path)
     if not root.is_dir():
         raise FileNotFoundError(f"There is no folder of classes at {root}.")
-    folders = sorted(one for one in root.iterdir() if one.is_dir() and not one.name.startswith("."))
+    folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if len(folders) < 2:
         raise ValueError(f"{root} has {len(folders)} class folders; link-context episodes need at least two.")
     if isinstance(names, (str, os.PathLike)):
@@ -105,8 +105,8 @@ def class_folders(
 
 
 def _images(folder: Path) -> tuple[str, ...]:
-    found = (os.path.join(base, file) for base, _, files in os.walk(folder) for file in files)
-    return tuple(sorted(path for path in found if Path(path).suffix.lower() in IMAGE_SUFFIXES))
+    paths = (os.path.join(base, file) for base, _, files in os.walk(folder) for file in files)
+    return tuple(sorted(path for path in paths if Path(path).suffix.lower() in IMAGE_SUFFIXES))
 
 
 def random_name(rng: random.Random, taken: set[str]) -> str:
@@ -183,6 +183,6 @@ def class_rows(path: Path, keys: Sequence[str]) -> Iterator[tuple[int, dict[str,
 def image_paths(root: Path, names: object, path: str | os.PathLike[str], line: int) -> Iterator[str]:
     """Image paths of a row, each once."""
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"{path}, line {line}: {names!r:.60} is no list of image paths.")
+        raise ValueError(f"{path}, line {line}: {names!r:.60} is not a list of image paths.")
     for name in dict.fromkeys(names):
         yield os.path.join(root, name)

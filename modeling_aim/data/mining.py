@@ -94,7 +94,7 @@ class ClassFeatures:
         Raises:
             ValueError: there are features of other classes than these; the message names them.
         """
-        keys = [one.key for one in classes]
+        keys = [image_class.key for image_class in classes]
         missing, unknown = sorted(set(keys) - set(self.classes)), sorted(set(self.classes) - set(keys))
         if missing or unknown:
             parts = [("without features", missing), ("with features but without a folder", unknown)]
@@ -136,13 +136,13 @@ def mined_neighbours(alike: torch.Tensor, seed: int = 0, bins: int = BINS) -> li
         For each class the numbers of its neighbours.
     """
     rng = random.Random(f"neighbours {seed}")
-    found = []
+    drawn = []
     for own, row in enumerate(alike):
         ranked = [other for other in row.argsort(descending=True, stable=True).tolist() if other != own]
         count = min(bins, len(ranked))
         edges = [place * len(ranked) // count for place in range(count + 1)]
-        found.append([rng.choice(ranked[a:b]) for a, b in pairwise(edges)])
-    return found
+        drawn.append([rng.choice(ranked[a:b]) for a, b in pairwise(edges)])
+    return drawn
 
 
 # --- features by CLIP
@@ -166,31 +166,34 @@ def clip_features(
         classes: with unique keys.
         clip: Hub id or folder of a CLIP (any model with `get_text_features` and `get_image_features`). The paper:
             `openai/clip-vit-base-patch16`.
-        cache: safetensors file to keep them in; one below the Hugging Face cache when `None`. A stale one is computed
-            anew: its key is made of the model's files (or Hub commit), the names, and paths and sizes of the images.
+        cache: safetensors file to keep them in; one below the Hugging Face cache when `None`. A stale one is
+            recomputed: its key is made of the model's files (or Hub commit), the names, and paths and sizes of the
+            images.
         images_per_class: chosen at random, always the same ones.
         batch_size: images, or names, in one pass.
         device: CUDA where there is one, when `None`.
 
     Raises:
-        ValueError: the model is no CLIP, or a class has no readable image.
+        ValueError: the model is not a CLIP, or a class has no readable image.
         OSError: the model is not found.
     """
-    chosen = [_chosen(one) for one in classes]
+    chosen = [_chosen(image_class) for image_class in classes]
     key = _content_key(classes, chosen, clip, images_per_class)
     path = Path(constants.HF_HOME) / "aim" / f"class-features-{key[:16]}.safetensors" if cache is None else Path(cache)
     if path.exists():
         kept, stored = _read(path)
         if stored == key:
             return kept.of(classes)
-        logger.warning(f"{path} is of another model, other names or other images; its features are computed anew.")
+        logger.warning(f"{path} is of another model, other names or other images; its features are recomputed.")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     encoder = _Encoder(clip, device)
-    names = [one.name for one in classes]
+    names = [image_class.name for image_class in classes]
     text = torch.cat([encoder.text(names[start : start + batch_size]) for start in range(0, len(names), batch_size)])
     progress = logging.tqdm(list(zip(classes, chosen, strict=True)), desc="CLIP features", unit="class")
-    images = torch.stack([encoder.mean(one, paths, images_per_class, batch_size) for one, paths in progress])
-    features = ClassFeatures(tuple(one.key for one in classes), text, images)
+    images = torch.stack(
+        [encoder.mean(image_class, paths, images_per_class, batch_size) for image_class, paths in progress]
+    )
+    features = ClassFeatures(tuple(image_class.key for image_class in classes), text, images)
     features.save(path, key)
     return features
 
@@ -220,7 +223,7 @@ class _Encoder:
         inputs = self.processor(images=list(images), return_tensors="pt")
         return _unit(self.model.get_image_features(**inputs.to(self.device)))
 
-    def mean(self, one: ImageClass, paths: Sequence[str], count: int, batch_size: int) -> torch.Tensor:
+    def mean(self, image_class: ImageClass, paths: Sequence[str], count: int, batch_size: int) -> torch.Tensor:
         """`(d,)`, over the first `count` readable images of a class."""
         readable = islice(_readable(paths), count)
         rows = []
@@ -228,7 +231,7 @@ class _Encoder:
             rows.append(self.images(batch))
         if not rows:
             raise ValueError(
-                f"None of the {len(paths)} images of the class {one.key!r} can be read; remove it or mend it."
+                f"None of the {len(paths)} images of the class {image_class.key!r} can be read; remove it or fix it."
             )
         return torch.nn.functional.normalize(torch.cat(rows).mean(dim=0), dim=0)
 
@@ -246,9 +249,9 @@ def _readable(paths: Sequence[str]) -> Iterator[Image.Image]:
             logger.warning(f"Left out of the class features: {path} ({error})")
 
 
-def _chosen(one: ImageClass) -> list[str]:
+def _chosen(image_class: ImageClass) -> list[str]:
     """The images of a class in the order in which they are taken: the same in whatever folder they lie."""
-    return random.Random(f"images of {one.key}").sample(one.images, len(one.images))
+    return random.Random(f"images of {image_class.key}").sample(image_class.images, len(image_class.images))
 
 
 def _content_key(
@@ -256,8 +259,8 @@ def _content_key(
 ) -> str:
     """Identity of what features are computed from."""
     digest = hashlib.sha256(f"{_model_key(clip)} {count}".encode())
-    for one, paths in zip(classes, chosen, strict=True):
-        digest.update(json.dumps([one.key, one.name]).encode())
+    for image_class, paths in zip(classes, chosen, strict=True):
+        digest.update(json.dumps([image_class.key, image_class.name]).encode())
         for path in paths[:count]:
             digest.update(f"{Path(path).name} {os.path.getsize(path)}\n".encode())
     return digest.hexdigest()
@@ -287,7 +290,7 @@ def _read(path: Path) -> tuple[ClassFeatures, str]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a mapping)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read as safetensors ({error}). Remove it, or compute it again.") from error
     beside = path.with_suffix(".json")
@@ -307,7 +310,7 @@ def _read(path: Path) -> tuple[ClassFeatures, str]:
 
 def _check(path: Path, classes: object, tensors: dict[str, torch.Tensor]) -> None:
     """Raise `ValueError` unless a file holds one row of finite numbers of each tensor for each class."""
-    if not isinstance(classes, list) or not all(isinstance(one, str) for one in classes):
+    if not isinstance(classes, list) or not all(isinstance(class_name, str) for class_name in classes):
         raise ValueError(f"The classes of {path} are {classes!r:.60}; expected a JSON list of class folders.")
     if len(set(classes)) < len(classes):
         raise ValueError(f"{path} names the class {max(classes, key=classes.count)!r} twice.")
@@ -319,7 +322,7 @@ def _check(path: Path, classes: object, tensors: dict[str, torch.Tensor]) -> Non
         raise ValueError(f"{path} holds {shapes} for {len(classes)} classes; expected (classes, d) for both.")
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
-        raise ValueError(f"{path} holds values of {broken[0]!r} that are no finite numbers.")
+        raise ValueError(f"{path} holds values of {broken[0]!r} that are not finite numbers.")
 
 
 def _listing(names: Sequence[str]) -> str:

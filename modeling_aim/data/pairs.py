@@ -92,8 +92,8 @@ def opened(
     pairs: Iterable[Pair], skipped: Counter[str], unusable: Callable[[Demonstration], str | None] | None = None
 ) -> Iterator[Demonstration]:
     """Pairs with their images opened; what cannot be used is left out and counted in `skipped`, see `opened_pair`."""
-    found = (opened_pair(pair, skipped, unusable) for pair in pairs)
-    return (demo for demo in found if demo is not None)
+    demos = (opened_pair(pair, skipped, unusable) for pair in pairs)
+    return (demo for demo in demos if demo is not None)
 
 
 def opened_pair(
@@ -123,8 +123,8 @@ def opened_pair(
         _NAMED[reason] += 1
         if _NAMED[reason] <= NAMED_AT_MOST:
             words: Mapping[str, Any] = pair if isinstance(pair, Mapping) else vars(pair)
-            shown = {key: value for key, value in words.items() if isinstance(value, str)}
-            logger.warning(f"Left out, {reason}: {str(shown)[:200]!a}")
+            texts = {key: value for key, value in words.items() if isinstance(value, str)}
+            logger.warning(f"Left out, {reason}: {str(texts)[:200]!a}")
     return None
 
 
@@ -137,7 +137,7 @@ def _demonstration(pair: Pair, skipped: Counter[str], shrink: Shrink | None) -> 
 def _open(value: object, skipped: Counter[str], shrink: Shrink | None) -> Any:
     """An image, or several, opened; what can be replaced is, as often as it has to be."""
     if isinstance(value, (list, tuple)):
-        return [_open(one, skipped, shrink) for one in value]
+        return [_open(item, skipped, shrink) for item in value]
     if not isinstance(value, Replaceable):
         return open_image(_image(value), shrink=shrink)
     while True:
@@ -150,7 +150,7 @@ def _open(value: object, skipped: Counter[str], shrink: Shrink | None) -> Any:
             value.image = value.spares.pop(0)
 
 
-def _reason(pair: Mapping[str, Any], error: Exception) -> str:
+def _reason(pair: Any, error: Exception) -> str:
     words = any(isinstance(pair.get(key), str) and pair[key].strip() for key in ("text", "label", "answer"))
     image = "read the image" in str(error).lower()
     other = NO_UNICODE if "lone surrogate" in str(error) else "other bad pair"
@@ -166,7 +166,7 @@ def size_of(pair: Pair | Demonstration) -> tuple[int, int]:
     words = (pair.get(key) for key in ("text", "label", "question", "answer"))
     images = pair.get("images") if pair.get("images") is not None else pair.get("image")
     number = len(images) if isinstance(images, (list, tuple)) else int(images is not None)
-    return sum(len(one) for one in words if isinstance(one, str)), number
+    return sum(len(text) for text in words if isinstance(text, str)), number
 
 
 def is_refused(reason: str) -> bool:
@@ -186,7 +186,7 @@ def _image(value: object) -> Any:
 def located(folder: Path, image: object) -> Any:
     """An image (or several) where the data says it is: paths relative to a folder, URLs and bytes as they are."""
     if isinstance(image, (list, tuple)):
-        return [located(folder, one) for one in image]
+        return [located(folder, item) for item in image]
     if isinstance(image, Unopened):
         return image.under(folder)
     if isinstance(image, Mapping):

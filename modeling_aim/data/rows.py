@@ -57,14 +57,14 @@ def find_files(path: str, suffixes: tuple[str, ...], missing_ok: bool = False) -
     if place.is_file():
         return [place]
     if place.is_dir():
-        found = [file for file in files_of(place) if file.name.lower().endswith(suffixes)]
-        if not found and not missing_ok:
+        files = [file for file in files_of(place) if file.name.lower().endswith(suffixes)]
+        if not files and not missing_ok:
             raise FileNotFoundError(f"{path} holds no file that ends in one of {suffixes}. Check the folder.")
-        return found
-    found = sorted(file for file in map(Path, glob.glob(str(place), recursive=True)) if file.is_file())
-    if not found and not missing_ok:
+        return files
+    files = sorted(file for file in map(Path, glob.glob(str(place), recursive=True)) if file.is_file())
+    if not files and not missing_ok:
         raise FileNotFoundError(f"{path} was not found. Give a file, a folder, or a pattern such as 'data/*.jsonl'.")
-    return found
+    return files
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -116,7 +116,7 @@ def open_dataset(path: str, split: str, config: str | None) -> tuple[Any, Path]:
     try:
         import datasets
     except ImportError as error:
-        what = path if saved or shards else f"{path} is no file or folder here; to stream it from the Hub one"
+        what = path if saved or shards else f"{path} is not a file or folder here; to stream it from the Hub one"
         raise ImportError(f"{what} needs the datasets library: pip install modeling-aim[train]") from error
     if saved:
         data = datasets.load_from_disk(str(place))
@@ -131,9 +131,9 @@ def open_dataset(path: str, split: str, config: str | None) -> tuple[Any, Path]:
         try:
             return datasets.load_dataset(path, config, split=split, streaming=True).decode(False), Path()
         except (FileNotFoundError, ConnectionError) as error:
-            raise FileNotFoundError(f"{path} is no file or folder here, and from the Hub: {error}") from error
-    named = [one for one in shards if split == one.parent.name or split in re.split(r"[-_.]", one.name)]
-    names = [str(one) for one in named or shards]
+            raise FileNotFoundError(f"{path} is not a file or folder here, and from the Hub: {error}") from error
+    named = [shard for shard in shards if split == shard.parent.name or split in re.split(r"[-_.]", shard.name)]
+    names = [str(shard) for shard in named or shards]
     data = datasets.load_dataset("parquet", data_files=names, split="train", streaming=True)
     return data.decode(False), place if place.is_dir() else shards[0].parent
 
@@ -205,7 +205,7 @@ def json_rows(path: Path, skipped: Counter[str]) -> Iterator[dict[str, Any]]:
         if isinstance(row, dict):
             yield row
         else:
-            skipped["line that is no JSON object"] += 1
+            skipped["line that is not a JSON object"] += 1
 
 
 def _json(line: bytes) -> Any:
@@ -282,7 +282,7 @@ def json_members(path: Path, skipped: Counter[str]) -> Iterator[tuple[dict[str, 
                 if isinstance(fields, dict):
                     yield fields, member.offset_data, member.size
                 else:
-                    skipped["member that is no JSON object"] += 1
+                    skipped["member that is not a JSON object"] += 1
     except (OSError, EOFError, tarfile.TarError) as error:
         _damaged(path, error, skipped)
 
@@ -295,7 +295,7 @@ def _add_member(row: dict[str, Any], end: str, content: bytes, skipped: Counter[
         try:
             fields = dict(json.loads(content))
         except (ValueError, TypeError, RecursionError):
-            skipped["member that is no JSON object"] += 1
+            skipped["member that is not a JSON object"] += 1
             return
         row.update({name: value for name, value in fields.items() if name not in row})
 
@@ -304,27 +304,28 @@ def words_in(columns: Collection[str]) -> set[str]:
     return {"text", "label", "answer"} & set(columns)
 
 
-def choose_columns(found: Collection[str], given: Mapping[str, str | None]) -> dict[str, str]:
+def choose_columns(columns: Collection[str], given: Mapping[str, str | None]) -> dict[str, str]:
     """Which column is which part of a pair: those `given`, and else those with a usual name, as far as `found`."""
     usual = {part: (given[part],) if given.get(part) else names for part, names in COLUMNS.items()}
-    names = {part: next((name for name in some if name in found), None) for part, some in usual.items()}
-    asked = {part for part, name in given.items() if name and part != "image"}
-    forms = [form for form in (("question", "answer"), ("text",), ("label",), ("answer",)) if asked <= set(form)]
+    names = {part: next((name for name in some if name in columns), None) for part, some in usual.items()}
+    requested = {part for part, name in given.items() if name and part != "image"}
+    forms = [form for form in (("question", "answer"), ("text",), ("label",), ("answer",)) if requested <= set(form)]
     form = next((form for form in forms if all(names[part] for part in form)), ())
     return {part: name for part in ("image", *form) if (name := names[part])}
 
 
-def fitting_columns(found: Collection[str], given: Mapping[str, str | None], path: str) -> dict[str, str]:
+def fitting_columns(columns: Collection[str], given: Mapping[str, str | None], path: str) -> dict[str, str]:
     """As `choose_columns`.
 
     Raises:
         ValueError: there is no column for an image or for a text; the message has those found and those needed.
     """
-    chosen = choose_columns(found, given)
+    chosen = choose_columns(columns, given)
     if "image" not in chosen or not words_in(chosen):
-        asked = ", ".join(f"{part}={name}" for part, name in given.items() if name)
+        named = ", ".join(f"{part}={name}" for part, name in given.items() if name)
+        requested = f" and you asked for {named}" if named else ""
         raise ValueError(
-            f"{path} has the columns {sorted(found)}{f' and you asked for {asked}' if asked else ''}. A pair needs an "
+            f"{path} has the columns {sorted(columns)}{requested}. A pair needs an "
             f"image (such as {COLUMNS['image'][:3]}) and a text {COLUMNS['text']}, a label {COLUMNS['label']}, or a "
             "question and an answer. Say which columns these are: image=..., text=..."
         )
@@ -344,8 +345,8 @@ def _words(value: object, name_of: Callable[[int], str] | None = None) -> str | 
     if isinstance(value, bytes):
         return value.decode("utf-8", errors="replace")
     if isinstance(value, (list, tuple)):
-        said = [one.get("answer") if isinstance(one, Mapping) else one for one in value]
-        counts = Counter(one for one in said if isinstance(one, str) and one.strip())
+        answers = [answer.get("answer") if isinstance(answer, Mapping) else answer for answer in value]
+        counts = Counter(answer for answer in answers if isinstance(answer, str) and answer.strip())
         return counts.most_common(1)[0][0] if counts else None
     if isinstance(value, int):
         return str(value) if name_of is None else name_of(value) if value >= 0 else None

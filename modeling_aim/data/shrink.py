@@ -101,14 +101,14 @@ class ShrinkFor:
 
     def _alike(self, whole: Image.Image, shrunk: Image.Image) -> bool:
         made = [self.images(images=[image], return_tensors="pt") for image in (whole, shrunk)]
-        one, other = (dict(part) if isinstance(part, Mapping) else {"pixel_values": part} for part in made)
-        for name, value in one.items():
-            if not isinstance(value, torch.Tensor) or value.shape != other[name].shape:
+        first, second = (dict(part) if isinstance(part, Mapping) else {"pixel_values": part} for part in made)
+        for name, value in first.items():
+            if not isinstance(value, torch.Tensor) or value.shape != second[name].shape:
                 return False
             if value.is_floating_point():
-                if (value - other[name]).abs().mean() > ALIKE * value.std():
+                if (value - second[name]).abs().mean() > ALIKE * value.std():
                     return False
-            elif name != "image_sizes" and not torch.equal(value, other[name]):
+            elif name != "image_sizes" and not torch.equal(value, second[name]):
                 return False
         return True
 

@@ -55,29 +55,30 @@ def spec_named(spec: str) -> Iterator[None]:
 
 def settings_of(kind: Callable[..., Any]) -> dict[str, Any]:
     """Keyword settings of a class with their types; where it passes settings on, those of its parents too."""
-    found: dict[str, Any] = {}
+    keywords: dict[str, Any] = {}
     for owner in inspect.getmro(kind) if inspect.isclass(kind) else ():
         init = vars(owner).get("__init__")
         if init is None:
             continue
         parameters, hints = inspect.signature(init).parameters.values(), get_type_hints(init)
-        found = {**{one.name: hints[one.name] for one in parameters if one.kind is one.KEYWORD_ONLY}, **found}
-        if not any(one.kind is one.VAR_KEYWORD for one in parameters):
+        own = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+        keywords = {**{name: hints[name] for name in own}, **keywords}
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             break
-    return found
+    return keywords
 
 
-def _typed(value: str, hint: Any, shown: str) -> Any:
+def _typed(value: str, hint: Any, place: str) -> Any:
     """A value of a setting as its type has it."""
     types = get_args(hint) or (hint,)
     if bool in types:
         if value.lower() not in ("true", "false"):
-            raise ValueError(f"{shown}: expected true or false.")
+            raise ValueError(f"{place}: expected true or false.")
         return value.lower() == "true"
     for type_, what in ((int, "a whole number"), (float, "a number")):
         if type_ in types:
             try:
                 return type_(value)
             except ValueError:
-                raise ValueError(f"{shown}: expected {what}.") from None
+                raise ValueError(f"{place}: expected {what}.") from None
     return value

@@ -47,7 +47,7 @@ def fetched(path: str, patterns: Sequence[str]) -> Path:
     try:
         return Path(snapshot_download(path, repo_type="dataset", allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(f"{path} is no folder here, and from the Hub: {error}") from error
+        raise FileNotFoundError(f"{path} is not a folder here, and from the Hub: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,10 @@ class Table:
         Raises:
             ValueError: none is.
         """
-        found = next((column for column in columns if column in self.columns), None)
-        if found is None:
+        present = next((column for column in columns if column in self.columns), None)
+        if present is None:
             raise ValueError(f"{self.where} has the columns {sorted(self.columns)}; needed is one of {list(columns)}.")
-        return found
+        return present
 
 
 def open_table(path: str, split: str, config: str | None = None, images: str | None = None) -> Table:
@@ -112,7 +112,7 @@ def open_table(path: str, split: str, config: str | None = None, images: str | N
     if not place.exists() and not is_hub_id(path):
         raise FileNotFoundError(f"{path} was not found. Give a file, a folder or the id of a dataset on the Hub.")
     named = [place / f"{split}{end}" for end in FILES] if place.is_dir() else []
-    file = next((one for one in named if one.is_file()), place)
+    file = next((file for file in named if file.is_file()), place)
     if file.is_file() and file.suffix.lower() != ".parquet":
         rows = file_rows(file)
         columns = tuple(dict.fromkeys(name for row in rows for name in row))
@@ -125,7 +125,7 @@ def file_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a jsonl, json or csv file, all of which must be whole.
 
     Raises:
-        ValueError: a line is no JSON object, or the file is of another kind.
+        ValueError: a line is not a JSON object, or the file is of another kind.
     """
     name, broken = path.name.lower(), Counter[str]()
     if name.endswith(".jsonl"):
@@ -141,9 +141,9 @@ def file_rows(path: Path) -> list[dict[str, Any]]:
     elif name.endswith(".json"):
         rows = read_json(path)
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError(f"{path} is no JSON list of objects.")
+            raise ValueError(f"{path} is not a JSON list of objects.")
     else:
-        raise ValueError(f"{path} is no file of rows: expected .jsonl, .json, .csv or .parquet.")
+        raise ValueError(f"{path} is not a file of rows: expected .jsonl, .json, .csv or .parquet.")
     if broken:
         raise ValueError(f"{path} cannot be read whole: {counted(broken)}. Fetch it again.")
     return rows
@@ -166,7 +166,7 @@ def _data_set(place: Path | str, split: str, config: str | None) -> Any:
             named = _known_split(place, split, datasets.get_dataset_split_names(str(place), config))
             data = datasets.load_dataset(str(place), config, split=named)
         except (FileNotFoundError, ConnectionError) as error:
-            raise FileNotFoundError(f"{place} is no dataset here, and on the Hub: {error}") from error
+            raise FileNotFoundError(f"{place} is not a dataset here, and on the Hub: {error}") from error
     for name, kind in data.features.items():
         if isinstance(kind, datasets.Image):
             data = data.cast_column(name, datasets.Image(decode=False))
@@ -193,20 +193,20 @@ def split_names(path: str, config: str | None = None) -> list[str]:
     except ImportError as error:
         raise ImportError(f"{path} needs the datasets library: {INSTALL}") from error
     except (FileNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(f"{path} is no dataset here, and on the Hub: {error}") from error
+        raise FileNotFoundError(f"{path} is not a dataset here, and on the Hub: {error}") from error
 
 
-def _known_split(place: Path | str, split: str, found: Sequence[str]) -> str:
+def _known_split(place: Path | str, split: str, splits: Sequence[str]) -> str:
     """A split by the name that it has, which `datasets` may have made "validation" of "val2014".
 
     Raises:
         MissingSplit: there is none.
     """
     same = next((names for names in SAME_SPLITS if split in names), (split,))
-    others = [one for one in found if one in same]
-    if split not in found and len(others) != 1:
-        raise MissingSplit(f"{place} has the splits {sorted(found)}, but not {split!r}.")
-    return split if split in found else others[0]
+    others = [name for name in splits if name in same]
+    if split not in splits and len(others) != 1:
+        raise MissingSplit(f"{place} has the splits {sorted(splits)}, but not {split!r}.")
+    return split if split in splits else others[0]
 
 
 def _of_data_set(data: datasets.Dataset, where: str, folder: Path) -> Table:

@@ -40,25 +40,27 @@ class Asked:
     @property
     def digest(self) -> str:
         """Identity of the examples."""
-        said = [[seed, e.id, e.question, list(e.answers)] for seed, asked in self.examples.items() for e in asked]
-        return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+        described = [
+            [seed, e.id, e.question, list(e.answers)] for seed, examples in self.examples.items() for e in examples
+        ]
+        return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
 
 
 def open_asked(spec: str, settings: EvalSettings) -> Asked:
     """Open a task and see whether it can be asked, before a model is loaded."""
     task = open_seeded(spec, settings.seeds)
     examples = {seed: _limited(task.examples(seed), settings.limit) for seed in range(settings.seeds)}
-    for seed, found in examples.items():
-        if not found:
+    for seed, of_seed in examples.items():
+        if not of_seed:
             raise ValueError(f"{task.name} has no examples for seed {seed}.")
-        if len({example.id for example in found}) < len(found):
+        if len({example.id for example in of_seed}) < len(of_seed):
             raise ValueError(f"{task.name} gives several examples the same id.")
-    one = Asked(spec, task, examples, {})
+    task_run = Asked(spec, task, examples, {})
     if task.fixed:
-        one.chosen = own_shots(task, examples, settings.counts)
+        task_run.chosen = own_shots(task, examples, settings.counts)
     else:
         check_pool(task, settings.counts, settings.choice)
-    return one
+    return task_run
 
 
 def _limited(examples: Sequence[Example], limit: int | None) -> list[Example]:

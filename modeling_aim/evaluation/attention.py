@@ -41,7 +41,7 @@ DEMO_IMAGES, DEMO_TEXT, QUERY_IMAGES, QUERY_TEXT, REST = range(len(PARTS))
 
 
 def words_in(
-    builder: PromptBuilder, example: Example, shown: Sequence[Shown], text: str
+    builder: PromptBuilder, example: Example, demos: Sequence[Shown], text: str
 ) -> list[list[tuple[int, int]]]:
     """Where in a prompt the words of each demonstration stand, and last those of the query: spans of characters.
 
@@ -50,24 +50,24 @@ def words_in(
     Raises:
         ValueError: they are not there; a chat template may change them.
     """
-    found: list[list[tuple[int, int]]] = []
+    places: list[list[tuple[int, int]]] = []
     start = 0
-    for words, asked in [*(_said(builder, one) for one in shown), (example.question, len(example.question))]:
-        found.append([])
-        for piece in (words[:asked].strip(), words[asked:].strip()):
+    for words, question_end in [*(_said(builder, demo) for demo in demos), (example.question, len(example.question))]:
+        places.append([])
+        for piece in (words[:question_end].strip(), words[question_end:].strip()):
             place = re.compile(r"(?<!\w)" + re.escape(piece) + r"(?!\w)").search(text, start) if piece else None
             if piece and place is None:
                 raise ValueError(f"The words {piece!r:.80} are not found in the prompt; choose prompts='plain'.")
             if place is not None:
                 start = place.end()
-                found[-1].append(place.span())
-    return found
+                places[-1].append(place.span())
+    return places
 
 
-def _said(builder: PromptBuilder, shown: Shown) -> tuple[str, int]:
+def _said(builder: PromptBuilder, demo: Shown) -> tuple[str, int]:
     """The words of a demonstration, and how many characters of them ask."""
-    words, start, _ = builder.processor.word(shown.words)
-    return words, start if shown.words.question is not None else 0
+    words, start, _ = builder.processor.word(demo.words)
+    return words, start if demo.words.question is not None else 0
 
 
 def parts_of(
@@ -76,7 +76,7 @@ def parts_of(
     text: str,
     words: Sequence[Any],
     images: Sequence[int],
-    ids: Sequence[int],
+    ids: torch.Tensor,
 ) -> torch.Tensor:
     """For each position of an encoded prompt its place in `PARTS`, `(length)`.
 
@@ -110,23 +110,23 @@ def parts_of(
             behind = next((place for place in places if place >= behind), len(row))
         for start, end in spans:
             wanted = [i for i, (a, b), special in tokens if b > start and a < end and b > a and not special]
-            found = _find(row, wanted, behind, last=is_query)
-            if found is None:
+            first = _find(row, wanted, behind, last=is_query)
+            if first is None:
                 raise ValueError(
                     f"The words {text[start:end]!r:.80} are not found behind their images in a prompt that "
                     f"{type(processor.processor).__name__} made. It puts images elsewhere, or joins words with what "
                     "stands around an image; this study does not apply."
                 )
-            behind = found + len(wanted)
-            parts[found:behind] = QUERY_TEXT if is_query else DEMO_TEXT
+            behind = first + len(wanted)
+            parts[first:behind] = QUERY_TEXT if is_query else DEMO_TEXT
     return parts
 
 
 def _find(ids: Sequence[int], wanted: Sequence[int], start: int, last: bool) -> int | None:
     """The first (or last) place from `start` on where `wanted` stands in `ids`."""
     places = range(start, len(ids) - len(wanted) + 1)
-    found = (i for i in (reversed(places) if last else places) if list(ids[i : i + len(wanted)]) == list(wanted))
-    return next(found, None)
+    starts = (i for i in (reversed(places) if last else places) if list(ids[i : i + len(wanted)]) == list(wanted))
+    return next(starts, None)
 
 
 def _no_positions(config: PreTrainedConfig) -> str:
@@ -184,7 +184,7 @@ def last_attention(
         ValueError: images reach the decoder by another way than the prompt's positions, or no layer has attention
             over them.
     """
-    found: dict[int, torch.Tensor] = {}
+    by_layer: dict[int, torch.Tensor] = {}
     entered: list[torch.Tensor] = []
     length = inputs["input_ids"].shape[1]
 
@@ -192,7 +192,7 @@ def last_attention(
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             for value in output[1:] if isinstance(output, tuple) else ():
                 if isinstance(value, torch.Tensor) and value.ndim == 4 and value.shape[2:] == (length, length):
-                    found.setdefault(number, value[0, :, -1].float().mean(dim=0).cpu())
+                    by_layer.setdefault(number, value[0, :, -1].float().mean(dim=0).cpu())
 
         return hook
 
@@ -212,9 +212,9 @@ def last_attention(
         plain = backbone.get_input_embeddings()(inputs["input_ids"][:1, place : place + 1])[0, 0]
         if torch.allclose(entered[0][0, place].to(plain), plain):
             raise ValueError(_no_positions(backbone.config))
-    if not found:
+    if not by_layer:
         raise ValueError(f"No decoder layer of {type(backbone).__name__} returns attention weights over the prompt.")
-    return dict(sorted(found.items()))
+    return dict(sorted(by_layer.items()))
 
 
 # --- the study
@@ -291,29 +291,29 @@ def study(
     layers: tuple[int, ...] = ()
     config = subject.backbone.config
     with eager(subject.backbone):
-        for example, shown in prompts:
-            prompt = full(subject.prompt_builder, example, shown, 0)
+        for example, demos in prompts:
+            prompt = full(subject.prompt_builder, example, demos, 0)
             inputs = subject.encode([prompt], [f"Example {example.id!r} or a demonstration of it"]).inputs
             ids = inputs["input_ids"][0]
             if subject.longest is not None and len(ids) > subject.longest:
                 raise ValueError(
-                    f"A prompt with {len(shown)} demonstrations has {len(ids)} tokens, but the backbone has "
+                    f"A prompt with {len(demos)} demonstrations has {len(ids)} tokens, but the backbone has "
                     f"{subject.longest} positions. Ask for fewer shots."
                 )
-            words = words_in(subject.prompt_builder, example, shown, prompt.text)
-            images = [*(len(one.images) for one in shown), len(example.images)]
+            words = words_in(subject.prompt_builder, example, demos, prompt.text)
+            images = [*(len(demo.images) for demo in demos), len(example.images)]
             parts = parts_of(subject.processor, config, prompt.text, words, images, ids)
-            found = last_attention(subject.backbone, inputs.to(subject.device, subject.model.dtype), parts)
-            layers = tuple(found)
+            attention_rows = last_attention(subject.backbone, inputs.to(subject.device, subject.model.dtype), parts)
+            layers = tuple(attention_rows)
             of_part = nn.functional.one_hot(parts, len(PARTS)).float()
-            shares.append((torch.stack(list(found.values())) @ of_part).numpy())
+            shares.append((torch.stack(list(attention_rows.values())) @ of_part).numpy())
             tokens.append(of_part.sum(dim=0).numpy())
     if not shares:
         raise ValueError("There is no prompt to study.")
     return AttentionStudy(layers, np.stack(shares), np.stack(tokens), dict(about or {}))
 
 
-def picture(found: AttentionStudy, path: Path) -> Path | None:
+def picture(result: AttentionStudy, path: Path) -> Path | None:
     """Draw two panels over layers: the share of each part (± its standard deviation over prompts), and a token's.
 
     Args:
@@ -330,24 +330,24 @@ def picture(found: AttentionStudy, path: Path) -> Path | None:
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    tokens, colours = found.tokens.mean(axis=0), ("tab:blue", "tab:orange", "tab:cyan", "tab:red", "tab:gray")
-    relative = _mean(found.relative)
+    tokens, colours = result.tokens.mean(axis=0), ("tab:blue", "tab:orange", "tab:cyan", "tab:red", "tab:gray")
+    relative = _mean(result.relative)
     for number, label in enumerate(PARTS.values()):
         if not tokens[number]:
             continue
         style = {"color": colours[number], "marker": "o", "markersize": 3, "linestyle": "-" if number < 2 else "--"}
-        mean, spread = found.shares[..., number].mean(axis=0), found.shares[..., number].std(axis=0)
-        left.plot(found.layers, mean, label=f"{label} ({tokens[number]:.0f} tokens)", **style)
+        mean, spread = result.shares[..., number].mean(axis=0), result.shares[..., number].std(axis=0)
+        left.plot(result.layers, mean, label=f"{label} ({tokens[number]:.0f} tokens)", **style)
         left.fill_between(
-            found.layers, (mean - spread).clip(0), (mean + spread).clip(max=1), color=colours[number], alpha=0.12
+            result.layers, (mean - spread).clip(0), (mean + spread).clip(max=1), color=colours[number], alpha=0.12
         )
-        right.plot(found.layers, relative[:, number], **style)
+        right.plot(result.layers, relative[:, number], **style)
     left.set(ylabel="share of the attention", ylim=(0, 1))
     right.set(ylabel="attention a token (average token: 1)", yscale="log")
     right.axhline(1, color="black", linewidth=0.8)
     for axes in (left, right):
         axes.set_xlabel("decoder layer")
-        axes.set_xticks(found.layers[:: -(-len(found.layers) // 16)])
+        axes.set_xticks(result.layers[:: -(-len(result.layers) // 16)])
         axes.grid(alpha=0.3)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=100, pil_kwargs={"optimize": True})

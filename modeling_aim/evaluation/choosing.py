@@ -33,7 +33,7 @@ class Choice:
     """How demonstrations are chosen from the pool of a task that does not bring its own.
 
     Args:
-        by: `"random"` (drawn anew for each example), `"image"` (RICES), `"text"`, `"fused"`, `"mmices"`, or
+        by: `"random"` (drawn for each example), `"image"` (RICES), `"text"`, `"fused"`, `"mmices"`, or
             `"fixed:FILE"`: the first ones of a list of ids, one a line, or JSON: a list, or one for each task by name.
         balanced: take labels in turn.
         drop_duplicates: leave out demonstrations whose picture is nearly that of the query or of another one, since
@@ -61,9 +61,9 @@ def own_shots(task: Task, examples: Mapping[int, Sequence[Example]], counts: Seq
     """Demonstrations that the examples of a task bring themselves."""
     return {
         (seed, count, example.id): list(task.shots(example, count, seed))
-        for seed, asked in examples.items()
+        for seed, queries in examples.items()
         for count in counts
-        for example in asked
+        for example in queries
     }
 
 
@@ -86,7 +86,7 @@ def choose_all(
     choice: Choice,
     path: Path,
     bank_of: Callable[[Iterator[Any]], Any],
-    told: Callable[[int], None] | None = None,
+    report: Callable[[int], None] | None = None,
 ) -> None:
     """Choose for every example, seed and number of demonstrations, and write ids to `path`, a line each.
 
@@ -104,9 +104,9 @@ def choose_all(
     finder = _Finder(task, choice, bank_of)
     lines, known = [], dict[tuple[int, int, str], list[str]]()
     first = next(iter(examples.values()))
-    for seed, asked in examples.items():
-        drawn_anew = choice.by == "random" or asked != first
-        for example in asked:
+    for seed, queries in examples.items():
+        drawn_anew = choice.by == "random" or queries != first
+        for example in queries:
             for count in counts:
                 key = (seed if drawn_anew else 0, count, example.id)
                 if key not in known:
@@ -117,8 +117,8 @@ def choose_all(
                     known[key] = [task.pool()[place].id for place in places]
                 chosen = known[key]
                 lines.append({"seed": seed, "shots": count, "example": example.id, "demonstrations": chosen})
-            if told is not None:
-                told(1)
+            if report is not None:
+                report(1)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
@@ -126,14 +126,14 @@ def choose_all(
 def read_chosen(task: Task, path: Path) -> Chosen:
     """What `choose_all` wrote."""
     pool = {shot.id: shot for shot in task.pool()}
-    found: Chosen = {}
+    chosen: Chosen = {}
     with path.open(encoding="utf-8") as file:
         for row in map(json.loads, file):
             missing = [name for name in row["demonstrations"] if name not in pool]
             if missing:
-                raise ValueError(f"{path} names the demonstration {missing[0]!r}, which {task.name} has no more.")
-            found[row["seed"], row["shots"], row["example"]] = [pool[name] for name in row["demonstrations"]]
-    return found
+                raise ValueError(f"{path} names the demonstration {missing[0]!r}, which {task.name} no longer has.")
+            chosen[row["seed"], row["shots"], row["example"]] = [pool[name] for name in row["demonstrations"]]
+    return chosen
 
 
 class _Finder:
@@ -170,24 +170,24 @@ class _Finder:
         return bank, [keys[name] for name in names]
 
     def find(self, example: Example, count: int, seed: int) -> list[int]:
-        """Places in the pool, most alike last."""
+        """Places in the pool, most similar last."""
         if self.choice.by.startswith(FIXED):
             return _listed(self.task, count, self.choice)
-        asked, most = count, len(self.pool if self.bank is None else self.places)
+        wanted, most = count, len(self.pool if self.bank is None else self.places)
         if count > most:
             raise ValueError(f"{self.task.name} has {most} different demonstrations to choose from, not {count}.")
         while True:
-            found = self._ranked(example, asked, seed)
-            repeats = self._repeated(example, found) if self.choice.drop_duplicates else []
-            if asked - len(repeats) >= count or asked >= most:
-                kept = [place for place in found if place not in repeats]
-                return (kept if len(kept) >= count else found)[-count:]
-            asked = min(most, count + len(repeats))
+            ranked = self._ranked(example, wanted, seed)
+            repeats = self._repeated(example, ranked) if self.choice.drop_duplicates else []
+            if wanted - len(repeats) >= count or wanted >= most:
+                kept = [place for place in ranked if place not in repeats]
+                return (kept if len(kept) >= count else ranked)[-count:]
+            wanted = min(most, count + len(repeats))
 
     def _ranked(self, example: Example, count: int, seed: int) -> list[int]:
         if self.bank is None:
             number = int(hashlib.sha256(f"{self.task.name} {seed} {example.id}".encode()).hexdigest()[:8], 16)
-            return pick(drawn(len(self.pool), number), count, self.groups, lambda one, others: False)
+            return pick(drawn(len(self.pool), number), count, self.groups, lambda place, others: False)
         query: Any = {"question": example.question}
         if example.images:
             query["images"] = open_images(example.images, f"Example {example.id!r} of {self.task.name}")
@@ -195,11 +195,11 @@ class _Finder:
         chosen = self.bank.choose(query, count, self.choice.by, balanced=self.choice.balanced, near_duplicate=near)
         return [self.places[number] for number, _ in chosen]
 
-    def _repeated(self, example: Example, found: Sequence[int]) -> list[int]:
-        """Those whose picture is nearly one that is there already; the most alike to the query stay."""
+    def _repeated(self, example: Example, ranked: Sequence[int]) -> list[int]:
+        """Near-duplicates of an earlier image; the most similar to the query stay."""
         seen = list(self._hashed(f"query {example.id}", example.images))
         repeats = []
-        for place in reversed(found):
+        for place in reversed(ranked):
             shot = self.pool[place]
             try:
                 own = self._hashed(f"shot {shot.id}", Shown(shot, shot).images)
@@ -214,7 +214,7 @@ class _Finder:
     def _hashed(self, name: str, images: Sequence[object]) -> list[int]:
         if name not in self._hashes:
             self._hashes[name] = [
-                difference_hash(one) for one in open_images(list(images), f"{self.task.name}, {name}")
+                difference_hash(image) for image in open_images(list(images), f"{self.task.name}, {name}")
             ]
         return self._hashes[name]
 
@@ -242,12 +242,12 @@ def _listed(task: Task, count: int, choice: Choice) -> list[int]:
         raise ValueError(
             f"{path} holds {listed!r:.60}; expected a JSON list of ids, or an object with one for each task."
         )
-    ids = [str(one).strip() for one in listed if str(one).strip()]
+    ids = [str(entry).strip() for entry in listed if str(entry).strip()]
     places = {shot.id: place for place, shot in enumerate(task.pool())}
-    wrong = [one for one in ids[:count] if one not in places]
+    wrong = [entry for entry in ids[:count] if entry not in places]
     if wrong or len(ids) < count:
-        what = f"{wrong[0]!r}, which is no demonstration of {task.name}" if wrong else f"{len(ids)} for {task.name}"
+        what = f"{wrong[0]!r}, which is not a demonstration of {task.name}" if wrong else f"{len(ids)} for {task.name}"
         raise ValueError(
             f"{path} lists {what}; {count} ids of its pool are needed, such as {next(iter(places), None)!r}."
         )
-    return [places[one] for one in ids[:count]]
+    return [places[entry] for entry in ids[:count]]

@@ -78,7 +78,7 @@ def _open(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{folder} holds no finished run of `aim eval`: there is no {name}.")
     results = read_json(folder / RESULTS)
     if not (isinstance(results, dict) and {"tasks", "cells", "settings"} <= set(results)):
-        raise ValueError(f"{folder / RESULTS} is no result of `aim eval`; run it again with --overwrite.")
+        raise ValueError(f"{folder / RESULTS} is not a result of `aim eval`; run it again with --overwrite.")
     return {"results": results, "rows": read_rows(folder / PREDICTIONS)}
 
 
@@ -93,9 +93,9 @@ def _differences(runs: Sequence[Mapping[str, Any]]) -> list[str]:
             raise ValueError(f"{name} was scored by {tasks[0][name]['metric']} and by {tasks[1][name]['metric']}.")
     settings = [run["results"]["settings"] for run in runs]
     for name in ("prompts", "separator", "select", "balanced", "drop_duplicates", "dtype", "load_in_4bit"):
-        one, other = (setting.get(name) for setting in settings)
-        if one != other:
-            notes.append(f"The runs differ in {name}: {one!r} and {other!r}.")
+        first, second = (setting.get(name) for setting in settings)
+        if first != second:
+            notes.append(f"The runs differ in {name}: {first!r} and {second!r}.")
     return notes
 
 
@@ -104,12 +104,12 @@ def _cells(runs: Sequence[Mapping[str, Any]], between: Sequence[str]) -> list[tu
     have = [dict.fromkeys((c["task"], c["shots"], c["method"]) for c in run["results"]["cells"]) for run in runs]
     if not between:
         return [(task, shots, (method, method)) for task, shots, method in have[0] if (task, shots, method) in have[1]]
-    found = []
+    cells = []
     for task, shots in dict.fromkeys((t, s) for side in have for t, s, _ in side):
         sides = [_named(side, task, shots, method) for side, method in zip(have, between, strict=True)]
         if all(sides) and shots:
-            found.append((task, shots, (between[0], between[1])))
-    return found
+            cells.append((task, shots, (between[0], between[1])))
+    return cells
 
 
 def _named(have: Mapping[tuple[str, int, str], None], task: str, shots: int, method: str) -> bool:
@@ -120,15 +120,15 @@ def _answers(
     rows: Sequence[PredictionRow], task: str, shots: int, method: str
 ) -> dict[tuple[int, str], PredictionRow]:
     """Answers of a cell by seed and example; without demonstrations those of the first seed stand for all."""
-    found = {
+    by_example = {
         (row["seed"], row["example"]): row
         for row in rows
         if (row["task"], row["method"]) == (task, method) and row["shots"] == (0 if method == "zero" else shots)
     }
-    if method == "zero" and {seed for seed, _ in found} == {0}:
+    if method == "zero" and {seed for seed, _ in by_example} == {0}:
         seeds = {row["seed"] for row in rows if row["task"] == task}
-        found = {(seed, name): row for seed in sorted(seeds) for (_, name), row in found.items()}
-    return found
+        by_example = {(seed, name): row for seed in sorted(seeds) for (_, name), row in by_example.items()}
+    return by_example
 
 
 class _Tasks:
@@ -153,7 +153,7 @@ class _Tasks:
         return opened
 
 
-def _tested(pairs: PredictionPairs, task: str) -> dict[str, Any] | None:
+def _tested(pairs: PredictionPairs, task: Any) -> dict[str, Any] | None:
     """Both scores of some pairs of answers, their difference, and whether it is more than chance.
 
     Scores of 0 and 1, each example once: McNemar's exact test. Otherwise a paired bootstrap over examples, with the
@@ -171,15 +171,15 @@ def _tested(pairs: PredictionPairs, task: str) -> dict[str, Any] | None:
         counts[number[pair[0]["example"]]] += 1
     first, second = (float(side.sum() / counts.sum()) for side in sums)
     draws = (sums[:, draw].sum(axis=1) / counts[draw].sum() for draw in resamples(len(names), RESAMPLES))
-    differences = np.array([two - one for one, two in draws])
-    found = _figures(first, second, differences, len(names), len(pairs))
+    differences = np.array([second_score - first_score for first_score, second_score in draws])
+    figures = _figures(first, second, differences, len(names), len(pairs))
     scores = {row["score"] for pair in pairs for row in pair}
     if scores <= {0, 1} and len(names) == len(pairs):
-        found |= {
+        figures |= {
             "p": mcnemar([a["score"] > b["score"] for a, b in pairs], [a["score"] < b["score"] for a, b in pairs])
         }
-        found |= {"test": MCNEMAR}
-    return found
+        figures |= {"test": MCNEMAR}
+    return figures
 
 
 def _figures(first: float, second: float, differences: np.ndarray, examples: int, answers: int) -> dict[str, Any]:
@@ -199,9 +199,9 @@ def _figures(first: float, second: float, differences: np.ndarray, examples: int
 
 def mcnemar(only_first: Sequence[bool], only_second: Sequence[bool]) -> float:
     """Exact two-sided p of McNemar's test: a fair coin for each example that one side alone got right."""
-    one, two = sum(only_first), sum(only_second)
-    count = one + two
-    return min(1.0, 2 * sum(math.comb(count, k) for k in range(min(one, two) + 1)) / 2**count)
+    first_wins, second_wins = sum(only_first), sum(only_second)
+    count = first_wins + second_wins
+    return min(1.0, 2 * sum(math.comb(count, k) for k in range(min(first_wins, second_wins) + 1)) / 2**count)
 
 
 def _together(pairs: PredictionPairs, names: Sequence[str], task: Task) -> dict[str, Any]:

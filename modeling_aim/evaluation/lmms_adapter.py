@@ -45,7 +45,7 @@ def manifest() -> Any:
 
 @dataclass(frozen=True)
 class Query:
-    """One request, worded.
+    """One request, templated.
 
     Args:
         text: the prompt, with the backbone's placeholder for each image.
@@ -182,7 +182,7 @@ class Aim(lmms):
         new = ids[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
         prompts = inputs["attention_mask"].sum(dim=1).tolist()
-        fused = [one.num_tokens for one in demos.get("demos", ())] or [0] * len(batch)
+        fused = [demo.num_tokens for demo in demos.get("demos", ())] or [0] * len(batch)
         written = (new != self.processor.tokenizer.pad_token_id).sum(dim=1).tolist()
         return [
             GenerationResult(until(text, settings.get("until")), TokenCounts(input_tokens=a + b, output_tokens=c))
@@ -194,29 +194,29 @@ class Aim(lmms):
         whole = [q.text + q.behind for q in batch]
         spans = [(len(q.text), len(text)) for q, text in zip(batch, whole, strict=True)]
         scores, greedy = self.subject.scored([q.images for q in batch], whole, spans, demos)
-        results: list[Any] = [(-score, one) for score, one in zip(scores, greedy, strict=True)]
-        return [GenerationResult(one) for one in results]
+        results: list[Any] = [(-score, matches) for score, matches in zip(scores, greedy, strict=True)]
+        return [GenerationResult(result) for result in results]
 
     def _in_batches(
         self, requests: Sequence[Request], answer: Callable[[Sequence[Query], Mapping[str, Any]], list[Any]]
     ) -> list[Any]:
         """What `answer` gives for each request; those of one batch have the same settings and are about as long."""
-        found: list[Any] = [None] * len(requests)
-        kinds = [json.dumps(dict(one.settings), sort_keys=True) for one in requests]
+        results: list[Any] = [None] * len(requests)
+        kinds = [json.dumps(dict(request.settings), sort_keys=True) for request in requests]
         order = sorted(range(len(requests)), key=lambda place: (kinds[place], requests[place].length, place))
         with tqdm(total=len(requests), desc="answers", disable=self._rank != 0) as bar:
             for _, alike in groupby(order, key=kinds.__getitem__):
                 places = list(alike)
                 for start in range(0, len(places), self.batch_size):
                     batch = [(place, requests[place].query()) for place in places[start : start + self.batch_size]]
-                    for shown in (True, False):  # a processor takes no batch of which some have images
-                        part = [(place, query) for place, query in batch if bool(query.images) is shown]
+                    for has_images in (True, False):  # a processor takes no batch of which some have images
+                        part = [(place, query) for place, query in batch if bool(query.images) is has_images]
                         settings = requests[places[0]].settings
                         answers = answer([query for _, query in part], settings) if part else []
-                        for (place, _), one in zip(part, answers, strict=True):
-                            found[place] = one
+                        for (place, _), item in zip(part, answers, strict=True):
+                            results[place] = item
                     bar.update(len(batch))
-        return found
+        return results
 
     def _encoded(self, batch: Sequence[Query]) -> Any:
         """The backbone's inputs of a batch of prompts."""
@@ -235,7 +235,7 @@ class Aim(lmms):
             return {"demos": [drawn for _ in batch]}
         inputs = self._encoded(batch) if inputs is None else inputs
         features = self.bank.query_features(inputs, self.by)
-        queries = [{kind: found[row] for kind, found in features.items()} for row in range(len(batch))]
+        queries = [{kind: rows[row] for kind, rows in features.items()} for row in range(len(batch))]
         return {"demos": [self.bank.select(query, self.shots, self.by, **self.options) for query in queries]}
 
     # --- requests
@@ -261,22 +261,22 @@ class AimSimple(Aim):
         def request(words: str, settings: Any, visual: Any, *where: Any) -> Request:
             return Request(lambda: self._query(visual(self._doc(*where)), words), len(words), settings)
 
-        return self.written([request(*one.args) for one in requests])
+        return self.written([request(*entry.args) for entry in requests])
 
     def loglikelihood(self, requests: Iterable[Any]) -> list[GenerationResult]:
         """Scores of `(context, continuation, doc_to_visual, doc_id, task, split)`."""
 
-        def request(words: str, said: Any, visual: Any = None, *where: Any) -> Request:
+        def request(words: str, target: Any, visual: Any = None, *where: Any) -> Request:
             if not where:
-                raise ValueError(f"{said!r:.80} is to be scored without its example; leave out acc_mutual_info.")
+                raise ValueError(f"{target!r:.80} is to be scored without its example; leave out acc_mutual_info.")
 
             def query() -> Query:
                 doc = self._doc(*where)
-                return self._query(visual(doc), words, said if isinstance(said, str) else said(doc))
+                return self._query(visual(doc), words, target if isinstance(target, str) else target(doc))
 
             return Request(query, len(words), {})
 
-        return self.scored([request(*one.args) for one in requests])
+        return self.scored([request(*entry.args) for entry in requests])
 
 
 class AimChat(Aim):
@@ -290,7 +290,7 @@ class AimChat(Aim):
         def request(words: str, messages: Any, settings: Any, *where: Any) -> Request:
             return Request(lambda: self._asked(messages(self._doc(*where))), len(words), settings)
 
-        return self.written([request(*one.args) for one in requests])
+        return self.written([request(*entry.args) for entry in requests])
 
     def loglikelihood(self, requests: Iterable[Any]) -> list[GenerationResult]:
         """Not there: lmms-eval makes no such requests for chats."""
@@ -304,8 +304,8 @@ class AimChat(Aim):
             raise ValueError(f"--model aim reads images and text; this task has {', '.join(sorted(other))}.")
         images = pictures([part["url"] for part in parts if part["type"] == "image"])
         if self.prompts == "plain":
-            shown = (self.processor.image_text if part["type"] == "image" else part["text"] for part in parts)
-            return Query(self.processor.front(0) + "".join(shown), images)
+            texts = (self.processor.image_text if part["type"] == "image" else part["text"] for part in parts)
+            return Query(self.processor.front(0) + "".join(texts), images)
         turns = [{**turn, "content": [bare(part) for part in turn["content"]]} for turn in chat]
         return Query(self.processor.rendered(turns), images)
 
@@ -319,22 +319,22 @@ def pictures(visuals: Any) -> tuple[Image.Image, ...]:
     """The images that a task shows, in RGB.
 
     Raises:
-        ValueError: one of them is no image.
+        ValueError: one of them is not an image.
     """
-    shown = tuple(visuals or ())
-    other = next((one for one in shown if not isinstance(one, Image.Image)), None)
+    images = tuple(visuals or ())
+    other = next((image for image in images if not isinstance(image, Image.Image)), None)
     if other is not None:
         raise ValueError(f"--model aim reads images; this task shows {other!r:.80} ({type(other).__name__}).")
-    return tuple(one.convert("RGB") for one in shown)
+    return tuple(image.convert("RGB") for image in images)
 
 
 def generation_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """A task's `generation_kwargs` as `generate` takes them: greedy unless a temperature above 0 is given."""
     known, temperature = GenerationConfig().to_dict(), given.get("temperature")
-    found = {**DEFAULTS, **{k: v for k, v in given.items() if k in known and v is not None}}
-    found["do_sample"] = bool(found["do_sample"] if temperature is None else temperature)
-    greedy = () if found["do_sample"] else ("temperature", "top_p", "top_k")
-    return {name: value for name, value in found.items() if name not in greedy}
+    settings = {**DEFAULTS, **{k: v for k, v in given.items() if k in known and v is not None}}
+    settings["do_sample"] = bool(settings["do_sample"] if temperature is None else temperature)
+    greedy = () if settings["do_sample"] else ("temperature", "top_p", "top_k")
+    return {name: value for name, value in settings.items() if name not in greedy}
 
 
 def until(text: str, ends: Any) -> str:

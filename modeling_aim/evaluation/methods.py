@@ -27,7 +27,7 @@ class Shown:
 
     Args:
         said: whose words are shown.
-        seen: whose images are shown with them; the same one but where images are dealt anew.
+        seen: whose images are shown with them; the same one unless images are shuffled.
     """
 
     said: Shot
@@ -114,7 +114,7 @@ class PromptBuilder:
             )
         self.processor, self.prompts, self.separator = processor, prompts, separator
 
-    def prompt(self, example: Example, shown: Sequence[Shown] = (), images: bool = True) -> str:
+    def prompt(self, example: Example, demos: Sequence[Shown] = (), images: bool = True) -> str:
         """The words of a query behind those of its demonstrations.
 
         Args:
@@ -123,32 +123,32 @@ class PromptBuilder:
             images: whether their images do, too.
         """
         if self.prompts == "plain":
-            parts = [self._front(example), *(self._plain(one, images) + self.separator for one in shown)]
+            parts = [self._front(example), *(self._plain(demo, images) + self.separator for demo in demos)]
             return "".join(parts) + self.processor.image_text * len(example.images) + example.question
-        turns = [turn for one in shown for turn in self._turns(one, images)]
+        turns = [turn for demo in demos for turn in self._turns(demo, images)]
         turns.append(_turn("user", example.question, len(example.images)))
         if example.instruction:
             turns[0]["content"].insert(0, {"type": "text", "text": self._told(example)})
         return self.processor.rendered(turns)
 
-    def parts(self, example: Example, shown: Sequence[Shown]) -> tuple[Part, ...]:
+    def parts(self, example: Example, demos: Sequence[Shown]) -> tuple[Part, ...]:
         """A plain prompt in pieces: each demonstration with what ends it, and the query."""
-        image, found = self.processor.image_text, []
-        for one in shown:
-            text = self._plain(one, True) + self.separator
-            start = len(image) * len(one.images) + self.processor.word(one.words)[1]
-            found.append(Part(text, start, one.images))
-        found.append(Part(image * len(example.images) + example.question, 0, example.images))
-        front, first = self._front(example), found[0]
-        return replace(first, text=front + first.text, said=len(front) + first.said), *found[1:]
+        image, parts = self.processor.image_text, []
+        for demo in demos:
+            text = self._plain(demo, True) + self.separator
+            start = len(image) * len(demo.images) + self.processor.word(demo.words)[1]
+            parts.append(Part(text, start, demo.images))
+        parts.append(Part(image * len(example.images) + example.question, 0, example.images))
+        front, first = self._front(example), parts[0]
+        return replace(first, text=front + first.text, said=len(front) + first.said), *parts[1:]
 
     def option(self, prompt: str, option: str) -> str:
         """An option as it stands behind a prompt: after a space, unless something else divides them."""
         template = self.processor.question_template
         divides = template[: template.index("{answer}")][-1:].isspace()
         image = self.processor.image_text
-        asked = prompt and not prompt[-1].isspace() and not (image and prompt.endswith(image))
-        return f" {option}" if asked and divides else option
+        ends_bare = prompt and not prompt[-1].isspace() and not (image and prompt.endswith(image))
+        return f" {option}" if ends_bare and divides else option
 
     def _front(self, example: Example) -> str:
         """What stands before the demonstrations of a plain prompt: BOS that only a chat template writes, the task."""
@@ -157,22 +157,22 @@ class PromptBuilder:
     def _told(self, example: Example) -> str:
         return f"{example.instruction}\n" if example.instruction else ""
 
-    def _plain(self, one: Shown, images: bool) -> str:
-        return self.processor.image_text * (len(one.images) if images else 0) + self.processor.word(one.words)[0]
+    def _plain(self, demo: Shown, images: bool) -> str:
+        return self.processor.image_text * (len(demo.images) if images else 0) + self.processor.word(demo.words)[0]
 
-    def _turns(self, one: Shown, images: bool) -> list[dict[str, Any]]:
+    def _turns(self, demo: Shown, images: bool) -> list[dict[str, Any]]:
         """A user turn with what is asked, where something is, and the assistant's with what is said."""
-        demonstration = one.words
+        demonstration = demo.words
         words, start, _ = self.processor.word(demonstration)
-        asked = words[:start] if demonstration.question is not None else ""
-        count = len(one.images) if images else 0
-        question = asked.strip() or (None if count else "")
-        return [_turn("user", question, count), _turn("assistant", words[len(asked) :])]
+        question_words = words[:start] if demonstration.question is not None else ""
+        count = len(demo.images) if images else 0
+        question = question_words.strip() or (None if count else "")
+        return [_turn("user", question, count), _turn("assistant", words[len(question_words) :])]
 
 
 def _turn(role: str, words: str | None, images: int = 0) -> dict[str, Any]:
-    said = [] if words is None else [{"type": "text", "text": words}]
-    return {"role": role, "content": [{"type": "image"}] * images + said}
+    text_parts = [] if words is None else [{"type": "text", "text": words}]
+    return {"role": role, "content": [{"type": "image"}] * images + text_parts}
 
 
 # --- the methods
@@ -180,37 +180,37 @@ def _turn(role: str, words: str | None, images: int = 0) -> dict[str, Any]:
 Show = Callable[[PromptBuilder, Example, Sequence[Shown], int], Prompt]
 
 
-def zero(builder: PromptBuilder, example: Example, shown: Sequence[Shown], seed: int) -> Prompt:
+def zero(builder: PromptBuilder, example: Example, demos: Sequence[Shown], seed: int) -> Prompt:
     """The query alone."""
     return Prompt(builder.prompt(example), example.images)
 
 
-def text_only(builder: PromptBuilder, example: Example, shown: Sequence[Shown], seed: int) -> Prompt:
+def text_only(builder: PromptBuilder, example: Example, demos: Sequence[Shown], seed: int) -> Prompt:
     """The demonstrations' words in front of the query, without their images."""
-    return Prompt(builder.prompt(example, shown, images=False), example.images)
+    return Prompt(builder.prompt(example, demos, images=False), example.images)
 
 
-def full(builder: PromptBuilder, example: Example, shown: Sequence[Shown], seed: int) -> Prompt:
+def full(builder: PromptBuilder, example: Example, demos: Sequence[Shown], seed: int) -> Prompt:
     """The demonstrations' images and words in front of the query."""
-    return Prompt(builder.prompt(example, shown), (*(i for one in shown for i in one.images), *example.images))
+    return Prompt(builder.prompt(example, demos), (*(i for demo in demos for i in demo.images), *example.images))
 
 
-def in_pieces(builder: PromptBuilder, example: Example, shown: Sequence[Shown], seed: int) -> Prompt:
+def in_pieces(builder: PromptBuilder, example: Example, demos: Sequence[Shown], seed: int) -> Prompt:
     """As `full`, in pieces that a method of `modeling_aim/rivals` reads."""
-    prompt = full(builder, example, shown, seed)
-    return replace(prompt, parts=builder.parts(example, shown) if builder.prompts == "plain" else ())
+    prompt = full(builder, example, demos, seed)
+    return replace(prompt, parts=builder.parts(example, demos) if builder.prompts == "plain" else ())
 
 
-def aim(builder: PromptBuilder, example: Example, shown: Sequence[Shown], seed: int) -> Prompt:
+def aim(builder: PromptBuilder, example: Example, demos: Sequence[Shown], seed: int) -> Prompt:
     """The demonstrations as fused tokens."""
-    return Prompt(builder.prompt(example), example.images, tuple(shown))
+    return Prompt(builder.prompt(example), example.images, tuple(demos))
 
 
-def aim_shuffled(builder: PromptBuilder, example: Example, shown: Sequence[Shown], seed: int) -> Prompt:
-    """As `aim`, with the demonstrations' images dealt anew among them: what is left does not come from the images."""
-    seen = [one.seen for one in shown]
+def aim_shuffled(builder: PromptBuilder, example: Example, demos: Sequence[Shown], seed: int) -> Prompt:
+    """As `aim`, with images shuffled among the demonstrations: what is left does not come from the images."""
+    seen = [demo.seen for demo in demos]
     random.Random(f"deal {seed} {example.id}").shuffle(seen)
-    return aim(builder, example, [replace(one, seen=other) for one, other in zip(shown, seen, strict=True)], seed)
+    return aim(builder, example, [replace(demo, seen=other) for demo, other in zip(demos, seen, strict=True)], seed)
 
 
 @dataclass(frozen=True)
@@ -235,9 +235,9 @@ class Method:
     depth: int | None = None
     rival: Rival | None = None
 
-    def show(self, builder: PromptBuilder, example: Example, shown: Sequence[Shown], seed: int) -> Prompt:
+    def show(self, builder: PromptBuilder, example: Example, demos: Sequence[Shown], seed: int) -> Prompt:
         """The prompt of a query with its demonstrations."""
-        prompt = self.make(builder, example, shown, seed)
+        prompt = self.make(builder, example, demos, seed)
         return replace(prompt, projector=self.projector, depth=self.depth, rival=self.rival)
 
 

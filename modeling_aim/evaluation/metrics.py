@@ -37,11 +37,11 @@ def exact_match(answer: str, right: Sequence[str], digits: bool = False) -> bool
         right: all answers that are right.
         digits: compare the first run of digits of what is left of the answer; without one it is wrong.
     """
-    said = cut(answer)
+    answer_text = cut(answer)
     if digits:
-        run = re.search(r"\d+", said)
-        said = run.group() if run else ""
-    return said.lower() in [one.lower() for one in right]
+        run = re.search(r"\d+", answer_text)
+        answer_text = run.group() if run else ""
+    return answer_text.lower() in [reference.lower() for reference in right]
 
 
 def yes_or_no(answer: str, right: str) -> bool:
@@ -54,8 +54,8 @@ def yes_or_no(answer: str, right: str) -> bool:
 
 def yes_or_no_said(answer: str, right: str) -> bool:
     """Whether the first word of a cut answer that is "yes" or "no" is the right one."""
-    said = re.search(r"\b(yes|no)\b", cut(answer).lower())
-    return said is not None and said.group() == right.lower()
+    match = re.search(r"\b(yes|no)\b", cut(answer).lower())
+    return match is not None and match.group() == right.lower()
 
 
 # --- names in answers
@@ -80,7 +80,9 @@ def named(answer: str, right: str, others: Sequence[str]) -> bool:
     rest = text
     while name in rest:
         rest = rest.replace(name, " ")
-    return name in text and not any(one in (text if name in one else rest) for one in map(_words, others))
+    return name in text and not any(
+        other_words in (text if name in other_words else rest) for other_words in map(_words, others)
+    )
 
 
 def _words(text: str) -> str:
@@ -109,12 +111,12 @@ TWICE_CONTRACTED = """
 
 def _contractions() -> dict[str, str]:
     """Each contraction by its spellings without one of its apostrophes."""
-    found = {whole.replace("'", ""): whole for whole in CONTRACTED.split()}
+    contractions = {whole.replace("'", ""): whole for whole in CONTRACTED.split()}
     for whole in TWICE_CONTRACTED.split():
         for place in (place for place, letter in enumerate(whole) if letter == "'"):
-            found[whole[:place] + whole[place + 1 :]] = whole
-    found |= dict.fromkeys(("ow's'at", "'ows'at", "'ow'sat"), "'ow's'at")
-    return found | {"twas": "'twas", "somebody'd": "somebodyd", "y'allll": "y'all'll", "yall'll": "y'all'll"}
+            contractions[whole[:place] + whole[place + 1 :]] = whole
+    contractions |= dict.fromkeys(("ow's'at", "'ows'at", "'ow'sat"), "'ow's'at")
+    return contractions | {"twas": "'twas", "somebody'd": "somebodyd", "y'allll": "y'all'll", "yall'll": "y'all'll"}
 
 
 CONTRACTIONS = _contractions()
@@ -146,15 +148,15 @@ def vqa_accuracy(answer: str, given: Sequence[str], always: bool = True) -> floa
         always: normalise answers always, as lmms-eval does. The official scorer leaves answers as they are when all
             annotators agree to the letter.
     """
-    if always or len({one.strip() for one in given}) > 1:
-        answer, given = vqa_normalized(answer), [vqa_normalized(one) for one in given]
+    if always or len({reference.strip() for reference in given}) > 1:
+        answer, given = vqa_normalized(answer), [vqa_normalized(reference) for reference in given]
     else:
-        answer, given = (" ".join(answer.split()), [one.strip() for one in given])
-    matches = sum(one == answer for one in given)
+        answer, given = (" ".join(answer.split()), [reference.strip() for reference in given])
+    matches = sum(reference == answer for reference in given)
     if len(given) == 1:
         return float(matches)
     # Without an annotator who said the same there is one match less.
-    return sum(min(1.0, (matches - (one == answer)) / 3) for one in given) / len(given)
+    return sum(min(1.0, (matches - (reference == answer)) / 3) for reference in given) / len(given)
 
 
 def openflamingo_answer(text: str) -> str:
@@ -174,8 +176,8 @@ def openflamingo_accuracy(answer: str, given: Sequence[str], marks: Sequence[Has
         marks: what else an annotation holds: its id, or a confidence that others share.
     """
     own = vqa_normalized(answer)
-    notes = [(vqa_normalized(one), mark) for one, mark in zip(given, marks, strict=True)]
-    matches = [sum(other[0] == own for other in notes if other != one) for one in notes]
+    notes = [(vqa_normalized(reference), mark) for reference, mark in zip(given, marks, strict=True)]
+    matches = [sum(other[0] == own for other in notes if other != note) for note in notes]
     return sum(min(1.0, count / 3) for count in matches) / len(matches)
 
 
@@ -194,8 +196,8 @@ def scienceqa_choice(answer: str) -> str | None:
         return answer
     if answer[:1] in tuple(LETTERS) and answer[1:3] == ". ":
         return answer[0]
-    found = re.findall(r"The answer is ([A-Z]).", answer)
-    return found[0] if len(found) == 1 else None
+    choices = re.findall(r"The answer is ([A-Z]).", answer)
+    return choices[0] if len(choices) == 1 else None
 
 
 # --- ROC-AUC
@@ -275,10 +277,10 @@ class Captions:
 
         if not captions:
             return []
-        self._tokenize([*captions, *(one for some in references for one in some)])
-        wanted = {number: [self._known[one] for one in some] for number, some in enumerate(references)}
-        found = {number: [self._known[one]] for number, one in enumerate(captions)}
-        return [float(score) for score in Cider().compute_score(wanted, found)[1]]
+        self._tokenize([*captions, *(caption for some in references for caption in some)])
+        wanted = {number: [self._known[caption] for caption in some] for number, some in enumerate(references)}
+        candidates = {number: [self._known[caption]] for number, caption in enumerate(captions)}
+        return [float(score) for score in Cider().compute_score(wanted, candidates)[1]]
 
     def note(self) -> str:
         """Which tokenizer it is."""

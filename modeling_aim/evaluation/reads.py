@@ -39,10 +39,10 @@ def open_pair(pair: Mapping[str, Any], what: str) -> Demonstration:
         Unusable: it cannot be used; the message begins with `what`.
     """
     skipped: Counter[str] = Counter()
-    found = list(opened([pair], skipped))
-    if not found:
+    demos = list(opened([pair], skipped))
+    if not demos:
         raise Unusable(f"{what} cannot be used: {', '.join(skipped)} in {str(dict(pair))[:200]}.")
-    return found[0]
+    return demos[0]
 
 
 class Unusable(ValueError):
@@ -68,43 +68,45 @@ class Reads:
     ) -> None:
         self.model, self.kept, self.task = model, kept, task
         self.layers = tuple(model.config.read_layers)
-        unique = list({one.key: one for one in plan}.values())
+        unique = list({demo.key: demo for demo in plan}.values())
         self.batches = [unique[start : start + batch_size] for start in range(0, len(unique), batch_size)]
-        self.place = {one.key: number for number, batch in enumerate(self.batches) for one in batch}
+        self.place = {demo.key: number for number, batch in enumerate(self.batches) for demo in batch}
         self.unusable: dict[tuple[str, str], str] = {}
 
-    def states(self, shown: Sequence[Shown]) -> list[Read]:
+    def states(self, demos: Sequence[Shown]) -> list[Read]:
         """Hidden states `(tokens, read layers x hidden size)` and ids `(tokens,)` of the kept words of each.
 
         Raises:
             Unusable: one cannot be read; `unusable` says which and why.
         """
-        found: dict[tuple[str, str], Read] = {}
-        for one in shown:
-            if one.key not in found:
-                read = self.kept.get((self.task, self.layers, *one.key))
-                found |= self._read(self.place[one.key]) if read is None else {one.key: read}
-            if one.key not in found:
-                raise Unusable(self.unusable[one.key])
-        return [found[one.key] for one in shown]
+        reads: dict[tuple[str, str], Read] = {}
+        for demo in demos:
+            if demo.key not in reads:
+                read = self.kept.get((self.task, self.layers, *demo.key))
+                reads |= self._read(self.place[demo.key]) if read is None else {demo.key: read}
+            if demo.key not in reads:
+                raise Unusable(self.unusable[demo.key])
+        return [reads[demo.key] for demo in demos]
 
     def _read(self, number: int) -> dict[tuple[str, str], Read]:
         batch, demos = [], []
-        for one in self.batches[number]:
-            what = f"Demonstration {one.said.id!r} of {self.task}"
-            words = {k: v for k, v in one.said.pair.items() if "image" not in k}
+        for shown_demo in self.batches[number]:
+            what = f"Demonstration {shown_demo.said.id!r} of {self.task}"
+            words = {k: v for k, v in shown_demo.said.pair.items() if "image" not in k}
             try:
-                demo = open_pair({**words, "images": list(one.images)}, what)
+                demo = open_pair({**words, "images": list(shown_demo.images)}, what)
                 reason = self.model.processor.why_unreadable(demo)
                 if reason is not None:
                     raise Unusable(f"{what} cannot be used: {reason}.")
             except Unusable as error:
-                self.unusable[one.key] = str(error)
+                self.unusable[shown_demo.key] = str(error)
                 continue
-            batch.append(one)
+            batch.append(shown_demo)
             demos.append(demo)
-        states = [one.cpu() for one in self.model.read_states(demos, max(len(batch), 1))]
-        found = {one.key: read for one, *read in zip(batch, states, self.model.word_ids(demos), strict=True)}
-        for key, (kept, ids) in found.items():
+        states = [states_of_demo.cpu() for states_of_demo in self.model.read_states(demos, max(len(batch), 1))]
+        reads = {
+            shown_demo.key: read for shown_demo, *read in zip(batch, states, self.model.word_ids(demos), strict=True)
+        }
+        for key, (kept, ids) in reads.items():
             self.kept.put((self.task, self.layers, *key), (kept, ids), kept.numel() * kept.element_size())
-        return {key: (kept, ids) for key, (kept, ids) in found.items()}
+        return {key: (kept, ids) for key, (kept, ids) in reads.items()}

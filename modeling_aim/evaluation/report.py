@@ -83,7 +83,7 @@ def cells_by_row(results: Figures) -> tuple[list[str], list[tuple[str, int, dict
     cells = {(cell["task"], cell["method"], cell["shots"]): cell for cell in results["cells"]}
     methods = list(dict.fromkeys(method for _, method, _ in cells))
     rows = []
-    for task in [one["task"] for one in results["tasks"]]:
+    for task in [described["task"] for described in results["tasks"]]:
         counts = sorted({shots for name, _, shots in cells if name == task})
         for count in [count for count in counts if count] or counts:
             rows.append((task, count, {m: cells.get((task, m, count), cells.get((task, m, 0))) for m in methods}))
@@ -98,7 +98,9 @@ def curve_table(results: Figures) -> str:
     """VL-ICL's summary of every method over numbers of demonstrations, as a markdown table."""
     rows = [["task", "method", "zero-shot", "peak", "ICL efficiency"], ["---"] * 5]
     names = ("zero_shot", "peak", "icl_efficiency")
-    rows += [[one["task"], f"`{one['method']}`", *(f"{one[n]:.3f}" for n in names)] for one in results["curves"]]
+    rows += [
+        [curve["task"], f"`{curve['method']}`", *(f"{curve[n]:.3f}" for n in names)] for curve in results["curves"]
+    ]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -159,11 +161,11 @@ def _panels(results: Figures, path: Path, across: str, label: str) -> None:
     lines = -(-len(tasks) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.2 * lines + 0.5), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False)
-    shown: dict[str, Any] = {}
+    labelled: dict[str, Any] = {}
     for number, task in enumerate(tasks):
         axes = grid[number // columns][number % columns]
         for name, line in _drawn(axes, results, task, across).items():
-            shown.setdefault(name, line)
+            labelled.setdefault(name, line)
         axes.set_title(task["task"], fontsize=10)
         axes.set_ylabel(task["metric"])
         axes.set_xlabel(label)
@@ -171,8 +173,8 @@ def _panels(results: Figures, path: Path, across: str, label: str) -> None:
         print_times(axes, task)
     for number in range(len(tasks), lines * columns):
         grid[number // columns][number % columns].axis("off")
-    names = min(len(shown), 2 * columns)  # in a line
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=names, frameon=False)
+    names = min(len(labelled), 2 * columns)  # in a line
+    figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=names, frameon=False)
     figure.savefig(path, dpi=130)
 
 
@@ -180,11 +182,11 @@ def _drawn(axes: Any, results: Figures, task: Figures, across: str) -> dict[str,
     """The lines of one panel by method; those with demonstrations begin at the zero-shot point."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    found = [cell for cell in results["cells"] if cell["task"] == task["task"] and cell["mean"] is not None]
-    start = [cell for cell in found if cell["method"] == "zero"]
+    cells_of_task = [cell for cell in results["cells"] if cell["task"] == task["task"] and cell["mean"] is not None]
+    start = [cell for cell in cells_of_task if cell["method"] == "zero"]
     lines = {}
-    for method in dict.fromkeys(cell["method"] for cell in found):
-        cells = sorted((cell for cell in found if cell["method"] == method), key=lambda cell: cell["shots"])
+    for method in dict.fromkeys(cell["method"] for cell in cells_of_task):
+        cells = sorted((cell for cell in cells_of_task if cell["method"] == method), key=lambda cell: cell["shots"])
         if method == "zero":
             lines[method] = axes.axhline(cells[0]["mean"], color=COLOURS["zero"], linestyle="--", linewidth=1)
             continue
@@ -195,12 +197,12 @@ def _drawn(axes: Any, results: Figures, task: Figures, across: str) -> dict[str,
             low, high = zip(*(cell["interval"] for cell in cells), strict=True)
             axes.fill_between(places, low, high, color=lines[method].get_color(), alpha=0.12, linewidth=0)
     if across == "shots":
-        axes.set_xticks(sorted({cell["shots"] for cell in found}))
+        axes.set_xticks(sorted({cell["shots"] for cell in cells_of_task}))
     else:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:.0f}")
         axes.xaxis.set_minor_locator(NullLocator())
-    if all(cell["is_mean"] and 0 <= cell["mean"] <= 1 for cell in found):
+    if all(cell["is_mean"] and 0 <= cell["mean"] <= 1 for cell in cells_of_task):
         axes.set_ylim(-0.03, 1.03)
     return lines

@@ -21,7 +21,7 @@ RESULTS = "results.json"
 AS_JSON = ("utf-8", "backslashreplace")  # a lone surrogate becomes the escape that JSON has for it
 LEFT_OUT = "left_out"  # in a row that is kept: why there is no answer
 RESAMPLES = 2000  # of examples, where a metric is a mean over them
-COSTLY_RESAMPLES = 500  # where it is computed anew over each sample
+COSTLY_RESAMPLES = 500  # where it is recomputed for each sample
 COSTS = (
     "prompt_tokens",
     "fused_tokens",
@@ -71,12 +71,12 @@ class Kept:
 
     def rows(self) -> dict[Key, PredictionRow]:
         """All that was kept."""
-        found: dict[Key, PredictionRow] = {}
+        by_key: dict[Key, PredictionRow] = {}
         for path in sorted(self.folder.glob("*.jsonl")):
             with path.open(encoding="utf-8") as file:
                 for row in map(json.loads, file):
-                    found.setdefault(row_key(row), row)
-        return found
+                    by_key.setdefault(row_key(row), row)
+        return by_key
 
     def add(self, rows: Iterable[PredictionRow]) -> None:
         """Append predictions; they are safe when this returns."""
@@ -102,7 +102,7 @@ def read_rows(path: Path) -> list[PredictionRow]:
     """Predictions of a finished run.
 
     Raises:
-        ValueError: a line is no JSON; the message names file and line.
+        ValueError: a line is not JSON; the message names file and line.
     """
     return [row for _, row in numbered_json(path)]
 
@@ -134,7 +134,7 @@ def cell_figures(
         seed: task.summary(examples[seed], [prediction_of(row) for row in answered]) for seed, answered in rows.items()
     }
     names = list(next(iter(by_seed.values())))
-    values = [found[task.metric] for found in by_seed.values()]
+    values = [summary[task.metric] for summary in by_seed.values()]
     is_mean = _is_mean(by_seed, task.metric, rows)
     everything = [row for answered in rows.values() for row in answered]
     return {
@@ -144,8 +144,8 @@ def cell_figures(
         "is_mean": is_mean,
         "spread": _known(np.std(values, ddof=1)) if len(values) > 1 else None,
         "interval": interval(task, examples, rows),
-        "by_seed": {str(seed): _known(found[task.metric]) for seed, found in by_seed.items()},
-        "metrics": {name: _known(np.mean([found[name] for found in by_seed.values()])) for name in names},
+        "by_seed": {str(seed): _known(summary[task.metric]) for seed, summary in by_seed.items()},
+        "metrics": {name: _known(np.mean([summary[name] for summary in by_seed.values()])) for name in names},
         "examples": len({row["example"] for row in everything}),
         "answers": len(everything),
         "seeds": len(rows),
@@ -157,8 +157,8 @@ def cell_figures(
     }
 
 
-def _known(value: object) -> float | None:
-    """A number; `None` for what is none, such as ROC-AUC over one class alone, which JSON cannot hold."""
+def _known(value: Any) -> float | None:
+    """Convert NaN to `None`, since JSON has no NaN; ROC-AUC over a single class is NaN, for example."""
     return None if np.isnan(value) else float(value)
 
 
@@ -167,14 +167,14 @@ def curves(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Only of metrics that are means of scores in 0..1, and where the zero-shot answers are there.
     """
-    found = []
+    rows = []
     for task, method in dict.fromkeys((cell["task"], cell["method"]) for cell in cells if cell["shots"]):
         start = [cell for cell in cells if (cell["task"], cell["shots"]) == (task, 0)]
         own = [cell for cell in cells if (cell["task"], cell["method"]) == (task, method)]
         if start and all(cell["is_mean"] and 0 <= cell["mean"] <= 1 for cell in start + own):
             by_shots = {cell["shots"]: cell["mean"] for cell in start + own}
-            found.append({"task": task, "method": method, **vl_icl_summary(by_shots)})
-    return found
+            rows.append({"task": task, "method": method, **vl_icl_summary(by_shots)})
+    return rows
 
 
 def interval(
@@ -184,37 +184,37 @@ def interval(
 
     Args:
         task, examples, rows: as for `cell_figures`. Where the metric is the mean of `task.terms`, these are drawn
-            (CIDEr's with the word weights of all references); else it is computed anew over each sample.
+            (CIDEr's with the word weights of all references); else it is recomputed for each sample.
     """
     names = sorted({row["example"] for answered in rows.values() for row in answered})
     number = {name: place for place, name in enumerate(names)}
     predictions = {seed: [prediction_of(row) for row in answered] for seed, answered in rows.items()}
-    terms = {seed: task.terms(examples[seed], found) for seed, found in predictions.items()}
+    terms = {seed: task.terms(examples[seed], answers) for seed, answers in predictions.items()}
     sums, counts = np.zeros(len(names)), np.zeros(len(names))
-    for seed, found in terms.items():
-        if found is None:
+    for seed, terms_of_seed in terms.items():
+        if terms_of_seed is None:
             break
         places = [number[row["example"]] for row in rows[seed]]
-        np.add.at(sums, places, found)
+        np.add.at(sums, places, terms_of_seed)
         np.add.at(counts, places, 1)
     else:
         draws = resamples(len(names), RESAMPLES)
         return _percentiles(np.array([sums[draw].sum() / counts[draw].sum() for draw in draws]))
-    asked = {
+    by_seed = {
         seed: [(number[row["example"]], example, prediction)
                for row, example, prediction in zip(answered, examples[seed], predictions[seed], strict=True)]
         for seed, answered in rows.items()
     }  # fmt: skip
-    return _percentiles(np.array(list(_drawn_means(task, asked, len(names)))))
+    return _percentiles(np.array(list(_drawn_means(task, by_seed, len(names)))))
 
 
-def _drawn_means(task: Task, asked: Mapping[int, Sequence[tuple[int, Example, Prediction]]], count: int) -> Any:
+def _drawn_means(task: Task, answered: Mapping[int, Sequence[tuple[int, Example, Prediction]]], count: int) -> Any:
     """The main metric's mean over seeds for each sample of examples."""
-    by_seed = {seed: {place: (e, p) for place, e, p in found} for seed, found in asked.items()}
+    by_seed = {seed: {place: (e, p) for place, e, p in triples} for seed, triples in answered.items()}
     for draw in resamples(count, COSTLY_RESAMPLES):
         means = []
-        for found in by_seed.values():
-            taken = [found[place] for place in draw.tolist() if place in found]
+        for pairs in by_seed.values():
+            taken = [pairs[place] for place in draw.tolist() if place in pairs]
             if taken:
                 means.append(task.summary([e for e, _ in taken], [p for _, p in taken])[task.metric])
         yield float(np.mean(means)) if means else float("nan")

@@ -60,11 +60,13 @@ class Pieces:
             inputs: BatchFeature = self.processor(
                 images=[images] if images else None, text=[text], return_tensors="pt"
             )
-            found = dict(inputs)
-            length = found["input_ids"].shape[1]
+            inputs_of_rows = dict(inputs)
+            length = inputs_of_rows["input_ids"].shape[1]
             if not begins and self.head:
-                found = {n: v[:, self.head :] if _by_token(n, v, length) else v for n, v in found.items()}
-            self._kept[key] = found
+                inputs_of_rows = {
+                    n: v[:, self.head :] if _by_token(n, v, length) else v for n, v in inputs_of_rows.items()
+                }
+            self._kept[key] = inputs_of_rows
         return self._kept[key]
 
     def reading(self, backbone: Any, device: torch.device, dtype: torch.dtype) -> Reading:
@@ -113,7 +115,7 @@ def answer(pieces: Pieces, prompt: Prompt, options: Sequence[str], new: int, sub
     kv_bytes, tokens, first = answering.kv_bytes, answering.tokens, now()
     if options:
         behind = [subject.prompt_builder.option(prompt.text, option) for option in options]
-        means = [_mean(answering.score(_ids_behind(pieces.processor, prompt.text, one))) for one in behind]
+        means = [_mean(answering.score(_ids_behind(pieces.processor, prompt.text, words))) for words in behind]
         scores = tuple(round(mean, 6) for mean in means)
         prediction = Prediction(options[max(range(len(scores)), key=means.__getitem__)], scores)
     else:

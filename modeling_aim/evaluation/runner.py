@@ -47,7 +47,7 @@ GIB = 2**30
 
 
 def evaluate(settings: EvalSettings) -> dict[str, Any]:
-    """Evaluate a model; goes on where a run with the same settings was interrupted.
+    """Evaluate a model; resumes an interrupted run with the same settings.
 
     Args:
         settings: all of the run.
@@ -60,16 +60,16 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
     """
     # without cpu=True processes on CPUs would not know of each other; one of them may choose demonstrations for long
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
-    asked = [open_asked(spec, settings) for spec in settings.tasks]
-    names = [one.task.name for one in asked]
+    tasks = [open_asked(spec, settings) for spec in settings.tasks]
+    names = [asked_task.task.name for asked_task in tasks]
     if len(set(names)) < len(names):
         raise ValueError(f"Two tasks have the same name ({', '.join(names)}); give one another: name=... in its spec.")
     claim(settings)
     with only_one(settings.output, "aim eval") if state.is_main_process else contextlib.nullcontext():
-        return _evaluate(settings, asked, state)
+        return _evaluate(settings, tasks, state)
 
 
-def _evaluate(settings: EvalSettings, asked: Sequence[Asked], state: PartialState) -> dict[str, Any]:
+def _evaluate(settings: EvalSettings, tasks: Sequence[Asked], state: PartialState) -> dict[str, Any]:
     """The run, after all that can be checked without a model."""
     claim(settings)
     subject = load_subject(
@@ -81,9 +81,10 @@ def _evaluate(settings: EvalSettings, asked: Sequence[Asked], state: PartialStat
         Console(stderr=True).print(tokens_line(subject.processor), soft_wrap=True, highlight=False)
     state.wait_for_everyone()
     if state.is_main_process:
-        begin(settings, model_identity(settings, subject), {one.task.name: one.digest for one in asked})
+        digests = {asked_task.task.name: asked_task.digest for asked_task in tasks}
+        begin(settings, model_identity(settings, subject), digests)
     state.wait_for_everyone()
-    run = Run(settings, subject, asked, state)
+    run = Run(settings, subject, tasks, state)
     run.choose()
     run.answer()
     state.wait_for_everyone()
@@ -111,9 +112,9 @@ class Run:
         state: this process among others.
     """
 
-    def __init__(self, settings: EvalSettings, subject: Subject, asked: Sequence[Asked], state: PartialState) -> None:
+    def __init__(self, settings: EvalSettings, subject: Subject, tasks: Sequence[Asked], state: PartialState) -> None:
         self.settings, self.subject, self.state = settings, subject, state
-        self.asked = {one.task.name: one for one in asked}
+        self.asked = {asked_task.task.name: asked_task for asked_task in tasks}
         self.output = Path(settings.output)
         self.kept = Kept(self.output / "unfinished", state.process_index)
         self.states = LRUCache(int(settings.memory * GIB))
@@ -125,19 +126,22 @@ class Run:
     def choose(self) -> None:
         """Have demonstrations chosen by one process, and read what it wrote."""
         counts = self.settings.counts
-        open_ = [one for one in self.asked.values() if not one.task.fixed and counts]
-        files = {one.task.name: self.output / "demonstrations" / f"{_slug(one.task.name)}.jsonl" for one in open_}
+        open_ = [asked_task for asked_task in self.asked.values() if not asked_task.task.fixed and counts]
+        files = {
+            asked_task.task.name: self.output / "demonstrations" / f"{_slug(asked_task.task.name)}.jsonl"
+            for asked_task in open_
+        }
         if self.state.is_main_process and open_:
-            total = sum(len(found) for one in open_ for found in one.examples.values())
-            with show_progress("choose demonstrations", "examples", total) as told:
-                for one in open_:
-                    path = files[one.task.name]
+            total = sum(len(examples) for asked_task in open_ for examples in asked_task.examples.values())
+            with show_progress("choose demonstrations", "examples", total) as report:
+                for asked_task in open_:
+                    path = files[asked_task.task.name]
                     bank = partial(self._bank, path.with_suffix(".bank"))
-                    tell = partial(_noted, told, f"{one.task.name}: choose demonstrations")
-                    choose_all(one.task, one.examples, counts, self.settings.choice, path, bank, tell)
+                    tell = partial(_noted, report, f"{asked_task.task.name}: choose demonstrations")
+                    choose_all(asked_task.task, asked_task.examples, counts, self.settings.choice, path, bank, tell)
         self.state.wait_for_everyone()
-        for one in open_:
-            one.chosen = read_chosen(one.task, files[one.task.name])
+        for asked_task in open_:
+            asked_task.chosen = read_chosen(asked_task.task, files[asked_task.task.name])
 
     def _bank(self, folder: Path, demos: Iterator[Any]) -> Any:
         """A bank of a task's pool, kept in the output folder; a bare backbone compares without fused tokens."""
@@ -152,17 +156,17 @@ class Run:
     @cached_property
     def cells(self) -> list[Cell]:
         """All settings of the run; a seed that changes nothing for a method is left out for it."""
-        methods, found = self.settings.methods, []
-        for name, one in self.asked.items():
+        methods, cells = self.settings.methods, []
+        for name, asked_task in self.asked.items():
             bare = [m for m in methods if not method_of(m).shots] or ["zero"] * (0 in self.settings.shots)
             for method in bare:
-                found += [Cell(name, method, 0, seed) for seed in one.examples if not one.repeats(seed)]
-            shown = [m for m in methods if method_of(m).shots and m not in self._cannot]
-            for seed in one.examples:
+                cells += [Cell(name, method, 0, seed) for seed in asked_task.examples if not asked_task.repeats(seed)]
+            with_demos = [m for m in methods if method_of(m).shots and m not in self._cannot]
+            for seed in asked_task.examples:
                 for count in self.settings.counts:
-                    again = one.repeats(seed, count)
-                    found += [Cell(name, m, count, seed) for m in shown if method_of(m).draws or not again]
-        return found
+                    again = asked_task.repeats(seed, count)
+                    cells += [Cell(name, m, count, seed) for m in with_demos if method_of(m).draws or not again]
+        return cells
 
     @cached_property
     def _cannot(self) -> set[str]:
@@ -170,46 +174,46 @@ class Run:
         methods = {m: method_of(m) for m in self.settings.methods if self.settings.counts}
         many = [m for m, method in methods.items() if method.many_images]
         untrained = [m for m, method in methods.items() if method.projector == "untrained"]
-        found: set[str] = set()
+        refused: set[str] = set()
         for names, why_not, what in (
             (many, self.subject.refuses_two_images, "this backbone takes one image a prompt"),
             (untrained, self.subject.refuses_states, "states cannot enter this backbone at depth"),
         ):
             if names and (why := why_not()):
                 self.notes.append(f"{', '.join(names)}: left out, {what} ({why}).")
-                found.update(names)
-        for name in [m for m in methods if m not in found]:
+                refused.update(names)
+        for name in [m for m in methods if m not in refused]:
             rival = methods[name].rival
             if rival is not None and (why := refuses(rival, self.subject)):
                 self.notes.append(f"{name}: left out, this backbone cannot be served ({why}).")
-                found.add(name)
-        return found
+                refused.add(name)
+        return refused
 
     def batches(self, cell: Cell) -> list[list[int]]:
         """Places of a cell's examples that are answered together: prompts of about one length."""
         examples = self.asked[cell.task].examples[cell.seed]
         prompts = [self.prompt(cell, example) for example in examples]
         sizes = [
-            (len(p.images), len(p.text) + sum(len(self.subject.processor.word(one.words)[0]) for one in p.fused))
+            (len(p.images), len(p.text) + sum(len(self.subject.processor.word(demo.words)[0]) for demo in p.fused))
             for p in prompts
         ]
-        found: list[list[int]] = []
+        batches: list[list[int]] = []
         for place in sorted(range(len(examples)), key=lambda i: (*sizes[i], i)):
             images = sizes[place][0]
             room = max(1, min(self.settings.batch_size, self.settings.images_at_once // max(images, 1)))
-            alike = found and bool(sizes[found[-1][0]][0]) == bool(images)
-            choosing = found and bool(examples[found[-1][0]].options) == bool(examples[place].options)
-            if alike and choosing and len(found[-1]) < room:
-                found[-1].append(place)
+            alike = batches and bool(sizes[batches[-1][0]][0]) == bool(images)
+            choosing = batches and bool(examples[batches[-1][0]].options) == bool(examples[place].options)
+            if alike and choosing and len(batches[-1]) < room:
+                batches[-1].append(place)
             else:
-                found.append([place])
-        return found
+                batches.append([place])
+        return batches
 
     def prompt(self, cell: Cell, example: Example) -> Prompt:
         """What is shown of an example in a cell."""
         shots = self.asked[cell.task].chosen[cell.seed, cell.shots, example.id] if cell.shots else ()
-        shown = [Shown(shot, shot) for shot in shots]
-        return method_of(cell.method).show(self.subject.prompt_builder, example, shown, cell.seed)
+        demos = [Shown(shot, shot) for shot in shots]
+        return method_of(cell.method).show(self.subject.prompt_builder, example, demos, cell.seed)
 
     def answer(self) -> None:
         """Answer this process's share of all batches, but for those that are done."""
@@ -217,26 +221,26 @@ class Run:
         total = sum(len(self.asked[cell.task].examples[cell.seed]) for cell in self.cells) - len(done)
         reads: tuple[str, dict[tuple[int, ...], Reads]] = ("", {})
         share = total // self.state.num_processes
-        with show_progress("answer", "examples", share, disable=not self.state.is_main_process) as told:
+        with show_progress("answer", "examples", share, disable=not self.state.is_main_process) as report:
             for cell, places, missing, batch in self._ahead(self._work(done)):
-                one = self.asked[cell.task]
+                asked_task = self.asked[cell.task]
                 if reads[0] != cell.task:
                     reads = cell.task, self._reads(cell.task)
                 pairs = self._answered(cell, places, batch, reads[1])
                 self.kept.add(self._row(cell, e, a) for e, a in pairs if e.id in missing)
-                self._check_left_out(one)
-                told(len(missing), f"{cell.task}, {cell.method}, {cell.shots} shots, seed {cell.seed}")
+                self._check_left_out(asked_task)
+                report(len(missing), f"{cell.task}, {cell.method}, {cell.shots} shots, seed {cell.seed}")
 
     def _answered(
         self, cell: Cell, places: list[int], encoded: Encoded, reads_by_layers: Mapping[tuple[int, ...], Reads]
     ) -> list[tuple[Example, Any]]:
         """Each example of a batch with its answer, or with the words why it cannot be asked."""
-        one = self.asked[cell.task]
+        asked_task = self.asked[cell.task]
         left_out: dict[int, str] = {}
         while True:
             left_out |= encoded.left_out
             kept = [place for place in places if place not in left_out]
-            examples = [one.examples[cell.seed][place] for place in kept]
+            examples = [asked_task.examples[cell.seed][place] for place in kept]
             options = [example.options for example in examples]
             if not kept:
                 answers: list[Any] = []
@@ -244,28 +248,31 @@ class Run:
             subject = self.subject.answering(encoded.batch.prompts[0])
             reads: Any = reads_by_layers.get(subject.read_layers)
             try:
-                answers = subject.answer(encoded.batch, options, one.task.max_new_tokens, cell.seed, reads)
+                answers = subject.answer(encoded.batch, options, asked_task.task.max_new_tokens, cell.seed, reads)
                 break
             except Unusable:  # a demonstration: rows that show it leave the batch
                 for place, prompt in zip(kept, encoded.batch.prompts, strict=True):
-                    bad = [reads.unusable[shown.key] for shown in prompt.fused if shown.key in reads.unusable]
+                    bad = [reads.unusable[demo.key] for demo in prompt.fused if demo.key in reads.unusable]
                     left_out |= {place: bad[0]} if bad else {}
                 encoded = self._encode(cell, [place for place in kept if place not in left_out])
         for place, reason in left_out.items():
-            name = one.examples[cell.seed][place].id
+            name = asked_task.examples[cell.seed][place].id
             if name not in self.left_out[cell.task]:
                 logger.warning(f"Left out: {reason}")
             self.left_out[cell.task].add(name)
         pairs: list[tuple[Example, Any]] = list(zip(examples, answers, strict=True))
-        return pairs + [(one.examples[cell.seed][place], reason) for place, reason in left_out.items()]
+        return pairs + [(asked_task.examples[cell.seed][place], reason) for place, reason in left_out.items()]
 
-    def _check_left_out(self, one: Asked) -> None:
+    def _check_left_out(self, asked_task: Asked) -> None:
         """Raise `ValueError` where more than half of a task's examples cannot be asked: then its data is wrong."""
-        count, total = len(self.left_out[one.task.name]), len({e.id for asked in one.examples.values() for e in asked})
+        count, total = (
+            len(self.left_out[asked_task.task.name]),
+            len({e.id for examples in asked_task.examples.values() for e in examples}),
+        )
         if 2 * count > total:
             raise ValueError(
-                f"{count} of the {total} examples of {one.task.name} cannot be asked, such as "
-                f"{min(self.left_out[one.task.name])!r}; the log says why. Mend its data."
+                f"{count} of the {total} examples of {asked_task.task.name} cannot be asked, such as "
+                f"{min(self.left_out[asked_task.task.name])!r}; the log says why. Fix its data."
             )
 
     def _work(self, done: set[Key]) -> Iterator[tuple[Cell, list[int], set[str]]]:
@@ -284,8 +291,8 @@ class Run:
         """The same batches encoded, each while the one before it is answered."""
 
         def encoded() -> tuple[Any, ...] | None:
-            one = next(work, None)
-            return None if one is None else (*one, self._encode(one[0], one[1]))
+            batch = next(work, None)
+            return None if batch is None else (*batch, self._encode(batch[0], batch[1]))
 
         with ThreadPoolExecutor(1) as thread:
             coming = thread.submit(encoded)
@@ -306,8 +313,8 @@ class Run:
                 try:
                     self.subject.encode([prompt], [name])
                 except Exception as reason:
-                    said = str(reason).splitlines()[0][:200] if str(reason) else type(reason).__name__
-                    left_out[place] = said if name in said else f"{name}: {said}"
+                    message = str(reason).splitlines()[0][:200] if str(reason) else type(reason).__name__
+                    left_out[place] = message if name in message else f"{name}: {message}"
             if not left_out:
                 raise error
         kept = [row for row, place in enumerate(places) if place not in left_out]
@@ -322,7 +329,7 @@ class Run:
                 if prompt.fused:
                     subject = self.subject.answering(prompt)
                     plans.setdefault(subject.read_layers, (subject.plugin, []))[1].extend(prompt.fused)
-        _check_names([one for _, plan in plans.values() for one in plan], name)
+        _check_names([demo for _, plan in plans.values() for demo in plan], name)
         size = self.settings.batch_size
         return {layers: Reads(plugin, plan, size, self.states, name) for layers, (plugin, plan) in plans.items()}
 
@@ -366,7 +373,7 @@ class Run:
         cells = self._figures(by_cell)
         results = {
             **about(self.settings, self.subject),
-            "tasks": [task_summary(asked, self.settings) for asked in self.asked.values()],
+            "tasks": [task_summary(asked_task, self.settings) for asked_task in self.asked.values()],
             "cells": cells,
             "curves": curves(cells),
             "notes": self.notes + too_long(ordered, self.settings, self.subject.longest) + self._timed(),
@@ -386,22 +393,24 @@ class Run:
             if LEFT_OUT in row:
                 bad.setdefault(task, {}).setdefault(name, row[LEFT_OUT])
         for task, reasons in bad.items():
-            one = self.asked[task]
-            one.examples = {seed: [e for e in asked if e.id not in reasons] for seed, asked in one.examples.items()}
-            shown = "; ".join(list(reasons.values())[:3])
-            self.notes.append(f"{task}: {len(reasons)} examples are left out of all methods, as in: {shown}")
+            asked_task = self.asked[task]
+            asked_task.examples = {
+                seed: [e for e in examples if e.id not in reasons] for seed, examples in asked_task.examples.items()
+            }
+            reason_list = "; ".join(list(reasons.values())[:3])
+            self.notes.append(f"{task}: {len(reasons)} examples are left out of all methods, as in: {reason_list}")
 
     def _figures(self, by_cell: dict[Cell, list[PredictionRow]]) -> list[dict[str, Any]]:
-        found = []
+        cell_rows = []
         for task, method, shots in dict.fromkeys((c.task, c.method, c.shots) for c in by_cell):
             rows = {c.seed: r for c, r in by_cell.items() if (c.task, c.method, c.shots) == (task, method, shots)}
-            asked = self.asked[task]
-            figures = cell_figures(asked.task, asked.examples, rows)
-            found.append({"task": task, "method": method, "shots": shots, **figures})
-        return found
+            asked_task = self.asked[task]
+            figures = cell_figures(asked_task.task, asked_task.examples, rows)
+            cell_rows.append({"task": task, "method": method, "shots": shots, **figures})
+        return cell_rows
 
     def _timed(self) -> list[str]:
-        """A word on times that cannot be compared."""
+        """A note on times that cannot be compared."""
         alone = [m for m in self.settings.methods if method_of(m).rival is not None and m not in self._cannot]
         if not alone or self.settings.batch_size == 1:
             return []
@@ -412,15 +421,15 @@ class Run:
 def _check_names(plan: Sequence[Shown], task: str) -> None:
     """Raise `ValueError` where two different demonstrations have one id: what was read of one would serve for both."""
     known: dict[str, Any] = {}
-    for one in plan:
-        for shot in (one.said, one.seen):
+    for demo in plan:
+        for shot in (demo.said, demo.seen):
             first = known.setdefault(shot.id, shot)
             if first is not shot and dict(first.pair) != dict(shot.pair):
                 raise ValueError(f"{task} gives two different demonstrations the id {shot.id!r}.")
 
 
-def _noted(told: Callable[[int, str], None], note: str, done: int) -> None:
-    told(done, note)
+def _noted(report: Callable[[int, str], None], note: str, done: int) -> None:
+    report(done, note)
 
 
 def _slug(name: str) -> str:

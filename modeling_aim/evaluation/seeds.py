@@ -44,7 +44,7 @@ class Seeded(Task):
         self.max_new_tokens, self.metric = first.max_new_tokens, first.metric  # type: ignore[misc]
 
     def examples(self, seed: int) -> Sequence[Example]:
-        return [replace(one, id=f"{seed}.{one.id}") for one in self.parts[seed].examples(seed)]
+        return [replace(example, id=f"{seed}.{example.id}") for example in self.parts[seed].examples(seed)]
 
     def _own(self, example: Example) -> tuple[Task, Example]:
         """The part that an example comes from, and the example as that part knows it."""

@@ -103,5 +103,5 @@ class EvalSettings:
     @property
     def counts(self) -> list[int]:
         """Numbers of demonstrations that are shown, the smallest first."""
-        shown = any(method_of(name).shots for name in self.methods)
-        return sorted(count for count in self.shots if count) if shown else []
+        shows_any = any(method_of(name).shots for name in self.methods)
+        return sorted(count for count in self.shots if count) if shows_any else []

@@ -115,7 +115,8 @@ class Subject:
             ValueError: states cannot enter this backbone, or not there.
         """
         if depth not in self._untrained:
-            layers, reading = None if depth is None else [depth], {}
+            layers = None if depth is None else [depth]
+            reading: dict[str, Any] = {}
             if self.plugin is not None:
                 own = self.plugin.config
                 reading = {"read_span": own.read_span, "max_fused_tokens": own.max_fused_tokens}
@@ -170,7 +171,7 @@ class Subject:
         done = self.now()
         rows = len(batch.prompts)
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-        counts = [0 if one is None else one.num_tokens for one in fused]
+        counts = [0 if fused_demos is None else fused_demos.num_tokens for fused_demos in fused]
         each = 1000 / rows
         times = each * (done - read), each * (read - started), each * ((clock.time or done) - read)
         return [
@@ -179,10 +180,10 @@ class Subject:
         ]
 
     def _in_pieces(self, pieces: rivals.Pieces, prompt: Prompt, options: Sequence[str], new: int) -> Answer:
-        found = rivals.answer(pieces, prompt, options, new, self)
-        return Answer(found.prediction, found.tokens, 0, found.total, found.reading, found.first, found.kv_bytes)
+        result = rivals.answer(pieces, prompt, options, new, self)
+        return Answer(result.prediction, result.tokens, 0, result.total, result.reading, result.first, result.kv_bytes)
 
-    def _fused(self, prompts: Sequence[Prompt], seed: int, reads: Reads | None) -> list[FusedDemonstrations | None]:
+    def _fused(self, prompts: Sequence[Prompt], seed: int, reads: Any) -> list[FusedDemonstrations | None]:
         """Fused tokens of each row."""
         rows: list[FusedDemonstrations | None] = []
         for prompt in prompts:
@@ -206,7 +207,7 @@ class Subject:
         return self._random[seed]
 
     def _with(self, fused: Sequence[FusedDemonstrations | None]) -> dict[str, Any]:
-        return {"demos": list(fused)} if any(one is not None for one in fused) else {}
+        return {"demos": list(fused)} if any(fused_demos is not None for fused_demos in fused) else {}
 
     def _write(self, inputs: Mapping[str, Any], fused: Sequence[Any], new: int, clock: FirstToken) -> list[Prediction]:
         output = self.model.generate(
@@ -233,7 +234,9 @@ class Subject:
         Where every option is one token, one pass over the prompt tells all. Otherwise each stands behind the prompt.
         """
         texts = [prompt.text for prompt in batch.prompts]
-        behind = [[self.prompt_builder.option(t, one) for one in row] for t, row in zip(texts, options, strict=True)]
+        behind = [
+            [self.prompt_builder.option(t, option) for option in row] for t, row in zip(texts, options, strict=True)
+        ]
         single = [self._single_tokens(text, row) for text, row in zip(texts, behind, strict=True)]
         if all(row is not None for row in single):
             output = self.model.generate(
@@ -241,13 +244,16 @@ class Subject:
                 output_logits=True, return_dict_in_generate=True, streamer=clock,
             )  # fmt: skip
             clock.cache = getattr(output, "past_key_values", None)
-            told = output.logits[0].float().log_softmax(dim=-1)
-            scores = [told[place, row].tolist() for place, row in enumerate(single)]
+            log_probabilities = output.logits[0].float().log_softmax(dim=-1)
+            scores = [log_probabilities[place, row].tolist() for place, row in enumerate(single)]
         else:
             scores = self._behind(batch, fused, behind, clock)
         return [
-            Prediction(row[max(range(len(row)), key=found.__getitem__)], tuple(round(one, 6) for one in found))
-            for row, found in zip(options, scores, strict=True)
+            Prediction(
+                row[max(range(len(row)), key=scores_of_row.__getitem__)],
+                tuple(round(score, 6) for score in scores_of_row),
+            )
+            for row, scores_of_row in zip(options, scores, strict=True)
         ]
 
     def _single_tokens(self, prompt: str, behind: Sequence[str]) -> list[int] | None:
@@ -255,7 +261,7 @@ class Subject:
         tokenizer = self.processor.tokenizer
         with TOKENIZING:  # the next batch is encoded meanwhile
             own = tokenizer(prompt)["input_ids"]
-            ends = [tokenizer(prompt + one)["input_ids"] for one in behind]
+            ends = [tokenizer(prompt + option)["input_ids"] for option in behind]
         alone = all(len(ids) == len(own) + 1 and ids[:-1] == own for ids in ends)
         return [ids[-1] for ids in ends] if alone else None
 
@@ -263,19 +269,19 @@ class Subject:
         self, batch: Batch, fused: Sequence[Any], behind: Sequence[Sequence[str]], clock: FirstToken | None = None
     ) -> list[list[float]]:
         """Mean log-probability of the tokens of every option, each in a row of its own behind its prompt."""
-        rows = [(place, one) for place, options in enumerate(behind) for one in options]
-        found: list[list[float]] = [[] for _ in behind]
+        rows = [(place, option) for place, options in enumerate(behind) for option in options]
+        scores_by_row: list[list[float]] = [[] for _ in behind]
         for start in range(0, len(rows), len(behind)):
             part = rows[start : start + len(behind)]
             texts = [batch.prompts[place].text for place, _ in part]
-            spans = [(len(text), len(text) + len(one)) for text, (_, one) in zip(texts, part, strict=True)]
-            whole = [text + one for text, (_, one) in zip(texts, part, strict=True)]
+            spans = [(len(text), len(text) + len(option)) for text, (_, option) in zip(texts, part, strict=True)]
+            whole = [text + option for text, (_, option) in zip(texts, part, strict=True)]
             images = [batch.images[place] for place, _ in part]
             demos = self._with([fused[place] for place, _ in part])
             scores, _ = self.scored(images, whole, spans, demos, clock)
             for (place, _), score in zip(part, scores, strict=True):
-                found[place].append(score)
-        return found
+                scores_by_row[place].append(score)
+        return scores_by_row
 
     @torch.no_grad()
     def scored(
@@ -300,8 +306,8 @@ class Subject:
         """
         inputs, mask = self.processor.encode_spans([list(row) for row in images], texts, spans)
         if not bool(mask.any(dim=1).all()):
-            told = [text[start:end] for text, (start, end) in zip(texts, spans, strict=True)]
-            raise ValueError(f"The tokenizer finds no token in one of the options {told[:4]}.")
+            options_cut = [text[start:end] for text, (start, end) in zip(texts, spans, strict=True)]
+            raise ValueError(f"The tokenizer finds no token in one of the options {options_cut[:4]}.")
         inputs = inputs.to(self.device, self.model.dtype)
         kept = mask.shape[1] - int(mask.int().argmax(dim=1).min()) + 1
         given = {"logits_to_keep": kept} if self._keeps_logits else {}
@@ -309,10 +315,10 @@ class Subject:
         if clock is not None:
             clock.cache = getattr(output, "past_key_values", None)
         logits = output.logits[:, -kept:-1].float().log_softmax(dim=-1)
-        ids, here = (one[:, 1 - kept :].to(logits.device) for one in (inputs["input_ids"], mask))
-        said = logits.gather(-1, ids[..., None])[..., 0]
+        ids, here = (tensor[:, 1 - kept :].to(logits.device) for tensor in (inputs["input_ids"], mask))
+        token_scores = logits.gather(-1, ids[..., None])[..., 0]
         likeliest = ((logits.argmax(dim=-1) == ids) | ~here).all(dim=1)
-        return ((said * here).sum(dim=1) / here.sum(dim=1)).tolist(), likeliest.tolist()
+        return ((token_scores * here).sum(dim=1) / here.sum(dim=1)).tolist(), likeliest.tolist()
 
     # --- what it can do
 
@@ -328,21 +334,21 @@ class Subject:
     def refuses_two_images(self) -> str:
         """Why this backbone cannot take two images in one prompt; empty where it can.
 
-        Some take only one without a word: what comes next must depend on either image.
+        Some accept two images silently but use only one: the next token must depend on each of them.
         """
         grey, black, white = (Image.new("RGB", (64, 64), (light,) * 3) for light in (127, 0, 255))
 
         def next_token(*images: Image.Image) -> torch.Tensor:
             text = self.processor.front(len(images)) + "What is this?"
             inputs = self._encoded([list(images)], [text]).to(self.device, self.model.dtype)
-            options = {"max_new_tokens": 1, "do_sample": False, "num_beams": 1, "output_logits": True}
+            options: dict[str, Any] = {"max_new_tokens": 1, "do_sample": False, "num_beams": 1, "output_logits": True}
             return self.model.generate(**inputs, **options, return_dict_in_generate=True).logits[0]
 
         next_token(grey)
         try:
-            told = next_token(grey, black)
+            logits = next_token(grey, black)
             blind = [name for name, other in (("first", (white, black)), ("second", (grey, white)))
-                     if torch.equal(told, next_token(*other))]  # fmt: skip
+                     if torch.equal(logits, next_token(*other))]  # fmt: skip
         except (ValueError, RuntimeError, IndexError, TypeError) as error:
             return f"{type(error).__name__}: {error}"[:300]
         return f"it does not look at the {' and the '.join(blind)} of two" if blind else ""
@@ -400,7 +406,7 @@ def load_subject(
     place = {"revision": revision} if revision else {}
     if repo is not None:
         if not has_aim(repo, revision):
-            raise ValueError(f"{repo} is no AIM repository. Evaluate a model without AIM with --backbone {repo}.")
+            raise ValueError(f"{repo} is not an AIM repository. Evaluate a model without AIM with --backbone {repo}.")
         model: Any = AimForConditionalGeneration.from_pretrained(repo, **options)
         processor = model.processor
     else:

@@ -37,28 +37,28 @@ def model_identity(settings: EvalSettings, subject: Subject) -> dict[str, str]:
     return identity
 
 
-def task_summary(asked: Asked, settings: EvalSettings) -> dict[str, Any]:
+def task_summary(asked_task: Asked, settings: EvalSettings) -> dict[str, Any]:
     """A task as it was run: its data, its metric and its notes."""
-    task = asked.task
+    task = asked_task.task
     shots = {str(count): task.shots_note(count) for count in settings.counts}
     return {
         "task": task.name,
-        "spec": asked.spec,
+        "spec": asked_task.spec,
         "metric": task.metric,
         "printed_times": task.printed_times,
-        "examples": len(asked.examples[0]),
+        "examples": len(asked_task.examples[0]),
         "demonstrations": "its own" if task.fixed else f"by {settings.select}, of {len(task.pool())}",
         "shots_notes": {count: note for count, note in shots.items() if note},
-        "notes": [*task.notes(), *_same_seeds(asked, settings)],
-        "digest": asked.digest,
+        "notes": [*task.notes(), *_same_seeds(asked_task, settings)],
+        "digest": asked_task.digest,
     }
 
 
-def _same_seeds(asked: Asked, settings: EvalSettings) -> list[str]:
+def _same_seeds(asked_task: Asked, settings: EvalSettings) -> list[str]:
     """A note on seeds that change nothing, where there are some."""
     counts = settings.counts or [0]
-    same = len(asked.examples) > 1 and all(
-        asked.repeats(seed, count) for seed in asked.examples for count in counts if seed
+    same = len(asked_task.examples) > 1 and all(
+        asked_task.repeats(seed, count) for seed in asked_task.examples for count in counts if seed
     )
     return ["All seeds have the same examples and demonstrations: answered once, but by methods that draw."] * same
 

@@ -99,9 +99,9 @@ def _spans(reading: Reading) -> list[tuple[int, int]]:
 def _demo_images(reading: Reading, expert: Expert) -> torch.Tensor:
     """Which tokens of the whole prompt are of demonstrations' images, `(length,)`."""
     ids = expert.inputs["input_ids"][0]
-    found = image_positions(reading.backbone.config, ids)
-    found[len(ids) - reading.encode([reading.count], False)["input_ids"].shape[1] :] = False
-    return found
+    is_image = image_positions(reading.backbone.config, ids)
+    is_image[len(ids) - reading.encode([reading.count], False)["input_ids"].shape[1] :] = False
+    return is_image
 
 
 def _best(scores: torch.Tensor, of: torch.Tensor, share: float) -> torch.Tensor:

@@ -65,8 +65,8 @@ def emloc(reading: Reading, chunk: int = 5, delta: float = 0.005) -> Ready:
     context: Context | None = None
     for start in range(0, reading.count, chunk):
         context = _pruned(reading, reading.numbers[start : start + chunk], context, delta)
-    found = reading.context([]) if context is None else context
-    return lambda: [reading.behind(found)]
+    whole = reading.context([]) if context is None else context
+    return lambda: [reading.behind(whole)]
 
 
 KEPT = (0.1, 0.2, 0.5)
@@ -112,15 +112,15 @@ def _lengths(cache: DynamicCache) -> list[int]:
 
 def _answers(reading: Reading, part: Sequence[int]) -> torch.Tensor:
     """Places of the answers' tokens in some demonstrations that are shown without BOS."""
-    found, end = [], 0
+    places, end = [], 0
     for number in part:
         end += reading.encode([number], False)["input_ids"].shape[1]
-        found += list(range(end - reading.said[number], end))
-    return torch.tensor(found)
+        places += list(range(end - reading.said[number], end))
+    return torch.tensor(places)
 
 
-def _divergence(one: torch.Tensor, other: torch.Tensor) -> float:
+def _divergence(first: torch.Tensor, second: torch.Tensor) -> float:
     """Jensen-Shannon divergence of log-probabilities, mean over rows."""
-    middle = torch.logaddexp(one, other) - torch.log(torch.tensor(2.0))
-    parts = [F.kl_div(middle, side, log_target=True, reduction="batchmean") for side in (one, other)]
+    middle = torch.logaddexp(first, second) - torch.log(torch.tensor(2.0))
+    parts = [F.kl_div(middle, side, log_target=True, reduction="batchmean") for side in (first, second)]
     return float(sum(parts)) / 2

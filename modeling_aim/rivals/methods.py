@@ -45,9 +45,9 @@ def text_kv(reading: Reading, ratio: float = 1.0) -> Ready:
     if not reading.count:
         return prefix_kv(reading)
     read = reading.alone()
-    parts = [one.keep(_thinned(one, ratio, one.head if number else 0)) for number, one in enumerate(read)]
+    parts = [part.keep(_thinned(part, ratio, part.head if number else 0)) for number, part in enumerate(read)]
     ids, places, is_image = (torch.cat([getattr(x, n) for x in read], -1) for n in ("ids", "places", "is_image"))
-    context = Context(joined([one.cache for one in parts]), ids, places, is_image, read[0].head)
+    context = Context(joined([part.cache for part in parts]), ids, places, is_image, read[0].head)
     return lambda: [reading.behind(context)]
 
 
@@ -118,10 +118,10 @@ def parallel_icl(reading: Reading, chunks: int = 4, by: str = "likeness", temper
 
 def _feature(reading: Reading, number: int) -> torch.Tensor:
     """Mean of what enters the decoder for a piece, its images among it."""
-    inputs, found = dict(reading.encode([number], True)), []
+    inputs, states = dict(reading.encode([number], True)), []
 
     def see(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        found.append(layer_input(args, kwargs)[1][0].float().mean(0))
+        states.append(layer_input(args, kwargs)[1][0].float().mean(0))
         raise SeenError
 
     hook = decoder_layers(reading.backbone)[0].register_forward_pre_hook(see, with_kwargs=True)
@@ -130,7 +130,7 @@ def _feature(reading: Reading, number: int) -> torch.Tensor:
             forward(reading.backbone, inputs, reading.places(inputs, 0), DynamicCache())
     finally:
         hook.remove()
-    return found[0]
+    return states[0]
 
 
 def _by_likeness(features: torch.Tensor) -> list[int]:
@@ -196,7 +196,7 @@ def rival_of(name: str) -> Rival:
         key, equals, value = part.partition("=")
         if key not in known or not equals:
             has = ", ".join(f"{n}={v}" for n, v in known.items()) or "none"
-            raise ValueError(f"Method {name!r}: {part!r} is no setting of {plain}; it has {has}.")
+            raise ValueError(f"Method {name!r}: {part!r} is not a setting of {plain}; it has {has}.")
         settings[key] = _setting(name, key, value, known[key])
     return replace(rival, settings=settings)
 
@@ -205,12 +205,16 @@ def _setting(name: str, key: str, value: str, default: Any) -> Any:
     """A setting as its default's type; depths without a default are whole numbers."""
     kind = int if default is None else type(default)
     try:
-        found = kind(value)
+        number = kind(value)
     except ValueError as error:
         raise ValueError(f"Method {name!r}: {key}={value} is no {kind.__name__}.") from error
-    if (key == "ratio" and not 0 <= found <= 1) or (kind is int and found < 1) or (kind is float and not found >= 0):
+    if (
+        (key == "ratio" and not 0 <= number <= 1)
+        or (kind is int and number < 1)
+        or (kind is float and not number >= 0)
+    ):
         expected = "0 to 1" if key == "ratio" else "1 or more" if kind is int else "0 or more"
         raise ValueError(f"Method {name!r}: {key}={value}, expected {expected}.")
-    if (key == "temperature" and not found > 0) or (key == "kernel" and found % 2 == 0):
+    if (key == "temperature" and not number > 0) or (key == "kernel" and number % 2 == 0):
         raise ValueError(f"Method {name!r}: {key}={value}, expected {'above 0' if key == 'temperature' else 'odd'}.")
-    return found
+    return number

@@ -194,7 +194,7 @@ class Reading:
             inputs = dict(self.encode([number], True))
             shapes = tuple((name, tuple(value.shape)) for name, value in inputs.items())
             groups.setdefault(shapes, []).append((number, inputs))
-        found: dict[int, Context] = {}
+        contexts: dict[int, Context] = {}
         for group in groups.values():
             batch = {name: torch.cat([inputs[name] for _, inputs in group]) for name in group[0][1]}
             places, cache = self.places(batch, 0), DynamicCache()
@@ -204,8 +204,8 @@ class Reading:
             for row, (number, _) in enumerate(group):
                 own = cache_of([(x.keys[row : row + 1], x.values[row : row + 1]) for x in layers_of(cache)])
                 place = places[:, row if places.shape[1] > 1 else 0]
-                found[number] = Context(own, batch["input_ids"][row], place, is_image[row], self.head)
-        return [found[number] for number in self.numbers]
+                contexts[number] = Context(own, batch["input_ids"][row], place, is_image[row], self.head)
+        return [contexts[number] for number in self.numbers]
 
     def behind(self, context: Context, weight: float = 1.0) -> Expert:
         """The query behind a context."""
@@ -219,7 +219,8 @@ class Reading:
 
     def places(self, inputs: Inputs, start: int) -> torch.Tensor:
         """Positions of some inputs from `start` on, `(axes, batch, length)`; three axes with an image grid."""
-        ids, base = inputs["input_ids"], self.backbone.base_model
+        ids = inputs["input_ids"]
+        base: Any = self.backbone.base_model
         if not hasattr(base, "get_rope_index"):
             return torch.arange(start, start + ids.shape[1], device=ids.device)[None, None]
         known = inspect.signature(base.get_rope_index).parameters
@@ -352,7 +353,7 @@ class Answering:
         self.tokens = sum(rows_of(cache) for cache in self.caches)
 
     def _mixed(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
-        mixed = sum(weight * one[0].float() for weight, one in zip(self.weights, logits, strict=True))
+        mixed = sum(weight * rows[0].float() for weight, rows in zip(self.weights, logits, strict=True))
         assert isinstance(mixed, torch.Tensor)
         return mixed
 

@@ -38,8 +38,8 @@ def task_vector(reading: Reading, depth: int | None = None, reads: int = 8) -> R
         default_depth(reading.backbone.config.get_text_config(decoder=True)) if depth is None else depth,
         "task-vector",
     )
-    asked = reading.numbers[-reads:]
-    states = [_state_of(reading, number, depth) for number in asked]
+    numbers = reading.numbers[-reads:]
+    states = [_state_of(reading, number, depth) for number in numbers]
     mean = torch.stack(states).mean(0) if states else None
 
     def answer() -> list[Expert]:
@@ -54,12 +54,14 @@ def _state_of(reading: Reading, number: int, depth: int) -> torch.Tensor:
     others = [other for other in reading.numbers if other != number]
     inputs = dict(reading.encode([*others, number], True))
     length = inputs["input_ids"].shape[1]
-    asked, found = length - reading.said[number], []
-    places = reading.places(inputs, 0)[..., :asked]
-    inputs = {name: value[:, :asked] if _by_token(name, value, length) else value for name, value in inputs.items()}
+    length_asked, states = length - reading.said[number], []
+    places = reading.places(inputs, 0)[..., :length_asked]
+    inputs = {
+        name: value[:, :length_asked] if _by_token(name, value, length) else value for name, value in inputs.items()
+    }
 
     def see(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        found.append(layer_input(args, kwargs)[1][0, -1])
+        states.append(layer_input(args, kwargs)[1][0, -1])
         raise SeenError
 
     hook = decoder_layers(reading.backbone)[depth].register_forward_pre_hook(see, with_kwargs=True)
@@ -68,7 +70,7 @@ def _state_of(reading: Reading, number: int, depth: int) -> torch.Tensor:
             forward(reading.backbone, inputs, places, DynamicCache())
     finally:
         hook.remove()
-    return found[0]
+    return states[0]
 
 
 def _by_token(name: str, value: torch.Tensor, length: int) -> bool:

@@ -36,7 +36,7 @@ def attention_of(layer: nn.Module) -> Any:
 def _last(value: object, length: int, window: int) -> Any:
     """What of an argument of an attention module belongs to its last tokens."""
     if isinstance(value, (tuple, list)):
-        return type(value)(_last(one, length, window) for one in value)
+        return type(value)(_last(item, length, window) for item in value)
     if isinstance(value, torch.Tensor) and value.ndim >= 2 and value.is_floating_point() and value.shape[-2] == length:
         return value[..., -window:, :]
     if isinstance(value, torch.Tensor) and not value.is_floating_point() and value.shape[-1:] == (length,):
@@ -44,7 +44,7 @@ def _last(value: object, length: int, window: int) -> Any:
     return value
 
 
-def window_attention(module: nn.Module, kwargs: Mapping[str, Any], window: int) -> torch.Tensor:
+def window_attention(module: Any, kwargs: Mapping[str, Any], window: int) -> torch.Tensor:
     """Attention weights of the last tokens of a pass that a module has just made, `(heads, window, rows)`.
 
     Args:
@@ -157,7 +157,7 @@ def dropping(backbone: PreTrainedModel, stages: Mapping[int, Choose], watch: Seq
 def _of_tokens(value: Any, kept: torch.Tensor, length: int) -> Any:
     """What of an argument of a decoder layer, which is made for `length` tokens, belongs to those that are kept."""
     if isinstance(value, (tuple, list)):
-        return type(value)(_of_tokens(one, kept, length) for one in value)
+        return type(value)(_of_tokens(item, kept, length) for item in value)
     if not isinstance(value, torch.Tensor) or value.ndim < 2:
         return value
     if value.shape[-2:] == (length, length):  # a mask

@@ -109,7 +109,7 @@ def _add_errors(app: FastAPI) -> None:
     async def bad_body(_: Request, error: RequestValidationError) -> JSONResponse:
         reason = error.errors()[0]
         about = reason.get("ctx", {}).get("error", reason["msg"])
-        return error_response(f"The body is no JSON object ({about}).", 400)
+        return error_response(f"The body is not a JSON object ({about}).", 400)
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> JSONResponse:

@@ -205,7 +205,7 @@ def unreadable(error: ValueError) -> Refused:
     cause = error.__cause__
     if cause is None:
         return Refused(str(error))
-    reason = str(cause) if type(cause) is ValueError else "it is no image file, or it is damaged"
+    reason = str(cause) if type(cause) is ValueError else "it is not an image file, or it is damaged"
     return Refused(f"An image of the request cannot be read: {reason}.")
 
 

@@ -130,7 +130,7 @@ def checked_request(body: Mapping[str, Any], limits: ServingLimits, banks: Seque
     )
 
 
-def _generation_config(given: object) -> dict[str, Any]:
+def _generation_config(given: Any) -> dict[str, Any]:
     """What `transformers chat` sends beside the fields of OpenAI: the few settings that this server takes from it."""
     if given is None:
         return {}
@@ -200,7 +200,7 @@ def _checked_message(message: object, number: int) -> dict[str, Any]:
     }
 
 
-def _checked_part(part: object, where: str) -> dict[str, Any]:
+def _checked_part(part: Any, where: str) -> dict[str, Any]:
     """A part of a message: a text, or an image by its URL."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):

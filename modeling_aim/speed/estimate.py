@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from .. import AimForConditionalGeneration
-    from ..training import AimTrainer, EpisodeCollator, TrainSettings
+    from ..training import EpisodeCollator, TrainSettings
 
 GIB = 2**30
 ADAM_BYTES, MUON_BYTES = 8, 4  # of optimizer state for a weight
@@ -57,7 +57,7 @@ class Compute:
     """FLOPs of one step of one process, counted.
 
     Args:
-        reading: demonstrations, all of them read anew.
+        reading: demonstrations, each read again.
         answering: the targets, forward and backward.
     """
 
@@ -299,7 +299,7 @@ class Estimate:
         return f"{line}; {duration(hours)} to the end, of which {duration(reading)} reading."
 
 
-def announce(trainer: AimTrainer, settings: TrainSettings, episodes: Iterable[Any]) -> None:
+def announce(trainer: Any, settings: TrainSettings, episodes: Iterable[Any]) -> None:
     """Write what a run will take, and have what is measured written after some steps.
 
     Args:

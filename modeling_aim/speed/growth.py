@@ -82,10 +82,10 @@ def shapes_tables(shapes: Sequence[str], shots: int) -> str:
         "bank-kv",
         "depth-cold",
     ]
-    found = {shape: [count(twin_of(shape), m, 0 if m == "zero" else shots) for m in methods] for shape in shapes}
+    by_shape = {shape: [count(twin_of(shape), m, 0 if m == "zero" else shots) for m in methods] for shape in shapes}
     heads = ["shape", *(f"`{m}`" for m in methods)]
-    flops = [[f"`{shape}`", *(number(one.flops / 1e12) for one in row)] for shape, row in found.items()]
-    kept = [[f"`{shape}`", *(number(one.kv_bytes / 2**20) for one in row)] for shape, row in found.items()]
+    flops = [[f"`{shape}`", *(number(cost.flops / 1e12) for cost in row)] for shape, row in by_shape.items()]
+    kept = [[f"`{shape}`", *(number(cost.kv_bytes / 2**20) for cost in row)] for shape, row in by_shape.items()]
     return f"TFLOPs\n\n{table(heads, flops)}\nKV, MiB\n\n{table(heads, kept)}"
 
 

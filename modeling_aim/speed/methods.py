@@ -3,7 +3,7 @@
 * `zero`: no demonstrations, the backbone alone: the floor.
 * `overhead`: the same through the plug-in.
 * `full`: all demonstrations with their images in the prompt.
-* `prefix-kv`: the same, but the exact KV of the demonstrations is kept: the real rival of `bank-kv`.
+* `prefix-kv`: the same, but the exact KV of the demonstrations is kept: the baseline for `bank-kv`.
 * `cold`: the plug-in reads the demonstrations, then answers; `cold-half`: it reads them up to half of the layers.
 * `bank`: fused tokens are ready.
 * `bank-kv`: the KV of the fused tokens is ready.
@@ -22,7 +22,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from .. import AimForConditionalGeneration
 from ..demonstrations_aim import Demos, FusedDemonstrations
@@ -81,7 +80,7 @@ class Bench:
         prompts: what is asked.
     """
 
-    def __init__(self, backbone: PreTrainedModel, prompts: RandomPrompts) -> None:
+    def __init__(self, backbone: Any, prompts: RandomPrompts) -> None:
         self.backbone, self.prompts = backbone, prompts
         self.model = self._plugin("paper")
         self.query = self._placed(prompts.query())
@@ -188,7 +187,7 @@ class Bench:
 
     @torch.no_grad()
     def prefix_kv(self, shots: int) -> Call:
-        """The rival at its best: no copy of its KV, which is cut back behind each answer, and no generation loop."""
+        """The baseline at its best: its KV is not copied but cut back after each answer, without a generation loop."""
         before, behind = self._placed(self.prompts.before(shots)), self._placed(self.prompts.behind())
         whole = self._placed(self.prompts.full(shots))
         with preserved_state(self.backbone):

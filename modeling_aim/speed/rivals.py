@@ -164,23 +164,23 @@ class _Count:
         return self._stages([(words + first, depth), (words + second, self.layers - depth)], watched)
 
     def task_vector(self, cold: bool) -> tuple[int, int, float, int]:
-        depth, asked = (
+        depth, demos_read = (
             self._depth(self.settings["depth"] or default_depth(self.twin.config.get_text_config(decoder=True))),
             min(self.shots, self.settings["reads"]),
         )
         part = self.twin.decoder(self.context - SAID)[0] * depth / self.layers
-        reading = asked * (self.shots * self.twin.image + part) if cold else 0.0
+        reading = demos_read * (self.shots * self.twin.image + part) if cold else 0.0
         flops, kv = self.twin.decoder(self.bos + self.query)
         return self.bos + self.query, self.bos + self.query, reading + self.twin.image + flops, kv
 
     def _watched(self, window: int, rows: int, layers: int | None = None) -> float:
         """Attention of the last tokens, computed once more for its weights."""
-        window, text, found = min(window, rows), self.twin.config.get_text_config(), 0.0
+        window, text, flops = min(window, rows), self.twin.config.get_text_config(), 0.0
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         for layer in list(decoder_layers(self.twin.backbone))[:layers]:
-            found += 2 * window * sum(p.numel() for p in attention_of(layer).parameters() if p.ndim == 2)
-            found += 4 * window * rows * text.num_attention_heads * width
-        return found
+            flops += 2 * window * sum(p.numel() for p in attention_of(layer).parameters() if p.ndim == 2)
+            flops += 4 * window * rows * text.num_attention_heads * width
+        return flops
 
 
 # --- measured

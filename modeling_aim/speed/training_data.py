@@ -89,7 +89,7 @@ def measured(data: str, output: str, steps: int, batch_size: int, skipped: int) 
     opened, batches, times = [0], [], {}  # type: ignore[var-annotated]
     open_, collate, step, run = Image.open, EpisodeCollator.__call__, AimTrainer.training_step, AimTrainer.train
 
-    def counting_open(place: object, *args: Any, **kwargs: Any) -> Any:
+    def counting_open(place: Any, *args: Any, **kwargs: Any) -> Any:
         opened[0] += isinstance(place, str) and place.endswith(".jpg")
         return open_(place, *args, **kwargs)
 

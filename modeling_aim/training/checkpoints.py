@@ -28,9 +28,9 @@ def last_checkpoint(output: Path) -> str | None:
     Raises:
         ValueError: all that were written to their end are damaged.
     """
-    found = {int(path.name.rpartition("-")[2]): path for path in output.glob("checkpoint-*[0-9]")}
+    by_step = {int(path.name.rpartition("-")[2]): path for path in output.glob("checkpoint-*[0-9]")}
     damaged = []
-    for _, path in sorted(found.items(), reverse=True):
+    for _, path in sorted(by_step.items(), reverse=True):
         if not _is_finished(path):
             continue
         reason = why_damaged(path)
@@ -40,7 +40,7 @@ def last_checkpoint(output: Path) -> str | None:
         logger.warning(f"The checkpoint {path} is damaged ({reason}); the one before it is taken.")
     if damaged:
         raise ValueError(
-            f"No checkpoint in {output} can be used ({'; '.join(damaged)}). Remove them to begin anew, or give "
+            f"No checkpoint in {output} can be used ({'; '.join(damaged)}). Remove them to start over, or give "
             "overwrite=True (--overwrite)."
         )
     return None

@@ -65,14 +65,14 @@ class Episode:
         Returns:
             An episode of `Demonstration`s; it has no pairs and no targets where nothing is left to learn from.
         """
-        skipped, asked = Counter(self.skipped), set(self.targets)
-        found = [opened_pair(pair, skipped, unusable, shrink) for pair in self.pairs]
-        kept = [(place, demo) for place, demo in enumerate(found) if demo is not None]
-        targets = [new for new, (place, _) in enumerate(kept) if place in asked and (new or not place)]
-        if self.whole and any(demo is None for place, demo in enumerate(found) if place not in asked):
+        skipped, target_places = Counter(self.skipped), set(self.targets)
+        demos = [opened_pair(pair, skipped, unusable, shrink) for pair in self.pairs]
+        kept = [(place, demo) for place, demo in enumerate(demos) if demo is not None]
+        targets = [new for new, (place, _) in enumerate(kept) if place in target_places and (new or not place)]
+        if self.whole and any(demo is None for place, demo in enumerate(demos) if place not in target_places):
             skipped["episode with a demonstration that cannot be read"] += 1
             targets = []
-        elif asked and not targets and not self.whole:
+        elif target_places and not targets and not self.whole:
             skipped["episode with fewer than two pairs that can be read"] += 1
         pairs = tuple(demo for _, demo in kept) if targets else ()
         return replace(self, pairs=pairs, targets=tuple(targets), skipped=skipped)
@@ -167,9 +167,9 @@ class Source:
                 continue
             if self.interleaved:
                 pairs = []
-            found = 0
+            count = 0
             for pair in document:
-                found += 1
+                count += 1
                 pairs.append(pair)
                 if len(pairs) == shots + 1:
                     yield self._episode(pairs)
@@ -177,7 +177,7 @@ class Source:
             if self.interleaved and len(pairs) > 1:
                 yield self._episode(pairs)
                 shots = law.draw(rng)
-            elif self.interleaved and found < 2:
+            elif self.interleaved and count < 2:
                 self.skipped["document with fewer than two pairs"] += 1
         if not self.interleaved and len(pairs) > 1:
             yield self._episode(pairs)
@@ -304,7 +304,7 @@ class Opener:
         if self._refused[name] > max(100, MOST_REFUSED * self._given[name]):
             raise ValueError(
                 f"{self._refused[name]} of the first {self._given[name]} pairs of {name} cannot be read by this "
-                f"model, such as {next(filter(is_refused, left_out), 'those in the log')}. Mend the data."
+                f"model, such as {next(filter(is_refused, left_out), 'those in the log')}. Fix the data."
             )
         self._failed[name] = 0 if opened.targets else self._failed[name] + len(episode.pairs)
         if self._failed[name] >= FAILED_IN_A_ROW:

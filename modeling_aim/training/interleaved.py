@@ -64,10 +64,10 @@ class Mmc4(ShuffledSource):
             raise FileNotFoundError(f"{path} holds no file that ends in one of {(*LINES, '.tar')}. Check the folder.")
         self.min_similarity, self.images = min_similarity, None if images is None else existing(images)
         self.image_folders = ShardFolders(self.shards, self.images)
-        other = [one for one in self.shards if not one.name.lower().endswith((*LINES, ".tar"))]
+        other = [shard for shard in self.shards if not shard.name.lower().endswith((*LINES, ".tar"))]
         if other:
-            raise ValueError(f"{other[0]} is no shard of MMC4: expected one that ends in {(*LINES, '.tar')}.")
-        tar = next((one for one in self.shards if one.suffix.lower() == ".tar"), None)
+            raise ValueError(f"{other[0]} is not a shard of MMC4: expected one that ends in {(*LINES, '.tar')}.")
+        tar = next((shard for shard in self.shards if shard.suffix.lower() == ".tar"), None)
         if tar is not None and not any(_is_document(row) for row, _, _ in islice(json_members(tar, Counter()), 20)):
             raise ValueError(
                 f"{tar} holds no documents of MMC4: OpenFlamingo's shards have .json members with text_list and "
@@ -94,9 +94,9 @@ class Mmc4(ShuffledSource):
         for row in json_rows(shard, self.skipped):
             yield row, images
 
-    def _pairs(self, texts: Sequence[Any], found: Sequence[Any], images: Callable[[int, Any], Any]) -> list[Pair]:
+    def _pairs(self, texts: Sequence[Any], infos: Sequence[Any], images: Callable[[int, Any], Any]) -> list[Pair]:
         matched: dict[int, list[Any]] = {}
-        for number, info in enumerate(found):
+        for number, info in enumerate(infos):
             try:
                 image, place = images(number, info), range(len(texts))[info["matched_text_index"]]
                 similar = float(info["matched_sim"]) >= self.min_similarity
@@ -158,7 +158,7 @@ class ShardFolders:
         for stem in (shard.name.partition(".")[0], Path(shard.name).stem):  # the second: of --input_zipped_jsonl
             if (root / f"{stem}_images").is_dir():
                 return root / f"{stem}_images"
-        numbered = [int(one.name) for one in root.iterdir() if one.name.isdecimal() and one.is_dir()]
+        numbered = [int(entry.name) for entry in root.iterdir() if entry.name.isdecimal() and entry.is_dir()]
         if not numbered:
             return root
         names = self._names(shard)

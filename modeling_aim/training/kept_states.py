@@ -86,7 +86,7 @@ class KeptStates(LRUCache):
         if self.folder is not None:
             self._store(self._path(key), value, size)
 
-    def _path(self, key: Hashable) -> Path:
+    def _path(self, key: Any) -> Path:
         assert self.folder is not None
         name = hashlib.sha256(f"{key[0]} {self._reader}".encode()).hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"
@@ -130,14 +130,14 @@ class KeptStates(LRUCache):
     def _shrink(self) -> None:
         """Remove the entries used longest ago until nine tenths of the bound are left."""
         assert self.folder is not None
-        found = []
+        files = []
         for path in self.folder.glob("*/*.safetensors"):
             try:
-                found.append((path.stat().st_mtime, path.stat().st_size, path))
+                files.append((path.stat().st_mtime, path.stat().st_size, path))
             except FileNotFoundError:  # another process of the run was first
                 continue
-        self._on_disk = sum(size for _, size, _ in found)
-        for _, size, path in sorted(found):
+        self._on_disk = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
             if self._on_disk <= 0.9 * self.max_disk_bytes:
                 break
             path.unlink(missing_ok=True)

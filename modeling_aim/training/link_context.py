@@ -100,16 +100,16 @@ class LinkedClasses(Source):
         self.classes, self.neighbours, self.name = list(classes), [list(some) for some in neighbours], name
         self.policy, self.shots, self.ways, self.rename = policy, shots, ways, rename
         self.wording = Wording.of(wording)
-        self._taken = {one.name.lower() for one in self.classes}
+        self._taken = {image_class.name.lower() for image_class in self.classes}
         self._check_neighbours()
 
     def _check_neighbours(self) -> None:
-        for one, some in zip(self.classes, self.neighbours, strict=True):
+        for image_class, some in zip(self.classes, self.neighbours, strict=True):
             names = {self.classes[neighbour.number].name for neighbour in some}
             if len(names) < self.ways - 1:
                 raise ValueError(
-                    f"{self.name}: the class {one.key!r} has {len(names)} neighbours of different names, but ways="
-                    f"{self.ways} needs {self.ways - 1}. Give more classes, or fewer ways."
+                    f"{self.name}: the class {image_class.key!r} has {len(names)} neighbours of different names, but "
+                    f"ways={self.ways} needs {self.ways - 1}. Give more classes, or fewer ways."
                 )
 
     def most(self, law: ShotLaw) -> int:
@@ -138,9 +138,9 @@ class LinkedClasses(Source):
     def documents(self, seed: int) -> Iterator[Sequence[Pair]]:
         """One pass over the images under their true names, as ordinary demonstrations, class by class."""
         rng = random.Random(f"{self.name} documents {seed}")
-        for one in rng.sample(self.classes, len(self.classes)):
-            for image in rng.sample(one.images, len(one.images)):
-                yield [self.wording.shown(image, one.name)]
+        for image_class in rng.sample(self.classes, len(self.classes)):
+            for image in rng.sample(image_class.images, len(image_class.images)):
+                yield [self.wording.shown(image, image_class.name)]
 
     def episodes(self, law: ShotLaw, seed: int) -> Iterator[Episode]:
         """One pass: an episode for each class as the positive, of which only the query is a target.
@@ -165,12 +165,13 @@ class LinkedClasses(Source):
             yield self._episode(pairs, [len(pairs) - 1], whole=True)
 
     def _check_images(self, most: int) -> None:
-        short = [one for one in self.classes if len(one.images) < most + 1]
+        short = [image_class for image_class in self.classes if len(image_class.images) < most + 1]
         if short:
-            found = ", ".join(f"{one.key!r} ({len(one.images)})" for one in short[:5])
+            examples = ", ".join(f"{image_class.key!r} ({len(image_class.images)})" for image_class in short[:5])
+            examples += ", ..." if len(short) > 5 else ""
             raise ValueError(
                 f"{self.name}: {most} demonstrations of each class and a query need {most + 1} images a class; "
-                f"{len(short)} of {len(self.classes)} classes have fewer: {found}{', ...' if len(short) > 5 else ''}. "
+                f"{len(short)} of {len(self.classes)} classes have fewer: {examples}. "
                 "Remove them, or ask for fewer shots."
             )
 
@@ -183,22 +184,24 @@ class LinkedClasses(Source):
 
     def _linked(self, positive: int, shots: int, rng: random.Random) -> list[Pair]:
         """Demonstrations of a class and of its neighbours, shuffled, and a query of one of them."""
-        one = self.classes[positive]
-        shown = [(one.name, one.images)]
+        image_class = self.classes[positive]
+        pools = [(image_class.name, image_class.images)]
         for neighbour in self._negatives(positive, rng):
             other = self.classes[neighbour.number]
-            shown.append((other.name, tuple(dict.fromkeys([*other.images, *neighbour.images]))))
+            pools.append((other.name, tuple(dict.fromkeys([*other.images, *neighbour.images]))))
         taken = set(self._taken)
-        names = [name for name, _ in shown]
+        names = [name for name, _ in pools]
         for place in range(self.ways if self.rename == "both" else 1):
             names[place] = random_name(rng, taken)
             taken.add(names[place])
-        asked = rng.randrange(self.ways)
+        target = rng.randrange(self.ways)
         demos: list[Pair] = []
-        for place, (_, images) in enumerate(shown):
-            drawn = _drawn(images, shots + (place == asked), rng)  # the query is another image than the demonstrations
+        for place, (_, images) in enumerate(pools):
+            drawn = _drawn(
+                images, shots + (place == target), rng
+            )  # the query is another image than the demonstrations
             demos += [self.wording.shown(image, names[place]) for image in drawn[:shots]]
-            if place == asked:
+            if place == target:
                 query = self.wording.asked(drawn[-1], names[place])
         rng.shuffle(demos)
         return [*demos, query]
@@ -215,12 +218,12 @@ class LinkedClasses(Source):
 
     def _ordinary(self, number: int, shots: int, rng: random.Random) -> list[Pair]:
         """Images of any class under their true names, and one of class `number` to be named."""
-        wanted, one = Counter({number: 1}), self.classes[number]
+        wanted, image_class = Counter({number: 1}), self.classes[number]
         while wanted.total() <= shots * self.ways:
             drawn = rng.randrange(len(self.classes))
             wanted[drawn] += wanted[drawn] < len(self.classes[drawn].images)
         images = {k: _drawn(self.classes[k].images, count, rng) for k, count in wanted.items()}
-        query = self.wording.asked(images[number].pop(), one.name)
+        query = self.wording.asked(images[number].pop(), image_class.name)
         demos = [self.wording.shown(image, self.classes[k].name) for k, some in images.items() for image in some]
         rng.shuffle(demos)
         return [*demos, query]
@@ -273,11 +276,13 @@ class LinkContext(LinkedClasses):
         classes = class_folders(path, names)
         if neighbours == "random":
             everybody = range(len(classes))
-            found = [[Neighbour(other, 1.0) for other in everybody if other != own] for own in everybody]
+            neighbour_lists = [[Neighbour(other, 1.0) for other in everybody if other != own] for own in everybody]
         else:
             mined = mined_neighbours(_alike(classes, features, clip), seed)
-            found = [[Neighbour(other, len(some) - place) for place, other in enumerate(some)] for some in mined]
-        super().__init__(classes, found, name=f"link-context {Path(path).name}", **settings)
+            neighbour_lists = [
+                [Neighbour(other, len(some) - place) for place, other in enumerate(some)] for some in mined
+            ]
+        super().__init__(classes, neighbour_lists, name=f"link-context {Path(path).name}", **settings)
 
 
 def _alike(
@@ -326,20 +331,20 @@ class LclRows(LinkedClasses):
         numbers = {str(row["class_id"]): number for number, (_, row) in enumerate(rows)}
         if len(numbers) < len(rows):
             raise ValueError(f"{path} has {len(rows)} rows of only {len(numbers)} classes; expected one row a class.")
-        classes, found = [], []
+        classes, neighbour_lists = [], []
         for line, row in rows:
             key, samples = str(row["class_id"]), tuple(image_paths(root, row["samples"], path, line))
             classes.append(ImageClass(key, row["class_name"].strip().lower(), samples))
-            found.append(list(_row_neighbours(row["neighbors"], numbers, root, path, line)))
-        super().__init__(classes, found, name=f"lcl {Path(path).stem}", **settings)
+            neighbour_lists.append(list(_row_neighbours(row["neighbors"], numbers, root, path, line)))
+        super().__init__(classes, neighbour_lists, name=f"lcl {Path(path).stem}", **settings)
 
 
 def _row_neighbours(
     listed: object, numbers: Mapping[str, int], root: Path, path: str | os.PathLike[str], line: int
 ) -> Iterator[Neighbour]:
     """Neighbours of a row that have rows of their own, with the weights of their places among all: 36, 35, ..., 1."""
-    if not isinstance(listed, list) or not all(isinstance(one, list) and len(one) == 3 for one in listed):
-        raise ValueError(f"{path}, line {line}: its neighbors are no lists [class id, class name, image].")
+    if not isinstance(listed, list) or not all(isinstance(entry, list) and len(entry) == 3 for entry in listed):
+        raise ValueError(f"{path}, line {line}: its neighbors are not lists [class id, class name, image].")
     for place, (key, _, image) in enumerate(listed):
         if str(key) in numbers:
             more = tuple(image_paths(root, [image], path, line))

@@ -96,8 +96,8 @@ class LlavaConversations(Source):
             for turn in turns:
                 value = turn["value"].strip() if isinstance(turn.get("value"), str) else ""
                 if turn.get("from") == "gpt" and question is not None:
-                    asked = bool(question) and not self.captions
-                    words = {"question": question, "answer": value} if asked else {"text": value}
+                    has_question = bool(question) and not self.captions
+                    words = {"question": question, "answer": value} if has_question else {"text": value}
                     yield {"image": place, **words}
                     question = None
                 else:

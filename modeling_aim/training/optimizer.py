@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 OPTIMIZERS = ("adamw", "muon")
-OTHERS = 1 / 3  # rate of AdamW for the weights that are no matrices, relative to Muon's
+OTHERS = 1 / 3  # rate of AdamW for the weights that are not matrices, relative to Muon's
 
 
 def usual_rate(optimizer: str, weights: Iterable[torch.nn.Parameter]) -> float:

@@ -96,13 +96,13 @@ class LogLines(TrainerCallback):
             write_line(f"{where}: {self._figures(logs)}{self._left(state)}")
 
     def _figures(self, logs: Mapping[str, float]) -> str:
-        shown = [f"loss {logs['loss']:.4f}", f"rate {logs.get('learning_rate', 0.0):.2e}"]
+        figures = [f"loss {logs['loss']:.4f}", f"rate {logs.get('learning_rate', 0.0):.2e}"]
         for name in ("episodes", "tokens", "images"):
             if f"{name}_per_second" in logs:
-                shown.append(f"{logs[f'{name}_per_second']:,g} {name}/s")
+                figures.append(f"{logs[f'{name}_per_second']:,g} {name}/s")
         if "reading_share" in logs:
-            shown.append(f"reading {logs['reading_share']:.0%}")
-        return ", ".join(shown)
+            figures.append(f"reading {logs['reading_share']:.0%}")
+        return ", ".join(figures)
 
     def _left(self, state: TrainerState) -> str:
         if self._begun is None or state.global_step <= self._begun[1]:

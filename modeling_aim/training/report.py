@@ -97,5 +97,5 @@ Left out of the data on the main process: {skipped}.
 
 def _worded(value: object) -> str:
     if isinstance(value, (list, tuple)):
-        return "<br>".join(f"`{base_names(str(one))}`" for one in value)
+        return "<br>".join(f"`{base_names(str(item))}`" for item in value)
     return f"`{value}`" if isinstance(value, str) else json.dumps(value, default=str)

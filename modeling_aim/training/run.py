@@ -64,7 +64,7 @@ class Held(Dataset):
 
 
 def train(settings: TrainSettings, announce: Announce | None = None) -> AimTrainer:
-    """Train a projector; goes on where a run with the same settings was interrupted.
+    """Train a projector; resumes an interrupted run with the same settings.
 
     Args:
         settings: all of the run.
@@ -77,7 +77,7 @@ def train(settings: TrainSettings, announce: Announce | None = None) -> AimTrain
 
     Raises:
         ValueError: settings or data that cannot work, or an output folder that holds another run.
-        NotFinite: the loss is no number any more.
+        NotFinite: the loss became NaN or infinite.
     """
     mixture = _mixture(settings.data, settings)
     mixture.check()  # before the backbone is loaded
@@ -208,7 +208,7 @@ def claim(settings: TrainSettings) -> str | None:
     earlier = RECORD.earlier(settings)
     if earlier is not None:
         if not earlier["finished"] and last_checkpoint(output) is None:
-            return None  # nothing is lost by beginning anew
+            return None  # nothing is lost by starting over
         RECORD.check_same(settings, earlier)
         if earlier["finished"]:
             raise ValueError(
@@ -331,11 +331,13 @@ def _check_form(settings: TrainSettings, config: AimConfig) -> None:
     usual = {field.name: field.default for field in fields(TrainSettings)}
     if settings.preset != usual["preset"]:
         settings = replace(settings, **{k: v for k, v in preset_settings(settings.preset).items() if v is not None})
-    asked = {name: tuple(v) if isinstance(v := getattr(settings, name), list) else v for name in has}
+    requested = {name: tuple(v) if isinstance(v := getattr(settings, name), list) else v for name in has}
     if config.projector_form == "identity":  # a projector is put on it
         del has["projector_form"], has["projector_size"]
     other = [
-        f"{name}={asked[name]!r} (it has {has[name]!r})" for name in has if asked[name] not in (usual[name], has[name])
+        f"{name}={requested[name]!r} (it has {has[name]!r})"
+        for name in has
+        if requested[name] not in (usual[name], has[name])
     ]
     if other:
         raise ValueError(

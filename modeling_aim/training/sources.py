@@ -100,9 +100,9 @@ class Pairs(ShuffledSource):
         elif not place.is_dir():
             self.shards = find_files(path, (), missing_ok=is_hub_id(path))
             known = (*LINES, ".json", ".csv", ".tar", ".parquet", *IMAGE_SUFFIXES)
-            if any(not one.name.lower().endswith(known) for one in self.shards):
+            if any(not shard.name.lower().endswith(known) for shard in self.shards):
                 raise ValueError(
-                    f"{path} is no file of pairs: expected one that ends in {LINES}, .json, .csv, .tar or .parquet."
+                    f"{path} is not a file of pairs: expected one that ends in {LINES}, .json, .csv, .tar or .parquet."
                 )
         if not self.shards or self.shards[0].suffix == ".parquet":
             self.data, self.folder = open_dataset(path, split or "train", config)
@@ -115,9 +115,9 @@ class Pairs(ShuffledSource):
         rows = [_given(row) for row in islice(self._rows(self.shards[0]), 20)]
         self.skipped.clear()
         chosen = [choose_columns(row, self.given) for row in rows]
-        if rows and not any("image" in one and words_in(one) for one in chosen):
+        if rows and not any("image" in columns and words_in(columns) for columns in chosen):
             fitting_columns(list(rows[0]), self.given, path)
-        both = next((found for row in rows if (found := text_or_label(row))), None)
+        both = next((pair for row in rows if (pair := text_or_label(row))), None)
         if (
             both
             and self.shards[0].suffix != ".tar"
@@ -177,7 +177,7 @@ class EpisodeFile(ShuffledSource):
 
     Each query is a target of its own, answered from the demonstrations of its line and never from another query. The
     shot law draws nothing here; but of more than `law.most` demonstrations only the last are kept, since that many
-    are what memory was meant for, and the most alike stand last. A line with a demonstration that cannot be read is
+    are what memory was meant for, and the most similar come last. A line with a demonstration that cannot be read is
     left out whole: what its queries ask for may have been shown there.
 
     Args:
@@ -255,8 +255,8 @@ def open_source(spec: str) -> tuple[Source, float]:
     kind, path, values = split_spec(spec, KINDS, {"weight": float}, omitted=("name",))
     if kind not in KINDS or not path:
         raise ValueError(
-            f"{spec!r} is no source of data. Expected KIND:PATH[,name=value...] with a kind of {sorted(KINDS)}, such "
-            "as pairs:data/train.jsonl,weight=2."
+            f"{spec!r} is not a source of data. Expected KIND:PATH[,name=value...] with a kind of {sorted(KINDS)}, "
+            "such as pairs:data/train.jsonl,weight=2."
         )
     weight = values.pop("weight", 1.0)
     with spec_named(spec):

@@ -1,6 +1,6 @@
 """What the backbone is to say: targets behind their prompts, as batches with labels.
 
-A target is worded as a query at answering time: its question through the backbone's chat template or plainly, or its
+A target is templated like a query: its question through the backbone's chat template or plainly, or its
 images alone for a caption, and behind it the answer and the token that ends an answer. Only these two are scored.
 """
 
@@ -79,8 +79,8 @@ class AnswerFrame:
             return processor.image_text * images, processor.word(target)[0] + self.end
         if self.prompts == "plain" or (self.prompts == "mixed" and int(target.key[:8], 16) % 2):
             words, start, _ = processor.word(target)
-            asked = words[:start].rstrip()
-            return processor.image_text * images + asked, words[len(asked) :] + self.end
+            question = words[:start].rstrip()
+            return processor.image_text * images + question, words[len(question) :] + self.end
         return processor.prompt(target.question, images), self.lead + target.text + self.end
 
 
@@ -102,10 +102,10 @@ def encode_targets(
     images, prompts, spans = [], [], []
     begin = processor.front(0)  # BOS that only a chat template writes stands before every prompt, once
     for row, target in enumerate(targets):
-        words, shown = fronts[row] if fronts else ("", [])
+        words, front_images = fronts[row] if fronts else ("", [])
         prompt, answer = frame.words(processor, target)
         prompt = begin + words + prompt.removeprefix(begin)
-        images.append([*shown, *target.images])
+        images.append([*front_images, *target.images])
         prompts.append(prompt + answer)
         spans.append((len(prompt), len(prompts[-1])))
     inputs, mask = processor.encode_spans(images, prompts, spans)
@@ -190,7 +190,7 @@ class EpisodeCollator:
         if self.teacher == "text":
             return "".join(self.processor.word(demo)[0] + "\n" for demo in demos), []
         words = [self.processor.image_text * len(demo.images) + self.processor.word(demo)[0] for demo in demos]
-        return "".join(one + "\n" for one in words), [image for demo in demos for image in demo.images]
+        return "".join(text + "\n" for text in words), [image for demo in demos for image in demo.images]
 
     def _fitting(self, rows: list[Any], skipped: Counter[str]) -> tuple[list[Any], BatchFeature, torch.Tensor]:
         """Rows that fit in the backbone's positions, encoded.

@@ -295,7 +295,7 @@ class AimTrainer(Trainer):
 
     # --- checkpoints hold a projector, not a model.safetensors
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: AimForConditionalGeneration = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
@@ -308,7 +308,7 @@ class AimTrainer(Trainer):
             load_projector(self.model, str(self.state.best_model_checkpoint))
 
 
-def load_projector(model: AimForConditionalGeneration, checkpoint: str) -> None:
+def load_projector(model: Any, checkpoint: str) -> None:
     """Put the projector of a checkpoint on a model.
 
     Raises:

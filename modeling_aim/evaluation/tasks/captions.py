@@ -87,8 +87,8 @@ class CaptionsFile(SplitTask):
 
     def terms(self, examples: Sequence[Example], predictions: Sequence[Prediction]) -> list[float]:
         """CIDEr of the answers up to a new line, or to the prompt of another image."""
-        lines = [one.text.strip().split("\n")[0].split(PROMPT)[0] for one in predictions]
-        return self.scorer.scores(lines, [one.answers for one in examples])
+        lines = [prediction.text.strip().split("\n")[0].split(PROMPT)[0] for prediction in predictions]
+        return self.scorer.scores(lines, [example.answers for example in examples])
 
     def summary(self, examples: Sequence[Example], predictions: Sequence[Prediction]) -> dict[str, float]:
         """CIDEr. Literature shows it times 100."""
@@ -150,15 +150,15 @@ class Flickr30k(CaptionsFile):
                 return None
             table = open_table(self.path, splits[0] if splits else "", self.config, self.images)
         if "split" in table.columns:
-            found = [str(row["split"]) for row in table.rows]
+            split_of_row = [str(row["split"]) for row in table.rows]
         else:
             table.need("filename")
             known = {row["filename"]: row["split"] for row in _karpathy_table(self._karpathy_file(), None).rows}
             missing = [row["filename"] for row in table.rows if row["filename"] not in known]
             if missing:
                 raise ValueError(f"{table.where}: {len(missing)} images have no split, for example {missing[:3]}.")
-            found = [str(known[row["filename"]]) for row in table.rows]
-        return table, [SPLITS.get(split, split) for split in found]
+            split_of_row = [str(known[row["filename"]]) for row in table.rows]
+        return table, [SPLITS.get(split, split) for split in split_of_row]
 
     def _karpathy_file(self) -> Path:
         if self.karpathy is not None:
@@ -191,10 +191,10 @@ def _karpathy_table(path: Path, images: str | None) -> Table:
         if not (isinstance(rows, list) and rows) or not all(
             isinstance(row, dict) and needed <= set(row) for row in rows
         ):
-            raise ValueError(f"{path} is no file of Karpathy's: expected images, each with {sorted(needed)}.")
-        captions = [[one["raw"] for one in row["sentences"]] for row in rows]
-    found = [
+            raise ValueError(f"{path} is not a file of Karpathy's: expected images, each with {sorted(needed)}.")
+        captions = [[sentence["raw"] for sentence in row["sentences"]] for row in rows]
+    table_rows = [
         {"file_name": row["filename"], "filename": row["filename"], "split": row["split"], "captions": some}
         for row, some in zip(rows, captions, strict=True)
     ]
-    return Table(str(path), folder, ("file_name", "filename", "split", "captions"), found)
+    return Table(str(path), folder, ("file_name", "filename", "split", "captions"), table_rows)

@@ -70,13 +70,13 @@ class LinkContextTask(DataTask):
             raise ValueError(
                 f"{self.name}, example {example.id}: {many} demonstrations of each class, but there are {few}."
             )
-        shown = [
+        shots = [
             Shot(f"{own} as {name}", self.wording.shown(image, name), name)
             for name, some in images.items()
             for own, image in some[:many]
         ]
-        random.Random(f"{self.name} {seed} {example.id} {count}").shuffle(shown)
-        return shown
+        random.Random(f"{self.name} {seed} {example.id} {count}").shuffle(shots)
+        return shots
 
     def shots_note(self, count: int) -> str:
         each = count // self.ways
@@ -144,7 +144,7 @@ class Isekai(LinkContextTask):
             if rows and all(isinstance(row, dict) and set(KEYS) <= set(row) for row in rows):
                 return rows
         if self.annotations:
-            raise ValueError(f"{self.annotations} is no list (or lines) of objects with the keys {list(KEYS)}.")
+            raise ValueError(f"{self.annotations} is not a list (or lines) of objects with the keys {list(KEYS)}.")
         raise FileNotFoundError(
             f"{folder} has no JSON file of objects with the keys {list(KEYS)}. Give the annotations of the paper's "
             "repository: annotations=..."
@@ -160,17 +160,17 @@ class Isekai(LinkContextTask):
         Raises:
             FileNotFoundError: nowhere.
         """
-        found = self.pictures.find(name)
-        if found is None:
+        path = self.pictures.find(name)
+        if path is None:
             raise FileNotFoundError(
                 f"{self.pictures.folder} has no image {name!r}, which its annotations name. Fetch the dataset again, "
                 "or give the folder: images=..."
             )
-        return found
+        return path
 
     @cached_property
     def queries(self) -> list[Example]:
-        found = []
+        examples = []
         for number, row in enumerate(self.rows):
             label, names = str(row["label_name"]), [str(row["positive_promt"]), str(row["negative_promt"])]
             others = [name for name in names if name.lower() != label.lower()]
@@ -178,8 +178,8 @@ class Isekai(LinkContextTask):
                 raise ValueError(f"{self.name}, row {number}: label_name {label!r} is not one of {names}.")
             image = self.place(row["image_name"])
             if self.found(Path(), image) is not None:
-                found.append(self.query(str(number), image, label, others, row=number))
-        return found
+                examples.append(self.query(str(number), image, label, others, row=number))
+        return examples
 
     def examples(self, seed: int) -> Sequence[Example]:
         return self.queries
@@ -188,9 +188,9 @@ class Isekai(LinkContextTask):
         row = self.rows[example.facts["row"]]
         images: dict[str, list[Named]] = {}
         for name, listed in (("positive_promt", "positive_list"), ("negative_promt", "negative_list")):
-            names = [one for one in row[listed] if one != row["image_name"]]  # never the query
+            names = [image_name for image_name in row[listed] if image_name != row["image_name"]]  # never the query
             self.dropped |= {example.id} if len(names) < len(row[listed]) else set()
-            images[str(row[name])] = [(one, self.shown(one)) for one in names[: count // 2]]
+            images[str(row[name])] = [(image_name, self.shown(image_name)) for image_name in names[: count // 2]]
         return self.mixed(example, count, seed, images)
 
     def notes(self) -> list[str]:
@@ -275,35 +275,35 @@ class LclPairs(LinkContextTask):
 
     @cached_property
     def queries(self) -> list[Example]:
-        found = []
+        examples = []
         for number, pair in enumerate(self.pairs):
             for own, other in (pair, pair[::-1]):
                 for place, image in enumerate(own.queries[: self.each or None]):
                     if self.found(Path(), image) is not None:
                         name = f"{own.key} {place}"
-                        found.append(self.query(name, image, own.name.lower(), [other.name.lower()], pair=number))
-        if not found:
+                        examples.append(self.query(name, image, own.name.lower(), [other.name.lower()], pair=number))
+        if not examples:
             raise ValueError(f"{self.path} has no query that can be used. {' '.join(self.notes())}")
-        return found
+        return examples
 
     def examples(self, seed: int) -> Sequence[Example]:
         return self.queries
 
     def shots(self, example: Example, count: int, seed: int) -> Sequence[Shot]:
         pair = self.pairs[example.facts["pair"]]
-        images = {one.name.lower(): self._context[one.key] for one in pair}
+        images = {image_class.name.lower(): self._context[image_class.key] for image_class in pair}
         return self.mixed(example, count, seed, images)
 
     @cached_property
     def _context(self) -> dict[str, list[Named]]:
         """Images to demonstrate each class with, those left out that cannot be opened."""
-        asked = {image for pair in self.pairs for one in pair for image in one.queries}
-        found = {}
-        for one in (one for pair in self.pairs for one in pair):
-            fresh = [image for image in one.context if image not in asked]
+        query_images = {image for pair in self.pairs for image_class in pair for image in image_class.queries}
+        by_class = {}
+        for image_class in (image_class for pair in self.pairs for image_class in pair):
+            fresh = [image for image in image_class.context if image not in query_images]
             usable = [image for image in fresh if self.found(Path(), image, "demonstration") is not None]
-            found[one.key] = [(f"{one.key}/{Path(image).name}", image) for image in usable]
-        return found
+            by_class[image_class.key] = [(f"{image_class.key}/{Path(image).name}", image) for image in usable]
+        return by_class
 
 
 class ClassFolder(LinkContextTask):
@@ -316,7 +316,7 @@ class ClassFolder(LinkContextTask):
         path: a folder a class.
         ways: classes in an example, each with as many demonstrations.
         queries: images of each class that are asked; the others are shown.
-        features: class features (`ClassFeatures`, safetensors) to take the most alike classes as the others; any
+        features: class features (`ClassFeatures`, safetensors) to take the most similar classes as the others; any
             when `None`.
         wording: `"label"` or `"paper"`.
         split_seed: draws which images are asked.
@@ -354,39 +354,39 @@ class ClassFolder(LinkContextTask):
     @cached_property
     def sides(self) -> list[tuple[list[str], list[str]]]:
         """Of each class, the images that are asked and those that are shown."""
-        found = []
-        for one in self.classes:
-            readable = [image for image in one.images if is_image(image)]
-            if len(readable) < len(one.images):
-                self.left_out["image that cannot be opened"] += len(one.images) - len(readable)
+        halves = []
+        for image_class in self.classes:
+            readable = [image for image in image_class.images if is_image(image)]
+            if len(readable) < len(image_class.images):
+                self.left_out["image that cannot be opened"] += len(image_class.images) - len(readable)
             if len(readable) < self.queries + 1:
                 raise ValueError(
-                    f"{self.name}: the class {one.key!r} has {len(readable)} images that can be opened; of "
+                    f"{self.name}: the class {image_class.key!r} has {len(readable)} images that can be opened; of "
                     f"{self.queries} + 1, 1 or more are shown. Ask for fewer queries, or remove the class."
                 )
-            order = random.Random(f"{one.key} {self.split_seed}").sample(readable, len(readable))
-            found.append((sorted(order[: self.queries]), sorted(order[self.queries :])))
-        return found
+            order = random.Random(f"{image_class.key} {self.split_seed}").sample(readable, len(readable))
+            halves.append((sorted(order[: self.queries]), sorted(order[self.queries :])))
+        return halves
 
     def examples(self, seed: int) -> Sequence[Example]:
-        taken = {one.name.lower() for one in self.classes}
-        found = []
-        for own, (asked, _) in enumerate(self.sides):
-            for number, image in enumerate(asked):
+        taken = {image_class.name.lower() for image_class in self.classes}
+        queries = []
+        for own, (query_images, _) in enumerate(self.sides):
+            for number, image in enumerate(query_images):
                 rng = random.Random(f"{self.name} {seed} {own} {number}")
                 others = self.alike[own] if self.alike else [k for k in range(len(self.classes)) if k != own]
                 beside = others[: self.ways - 1] if self.alike else rng.sample(others, self.ways - 1)
                 names = _names(rng, self.ways, taken)
                 facts = {"classes": [own, *beside], "names": names}
                 key = self.classes[own].key
-                found.append(self.query(f"{key} {number}", image, names[0], names[1:], **facts))
-        return found
+                queries.append(self.query(f"{key} {number}", image, names[0], names[1:], **facts))
+        return queries
 
     def shots(self, example: Example, count: int, seed: int) -> Sequence[Shot]:
         images: dict[str, list[Named]] = {}
         for number, name in zip(example.facts["classes"], example.facts["names"], strict=True):
-            shown = self.sides[number][1]
-            drawn = random.Random(f"{self.name} {seed} {example.id} {number}").sample(shown, len(shown))
+            candidates = self.sides[number][1]
+            drawn = random.Random(f"{self.name} {seed} {example.id} {number}").sample(candidates, len(candidates))
             images[name] = [(os.path.relpath(image, self.path), image) for image in drawn]
         return self.mixed(example, count, seed, images)
 

@@ -70,12 +70,12 @@ class Episodes(DataTask):
                 raise ValueError(
                     f"{self.path}: episode {number} has {sorted(row)}; needed are lists demos and queries."
                 )
-            shown = [self._shot(number, place, demo) for place, demo in enumerate(row["demos"])]
-            if None in shown:
+            shots = [self._shot(number, place, demo) for place, demo in enumerate(row["demos"])]
+            if None in shots:
                 continue  # what its queries ask for may have been shown there
-            demos[number] = [one for one in shown if one is not None]
-            found = (self._example(number, place, query) for place, query in enumerate(row["queries"]))
-            examples += [one for one in found if one is not None]
+            demos[number] = [shot for shot in shots if shot is not None]
+            examples_read = (self._example(number, place, query) for place, query in enumerate(row["queries"]))
+            examples += [example for example in examples_read if example is not None]
         if not examples:
             raise ValueError(f"{self.path} has no episode that can be used. {' '.join(self.notes())}")
         return examples, demos
@@ -90,10 +90,10 @@ class Episodes(DataTask):
         pair: dict[str, Any] = {key: value for key, value in demo.items() if "image" not in key}
         given = demo.get("images", demo.get("image"))
         if given:  # there are demonstrations without one
-            found = self.found(self.folder, given, "episode with a demonstration")
-            if found is None:
+            images = self.found(self.folder, given, "episode with a demonstration")
+            if images is None:
                 return None
-            pair["images"] = list(found)
+            pair["images"] = list(images)
         return Shot(f"{number}/{place}", pair, demo[words[0]])
 
     def _example(self, number: int, place: int, query: Any) -> Example | None:
@@ -117,13 +117,13 @@ class Episodes(DataTask):
         return self._read[0]
 
     def shots(self, example: Example, count: int, seed: int) -> Sequence[Shot]:
-        found = self._read[1][example.facts["line"]]
-        if count > len(found):
+        demos = self._read[1][example.facts["line"]]
+        if count > len(demos):
             raise ValueError(
-                f"{self.name}: example {example.id} has {len(found)} demonstrations, but {count} are asked for. Ask "
+                f"{self.name}: example {example.id} has {len(demos)} demonstrations, but {count} are asked for. Ask "
                 "for fewer, or write longer episodes."
             )
-        return found[:count]
+        return demos[:count]
 
     def score(self, example: Example, prediction: Prediction) -> dict[str, float]:
         return {"accuracy": matched(self.match, prediction.text, example.answers)}
@@ -178,13 +178,13 @@ class QuestionsFile(SplitTask):
             self._column(table, "question")
 
     def example(self, table: Table, row: Row, name: str, what: str) -> Example | None:
-        asked = self.ask or row.get(self._column(table, "question"))
+        question = self.ask or row.get(self._column(table, "question"))
         answers = texts(row.get(self._column(table, "answer", "answers", "label")))
-        if not isinstance(asked, str) or not asked.strip() or not answers:
+        if not isinstance(question, str) or not question.strip() or not answers:
             self.left_out[f"{what} without a question or an answer"] += 1
             return None
         images = self.found(table.folder, row.get(self._column(table, "image", "images", "img")), what)
-        return None if images is None else Example(name, images, asked.strip(), answers, label=common(answers))
+        return None if images is None else Example(name, images, question.strip(), answers, label=common(answers))
 
     def _column(self, table: Table, part: str, *others: str) -> str:
         given = self.given[part]

@@ -56,7 +56,7 @@ def open_task(spec: str) -> Task:
     kind, path, values = split_spec(spec, TASKS, {})
     if kind not in TASKS:
         raise ValueError(
-            f"{spec!r} is no task. Expected KIND[:PATH][,name=value...] with a kind of {sorted(TASKS)}, such as "
+            f"{spec!r} is not a task. Expected KIND[:PATH][,name=value...] with a kind of {sorted(TASKS)}, such as "
             "okvqa or episodes:data/test.jsonl."
         )
     make = TASKS[kind]

@@ -38,7 +38,9 @@ class ScienceQA(SplitTask):
 
     def table(self, path: str, split: str, config: str | None, images: str | None) -> Table:
         official = [
-            one for one in (Path(path), Path(path) / "data" / "scienceqa") if (one / "problems.json").is_file()
+            folder
+            for folder in (Path(path), Path(path) / "data" / "scienceqa")
+            if (folder / "problems.json").is_file()
         ]
         if official:
             raise ValueError(
@@ -66,8 +68,10 @@ class ScienceQA(SplitTask):
             return None
         options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
         context = (row["hint"] or "").strip() or "N/A"
-        asked = f"Question: {row['question'].strip()}\nContext: {context}\nOptions: {options}\nAnswer:"
-        return Example(name, images, asked, (LETTERS[answer],), label=LETTERS[answer], facts={"choices": len(choices)})
+        prompt = f"Question: {row['question'].strip()}\nContext: {context}\nOptions: {options}\nAnswer:"
+        return Example(
+            name, images, prompt, (LETTERS[answer],), label=LETTERS[answer], facts={"choices": len(choices)}
+        )
 
     def shown(self, example: Example) -> dict[str, Any]:
         images = {"images": list(example.images)} if example.images else {}

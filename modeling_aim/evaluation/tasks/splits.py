@@ -114,17 +114,17 @@ class SplitTask(DataTask):
     @cached_property
     def _sides(self) -> tuple[list[Example], list[Shot]]:
         """What is asked, and the share of the same split that is shown instead."""
-        asked = self._of(self.table(self.path, self.split, self.config, self.images), "example")
+        queries = self._of(self.table(self.path, self.split, self.config, self.images), "example")
         if self.share is None:
-            return asked, []
-        keys = [tuple(map(image_key, one.images)) or (one.id,) for one in asked]
+            return queries, []
+        keys = [tuple(map(image_key, example.images)) or (example.id,) for example in queries]
         groups = sorted(set(keys))  # all questions about an image go to one side
         count = round(self.share * len(groups))
         if not 0 < count < len(groups):
             raise ValueError(f"{self.name} has {len(groups)} images: too few to split off a share of {self.share}.")
         chosen = set(random.Random(f"split {self.split_seed}").sample(groups, count))
-        shots = [self._shot(one, self.split) for one, key in zip(asked, keys, strict=True) if key in chosen]
-        return [one for one, key in zip(asked, keys, strict=True) if key not in chosen], shots
+        shots = [self._shot(example, self.split) for example, key in zip(queries, keys, strict=True) if key in chosen]
+        return [example for example, key in zip(queries, keys, strict=True) if key not in chosen], shots
 
     @cached_property
     def _training(self) -> list[Shot]:
@@ -142,13 +142,13 @@ class SplitTask(DataTask):
                 self.why_none = f"{self.name} has no demonstrations: {error} {NAME_THEM}"
                 continue
             self.why_none = ""
-            found = self._of(table, "demonstration")
+            examples = self._of(table, "demonstration")
             if not own:  # splits of one dataset are apart already
-                asked = {_identity(one) for one in self._sides[0]}
-                fresh = [one for one in found if _identity(one) not in asked]
-                self.left_out.update({SAME: len(found) - len(fresh)} if len(fresh) < len(found) else {})
-                found = fresh
-            return [self._shot(one, split) for one in found]
+                queries = {_identity(example) for example in self._sides[0]}
+                fresh = [example for example in examples if _identity(example) not in queries]
+                self.left_out.update({SAME: len(examples) - len(fresh)} if len(fresh) < len(examples) else {})
+                examples = fresh
+            return [self._shot(example, split) for example in examples]
         return []
 
     def _of(self, table: Table, what: str) -> list[Example]:
@@ -156,8 +156,8 @@ class SplitTask(DataTask):
         given = [self.name_of(row) for row in table.rows]
         unique = None not in given and len(set(map(str, given))) == len(given)
         names = map(str, given if unique else range(len(given)))
-        found = [self.example(table, row, name, what) for row, name in zip(table.rows, names, strict=True)]
-        usable = [one for one in found if one is not None]
+        examples = [self.example(table, row, name, what) for row, name in zip(table.rows, names, strict=True)]
+        usable = [example for example in examples if example is not None]
         if not usable:
             raise ValueError(f"{table.where} has no row that can be used. {' '.join(self.notes())}")
         return usable
@@ -166,13 +166,13 @@ class SplitTask(DataTask):
         return Shot(f"{split} {example.id}", self.shown(example), example.label)
 
     def notes(self) -> list[str]:
-        found = super().notes()
+        notes_of_task = super().notes()
         if self.share is not None:
-            found.append(
+            notes_of_task.append(
                 f"Demonstrations are a share of {self.share:g} of the images, which are not asked: figures are over "
                 "the other images only."
             )
-        return found + ([self.why_none] if self.why_none else [])
+        return notes_of_task + ([self.why_none] if self.why_none else [])
 
 
 def _identity(example: Example) -> tuple[str, ...]:
@@ -183,8 +183,10 @@ def _identity(example: Example) -> tuple[str, ...]:
 def texts(value: object) -> tuple[str, ...]:
     """Answers as a row holds them: one, several, or objects with an `answer` each, as VQA has them; empty: none."""
     many = value if isinstance(value, (list, tuple)) else [value]
-    said = (one.get("answer") if isinstance(one, Mapping) else one for one in many)
-    return tuple(str(one).strip() for one in said if isinstance(one, (str, int, float)) and str(one).strip())
+    answers = (answer.get("answer") if isinstance(answer, Mapping) else answer for answer in many)
+    return tuple(
+        str(answer).strip() for answer in answers if isinstance(answer, (str, int, float)) and str(answer).strip()
+    )
 
 
 def common(answers: Sequence[str]) -> str:

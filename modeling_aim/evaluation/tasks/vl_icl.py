@@ -99,14 +99,14 @@ class VlIcl(DataTask):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is no list of objects with these keys.
+            ValueError: it is not a list of objects with these keys.
         """
         path = self.folder / file
         if not path.is_file():
             raise FileNotFoundError(f"{self.folder} has no {file}; {self.kind} has query.json and support.json.")
         entries = read_json(path)
-        if not isinstance(entries, list) or not entries or not all(isinstance(one, dict) for one in entries):
-            raise ValueError(f"{path} is no list of objects.")
+        if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+            raise ValueError(f"{path} is not a list of objects.")
         for number, entry in enumerate(entries):
             missing = [key for key in keys if key not in entry]
             if missing:
@@ -121,15 +121,15 @@ class VlIcl(DataTask):
         Raises:
             FileNotFoundError: some are neither unpacked nor in an archive.
         """
-        names = [[one] if isinstance(one, str) else list(one) for one in entries]
-        found = {name: self.pictures.find(name) for some in names for name in some}
-        missing = sorted(name for name, place in found.items() if place is None)
+        names = [[entry] if isinstance(entry, str) else list(entry) for entry in entries]
+        places = {name: self.pictures.find(name) for some in names for name in some}
+        missing = sorted(name for name, place in places.items() if place is None)
         if missing:
             raise FileNotFoundError(
-                f"{self.folder}: {len(missing)} of {len(found)} images are missing, for example {missing[0]!r}. "
+                f"{self.folder}: {len(missing)} of {len(places)} images are missing, for example {missing[0]!r}. "
                 "Unpack the archives again, or put them beside their JSON files, where they are read as they are."
             )
-        return [[found[name] for name in some] for some in names]
+        return [[places[name] for name in some] for some in names]
 
     @cached_property
     def queries(self) -> list[Example]:
@@ -138,24 +138,24 @@ class VlIcl(DataTask):
         names = [str(entry.get("id", number)) for number, entry in enumerate(entries)]
         if len(set(names)) < len(names):
             names = [str(number) for number in range(len(entries))]
-        found = []
+        examples = []
         for entry, name, images in zip(entries, names, places, strict=True):
             if self.found(Path(), images) is not None:
-                found.append(self.example(entry, name, images))
-        if not found:
+                examples.append(self.example(entry, name, images))
+        if not examples:
             raise ValueError(f"{self.folder} has no query that can be used. {' '.join(self.notes())}")
-        return found
+        return examples
 
     def example(self, entry: Mapping[str, Any], name: str, images: Sequence[Any]) -> Example:
         """A query."""
-        asked = PROMPT.format(question=entry["question"])
+        prompt = PROMPT.format(question=entry["question"])
         answer = str(entry["answer"])
-        return Example(name, tuple(images), asked, (answer,), label=answer, instruction=self.told)
+        return Example(name, tuple(images), prompt, (answer,), label=answer, instruction=self.told)
 
     def shot(self, name: str, images: Sequence[Any], question: str, answer: Any) -> Shot:
         """A demonstration."""
-        asked = PROMPT.format(question=question)
-        return Shot(name, {"images": list(images), "question": asked, "answer": str(answer)}, str(answer))
+        prompt = PROMPT.format(question=question)
+        return Shot(name, {"images": list(images), "question": prompt, "answer": str(answer)}, str(answer))
 
     def examples(self, seed: int) -> Sequence[Example]:
         return self.queries
@@ -166,12 +166,12 @@ class VlIcl(DataTask):
     @cached_property
     def _pool(self) -> list[Shot]:
         entries = self.read("support.json", self.shown_keys)
-        found = []
+        pool = []
         for number, images in enumerate(self.located([entry["image"] for entry in entries])):
             if self.may_show(images):
                 entry = entries[number]
-                found.append(self.shot(f"support {number}", images, entry["question"], entry["answer"]))
-        return found
+                pool.append(self.shot(f"support {number}", images, entry["question"], entry["answer"]))
+        return pool
 
     def may_show(self, images: Sequence[Any]) -> bool:
         """Whether the images of a demonstration can be opened and are not those of a query; else it is counted."""
@@ -187,11 +187,11 @@ class VlIcl(DataTask):
     def score(self, example: Example, prediction: Prediction) -> dict[str, float]:
         return {"accuracy": float(exact_match(prediction.text, example.answers, self.digits))}
 
-    def drawn(self, found: Sequence[Any], count: int, example: Example, seed: int) -> list[Any]:
+    def drawn(self, support: Sequence[Any], count: int, example: Example, seed: int) -> list[Any]:
         """The first `count` of an order that seed and example decide, so that fewer are a part of more."""
-        if count > len(found):
-            raise ValueError(f"{self.name} has {len(found)} demonstrations to show, but {count} are asked for.")
-        return random.Random(f"{self.name} {seed} {example.id}").sample(found, len(found))[:count]
+        if count > len(support):
+            raise ValueError(f"{self.name} has {len(support)} demonstrations to show, but {count} are asked for.")
+        return random.Random(f"{self.name} {seed} {example.id}").sample(support, len(support))[:count]
 
     def halved(self, count: int) -> int:
         """How many of each of two kinds are `count` in all."""
@@ -233,18 +233,18 @@ class OperatorInduction(VlIcl):
 
     def example(self, entry: Mapping[str, Any], name: str, images: Sequence[Any]) -> Example:
         if entry["operator"] not in OPERATORS:
-            raise ValueError(f"{self.folder}, query {name}: operator {entry['operator']!r} is none of {OPERATORS}.")
-        asked = PROMPT.format(question=entry["question"])
+            raise ValueError(f"{self.folder}, query {name}: operator {entry['operator']!r} is not one of {OPERATORS}.")
+        prompt = PROMPT.format(question=entry["question"])
         facts = {"operator": entry["operator"]}
         answer, operator = str(entry["answer"]), entry["operator"]
-        return Example(name, tuple(images), asked, (answer,), label=operator, facts=facts, instruction=self.told)
+        return Example(name, tuple(images), prompt, (answer,), label=operator, facts=facts, instruction=self.told)
 
     @cached_property
     def support(self) -> list[tuple[str, dict[str, Any], list[Any]]]:
         """Name, entry and images of all demonstrations."""
         entries = self.read("support.json", self.shown_keys)
         places = self.located([entry["image"] for entry in entries])
-        found = []
+        candidates = []
         for number, (entry, images) in enumerate(zip(entries, places, strict=True)):
             if not isinstance(entry["answer"], list) or len(entry["answer"]) != len(OPERATORS):
                 raise ValueError(
@@ -252,8 +252,8 @@ class OperatorInduction(VlIcl):
                     f"for each of {OPERATORS}."
                 )
             if self.may_show(images):
-                found.append((f"support {number}", entry, images))
-        return found
+                candidates.append((f"support {number}", entry, images))
+        return candidates
 
     def shots(self, example: Example, count: int, seed: int) -> Sequence[Shot]:
         operator = example.facts["operator"]
@@ -282,36 +282,36 @@ class OpenMi(VlIcl):
     def example(self, entry: Mapping[str, Any], name: str, images: Sequence[Any]) -> Example:
         classes, support, answer = entry["classes"], entry["support"], str(entry["answer"])
         named = isinstance(support, dict) and all(
-            isinstance(one, dict) and "images" in one for one in support.values()
+            isinstance(label, dict) and "images" in label for label in support.values()
         )
-        if not named or answer not in support or len([one for one in classes if one in support]) < 2:
+        if not named or answer not in support or len([label for label in classes if label in support]) < 2:
             raise ValueError(
                 f"{self.folder}, query {name}: its classes are {classes!r:.60} and its answer {answer!r}; expected "
                 "two or more classes, each with images in its support, and the answer among them."
             )
-        self.support[name] = {one: list(support[one]["images"]) for one in classes if one in support}
+        self.support[name] = {label: list(support[label]["images"]) for label in classes if label in support}
         return super().example(entry, name, images)
 
     def shots(self, example: Example, count: int, seed: int) -> Sequence[Shot]:
         many, answer, support = self.halved(count), example.answers[0], self.support[example.id]
         rng = random.Random(f"{self.name} {seed} {example.id}")
-        names = [answer, rng.choice([one for one in support if one != answer])]
+        names = [answer, rng.choice([label for label in support if label != answer])]
         rng.shuffle(names)
         few = {name: len(support[name]) for name in names if len(support[name]) < many}
         if few:
             raise ValueError(
                 f"{self.name}, query {example.id}: {many} demonstrations of each class, but there are {few}."
             )
-        shown = [(name, support[name][number]) for number in range(many) for name in names]
-        places = self.located([image for _, image in shown])
+        pairs = [(name, support[name][number]) for number in range(many) for name in names]
+        places = self.located([image for _, image in pairs])
         return [
             self.shot(f"{image} as {name}", self._opened(images, image), "This is a", name)
-            for (name, image), images in zip(shown, places, strict=True)
+            for (name, image), images in zip(pairs, places, strict=True)
         ]
 
     def _opened(self, images: list[Any], name: str) -> list[Any]:
-        found = self.found(Path(), images, "demonstration")
-        if found is None:
+        opened = self.found(Path(), images, "demonstration")
+        if opened is None:
             raise ValueError(
                 f"{self.name}: the demonstration image {name!r} cannot be opened. Fetch its archive again."
             )
@@ -330,18 +330,18 @@ class MatchingMi(VlIcl):
     @cached_property
     def support(self) -> list[tuple[int, dict[str, Any]]]:
         """Pairs of demonstrations, one of either kind, with their images found, by number."""
-        found = []
+        pairs = []
         for number, entry in enumerate(self.read("support.json", self.shown_keys)):
             kinds = [entry["same"], entry["diff"]]
-            if not all(isinstance(one, dict) and {"image", "question", "answer"} <= set(one) for one in kinds):
+            if not all(isinstance(half, dict) and {"image", "question", "answer"} <= set(half) for half in kinds):
                 raise ValueError(
                     f"{self.folder}/support.json, entry {number}: expected image, question and answer in each."
                 )
-            places = self.located([one["image"] for one in kinds])
+            places = self.located([half["image"] for half in kinds])
             if all(map(self.may_show, places)):
-                same, diff = ({**one, "image": images} for one, images in zip(kinds, places, strict=True))
-                found.append((number, {"same": same, "diff": diff}))
-        return found
+                same, diff = ({**half, "image": images} for half, images in zip(kinds, places, strict=True))
+                pairs.append((number, {"same": same, "diff": diff}))
+        return pairs
 
     def shots(self, example: Example, count: int, seed: int) -> Sequence[Shot]:
         return [
@@ -354,8 +354,8 @@ class MatchingMi(VlIcl):
         return f"{count // 2} of each of 2 answers, VL-ICL's {count // 2}-shot" if count else ""
 
     def score(self, example: Example, prediction: Prediction) -> dict[str, float]:
-        said, right = prediction.text, example.answers[0]
-        return {"accuracy": float(yes_or_no(said, right)), "accuracy_said": float(yes_or_no_said(said, right))}
+        text, right = prediction.text, example.answers[0]
+        return {"accuracy": float(yes_or_no(text, right)), "accuracy_said": float(yes_or_no_said(text, right))}
 
     def notes(self) -> list[str]:
         note = (

@@ -35,19 +35,19 @@ class VisualQuestions(SplitTask):
             self.left_out[f"{what} without answers"] += 1  # as in test splits whose answers are secret
             return None
         images = self.found(table.folder, row["image"], what)
-        asked = PROMPT.format(question=question.strip())
+        prompt = PROMPT.format(question=question.strip())
         facts = {"marks": self.marks(row["answers"])}
-        return None if images is None else Example(name, images, asked, answers, label=common(answers), facts=facts)
+        return None if images is None else Example(name, images, prompt, answers, label=common(answers), facts=facts)
 
     def marks(self, answers: object) -> list[Any]:
         """What tells annotations with equal answers apart, for OpenFlamingo's scorer: here an id of each."""
         return list(range(len(texts(answers))))
 
     def score(self, example: Example, prediction: Prediction) -> dict[str, float]:
-        said = short_answer(prediction.text)
+        short = short_answer(prediction.text)
         return {
-            "accuracy": vqa_accuracy(said, example.answers, always=False),
-            "accuracy_normalized": vqa_accuracy(said, example.answers),
+            "accuracy": vqa_accuracy(short, example.answers, always=False),
+            "accuracy_normalized": vqa_accuracy(short, example.answers),
             "accuracy_openflamingo": openflamingo_accuracy(
                 openflamingo_answer(prediction.text),
                 example.answers,
@@ -60,7 +60,7 @@ class VisualQuestions(SplitTask):
 
 
 def short_answer(text: str) -> str:
-    """An answer up to where a model goes on with a question of its own: a new line, or a word of the prompt."""
+    """An answer, cut where the model begins a question of its own: at a new line, or at a word of the prompt."""
     return re.split(r"\s(?:Question|Answer|Short)\b", text.strip().split("\n")[0], maxsplit=1)[0].strip()
 
 
@@ -154,7 +154,7 @@ class VizWiz(VisualQuestions):
 
     def table(self, path: str, split: str, config: str | None, images: str | None) -> Table:
         place = Path(path).expanduser()
-        inner = next((one for one in (place / "Annotations", place / "annotations") if one.is_dir()), place)
+        inner = next((folder for folder in (place / "Annotations", place / "annotations") if folder.is_dir()), place)
         if not (inner / f"{split}.json").is_file():
             if list(inner.glob("*.json")):
                 raise MissingSplit(f"{inner} has no {split}.json.")
@@ -168,7 +168,11 @@ class VizWiz(VisualQuestions):
     def marks(self, answers: object) -> list[Any]:
         """Published annotations have no id, but a confidence, which OpenFlamingo's scorer compares in its place."""
         many = answers if isinstance(answers, (list, tuple)) else [answers]
-        return [one.get("answer_confidence", "") if isinstance(one, Mapping) else "" for one in many if texts([one])]
+        return [
+            answer.get("answer_confidence", "") if isinstance(answer, Mapping) else ""
+            for answer in many
+            if texts([answer])
+        ]
 
 
 class HatefulMemes(SplitTask):
@@ -196,7 +200,7 @@ class HatefulMemes(SplitTask):
 
     def table(self, path: str, split: str, config: str | None, images: str | None) -> Table:
         place = Path(path).expanduser()
-        published = sorted(one.stem for one in place.glob("*.jsonl"))
+        published = sorted(file.stem for file in place.glob("*.jsonl"))
         if published and split not in published:
             raise MissingSplit(
                 f"{place} holds the splits {', '.join(published)}, but not {split!r}. Say which is asked: "
@@ -214,8 +218,8 @@ class HatefulMemes(SplitTask):
             self.left_out[f"{what} without a label"] += 1
             return None
         images = self.found(table.folder, row[table.first_of("image", "img")], what)
-        asked = MEME_PROMPT.format(text=str(row["text"] or "").strip())
-        return None if images is None else Example(name, images, asked, (label,), options=("yes", "no"), label=label)
+        prompt = MEME_PROMPT.format(text=str(row["text"] or "").strip())
+        return None if images is None else Example(name, images, prompt, (label,), options=("yes", "no"), label=label)
 
     def shown(self, example: Example) -> Mapping[str, Any]:
         return {"images": list(example.images), "question": example.question, "answer": example.answers[0]}
