@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from modeling_aim.backbone_aim import decoder_layers
 from modeling_aim.cli.bench import app
 from modeling_aim.prefix_aim import prefix_kv, serves
-from modeling_aim.speed import measure
+from modeling_aim.speed import growth, measure
 from modeling_aim.speed.counting import COUNTED, Twin, analytic_kv, count, count_flops, kv_bytes
 from modeling_aim.speed.measure import Measuring, Memory
 from modeling_aim.speed.methods import METHODS, Bench, Clock, call_of
@@ -317,3 +317,26 @@ def test_a_run_with_methods_of_others(tmp_path: Path) -> None:
     assert "snapkv-cold:ratio=.9" in (tmp_path / "bench.md").read_text()
     result = run("--shape", "tiny", "--methods", "snapkv:share=1", "--count-only")
     assert result.exit_code == 1 and "is not a setting of snapkv" in result.output
+
+
+def test_growth_is_counted_and_a_bank_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--shape", "cpu-64", "--shots", "1", "16", "--bank", "100", "1000", "--measured", "100"]
+    monkeypatch.setattr(
+        "sys.argv", ["growth", *arguments, "--folder", str(tmp_path), "--output", str(tmp_path / "out")]
+    )
+    growth.main()
+    found = json.loads((tmp_path / "out" / "growth.json").read_text())
+    cost = {(row["method"], row["shots"]): row for row in found["prompts"]}
+    for name in growth.GROWN:  # what stands in the context grows; what does not, does not
+        grows = cost[name, 16]["kv_bytes"] / cost[name, 1]["kv_bytes"]
+        assert grows == 1 if name in ("zero", "task-vector") else grows > 1.5, name
+    assert cost["text-kv", 16]["kv_bytes"] == cost["bank-kv", 16]["kv_bytes"]
+    small, large = found["banks"]
+    assert small["measured"] and not large["measured"] and small["select_ms"] > 0
+    for name in ("bank_gb", "word_kv_gb", "read_pflops", "select_ms"):
+        assert large[name] == pytest.approx(10 * small[name])
+    printed = capsys.readouterr().out
+    assert "| `text-kv` |" in printed and "(extended)" in printed and "aim-bank" not in str(list(tmp_path.iterdir()))
+    assert (tmp_path / "out" / "growth.png").stat().st_size > 5000

@@ -38,6 +38,7 @@ def random_shard(start: int, count: int, tokens: int) -> Shard:
     generator = torch.Generator().manual_seed(start)
     columns: dict[str, torch.Tensor] = {
         "vectors": torch.randint(-127, 128, (count * tokens, WIDTH), generator=generator, dtype=torch.int8),
+        "ids": torch.randint(3, 30_000, (count * tokens,), generator=generator, dtype=torch.int32),
         "scales": torch.rand(count * tokens, generator=generator),
         "lengths": torch.full((count,), tokens, dtype=torch.int32),
         "keys": torch.randint(0, 256, (count, 32), generator=generator, dtype=torch.uint8),

@@ -99,7 +99,8 @@ def bank_rows(twin: Twin, sizes: Sequence[int], measured: Sequence[int], folder:
         folder: where they are put meanwhile.
     """
     text = twin.config.get_text_config()
-    a_demo = DEMO_TOKENS * (text.hidden_size + 4) + 3 * FEATURES * 2 + 32 + 32  # int8 and scale; features; key, words
+    token = text.hidden_size + 4 + 4  # int8, scale and id
+    a_demo = DEMO_TOKENS * token + 3 * FEATURES * 2 + 32 + 32  # with features, key and words
     words, whole = (analytic_kv(text, tokens) for tokens in (DEMO_TOKENS, DEMO_TOKENS + twin.picture.tokens))
     read = count(twin, "depth-cold", 1).flops - count(twin, "depth-bank", 1).flops
     times = {size: _measured(size, folder) for size in measured}
