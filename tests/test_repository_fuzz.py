@@ -34,7 +34,7 @@ SEED = os.environ.get("FUZZ_SEED", "0")
 ONE = os.environ.get("FUZZ_CASE")
 CASES = {
     "configuration": 700, "weights": 600, "processor": 300, "tokenizer": 60, "generation settings": 100,
-    "manifest": 300, "shards": 400, "fused demonstrations": 200, "backbone's weights": 40,
+    "manifest": 300, "shards": 400, "fused demonstrations": 200,
 }  # fmt: skip
 JUNK: tuple[Any, ...] = (
     None, True, -1, 0, 3, 2**63, 10**12, 1e308, -0.5, float("nan"), float("inf"), "", "x", "../..", "\ud800", "\x00",
@@ -238,23 +238,6 @@ def test_damaged_generation_settings(aim: Plugin, whole: Path, tmp_path: Path) -
             aim.backbone.generation_config = before
 
     tried("generation settings", action)
-
-
-def test_damaged_weights_of_the_backbone(aim: Plugin, tmp_path: Path) -> None:
-    aim.model.save_pretrained(tmp_path, include_backbone=True)
-    [path] = (tmp_path / "backbone").glob("*.safetensors")
-    raw = path.read_bytes()
-    header = 8 + int.from_bytes(raw[:8], "little")
-
-    def action(rng: random.Random) -> None:
-        path.write_bytes(raw)
-        if rng.random() < 0.5:
-            damaged_weights(path, rng)
-        else:
-            path.write_bytes(damaged_bytes(raw[:header], rng) + raw[header:])
-        AimForConditionalGeneration.from_pretrained(tmp_path, processor=aim.processor)
-
-    tried("backbone's weights", action, least=3)
 
 
 # --- banks and fused demonstrations
