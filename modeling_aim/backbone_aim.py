@@ -256,8 +256,8 @@ def load_backbone(name: str, **kwargs: Any) -> Any:
         The backbone; where `output_loading_info=True` is among the arguments, the library's report of its files too.
 
     Raises:
-        ValueError: weights are missing in its files. The library draws them at random and prints a report, but
-            answers of such a backbone mean nothing.
+        ValueError: its files are damaged; or weights are missing in them. The library draws these at random and
+            prints a report, but answers of such a backbone mean nothing.
     """
     kwargs.setdefault("trust_remote_code", False)  # trusting this repository does not imply trusting the backbone's
     quantization = kwargs.get("quantization_config")
@@ -265,7 +265,16 @@ def load_backbone(name: str, **kwargs: Any) -> Any:
         place = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
         kwargs["quantization_config"] = _with_modules_kept(quantization, AutoConfig.from_pretrained(name, **place))
     output_loading_info = kwargs.pop("output_loading_info", False)
-    loaded: Any = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **kwargs)
+    try:
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **kwargs)
+    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"The backbone {os.path.join(name, kwargs.get('subfolder') or '')} cannot be loaded "
+            f"({type(error).__name__}: {error!s:.300}). Its files may be damaged or incomplete, or of another version "
+            f"than transformers {transformers.__version__}. Download or save them again."
+        ) from error
     backbone, info = loaded
     if output_loading_info:
         return backbone, info
