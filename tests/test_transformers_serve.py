@@ -58,7 +58,7 @@ def test_chat_talks_to_both_servers(request: pytest.FixtureRequest, own: bool) -
         name, place = (MODEL, server.url) if server else (str(AIM_TINY), request.getfixturevalue("url"))
         command = [sys.executable, "-c", WITHOUT, "chat", name, place, "do_sample=False", "max_new_tokens=3"]
         online = {**os.environ, "HF_HUB_OFFLINE": "0"}  # offline, it does not even ask this host
-        words = "what is this ?\n!exit\n"
+        words = "what is this ?\nn\n!exit\n"  # n: it asks whether to go on behind the last token
         done = subprocess.run(command, env=online, input=words, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert "this is" in done.stdout.split("Assistant")[-1].split(name)[-1], done.stdout
