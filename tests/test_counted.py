@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from modeling_aim import Demonstration, FusedDemonstrations
 from modeling_aim.backbone_aim import decoder_layers
 from modeling_aim.prefix_aim import prefix_kv, serves
-from modeling_aim.speed.counting import COUNTED, Twin, analytic, analytic_kv, count, count_flops, kv_bytes
+from modeling_aim.speed.counting import Twin, analytic, analytic_kv, count, count_flops, kv_bytes
 from modeling_aim.speed.shapes import SHAPES, shape_config, shape_picture
 from modeling_aim.state_aim import goes_on_behind_kv
 
@@ -233,6 +233,7 @@ def test_one_pass_with_all_logits(expected: Expected, fused: FusedDemonstrations
 
 # --- real sizes
 
+QUICK_SHAPES = ("llava-1.5-7b", "qwen2-vl-7b", "idefics3-8b", "smolvlm-256m")  # the others: make test-all
 GOALS = {  # full/bank and full/bank-kv at 16 demonstrations of 30 tokens, a query of 40
     "llava-1.5-7b": (11.3, 19.5),
     "llava-next-7b": (26.9, 30.8),
@@ -259,14 +260,17 @@ def test_real_sizes(shape: str) -> None:
         assert twin.decoder(one.new_tokens, past)[0] == pytest.approx(causal, rel=1e-3)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape", [pytest.param(shape, marks=() if shape in QUICK_SHAPES else pytest.mark.slow) for shape in SHAPES]
+)
 def test_states_at_depth_cost_no_more_than_the_form_of_the_paper(shape: str) -> None:
     """Fused tokens cost the same wherever they enter; reading stops sooner, and there is no projector."""
     twin = Twin(shape_config(shape), picture=shape_picture(shape))
     twin.image = 1e9  # the same in all of them; not every release of transformers can count it
+    pairs = (("depth-bank", "bank"), ("depth-bank-kv", "bank-kv"), ("depth-cold", "cold-half"))
     for shots in (1, 16):
-        found = {method: count(twin, method, shots) for method in COUNTED}
-        for method, other in (("depth-bank", "bank"), ("depth-bank-kv", "bank-kv"), ("depth-cold", "cold-half")):
+        found = {method: count(twin, method, shots) for method in {"cold", *(name for pair in pairs for name in pair)}}
+        for method, other in pairs:
             one, paper = found[method], found[other]
             assert one.flops <= paper.flops and one.kv_bytes <= paper.kv_bytes, method
             assert (one.prompt_tokens, one.new_tokens) == (paper.prompt_tokens, paper.new_tokens)

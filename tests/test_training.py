@@ -267,7 +267,9 @@ def test_muon_takes_the_matrices_and_leaves_the_rest_to_adamw(tmp_path: Path) ->
     assert rates[0] < 1e-2  # the schedule reaches both
 
 
-@pytest.mark.parametrize("family", SHAPES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=() if family == "llava" else pytest.mark.slow) for family in SHAPES]
+)
 def test_sixteen_samples_are_learned_by_heart(family: str, tmp_path: Path) -> None:
     """All ask the same of the same image: only the fused tokens of each demonstration can tell the answers apart."""
     model = backbones.plugin(family, projector_form="residual_mlp").model
