@@ -351,7 +351,7 @@ def test_faiss_that_cannot_be_used_is_an_error_only_when_asked_for(
         bank.choose(query, 2, by="image", search="faiss")
     with pytest.raises(ValueError, match="search='annoy': expected one of auto, torch, faiss"):
         bank.choose(query, 2, by="image", search="annoy")
-    with pytest.raises(ValueError, match="finds the nearest neighbours in the whole bank"):
+    with pytest.raises(ValueError, match="finds nearest neighbours by one of image, text, fused"):
         llava.answer(llava.query(), bank, shots=2, select={"by": "mmices", "search": "faiss"})
     words = [{"text": "only words, no image."}, {"image": picture(1), "text": "it is one of them."}]
     partly = DemonstrationBank.build(llava.model, words, tmp_path)

@@ -389,7 +389,7 @@ def test_the_command_refuses_in_one_message(demos: Path, tmp_path: Path, tiny: P
     (tmp_path / "held" / "file").write_text("")
     for command, message in (
         (["--demos", file], "one of them"),
-        (["--repo", BACKBONE, "--demos", file], "no AIM repository"),
+        (["--repo", BACKBONE, "--demos", file], "not an AIM repository"),
         (["--repo", aim_tiny, "--demos", file], "bound to their depth"),
         (["--backbone", BACKBONE, "--demos", file, "--output", tmp_path / "held"], "not empty"),
         (["--backbone", BACKBONE, "--demos", tmp_path / "none.jsonl"], "none.jsonl"),
