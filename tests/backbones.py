@@ -24,6 +24,12 @@ class Backbone:
     model: Any
     processor: Any
 
+    def save(self, folder: Path) -> str:
+        """Write what a backbone's own repository holds; the folder's path."""
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+        return str(folder)
+
 
 def build(family: str, seed: int = 0, **text: Any) -> Backbone:
     """The tiny backbone of `family`, the same each time; `text` are settings of its text decoder."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import os
+import re
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +28,24 @@ AIM_TINY, IMAGES = ROOT / "hub_configs" / "aim-tiny", ROOT / "examples" / "image
 MODEL, QUESTION = "aim-tiny", "what is this ?"
 NAMES = ("fibra", "gacre")
 SHOWN = [(f"{name}-{number}.png", f"this is {name} .") for number in (1, 2) for name in NAMES]
+
+
+@contextmanager
+def listening(command: list[str], **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server in a process of its own, and where it listens; it is killed at the end."""
+    env = {**os.environ, **environment}
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=env) as process:
+        try:
+            assert process.stderr is not None
+            lines, found = [], None
+            for line in process.stderr:
+                lines.append(line)
+                if found := re.search(r"running on (http://\S+)", line):
+                    break
+            assert found, "".join(lines)
+            yield process, found[1]
+        finally:
+            process.kill()
 
 
 def picture(name: str) -> Image.Image:

@@ -136,18 +136,24 @@ def can_see(twin: Twin) -> bool:
         return False
 
 
-@pytest.mark.parametrize("family", PICTURES)
-def test_methods_cost_what_is_counted(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a real tiny model of each family: same KV, same FLOPs, and kept KV gives the same answer."""
+def countable(family: str, shots: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Twin, RandomPrompts, int]:
+    """A tiny model, its twin without weights, prompts of so many shots, and the FLOPs of the LM head on a token."""
     monkeypatch.setattr("modeling_aim.speed.shapes.GRID", (8, 12))
-    model, shots = build(family).model, 1
+    model = build(family).model
     model.generation_config.suppress_tokens = None
     twin = Twin(model.config, causal=False)
     if not can_see(twin):
         pytest.skip("with this release of transformers, this family cannot be counted")
     prompts = RandomPrompts(model.config, shots, 30, 40, "cpu", torch.float32)
+    return model, twin, prompts, 2 * model.get_output_embeddings().weight.numel()
+
+
+@pytest.mark.parametrize("family", PICTURES)
+def test_methods_cost_what_is_counted(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a real tiny model of each family: same KV, same FLOPs, and kept KV gives the same answer."""
+    shots = 1
+    model, twin, prompts, head = countable(family, shots, monkeypatch)
     made = Bench(model, prompts)
-    head = 2 * model.get_output_embeddings().weight.numel()
     answers = {}
     prefix = made.model.prefill(made.fused(shots))
     kept = goes_on_behind_kv(model) and serves(prefix_kv(made.model, prefix, prompts.bos), padded=False)
@@ -281,14 +287,9 @@ SETTINGS = ("text-kv", "text-kv:ratio=.5", "text-kv-together", "parallel-icl", "
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "idefics3", "smolvlm"])
 def test_methods_of_others_cost_what_is_counted(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With what may be read before the query and without: same KV, same FLOPs; and both give the same answer."""
-    monkeypatch.setattr("modeling_aim.speed.shapes.GRID", (8, 12))
-    model, shots = build(family).model, 3
-    model.generation_config.suppress_tokens = None
-    twin = Twin(model.config, causal=False)
-    if not can_see(twin):
-        pytest.skip("with this release of transformers, this family cannot be counted")
-    made = Bench(model, RandomPrompts(model.config, shots, 30, 40, "cpu", torch.float32))
-    head = 2 * model.get_output_embeddings().weight.numel()
+    shots = 3
+    model, twin, prompts, head = countable(family, shots, monkeypatch)
+    made = Bench(model, prompts)
     for name in SETTINGS:
         plain, _, settings = name.partition(":")
         answers = []

@@ -9,7 +9,7 @@ import pytest
 import torch
 from backbones import plugin
 from safetensors.torch import load_file
-from test_training import trainer
+from training_runs import trainer
 
 from modeling_aim import AimConfig, AimForConditionalGeneration
 from modeling_aim.configuration_aim import PROJECTOR_FORMS

@@ -64,7 +64,6 @@ def test_so_it_is_wherever_a_plug_in_is_made() -> None:
 
 def test_several_streams_of_states_keep_to_the_input(monkeypatch: pytest.MonkeyPatch) -> None:
     """gemma3n hands on (streams, batch, length, width): nothing enters at depth, and the paper's preset works."""
-    pytest.importorskip("timm")
     monkeypatch.setitem(backbones.MORE_FAMILIES, "gemma3n", timm_families.BUILDERS["gemma3n"])
     built = backbones.build("gemma3n")
     with pytest.raises(ValueError, match=r"several streams of states.*cannot enter at depth.*preset='paper'"):

@@ -12,7 +12,7 @@ import torch
 import typer
 from backbones import build, picture, plugin
 from rich.console import Console
-from test_training import data_on_disk
+from training_runs import data_on_disk
 from typer.testing import CliRunner
 
 from modeling_aim.cli import app
@@ -26,9 +26,7 @@ STEERING = ("\x1b[31mred\x1b[0m", "\x1b]0;title\x07", "a\rb", "\x9b2J", "\u202eg
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("files")
-    built = build("llava")
-    built.model.save_pretrained(folder / "backbone")
-    built.processor.save_pretrained(folder / "backbone")
+    build("llava").save(folder / "backbone")
     aim = plugin("llava")
     aim.model.save_pretrained(folder / "repo", include_backbone=True)
     with torch.no_grad():

@@ -40,7 +40,7 @@ DIFFERENT = [
 ]
 NOT_RUN = {
     "client.chat.completions": "it needs a server: tests/test_serving.py and tests/test_export_chat.py talk to one",
-    "TrainSettings": "tests/test_training.py trains through the same call; here it would need a corpus",
+    "TrainSettings": "tests/test_training_runs.py trains through the same call; here it would need a corpus",
     "METHODS[": "tests/test_eval_untrained.py adds a method in the same way",
     'search="faiss"': "tests/test_select.py; this bank is too small for FAISS",
 }

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_training
 import torch
+import training_runs
 from backbones import plugin
 from safetensors.torch import load_file
-from test_training import Things, trainer
 from torch.utils.flop_counter import FlopCounterMode
+from training_runs import Things, trainer
 from typer.testing import CliRunner
 
 from modeling_aim.cli import app
@@ -23,7 +23,7 @@ from modeling_aim.training import AimTrainer, Mixture, ShotLaw, TrainSettings, t
 from modeling_aim.training.pace import LogLines, Pace, StepTimes
 from modeling_aim.training.targets import logits_kept
 
-saved_backbone, settings = test_training.saved_backbone, test_training.settings  # the fixtures
+saved_backbone, settings = training_runs.saved_backbone, training_runs.settings  # the fixtures
 PLANNED = TrainSettings("backbone", ("data",), "out", batch_size=4, dtype="float32", steps=100)
 
 

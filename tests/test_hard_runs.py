@@ -20,7 +20,7 @@ from eval_tasks import Naming, Pictures, predictions
 from eval_tasks import settings as eval_settings
 from safetensors.torch import load_file, save_file
 from test_bad_input import fails
-from test_training import WORDS, data_on_disk, saved_backbone, settings, trainer  # noqa: F401
+from training_runs import WORDS, data_on_disk, saved_backbone, settings, trainer  # noqa: F401
 
 from modeling_aim import Demonstration
 from modeling_aim.evaluation import Example, Shot, evaluate

@@ -62,9 +62,7 @@ def test_a_bad_setting_is_refused_and_nothing_is_changed(family: str, settings: 
 def idefics(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A backbone whose processor splits images, a demonstration and a query."""
     folder = tmp_path_factory.mktemp("idefics3")
-    built = build("idefics3")
-    built.model.save_pretrained(folder / "backbone")
-    built.processor.save_pretrained(folder / "backbone")
+    build("idefics3").save(folder / "backbone")
     picture(0, (90, 70)).save(folder / "0.png")
     (folder / "demos.jsonl").write_text("\n".join(json.dumps({"image": "0.png", "label": name}) for name in "ab"))
     return folder

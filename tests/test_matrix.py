@@ -25,6 +25,14 @@ LOW_PRECISION = [
 ]
 
 
+def holds(case: Case, name: str) -> None:
+    """A property of `aim check` on one plug-in; the test is skipped where it does not apply."""
+    try:
+        PROPERTIES[name](case)
+    except NotApplicable as reason:
+        pytest.skip(str(reason))
+
+
 @pytest.fixture(scope="module", params=[*FAMILIES, *MORE_FAMILIES])
 def case(request: pytest.FixtureRequest) -> Case:
     backbone = build(request.param)
@@ -33,10 +41,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_property(case: Case, name: str) -> None:
-    try:
-        PROPERTIES[name](case)
-    except NotApplicable as reason:
-        pytest.skip(str(reason))
+    holds(case, name)
 
 
 @pytest.fixture(scope="module", params=LOW_PRECISION, ids=lambda param: f"{param[0]}-{param[1]}".replace("torch.", ""))
@@ -48,10 +53,7 @@ def rounded_case(request: pytest.FixtureRequest) -> Case:
 
 @pytest.mark.parametrize("name", ROUNDED)
 def test_property_in_low_precision(rounded_case: Case, name: str) -> None:
-    try:
-        PROPERTIES[name](rounded_case)
-    except NotApplicable as reason:
-        pytest.skip(str(reason))
+    holds(rounded_case, name)
 
 
 @pytest.mark.parametrize("family", ["gemma3", "lfm2_vl", "mllama"])

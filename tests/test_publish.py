@@ -12,7 +12,7 @@ import pytest
 import torch
 from backbones import DEMOS, build, picture
 from hub_server import HubServer
-from test_training import data_on_disk
+from training_runs import data_on_disk
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
@@ -27,11 +27,8 @@ from modeling_aim.training.settings import TrainSettings
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run on a local backbone, with its checkpoints, in a folder that has a name of its own."""
     root = tmp_path_factory.mktemp("home of somebody")
-    built = build("llava")
-    built.model.save_pretrained(root / "backbone")
-    built.processor.save_pretrained(root / "backbone")
     settings = TrainSettings(
-        backbone=str(root / "backbone"),
+        backbone=build("llava").save(root / "backbone"),
         data=(f"{data_on_disk(root / 'data')},images={root / 'data'}",),
         output=str(root / "run"),
         dtype="float32",

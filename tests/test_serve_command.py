@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
-import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -30,7 +27,7 @@ except ImportError as missing:  # the oldest transformers that are supported hav
 
 import openai
 from backbones import plugin
-from served import AIM_TINY, NAMES, QUESTION, ROOT, SHOWN, Asked, chat, loaded, metric, picture
+from served import AIM_TINY, NAMES, QUESTION, SHOWN, Asked, chat, listening, loaded, metric, picture
 from typer.testing import CliRunner
 
 from modeling_aim import DemonstrationBank
@@ -57,22 +54,9 @@ def bank(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@contextmanager
-def started(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def started(*arguments: str) -> AbstractContextManager[tuple[subprocess.Popen[str], str]]:
     """A server process, and where it listens."""
-    command = [sys.executable, "-m", "modeling_aim", "serve", *arguments, "--port", "0"]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
-        try:
-            assert process.stderr is not None
-            lines = []
-            for line in process.stderr:
-                lines.append(line)
-                if found := re.search(r"running on (http://\S+)", line):
-                    break
-            assert found, "".join(lines)
-            yield process, found[1]
-        finally:
-            process.kill()
+    return listening([sys.executable, "-m", "modeling_aim", "serve", *arguments, "--port", "0"])
 
 
 class Client(threading.Thread):

@@ -329,7 +329,6 @@ def test_splits_in_folders_and_shards_of_one_split(tmp_path: Path) -> None:
 
 
 def test_tasks_on_published_folders_say_what_to_give(tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
     root = memes(tmp_path / "memes")
     with pytest.raises(ValueError, match=r"dev_unseen.*but not 'test'.*hateful_memes:.*,split=dev_seen"):
         open_task(f"hateful_memes:{root}").examples(0)

@@ -17,7 +17,7 @@ import transformers as hf
 from accelerate.data_loader import IterableDatasetShard
 from backbones import picture
 from PIL import Image, ImageDraw
-from test_training import arguments
+from training_runs import arguments
 from transformers import TrainerCallback
 
 from modeling_aim import Demonstration

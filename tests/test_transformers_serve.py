@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ except ImportError as missing:
     pytest.skip(str(missing), allow_module_level=True)
 
 import openai
-from served import AIM_TINY, IMAGES, MODEL, ROOT, SHOWN, chat, loaded, served
+from served import AIM_TINY, IMAGES, MODEL, SHOWN, chat, listening, loaded, served
 
 WITHOUT = "import sys; sys.modules['modeling_aim'] = None; from transformers.cli.transformers import main; main()"
 
@@ -29,18 +28,8 @@ WITHOUT = "import sys; sys.modules['modeling_aim'] = None; from transformers.cli
 def url() -> Iterator[str]:
     """Where `transformers serve` listens."""
     command = [sys.executable, "-c", WITHOUT, "serve", str(AIM_TINY), "--trust-remote-code", "--port", "0"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stderr is not None
-        lines = []
-        for line in process.stderr:
-            lines.append(line)
-            if found := re.search(r"running on (http://\S+)", line):
-                break
-        else:
-            pytest.fail("".join(lines))
-        yield found[1]
-        process.terminate()
+    with listening(command, HF_HUB_OFFLINE="1") as (_, address):
+        yield address
 
 
 def test_earlier_turns_are_demonstrations(url: str) -> None:
