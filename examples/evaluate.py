@@ -41,7 +41,8 @@ def write_tasks(folder: Path, names: list[str], count: int, shots: int, seeds: i
             path = folder / name / f"episodes-{seed}.jsonl"
             if not path.exists():
                 part = path.with_suffix(".part")
-                tasks.write_episodes(part, tasks.episodes(name, "test", count, shots, seed))
+                task, ways = tasks.named(name)
+                tasks.write_episodes(part, tasks.episodes(task, "test", count, shots, seed, ways))
                 lines = [json.dumps(asked(json.loads(line))) + "\n" for line in part.read_text().splitlines()]
                 part.write_text("".join(lines))
                 part.rename(path)
@@ -73,7 +74,7 @@ def main() -> None:
     published = any(name.partition(":")[0] in RIVALS for name in methods)  # one at a time, so that times compare
     settings = EvalSettings(
         repo=args.repo, tasks=tuple(specs), output=str(args.output), shots=shots, seeds=args.seeds, limit=args.limit,
-        batch_size=1 if published else 16, images_at_once=256, methods=methods,
+        batch_size=1 if published else 16, images_at_once=256, methods=methods, skip_too_long=published,
     )  # fmt: skip
     results = evaluate(settings)
     means = {(cell["task"], cell["method"], cell["shots"]): cell["mean"] for cell in results["cells"]}

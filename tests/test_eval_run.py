@@ -266,6 +266,23 @@ def test_the_most_alike_stand_last(
             assert name not in row["demonstrations"] and len(row["demonstrations"]) == 2
 
 
+def test_prompts_beyond_the_positions_are_left_out_where_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"tasks": ("pictures",), "methods": ("full", "text", "prefix-kv", "text-kv"), "seeds": 1}
+    evaluate(settings(tmp_path / "all", shots=(1, 4), **options))
+    lengths = {
+        row["shots"]: row["prompt_tokens"] for row in predictions(tmp_path / "all/run") if row["method"] == "full"
+    }
+    between = (lengths[1] + lengths[4]) // 2
+    monkeypatch.setattr("modeling_aim.evaluation.subject.longest_prompt", lambda config: between)
+    results = evaluate(settings(tmp_path, shots=(1, 4), skip_too_long=True, **options))
+    answered = {(row["method"], row["shots"]) for row in predictions(tmp_path / "run")}
+    everything = {(method, shots) for method in options["methods"] for shots in (1, 4)}
+    assert answered == everything - {("full", 4), ("prefix-kv", 4)}
+    assert any(f"the backbone has {between} positions" in note for note in results["notes"])
+
+
 def test_a_list_of_ids(tmp_path: Path) -> None:
     (tmp_path / "ids.txt").write_text("p3\np1\np0\n")
     options: dict[str, Any] = {"tasks": ("pictures",), "methods": ("aim",), "shots": (2,)}

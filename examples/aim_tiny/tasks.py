@@ -149,6 +149,12 @@ def episode(task: str, seed: int | str, split: str, shots: int, queries: int = 1
     return Episode(task, rule, tuple(made[:shots]), tuple(made[shots:]))
 
 
+def _images(split: str, shots: int) -> int:
+    """Images of a concept to draw from: those of the split, and more where an episode asks for more than they are."""
+    usual = world.IMAGES_PER_CONCEPT[split]
+    return usual if shots <= usual else 2 * shots
+
+
 def _picks(rng: random.Random, split: str, count: int) -> list[tuple[int, int]]:
     """Different images of a pool."""
     concepts, images = len(world.concepts(split)), world.IMAGES_PER_CONCEPT[split]
@@ -173,7 +179,7 @@ def _naming(task: str, rng: random.Random, split: str, shots: int, queries: int,
     used: set[tuple[int, int]] = set()
 
     def shot(way: int, wording: world.Wording) -> Shot:
-        while (pick := (rng.choice(things[way]), rng.randrange(world.IMAGES_PER_CONCEPT[split]))) in used:
+        while (pick := (rng.choice(things[way]), rng.randrange(_images(split, shots)))) in used:
             pass
         used.add(pick)
         return Shot(split, *pick, wording.question, wording.answer.format(names[way]))
@@ -188,15 +194,15 @@ def _looking(task: str, rng: random.Random, split: str, shots: int, queries: int
     kinds = _kinds(task, rng, split)
     words = dict(zip(kinds, world.draw_names(rng, split, len(kinds)), strict=True))
     wording, used = rng.choice(NAMING), set()
+    fitting: dict[tuple[Any, ...], list[tuple[int, int]]] = {}  # images by the properties that they have
 
     def pick(*wanted: tuple[tuple[str, str], ...]) -> tuple[int, int]:
         """An image that was not shown, with all properties that are wanted."""
-        concepts = range(len(world.concepts(split)))
-        fit = [
-            place
-            for place in itertools.product(concepts, range(world.IMAGES_PER_CONCEPT[split]))
-            if place not in used and _has(world.pool_scene(split, *place), *(one for kind in wanted for one in kind))
-        ]
+        if wanted not in fitting:
+            properties = [one for kind in wanted for one in kind]
+            places = itertools.product(range(len(world.concepts(split))), range(_images(split, shots)))
+            fitting[wanted] = [place for place in places if _has(world.pool_scene(split, *place), *properties)]
+        fit = [place for place in fitting[wanted] if place not in used]
         used.add(place := rng.choice(fit))
         return place
 
@@ -243,6 +249,12 @@ def _kinds(task: str, rng: random.Random, split: str) -> list[tuple[tuple[str, s
 
 def _has(scene: Scene, *wanted: tuple[str, str]) -> bool:
     return all(getattr(scene, name) == value for name, value in wanted)
+
+
+def named(name: str) -> tuple[str, int]:
+    """A task and its made-up words: `"5-way"` is `link_context` with five; a task's own name has two."""
+    ways = name.removesuffix("-way")
+    return ("link_context", int(ways)) if ways.isdigit() else (name, 2)
 
 
 def episodes(task: str, split: str, count: int, shots: int = 16, seed: int = 0, ways: int = 2) -> Iterator[Episode]:

@@ -110,3 +110,13 @@ class Reads:
         for key, (kept, ids) in reads.items():
             self.kept.put((self.task, self.layers, *key), (kept, ids), kept.numel() * kept.element_size())
         return {key: (kept, ids) for key, (kept, ids) in reads.items()}
+
+
+def check_names(plan: Sequence[Shown], task: str) -> None:
+    """Raise `ValueError` where two different demonstrations have one id: what was read of one would serve for both."""
+    known: dict[str, Any] = {}
+    for demo in plan:
+        for shot in (demo.said, demo.seen):
+            first = known.setdefault(shot.id, shot)
+            if first is not shot and dict(first.pair) != dict(shot.pair):
+                raise ValueError(f"{task} gives two different demonstrations the id {shot.id!r}.")

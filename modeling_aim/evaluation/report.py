@@ -18,7 +18,7 @@ FRONT = "by_cost.png"
 HEADING = "## Few-shot evaluation"
 SHOWN = (
     "repo", "backbone", "revision", "dtype", "load_in_4bit", "prompts", "select", "balanced", "drop_duplicates",
-    "seeds", "limit",
+    "skip_too_long", "seeds", "limit",
 )  # fmt: skip
 COLOURS = {
     "zero": "0.55", "text": "tab:olive", "full": "tab:blue", "aim": "tab:red", "aim-shuffled": "tab:orange",

@@ -32,7 +32,7 @@ from .asked import Asked, open_asked
 from .choosing import choose_all, read_chosen
 from .folder import RECORD, begin, claim
 from .methods import Prompt, Shown, method_of
-from .reads import Reads, Unusable
+from .reads import Reads, Unusable, check_names
 from .report import write_report
 from .results import LEFT_OUT, PREDICTIONS, RESULTS, Cell, Kept, Key, PredictionRow, cell_figures, curves, write_rows
 from .rivals import refuses
@@ -119,6 +119,7 @@ class Run:
         self.kept = Kept(self.output / "unfinished", state.process_index)
         self.states = LRUCache(int(settings.memory * GIB))
         self.notes: list[str] = []
+        self._lengths: dict[tuple[str, int], int] = {}  # of prompts with every image, by task and demonstrations
         self.left_out: defaultdict[str, set[str]] = defaultdict(set)  # by task, in this process
 
     # --- demonstrations
@@ -165,8 +166,27 @@ class Run:
             for seed in asked_task.examples:
                 for count in self.settings.counts:
                     again = asked_task.repeats(seed, count)
-                    cells += [Cell(name, m, count, seed) for m in with_demos if method_of(m).draws or not again]
+                    fitting = [m for m in with_demos if not self._beyond(name, m, count)]
+                    cells += [Cell(name, m, count, seed) for m in fitting if method_of(m).draws or not again]
         return cells
+
+    def _beyond(self, task: str, name: str, count: int) -> bool:
+        """Whether a method is left out because a prompt of a task with `count` images is longer than the positions."""
+        method, longest = method_of(name), self.subject.longest
+        together = method.many_images and (method.rival is None or method.rival.whole)
+        if not self.settings.skip_too_long or longest is None or not together:
+            return False
+        if (task, count) not in self._lengths:
+            seed, examples = next(iter(self.asked[task].examples.items()))
+            prompt = self.prompt(Cell(task, "full", count, seed), examples[0])
+            inputs = self.subject.encode([prompt], [f"Example {examples[0].id!r} of {task}"]).inputs
+            self._lengths[task, count] = length = inputs["input_ids"].shape[1]
+            if length > longest:
+                self.notes.append(
+                    f"{task}: at {count} demonstrations the prompt with every image has some {length} tokens; methods "
+                    f"that need it whole are left out, for the backbone has {longest} positions."
+                )
+        return self._lengths[task, count] > longest
 
     @cached_property
     def _cannot(self) -> set[str]:
@@ -329,7 +349,7 @@ class Run:
                 if prompt.fused:
                     subject = self.subject.answering(prompt)
                     plans.setdefault(subject.read_layers, (subject.plugin, []))[1].extend(prompt.fused)
-        _check_names([demo for _, plan in plans.values() for demo in plan], name)
+        check_names([demo for _, plan in plans.values() for demo in plan], name)
         size = self.settings.batch_size
         return {layers: Reads(plugin, plan, size, self.states, name) for layers, (plugin, plan) in plans.items()}
 
@@ -416,16 +436,6 @@ class Run:
             return []
         return [f"{', '.join(alone)}: one prompt at a time. The times of other methods are shares of batches of up to "
                 f"{self.settings.batch_size}; with batch_size=1 all can be compared."]  # fmt: skip
-
-
-def _check_names(plan: Sequence[Shown], task: str) -> None:
-    """Raise `ValueError` where two different demonstrations have one id: what was read of one would serve for both."""
-    known: dict[str, Any] = {}
-    for demo in plan:
-        for shot in (demo.said, demo.seen):
-            first = known.setdefault(shot.id, shot)
-            if first is not shot and dict(first.pair) != dict(shot.pair):
-                raise ValueError(f"{task} gives two different demonstrations the id {shot.id!r}.")
 
 
 def _noted(report: Callable[[int, str], None], note: str, done: int) -> None:

@@ -30,6 +30,8 @@ class EvalSettings:
         drop_duplicates: leave out images that are nearly the query's, or another demonstration's.
         prompts: how prompts are written: plain, or chat, through the backbone's chat template.
         separator: what ends a demonstration of a plain prompt.
+        skip_too_long: leave out methods that need more tokens than the backbone has positions, where they do, rather
+            than answer beyond them.
         limit: examples of each task that are answered, drawn once for all seeds; by default all.
         revision: revision of the repository or backbone.
         dtype: precision of the backbone: bfloat16, float16 or float32; by default its own.
@@ -58,6 +60,7 @@ class EvalSettings:
     drop_duplicates: bool = False
     prompts: str = "plain"
     separator: str = "\n"
+    skip_too_long: bool = False
     limit: int | None = None
     revision: str | None = None
     dtype: str | None = None

@@ -154,12 +154,14 @@ class Rival:
         make: the function.
         many_images: it puts several images into one prompt.
         splits: the query comes to KV of demonstrations, so a prompt in two passes must be the prompt in one.
+        whole: all demonstrations stand in one context, which the backbone's positions must hold.
         settings: its settings; the function's own defaults where one is not given.
     """
 
     make: Callable[..., Ready]
     many_images: bool = True
     splits: bool = True
+    whole: bool = True
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, reading: Reading) -> Ready:
@@ -169,9 +171,9 @@ class Rival:
 
 RIVALS: dict[str, Rival] = {
     "prefix-kv": Rival(prefix_kv),
-    "text-kv": Rival(text_kv, many_images=False),
+    "text-kv": Rival(text_kv, many_images=False, whole=False),
     "text-kv-together": Rival(text_kv_together),
-    "parallel-icl": Rival(parallel_icl),
+    "parallel-icl": Rival(parallel_icl, whole=False),
     "fastv": Rival(fastv, splits=False),
     "catp": Rival(catp, splits=False),
     "snapkv": Rival(snapkv),
