@@ -79,8 +79,8 @@ def compare(settings: CompareSettings) -> None:
     for row in comparison["rows"]:
         low, high = row["interval"]
         method_names = "\n".join(dict.fromkeys(row["methods"]))
-        difference = f"{row['difference']:+.3f}\n({low:+.3f} {high:+.3f})"
-        scores = f"{row['first']:.3f}", f"{row['second']:.3f}"
+        difference = f"{printed(row, row['difference'], '+')}\n({printed(row, low, '+')} {printed(row, high, '+')})"
+        scores = printed(row, row["first"]), printed(row, row["second"])
         mark = "*" * (row["test"] == MCNEMAR)
         table.add_row(
             safe(row["task"]), str(row["shots"]), method_names, *scores, difference, f"{row['p']:.2g}{mark}",
