@@ -24,15 +24,17 @@ from ..evaluation.pareto import printed
 from ..evaluation.report import cells_by_row
 from .attention import attention
 from .options import command
+from .science_qa import science_qa
 from .terminal import errors, print_json, safe, wide_console
 
 app = typer.Typer(
     help="Few-shot evaluation with demonstrations as fused tokens, in full, as text, and controls; and comparisons.",
-    subcommand_metavar="[compare A B | card RUN REPO | attention]",
+    subcommand_metavar="[compare A B | card RUN REPO | attention | science-qa]",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 command(app, "aim eval attention")(attention)
+command(app, "aim eval science-qa", positional=("answers",))(science_qa)
 
 
 @command(app, "aim eval", group=True)

@@ -46,6 +46,7 @@ def task_summary(asked_task: Asked, settings: EvalSettings) -> dict[str, Any]:
         "spec": asked_task.spec,
         "metric": task.metric,
         "printed_times": task.printed_times,
+        "parts": list(task.parts),
         "examples": len(asked_task.examples[0]),
         "demonstrations": "its own" if task.fixed else f"by {settings.select}, of {len(task.pool())}",
         "shots_notes": {count: note for count, note in shots.items() if note},

@@ -75,6 +75,8 @@ class Task:
         metric: the main one, a key of what `summary` returns; higher is better.
         printed_times: what the main metric is multiplied with where it is shown, as papers show it.
         fixed: each example brings its own demonstrations (`shots`), so ways of choosing do not apply.
+        parts: keys of what `summary` returns that are the main metric over a part of the examples; they have a table
+            of their own.
     """
 
     name: str = ""
@@ -82,6 +84,7 @@ class Task:
     metric: str = "accuracy"
     printed_times: int = 1
     fixed: bool = False
+    parts: tuple[str, ...] = ()
 
     def examples(self, seed: int) -> Sequence[Example]:
         """The queries, in an order of their own; those of a fixed dataset do not depend on `seed`."""
