@@ -21,7 +21,7 @@ from ..evaluation import evaluate as run
 from ..evaluation.card import put_on_card
 from ..evaluation.compare import MCNEMAR, compare_runs
 from ..evaluation.pareto import printed
-from ..evaluation.report import cells_by_row
+from ..evaluation.report import cells_by_row, shots_label
 from .attention import attention
 from .options import command
 from .science_qa import science_qa
@@ -133,7 +133,7 @@ def _show(results: dict[str, Any]) -> None:
     table = Table("task", "shots", *methods)
     for task, count, cells in rows:
         means = ["–" if cell is None or cell["mean"] is None else printed(cell) for cell in cells.values()]
-        table.add_row(safe(task), str(count), *means)
+        table.add_row(safe(task), shots_label(results, task, count), *means)
     wide_console().print(table)
     for note in results["notes"]:
         wide_console().print(safe(note), soft_wrap=True)

@@ -69,7 +69,7 @@ def table(results: Figures) -> str:
     heads += ["of them fused" for _ in fused]
     rows = [heads, ["---"] * len(heads)]
     for task, count, cells in lines:
-        row = [task, str(count), *map(_figure, cells.values())]
+        row = [task, shots_label(results, task, count), *map(_figure, cells.values())]
         row += [_cost(cells[method], "prompt_tokens") for method in costed]
         row += [_cost(cells[method], "fused_tokens") for method in fused]
         rows.append(row)
@@ -89,6 +89,13 @@ def cells_by_row(results: Figures) -> tuple[list[str], list[tuple[str, int, dict
         for count in [count for count in counts if count] or counts:
             rows.append((task, count, {m: cells.get((task, m, count), cells.get((task, m, 0))) for m in methods}))
     return methods, rows
+
+
+def shots_label(results: Figures, task: str, count: int) -> str:
+    """A number of demonstrations, and how many of them are of each class where a task shows as many of each."""
+    described = next(described for described in results["tasks"] if described["task"] == task)
+    each = described.get("per_class", {}).get(str(count))
+    return str(count) if each is None else f"{count} ({each} a class)"
 
 
 def _cost(cell: Figures | None, name: str) -> str:

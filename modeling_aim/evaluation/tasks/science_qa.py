@@ -45,7 +45,7 @@ class ScienceQA(SplitTask):
     """
 
     training = ("train", "validation")
-    parts = tuple(f"accuracy_{part}" for part in PARTS)
+    part_metrics = tuple(f"accuracy_{part}" for part in PARTS)
 
     def __init__(
         self,
