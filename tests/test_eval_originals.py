@@ -18,10 +18,10 @@ from modeling_aim.evaluation.compare import compare_runs
 from modeling_aim.evaluation.lmms_chats import bare, parts_of, pictures
 from modeling_aim.evaluation.methods import PromptBuilder, Shown
 from modeling_aim.evaluation.metrics import lcl_published, named, vqa_normalized
-from modeling_aim.evaluation.report import eval_results, report
+from modeling_aim.evaluation.report import eval_results, report, shots_label
 from modeling_aim.evaluation.results import cell_figures
 from modeling_aim.evaluation.task import Example, Prediction
-from modeling_aim.evaluation.tasks.registry import open_task
+from modeling_aim.evaluation.tasks.registry import ENTRIES, TASKS, open_task, task_table
 from modeling_aim.evaluation.tasks.vqa import VizWiz
 
 
@@ -155,6 +155,32 @@ def test_chats_of_lmms_eval_may_be_plain_strings_and_name_files(tmp_path: Path) 
             parts_of({"role": "user", "content": content})
     with pytest.raises(ValueError, match=r"paths of image files. This task shows 'gone.png' \(str\)"):
         pictures(["gone.png"])
+
+
+def test_the_list_of_tasks_is_that_of_the_docs() -> None:
+    ours = {kind for kind, make in TASKS.items() if make.__module__.startswith("modeling_aim.")}
+    assert ours == set(ENTRIES)
+    page = (Path(__file__).parents[1] / "docs" / "EVALUATION.md").read_text(encoding="utf-8")
+    table = page.partition("`aim eval --list` prints this table:\n\n")[2].partition("\n\n")[0].split("\n")
+    head, line, *rows = task_table().split("\n")
+    assert table == [
+        head,
+        line,
+        *(row for row in rows if row.split("`")[1] in ours),
+    ]  # other tests add kinds of theirs
+    shown = CliRunner().invoke(app, ["eval", "--list", "--shots", "nonsense"])
+    assert shown.exit_code == 0
+    for kind in ours:
+        assert f" {kind} " in shown.output
+
+
+def test_tables_have_shots_in_all_and_a_class(tmp_path: Path) -> None:
+    counts = {
+        kind: open_task(MAKERS[kind](tmp_path / kind)).per_class(8) for kind in ("isekai-10", "open_mi", "clevr")
+    }
+    assert counts == {"isekai-10": 4, "open_mi": 4, "clevr": None}
+    results = {"tasks": [{"task": "a", "per_class": {"8": 4}}, {"task": "b"}]}
+    assert [shots_label(results, name, 8) for name in "ab"] == ["8 (4 a class)", "8"]
 
 
 def test_methods_with_settings_stand_in_one_list() -> None:

@@ -22,6 +22,7 @@ from ..evaluation.card import put_on_card
 from ..evaluation.compare import MCNEMAR, compare_runs
 from ..evaluation.pareto import printed
 from ..evaluation.report import cells_by_row, shots_label
+from ..evaluation.tasks.registry import HEADS, task_rows
 from .attention import attention
 from .options import command
 from .science_qa import science_qa
@@ -37,7 +38,15 @@ command(app, "aim eval attention")(attention)
 command(app, "aim eval science-qa", positional=("answers",))(science_qa)
 
 
-@command(app, "aim eval", group=True)
+def list_tasks() -> None:
+    """Print the tasks: format, where to get them, metric, paper."""
+    table = Table(*HEADS)
+    for row in task_rows():
+        table.add_row(*row)
+    wide_console().print(table)
+
+
+@command(app, "aim eval", group=True, instead={"list": (list_tasks, "List the tasks and exit.")})
 def evaluate(settings: EvalSettings) -> None:
     """Evaluate a model few-shot; rerun the same command to resume.
 
