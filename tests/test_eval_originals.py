@@ -112,6 +112,17 @@ def caption_run(folder: Path, spec: str, answers: dict[str, str]) -> Path:
     return folder
 
 
+def test_captions_as_openflamingo_cuts_them(tmp_path: Path) -> None:
+    task = open_task(MAKERS["captions"](tmp_path))
+    examples = task.examples(0)
+    right = [example.answers[0] for example in examples]
+    whole = task.summary(examples, [Prediction(text) for text in right])
+    cut = task.summary(examples, [Prediction(f'"{text}"Output a cat') for text in right])
+    assert cut["cider_openflamingo"] == whole["cider_openflamingo"] == whole["cider"] > cut["cider"]
+    lines = task.summary(examples, [Prediction(f"{text}\nand on") for text in right])
+    assert lines["cider"] == whole["cider"] > lines["cider_openflamingo"]
+
+
 def test_cider_is_compared_times_100(tmp_path: Path) -> None:
     spec = MAKERS["captions"](tmp_path / "data")
     examples = open_task(spec).examples(0)

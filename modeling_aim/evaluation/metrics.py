@@ -166,6 +166,11 @@ def openflamingo_answer(text: str) -> str:
     return re.split("Question|Answer|Short", text, maxsplit=1)[0].split(", ", 1)[0]
 
 
+def openflamingo_caption(text: str) -> str:
+    """A caption as OpenFlamingo cuts it (its `eval/coco_metric.py`): before the prompt's word, and without quotes."""
+    return text.split("Output", 1)[0].replace('"', "")
+
+
 def openflamingo_accuracy(answer: str, given: Sequence[str], marks: Sequence[Hashable]) -> float:
     """VQA accuracy by OpenFlamingo's scorer (its `eval/vqa_metric.py`), which always normalises.
 
