@@ -287,7 +287,7 @@ def test_captions_end_before_the_next(tmp_path: Path) -> None:
         task.summary(examples, [Prediction(e.answers[0] + more) for e in examples]) for more in ("", " Output: a dog")
     )
     assert alone == ran_on and alone["cider"] > 0
-    assert ran_on == task.summary(examples, [Prediction(f"{e.answers[0]}\nA dog.") for e in examples])
+    assert task.summary(examples, [Prediction(f"{e.answers[0]}\nA dog.") for e in examples])["cider"] == alone["cider"]
 
 
 def test_a_folder_of_classes_under_made_up_names(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def task_rows() -> list[tuple[str, ...]]:
 
     A kind that was added to `TASKS` alone has the first line of its docstring as its format.
     """
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for kind, make in TASKS.items():
         summary = (inspect.getdoc(make) or "").partition("\n")[0]
         entry = ENTRIES.get(kind, TaskEntry(summary, "", getattr(make, "metric", "")))
