@@ -293,8 +293,8 @@ def check_policy(policy: str) -> None:
         )
     if policy == "jigsaw":
         raise ValueError(
-            "policy='jigsaw' is not made: it asks for the places of an image's pieces, in coordinates of the whole, "
-            "which needs pieces seen side by side; AIM reads each demonstration alone."
+            "policy='jigsaw' is not made: it asks for the coordinates of an image's pieces, and each piece would be a "
+            "demonstration without words of its own, at which AIM reads states. Use 2way_ref_or_weight and other data."
         )
     if policy not in POLICIES:
         raise ValueError(f"policy={policy!r} is unknown; choose one of {POLICIES}.")
