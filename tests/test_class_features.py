@@ -93,8 +93,8 @@ def pictures(tmp_path: Path) -> list[mining.ImageClass]:
     return link_context.class_folders(tmp_path / "pictures", names)
 
 
-def by_hand(clip: Path, classes: list[mining.ImageClass]) -> tuple[torch.Tensor, torch.Tensor]:
-    """One name and one image at a time, through the projections of the model."""
+def by_hand(clip: Path, classes: list[mining.ImageClass], lengths: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """One name and one image at a time, through the projections of the model; images with their lengths if asked."""
     model, processor = hf.CLIPModel.from_pretrained(clip), hf.AutoProcessor.from_pretrained(clip)
     text, images = [], []
     with torch.no_grad():
@@ -106,7 +106,7 @@ def by_hand(clip: Path, classes: list[mining.ImageClass]) -> tuple[torch.Tensor,
             for path in one.images:
                 pixels = processor.image_processor(Image.open(path), return_tensors="pt")["pixel_values"]
                 vector = model.visual_projection(model.vision_model(pixels).pooler_output[0])
-                total += vector / vector.norm()
+                total += vector if lengths else vector / vector.norm()
             images.append(total / total.norm())
     return torch.stack(text), torch.stack(images)
 
@@ -117,6 +117,12 @@ def test_clip_features_equal_those_by_hand(clip: Path, pictures: list[mining.Ima
     assert found.classes == ("n0", "n1", "n2")
     assert torch.allclose(found.text, text, atol=1e-5) and torch.allclose(found.images, images, atol=1e-5)
     assert (text[0] - text[1]).norm() > 0.01 and (images[0] - images[1]).norm() > 0.01
+    raw = clip_features(pictures, clip, tmp_path / "cache" / "f.safetensors", means="raw", device="cpu")
+    means = by_hand(clip, pictures, lengths=True)[1]
+    assert torch.allclose(raw.text, text, atol=1e-5) and torch.allclose(raw.images, means, atol=1e-5)
+    assert not torch.allclose(raw.images, found.images, atol=1e-5)  # its key differs, so it was computed again
+    with pytest.raises(ValueError, match=r"means='mean' is unknown; choose one of \('unit', 'raw'\)"):
+        clip_features(pictures, clip, means="mean")
     fewer = clip_features(pictures, clip, tmp_path / "few.safetensors", images_per_class=2, device="cpu")
     assert not torch.allclose(fewer.images, found.images, atol=1e-3)
 
@@ -138,7 +144,7 @@ def test_features_are_kept_until_what_they_are_of_changes(
     again = clip_features(renamed, clip, cache, device="cpu")
     assert torch.equal(again.text[:2], first.text[:2]) and not torch.equal(again.text[2], first.text[2])
     root = Path(pictures[0].images[0]).parents[1]
-    source = LinkContext(root, clip=clip, policy="2-way", shots=2, seed=1)
+    source = LinkContext(root, clip=clip, policy="2way_weight", shots=2, seed=1)
     assert len(list((tmp_path / "home" / "aim").glob("class-features-*.safetensors"))) == 1
     assert len(source.neighbours[0]) == 2 and len(read(source, 3)) == 3
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from backbones import build
 from eval_data import MAKERS
+from PIL import Image
+from typer.testing import CliRunner
 
 from modeling_aim import AimProcessor
+from modeling_aim.cli import app
 from modeling_aim.cli.options import parsed
+from modeling_aim.evaluation.compare import compare_runs
+from modeling_aim.evaluation.lmms_chats import bare, parts_of, pictures
 from modeling_aim.evaluation.methods import PromptBuilder, Shown
-from modeling_aim.evaluation.report import eval_results, report
+from modeling_aim.evaluation.metrics import lcl_published, named, vqa_normalized
+from modeling_aim.evaluation.report import eval_results, report, shots_label
 from modeling_aim.evaluation.results import cell_figures
 from modeling_aim.evaluation.task import Example, Prediction
-from modeling_aim.evaluation.tasks.registry import open_task
+from modeling_aim.evaluation.tasks.registry import ENTRIES, TASKS, open_task, task_table
 from modeling_aim.evaluation.tasks.vqa import VizWiz
 
 
@@ -88,6 +95,103 @@ def test_cider_is_printed_times_100(tmp_path: Path) -> None:
     assert f"| {100 * cell['mean']:.1f} [" in text and "cider times 100" in text
     assert eval_results(results, "full")[0].metric_value == pytest.approx(100 * cell["mean"], abs=1e-4)
     assert 0 < cell["mean"] < 11
+
+
+def caption_run(folder: Path, spec: str, answers: dict[str, str]) -> Path:
+    """A finished run of `aim eval` of one method, as its folder is read."""
+    folder.mkdir()
+    rows = [
+        {"task": "caps", "method": "aim", "shots": 2, "seed": 0, "example": name, "demonstrations": [],
+         "prediction": text, "log_probabilities": [], "score": None}
+        for name, text in answers.items()
+    ]  # fmt: skip
+    task = {"task": "caps", "spec": spec, "metric": "cider", "digest": "", "printed_times": 100}
+    results = {"tasks": [task], "cells": [{"task": "caps", "method": "aim", "shots": 2}], "settings": {"seeds": 1}}
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_captions_as_openflamingo_cuts_them(tmp_path: Path) -> None:
+    task = open_task(MAKERS["captions"](tmp_path))
+    examples = task.examples(0)
+    right = [example.answers[0] for example in examples]
+    whole = task.summary(examples, [Prediction(text) for text in right])
+    cut = task.summary(examples, [Prediction(f'"{text}"Output a cat') for text in right])
+    assert cut["cider_openflamingo"] == whole["cider_openflamingo"] == whole["cider"] > cut["cider"]
+    lines = task.summary(examples, [Prediction(f"{text}\nand on") for text in right])
+    assert lines["cider"] == whole["cider"] > lines["cider_openflamingo"]
+
+
+def test_cider_is_compared_times_100(tmp_path: Path) -> None:
+    spec = MAKERS["captions"](tmp_path / "data")
+    examples = open_task(spec).examples(0)
+    right = {example.id: example.answers[0] for example in examples}
+    wrong = {**right, examples[0].id: "nothing of the kind"}
+    runs = [caption_run(tmp_path / name, spec, run) for name, run in (("a", wrong), ("b", right))]
+    (row,) = compare_runs(*runs)["rows"]
+    assert row["printed_times"] == 100 and 0 < row["first"] < row["second"] < 11  # as it is in JSON
+    shown = CliRunner().invoke(app, ["eval", "compare", *map(str, runs)])
+    for figure in (f"{100 * row['first']:.1f}", f"{100 * row['second']:.1f}", f"{100 * row['difference']:+.1f}"):
+        assert f" {figure} " in shown.output, shown.output
+
+
+@pytest.mark.parametrize("spelled", ["youd've", "you'dve", "YOU'DVE"])
+def test_contractions_are_those_of_the_official_list(spelled: str) -> None:
+    assert vqa_normalized(f"the {spelled} seen") == "you'd've seen"
+
+
+def test_published_scorer_of_lcl_takes_punctuation_out_of_the_right_name_alone() -> None:
+    for name, plain in (("St. Bernard", "st bernard"), ("jack-o'-lantern", "jack-o-lantern"), ('a "dax"', "a dax")):
+        assert lcl_published(f"there is {plain} in the image", name, "fox")
+        assert not lcl_published(f"there is {name.lower()} in the image", name, "fox")
+        assert named(f"there is {name} in the image", name, ["fox"])
+    assert not lcl_published("a dax and st. bernard", "dax", "St. Bernard")
+
+
+def test_chats_of_lmms_eval_may_be_plain_strings_and_name_files(tmp_path: Path) -> None:
+    red = Image.new("RGB", (3, 2), (255, 0, 0))
+    red.save(tmp_path / "red.png")
+    assert parts_of({"role": "user", "content": "What is this?"}) == [{"type": "text", "text": "What is this?"}]
+    path = str(tmp_path / "red.png")
+    content = ["look: ", {"type": "image", "url": path}, {"type": "image", "image": red}]
+    parts = parts_of({"role": "user", "content": content})
+    assert [bare(part) for part in parts] == [{"type": "text", "text": "look: "}] + [{"type": "image"}] * 2
+    opened = pictures([part["image"] for part in parts if part["type"] == "image"])
+    assert [image.tobytes() for image in opened] == [red.tobytes()] * 2
+    assert [image.tobytes() for image in (*pictures(path), *pictures(red))] == [red.tobytes()] * 2
+    assert pictures(None) == ()
+    for content in ([{"type": "video", "url": "film.mp4"}], [{"type": "image"}], [3]):
+        with pytest.raises(ValueError, match=r"this task has (video|image|int)"):
+            parts_of({"role": "user", "content": content})
+    with pytest.raises(ValueError, match=r"paths of image files. This task shows 'gone.png' \(str\)"):
+        pictures(["gone.png"])
+
+
+def test_the_list_of_tasks_is_that_of_the_docs() -> None:
+    ours = {kind for kind, make in TASKS.items() if make.__module__.startswith("modeling_aim.")}
+    assert ours == set(ENTRIES)
+    page = (Path(__file__).parents[1] / "docs" / "EVALUATION.md").read_text(encoding="utf-8")
+    table = page.partition("`aim eval --list` prints this table:\n\n")[2].partition("\n\n")[0].split("\n")
+    head, line, *rows = task_table().split("\n")
+    assert table == [
+        head,
+        line,
+        *(row for row in rows if row.split("`")[1] in ours),
+    ]  # other tests add kinds of theirs
+    shown = CliRunner().invoke(app, ["eval", "--list", "--shots", "nonsense"])
+    assert shown.exit_code == 0
+    for kind in ours:
+        assert f" {kind} " in shown.output
+
+
+def test_tables_have_shots_in_all_and_a_class(tmp_path: Path) -> None:
+    counts = {
+        kind: open_task(MAKERS[kind](tmp_path / kind)).per_class(8) for kind in ("isekai-10", "open_mi", "clevr")
+    }
+    assert counts == {"isekai-10": 4, "open_mi": 4, "clevr": None}
+    results = {"tasks": [{"task": "a", "per_class": {"8": 4}}, {"task": "b"}]}
+    assert [shots_label(results, name, 8) for name in "ab"] == ["8 (4 a class)", "8"]
 
 
 def test_methods_with_settings_stand_in_one_list() -> None:

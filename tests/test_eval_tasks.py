@@ -192,9 +192,11 @@ def test_prompts_are_the_published_ones(tmp_path: Path) -> None:
     assert question == "is an image with: 'meme 0' written on it. Is it hateful? Answer:"
     assert [e.answers + e.options for e in task.examples(0)][:2] == [("no", "yes", "no"), ("yes", "yes", "no")]
     task, question = of("scienceqa")
-    assert question == "Question: Which 0?\nContext: A.\nOptions: (A) iron (B) oak (C) salt\nAnswer:"
-    assert task.examples(0)[1].question.split("\n")[1] == "Context: N/A" and not task.examples(0)[1].images
-    assert words(task.pool()[1]) == {"question": task.examples(0)[1].question, "answer": "The answer is B."}
+    letter = "Answer with the option's letter from the given choices directly."
+    assert question == f"Context: A.\nQuestion: Which 0?\nOptions: (A) iron (B) oak (C) salt\n{letter}"
+    assert task.examples(0)[1].question.split("\n")[0] == "Context: N/A" and not task.examples(0)[1].images
+    assert words(task.pool()[1]) == {"question": task.examples(0)[1].question, "answer": "B"}
+    assert task.max_new_tokens == 1024
     assert "images" not in task.pool()[1].pair
     task, question = of("isekai-10")
     assert question == "Based on the previous examples, what is in the image?"
@@ -285,7 +287,7 @@ def test_captions_end_before_the_next(tmp_path: Path) -> None:
         task.summary(examples, [Prediction(e.answers[0] + more) for e in examples]) for more in ("", " Output: a dog")
     )
     assert alone == ran_on and alone["cider"] > 0
-    assert ran_on == task.summary(examples, [Prediction(f"{e.answers[0]}\nA dog.") for e in examples])
+    assert task.summary(examples, [Prediction(f"{e.answers[0]}\nA dog.") for e in examples])["cider"] == alone["cider"]
 
 
 def test_a_folder_of_classes_under_made_up_names(tmp_path: Path) -> None:
@@ -333,7 +335,8 @@ def test_scienceqa_counts_what_cannot_be_parsed(tmp_path: Path) -> None:
     task = opened_task(tmp_path, "scienceqa")
     examples = task.examples(0)  # the answers are A, B, C, A; the first and third have an image
     found = task.summary(examples, [Prediction(text) for text in ("A\n", "oak", "B. oak", "iron")])
-    assert found == {"accuracy": 0.25, "failed": 0.5, "image_accuracy": 0.5}
+    parts = {"accuracy_TXT": 1, "accuracy_IMG": 0.5, "accuracy_NO": 0}  # the first has a hint; no subjects, no grades
+    assert found == {"accuracy": 0.25, "failed": 0.5, **parts}
 
 
 def test_memes_are_scored_by_likelihood(tmp_path: Path) -> None:

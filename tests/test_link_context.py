@@ -138,21 +138,21 @@ def test_the_most_alike_class_is_the_most_frequent_negative(folder: Path, featur
 
 def test_shots_follow_the_policy_and_both_counts_are_said(folder: Path) -> None:
     law, draws, found = ShotLaw(10), 20_000, {}
-    for policy in ("2-way", "2-way-random", "2-way-weight"):
+    for policy in ("2way_weight", "2way_uniform", "2way_random_shot"):
         source = LinkContext(folder, neighbours="random", policy=policy)
         rng = random.Random(policy)
         drawn = Counter(source._draw(5, rng) for _ in range(draws))
         found[policy] = [drawn[count] / draws for count in range(1, 6)]
         lengths = {len(episode.pairs) - 1 for episode in read(source, 60, law)}
-        assert lengths == ({10} if policy == "2-way" else {2, 4, 6, 8, 10})
-    assert found["2-way"] == [0, 0, 0, 0, 1]
-    assert found["2-way-random"] == pytest.approx([0.2] * 5, abs=0.015)  # five standard deviations
+        assert lengths == ({10} if policy == "2way_weight" else {2, 4, 6, 8, 10})
+    assert found["2way_weight"] == [0, 0, 0, 0, 1]
+    assert found["2way_uniform"] == pytest.approx([0.2] * 5, abs=0.015)  # five standard deviations
     weights = [2.718281828 ** (count / 2) for count in range(1, 6)]
-    assert found["2-way-weight"] == pytest.approx([weight / sum(weights) for weight in weights], abs=0.018)
-    source = LinkContext(folder, neighbours="random", policy="2-way-weight")
-    assert source.counts(law) == "2-way-weight: 1 to 5 demonstrations of each of 2 classes, 2 to 10 in all"
+    assert found["2way_random_shot"] == pytest.approx([weight / sum(weights) for weight in weights], abs=0.018)
+    source = LinkContext(folder, neighbours="random", policy="2way_random_shot")
+    assert source.counts(law) == "2way_random_shot: 1 to 5 demonstrations of each of 2 classes, 2 to 10 in all"
     fixed = LinkContext(folder, neighbours="random", shots=3)
-    assert fixed.counts(law) == "2-way: 3 demonstrations of each of 2 classes, 6 in all"
+    assert fixed.counts(law) == "2way_weight: 3 demonstrations of each of 2 classes, 6 in all"
     assert {len(episode.pairs) for episode in read(fixed, 20, law)} == {7}
     assert LinkContext(folder, neighbours="random").most(ShotLaw(100)) == 16
 
@@ -191,7 +191,7 @@ def test_both_classes_or_more_of_them_can_be_renamed(folder: Path, features: Cla
 
 
 def test_the_papers_words_fit_the_processor(folder: Path, llava: Plugin) -> None:
-    episode = read(LinkContext(folder, neighbours="random", wording="paper"), 1)[0]
+    episode = read(LinkContext(folder, neighbours="random", wording="paper", questions="one"), 1)[0]
     *demos, query = episode.pairs
     processor = llava.processor
     assert {processor.word(demo)[0] for demo in demos} == {
@@ -207,6 +207,39 @@ def test_the_papers_words_fit_the_processor(folder: Path, llava: Plugin) -> None
     episode = read(LinkContext(folder, neighbours="random", wording=own), 1)[0]
     assert {processor.word(demo)[0] for demo in episode.pairs[:-1]} == {d.text for d in episode.pairs[:-1]}
     assert episode.pairs[-1].text.startswith("It is ") and episode.pairs[-1].text.endswith(".")
+
+
+def test_queries_vary_as_the_paper_trains(folder: Path) -> None:
+    assert len(set(link_context.QUESTIONS)) == 65
+    asked = {
+        (wording, questions): {
+            episode.pairs[-1].question
+            for episode in read(LinkContext(folder, neighbours="random", **settings), 200, ShotLaw(2))
+        }
+        for wording, questions in (("paper", None), ("label", "varied"), ("label", None))
+        for settings in [{"wording": wording, "questions": questions}]
+    }
+    assert asked["label", None] == {"What is this?"}
+    for questions in (asked["paper", None], asked["label", "varied"]):
+        assert len(questions) > 45 and questions <= set(link_context.QUESTIONS)
+
+
+def test_images_under_names_of_their_own_are_told_by_class(folder: Path) -> None:
+    source = LinkContext(folder, neighbours="random", policy="policy_2way_ref")
+    lengths = Counter()
+    for episode in read(source, 60, ShotLaw(10)):
+        *demos, query = episode.pairs
+        lengths[len(demos)] += 1
+        names = [demo.text.split('"')[1] for demo in demos]
+        same = [name for name, demo in zip(names, demos, strict=True) if seen(demo)[0] == seen(query)[0]]
+        assert query.text == ", ".join(same) and len(same) == len(demos) // 2
+        assert len(set(names)) == len(names) and not set(names) & set(NAMES)
+        assert seen(query) not in [seen(demo) for demo in demos] and query.question == link_context.SAME_CLASS
+    assert set(lengths) == {6, 8, 10} and source.counts(ShotLaw(10)).startswith("2way_ref: 3 to 5 demonstrations of ")
+    both = read(LinkContext(folder, neighbours="random", policy="2way_ref_or_weight"), 300)
+    assert 150 - 35 < sum(episode.pairs[-1].question == link_context.SAME_CLASS for episode in both) < 150 + 35
+    with pytest.raises(ValueError, match="3 demonstrations of each of 2 classes are 6 in all"):
+        read(source, 1, ShotLaw(4))
 
 
 @pytest.mark.parametrize("wording", link_context.WORDINGS)
@@ -231,7 +264,7 @@ def test_the_sources_open_by_their_names(folder: Path, features: ClassFeatures, 
 
 def test_the_seed_decides_everything(folder: Path, features: ClassFeatures) -> None:
     def content(seed: int, **settings: Any) -> list[Any]:
-        source = LinkContext(folder, features=features, policy="2-way-random", **settings)
+        source = LinkContext(folder, features=features, policy="2way_uniform", **settings)
         return [[pair.key for pair in episode.pairs] for episode in read(source, 20, seed=seed)]
 
     assert content(0) == content(0)
@@ -292,6 +325,12 @@ def test_errors_say_what_to_do(folder: Path, tmp_path: Path, features: ClassFeat
     (tmp_path / "one" / "cat").mkdir(parents=True)
     fails("has 1 class folders; link-context episodes need at least two", tmp_path / "one")
     fails("policy='3-way' is unknown; choose one of", policy="3-way")
+    for old, new in (("2-way", "2way_weight"), ("2-way-weight", "2way_random_shot"), ("2-way-random", "2way_uniform")):
+        fails(f"policy='{old}' is an old name.*it is '{new}'", policy=old)
+    fails("policy='jigsaw' is not made", policy="policy_jigsaw")
+    fails("shots=2: policy='2way_ref' shows at least 3", policy="2way_ref", shots=2)
+    fails("questions='many' is unknown", questions="many")
+    fails("means='raw' is of the features that a CLIP computes", means="raw")
     fails("rename='negative' is unknown", rename="negative")
     fails("wording='nice' is unknown", wording="nice")
     fails("neighbours='far' is unknown", neighbours="far")
@@ -339,7 +378,7 @@ def published(root: Path, **changes: Any) -> Path:
 
 
 def test_published_rows_give_episodes(tmp_path: Path) -> None:
-    source = LclRows(published(tmp_path), policy="2-way-weight")
+    source = LclRows(published(tmp_path), policy="2way_random_shot")
     first = [(one.number, one.weight) for one in source.neighbours[0]]
     assert first == [(1, 4), (2, 3), (3, 2)]  # of 4, of which the last has no row
     names = [name.lower() for name in SYNSETS.values()]

@@ -253,6 +253,8 @@ def test_chats_keep_their_turns_and_the_order_of_images(data: Data) -> None:
     query = chat._asked(turns)
     assert query.text == "USER: one <image> ASSISTANT: two USER: <image> three ASSISTANT:"
     assert [one.tobytes() for one in query.images] == [first.tobytes(), second.tobytes()]
+    plain = [turns[0], {"role": "assistant", "content": "two"}, turns[2]]
+    assert chat._asked(plain).text == query.text
     with pytest.raises(ValueError, match="this task has video"):
         chat._asked([{"role": "user", "content": [{"type": "video", "url": "film.mp4"}]}])
 

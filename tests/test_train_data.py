@@ -540,7 +540,7 @@ def test_a_source_of_one_line_of_text(tmp_path: Path) -> None:
     assert (source.min_similarity, source.images, source.shuffle_buffer) == (0.5, tmp_path, 7)
     assert open_source(f"episodes:{path}")[1] == 1.0
     save(tmp_path / "classes", ["dax/0.png", "wug/1.png"])
-    linked = open_source(f"link-context:{tmp_path / 'classes'},neighbours=random,shots=1,policy=2-way-random")[0]
+    linked = open_source(f"link-context:{tmp_path / 'classes'},neighbours=random,shots=1,policy=2way_uniform")[0]
     assert linked.name == "link-context classes"
 
 

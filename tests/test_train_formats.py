@@ -333,10 +333,6 @@ def test_tasks_on_published_folders_say_what_to_give(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"dev_unseen.*but not 'test'.*hateful_memes:.*,split=dev_seen"):
         open_task(f"hateful_memes:{root}").examples(0)
     assert len(open_task(f"hateful_memes:{root},split=dev_seen").examples(0)) == 1
-    written(tmp_path / "ScienceQA" / "data" / "scienceqa" / "problems.json", {})
-    for folder in (tmp_path / "ScienceQA", tmp_path / "ScienceQA" / "data" / "scienceqa"):
-        with pytest.raises(ValueError, match=r"problems\.json\).*scienceqa:FOLDER with a copy of lmms-lab-encoder"):
-            open_task(f"scienceqa:{folder}").examples(0)
 
 
 @pytest.mark.parametrize("kind", MAKERS)

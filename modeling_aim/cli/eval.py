@@ -21,21 +21,32 @@ from ..evaluation import evaluate as run
 from ..evaluation.card import put_on_card
 from ..evaluation.compare import MCNEMAR, compare_runs
 from ..evaluation.pareto import printed
-from ..evaluation.report import cells_by_row
+from ..evaluation.report import cells_by_row, shots_label
+from ..evaluation.tasks.registry import HEADS, task_rows
 from .attention import attention
 from .options import command
+from .science_qa import science_qa
 from .terminal import errors, print_json, safe, wide_console
 
 app = typer.Typer(
     help="Few-shot evaluation with demonstrations as fused tokens, in full, as text, and controls; and comparisons.",
-    subcommand_metavar="[compare A B | card RUN REPO | attention]",
+    subcommand_metavar="[compare A B | card RUN REPO | attention | science-qa]",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 command(app, "aim eval attention")(attention)
+command(app, "aim eval science-qa", positional=("answers",))(science_qa)
 
 
-@command(app, "aim eval", group=True)
+def list_tasks() -> None:
+    """Print the tasks: format, where to get them, metric, paper."""
+    table = Table(*HEADS)
+    for row in task_rows():
+        table.add_row(*row)
+    wide_console().print(table)
+
+
+@command(app, "aim eval", group=True, instead={"list": (list_tasks, "List the tasks and exit.")})
 def evaluate(settings: EvalSettings) -> None:
     """Evaluate a model few-shot; rerun the same command to resume.
 
@@ -79,8 +90,8 @@ def compare(settings: CompareSettings) -> None:
     for row in comparison["rows"]:
         low, high = row["interval"]
         method_names = "\n".join(dict.fromkeys(row["methods"]))
-        difference = f"{row['difference']:+.3f}\n({low:+.3f} {high:+.3f})"
-        scores = f"{row['first']:.3f}", f"{row['second']:.3f}"
+        difference = f"{printed(row, row['difference'], '+')}\n({printed(row, low, '+')} {printed(row, high, '+')})"
+        scores = printed(row, row["first"]), printed(row, row["second"])
         mark = "*" * (row["test"] == MCNEMAR)
         table.add_row(
             safe(row["task"]), str(row["shots"]), method_names, *scores, difference, f"{row['p']:.2g}{mark}",
@@ -131,7 +142,7 @@ def _show(results: dict[str, Any]) -> None:
     table = Table("task", "shots", *methods)
     for task, count, cells in rows:
         means = ["–" if cell is None or cell["mean"] is None else printed(cell) for cell in cells.values()]
-        table.add_row(safe(task), str(count), *means)
+        table.add_row(safe(task), shots_label(results, task, count), *means)
     wide_console().print(table)
     for note in results["notes"]:
         wide_console().print(safe(note), soft_wrap=True)

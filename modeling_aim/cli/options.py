@@ -36,7 +36,12 @@ METAVARS = {int: "INTEGER", float: "NUMBER", Path: "PATH", dict: "NAME=VALUE"}
 
 
 def command(
-    app: typer.Typer, title: str, *, positional: Sequence[str] = (), group: bool = False
+    app: typer.Typer,
+    title: str,
+    *,
+    positional: Sequence[str] = (),
+    group: bool = False,
+    instead: Mapping[str, tuple[Callable[[], None], str]] | None = None,
 ) -> Callable[[Function], Function]:
     """Register a function of one settings object as a command.
 
@@ -45,6 +50,7 @@ def command(
         title: the command as it is typed, for messages: `"aim bank build"`. Its last word is the command's name.
         positional: fields that are arguments instead of options.
         group: it is what `app` does without a subcommand.
+        instead: options by name that do something else and end the command, such as `--list`: a function and its help.
     """
 
     def register(function: Function) -> Function:
@@ -61,7 +67,10 @@ def command(
             if name not in shared.values()
         ]
 
+        parameters += [_instead(name, action, help_text) for name, (action, help_text) in (instead or {}).items()]
+
         def run(**values: Any) -> None:
+            values = {name: value for name, value in values.items() if name not in (instead or {})}
             context = values.pop("context", None)
             if context is not None and context.invoked_subcommand is not None:
                 return
@@ -214,6 +223,18 @@ def _parameter(
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=Annotated[annotation, declared]
     )
+
+
+def _instead(name: str, action: Callable[[], None], help_text: str) -> inspect.Parameter:
+    """An option that runs `action` and ends the command, whatever else is given."""
+
+    def ended(wanted: bool) -> None:
+        if wanted:
+            action()
+            raise typer.Exit
+
+    option = typer.Option(f"--{name}", callback=ended, is_eager=True, help=help_text)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option])
 
 
 def _shown_default(field: Field[Any]) -> str | None:

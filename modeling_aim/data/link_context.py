@@ -52,9 +52,9 @@ class Wording:
             return {"image": image, "question": self.demonstration_question, "answer": words}
         return {"image": image, "label" if self.demonstration == "{label}" else "text": words}
 
-    def asked(self, image: object, name: str) -> Pair:
-        """A raw query with its answer."""
-        return {"image": image, "question": self.question, "answer": self.answer.replace("{label}", name)}
+    def asked(self, image: object, name: str, question: str | None = None) -> Pair:
+        """A raw query with its answer; `question` in the place of the wording's own."""
+        return {"image": image, "question": question or self.question, "answer": self.answer.replace("{label}", name)}
 
 
 # The paper puts [BEGIN EXAMPLE] and [END EXAMPLE] around demonstrations, which stand in one prompt there; AIM reads
@@ -68,6 +68,32 @@ WORDINGS = {
         demonstration='there is "{label}" in the image.',
     ),
 }
+
+
+# Link-Context Learning trains with about 65 wordings of the query and evaluates with one. These are our own sentences.
+OPENINGS = (
+    "Based on the previous examples,", "From the examples above,", "Going by what was shown before,",
+    "With the examples in mind,", "Given the images that were named,", "After these examples,",
+    "Using what the examples show,", "Following the names used above,", "In the words of the examples,",
+    "Compared with the earlier images,", "Considering the context,", "If you follow the examples,",
+    "As things are named here,",
+)  # fmt: skip
+QUESTIONS = tuple(
+    f"{opening} {asked}"
+    for opening in OPENINGS
+    for asked in (
+        "what is in the image?",
+        "what does the image show?",
+        "what is the main object in the image?",
+        "which of the things named before is in the image?",
+        "what would you call the thing in the image?",
+    )
+)
+
+# Its policy_2way_ref, in our own sentences: every image has a name of its own; the query asks for those of its class.
+REFERENCE_QUESTION = "What is this image called?"
+REFERENCE = 'This image is called "{name}".'
+SAME_CLASS = "Which of the previous images show the same kind of thing as this image? List their names in order."
 
 
 def class_folders(

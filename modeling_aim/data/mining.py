@@ -32,6 +32,7 @@ logger = logging.get_logger(__name__)
 
 BINS = 36
 IMAGES_PER_CLASS = 100
+MEANS = ("unit", "raw")
 TEXT_WEIGHT, CROSS_WEIGHT, IMAGE_WEIGHT = 0.5, 0.8, 0.5
 
 
@@ -154,13 +155,14 @@ def clip_features(
     cache: str | os.PathLike[str] | None = None,
     *,
     images_per_class: int = IMAGES_PER_CLASS,
+    means: str = "unit",
     batch_size: int = 32,
     device: str | torch.device | None = None,
 ) -> ClassFeatures:
     """Features of classes by a CLIP, taken from `cache` when they are of the same model, names and images.
 
-    The text feature is that of the bare name, L2-normalised. The image feature is the mean of L2-normalised features
-    of up to `images_per_class` images, L2-normalised again.
+    The text feature is that of the bare name, L2-normalised. The image feature is the mean of the features of up to
+    `images_per_class` images, L2-normalised.
 
     Args:
         classes: with unique keys.
@@ -170,15 +172,19 @@ def clip_features(
             recomputed: its key is made of the model's files (or Hub commit), the names, and paths and sizes of the
             images.
         images_per_class: chosen at random, always the same ones.
+        means: `"unit"`, of L2-normalised features, so that all images weigh the same; `"raw"`, of features as they
+            are, as in Link-Context Learning's code (`tool/imagenet/cls_similarity.py`).
         batch_size: images, or names, in one pass.
         device: CUDA where there is one, when `None`.
 
     Raises:
-        ValueError: the model is not a CLIP, or a class has no readable image.
+        ValueError: the model is not a CLIP, a class has no readable image, or there are no such means.
         OSError: the model is not found.
     """
+    if means not in MEANS:
+        raise ValueError(f"means={means!r} is unknown; choose one of {MEANS}.")
     chosen = [_chosen(image_class) for image_class in classes]
-    key = _content_key(classes, chosen, clip, images_per_class)
+    key = _content_key(classes, chosen, clip, images_per_class, means)
     path = Path(constants.HF_HOME) / "aim" / f"class-features-{key[:16]}.safetensors" if cache is None else Path(cache)
     if path.exists():
         kept, stored = _read(path)
@@ -186,7 +192,7 @@ def clip_features(
             return kept.of(classes)
         logger.warning(f"{path} is of another model, other names or other images; its features are recomputed.")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    encoder = _Encoder(clip, device)
+    encoder = _Encoder(clip, device, means)
     names = [image_class.name for image_class in classes]
     text = torch.cat([encoder.text(names[start : start + batch_size]) for start in range(0, len(names), batch_size)])
     progress = logging.tqdm(list(zip(classes, chosen, strict=True)), desc="CLIP features", unit="class")
@@ -199,9 +205,10 @@ def clip_features(
 
 
 class _Encoder:
-    """A CLIP and its processor, giving unit vectors on the CPU."""
+    """A CLIP and its processor, giving vectors on the CPU."""
 
-    def __init__(self, clip: str | os.PathLike[str], device: torch.device) -> None:
+    def __init__(self, clip: str | os.PathLike[str], device: torch.device, means: str) -> None:
+        self.means = means
         self.model = AutoModel.from_pretrained(clip, dtype=torch.float32).eval().to(device)
         if not hasattr(self.model, "get_text_features") or not hasattr(self.model, "get_image_features"):
             raise ValueError(
@@ -215,13 +222,15 @@ class _Encoder:
     def text(self, names: Sequence[str]) -> torch.Tensor:
         """`(names, d)`."""
         inputs = self.processor(text=list(names), padding=True, truncation=True, return_tensors="pt")
-        return _unit(self.model.get_text_features(**inputs.to(self.device)))
+        features = _features(self.model.get_text_features(**inputs.to(self.device)))
+        return torch.nn.functional.normalize(features, dim=1)
 
     @torch.inference_mode()
     def images(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """`(images, d)`."""
+        """`(images, d)`, unit vectors or as they are."""
         inputs = self.processor(images=list(images), return_tensors="pt")
-        return _unit(self.model.get_image_features(**inputs.to(self.device)))
+        features = _features(self.model.get_image_features(**inputs.to(self.device)))
+        return features if self.means == "raw" else torch.nn.functional.normalize(features, dim=1)
 
     def mean(self, image_class: ImageClass, paths: Sequence[str], count: int, batch_size: int) -> torch.Tensor:
         """`(d,)`, over the first `count` readable images of a class."""
@@ -236,9 +245,9 @@ class _Encoder:
         return torch.nn.functional.normalize(torch.cat(rows).mean(dim=0), dim=0)
 
 
-def _unit(outputs: Any) -> torch.Tensor:
+def _features(outputs: Any) -> torch.Tensor:
     features = getattr(outputs, "pooler_output", outputs)  # a plain tensor in earlier versions of transformers
-    return torch.nn.functional.normalize(features.float(), dim=1).cpu()
+    return features.float().cpu()
 
 
 def _readable(paths: Sequence[str]) -> Iterator[Image.Image]:
@@ -255,10 +264,15 @@ def _chosen(image_class: ImageClass) -> list[str]:
 
 
 def _content_key(
-    classes: Sequence[ImageClass], chosen: Sequence[Sequence[str]], clip: str | os.PathLike[str], count: int
+    classes: Sequence[ImageClass],
+    chosen: Sequence[Sequence[str]],
+    clip: str | os.PathLike[str],
+    count: int,
+    means: str,
 ) -> str:
     """Identity of what features are computed from."""
-    digest = hashlib.sha256(f"{_model_key(clip)} {count}".encode())
+    raw = " raw" if means == "raw" else ""
+    digest = hashlib.sha256(f"{_model_key(clip)} {count}{raw}".encode())
     for image_class, paths in zip(classes, chosen, strict=True):
         digest.update(json.dumps([image_class.key, image_class.name]).encode())
         for path in paths[:count]:

@@ -29,7 +29,8 @@ def compare_runs(first: Path, second: Path, between: Sequence[str] = ()) -> dict
 
     Returns:
         `rows`: for each task and number of demonstrations both scores, the difference (second less first) with its
-        95 % interval, `p`, and the test; `notes`: what the runs do not share.
+        95 % interval, `printed_times` (what these are multiplied with where they are shown: 100 of CIDEr), `p`, and
+        the test; `notes`: what the runs do not share.
 
     Raises:
         ValueError: a folder holds no finished run, or there is nothing to compare.
@@ -64,7 +65,8 @@ def compare_runs(first: Path, second: Path, between: Sequence[str] = ()) -> dict
         if tested is None:
             notes.append(f"{where}: not compared, the task cannot be opened to score the answers together.")
         else:
-            rows.append({"task": task, "shots": shots, "methods": list(methods), **tested})
+            named = {"task": task, "shots": shots, "methods": list(methods)}
+            rows.append({**named, "printed_times": _printed_times(runs, task), **tested})
     if not rows and not notes:
         raise ValueError(f"{first} and {second} have no task, method and number of demonstrations in common.")
     if len(rows) > 1:
@@ -97,6 +99,12 @@ def _differences(runs: Sequence[Mapping[str, Any]]) -> list[str]:
         if first != second:
             notes.append(f"The runs differ in {name}: {first!r} and {second!r}.")
     return notes
+
+
+def _printed_times(runs: Sequence[Mapping[str, Any]], name: str) -> int:
+    """What the scores of a task are multiplied with where they are shown; runs of an earlier version do not say it."""
+    tasks = [task for run in runs for task in run["results"]["tasks"] if task["task"] == name]
+    return max(task.get("printed_times", 100 if task["metric"] == "cider" else 1) for task in tasks)
 
 
 def _cells(runs: Sequence[Mapping[str, Any]], between: Sequence[str]) -> list[tuple[str, int, tuple[str, str]]]:

@@ -25,6 +25,7 @@ from transformers import GenerationConfig
 
 from ..bank import DemonstrationBank
 from ..bank.select import STRATEGIES
+from .lmms_chats import bare, parts_of, pictures
 from .methods import PromptBuilder
 from .subject import load_subject
 from .task import Example
@@ -298,34 +299,14 @@ class AimChat(Aim):
 
     def _asked(self, chat: Sequence[Mapping[str, Any]]) -> Query:
         """The query of a chat: images and words in their order."""
-        parts = [part for turn in chat for part in turn["content"]]
-        other = {part["type"] for part in parts} - {"image", "text"}
-        if other:
-            raise ValueError(f"--model aim reads images and text; this task has {', '.join(sorted(other))}.")
-        images = pictures([part["url"] for part in parts if part["type"] == "image"])
+        turns = [{**turn, "content": parts_of(turn)} for turn in chat]
+        parts = [part for turn in turns for part in turn["content"]]
+        images = pictures([part["image"] for part in parts if part["type"] == "image"])
         if self.prompts == "plain":
             texts = (self.processor.image_text if part["type"] == "image" else part["text"] for part in parts)
             return Query(self.processor.front(0) + "".join(texts), images)
-        turns = [{**turn, "content": [bare(part) for part in turn["content"]]} for turn in chat]
-        return Query(self.processor.rendered(turns), images)
-
-
-def bare(part: Mapping[str, Any]) -> dict[str, Any]:
-    """A part of a turn without its image, for a chat template."""
-    return {"type": "image"} if part["type"] == "image" else {"type": "text", "text": part["text"]}
-
-
-def pictures(visuals: Any) -> tuple[Image.Image, ...]:
-    """The images that a task shows, in RGB.
-
-    Raises:
-        ValueError: one of them is not an image.
-    """
-    images = tuple(visuals or ())
-    other = next((image for image in images if not isinstance(image, Image.Image)), None)
-    if other is not None:
-        raise ValueError(f"--model aim reads images; this task shows {other!r:.80} ({type(other).__name__}).")
-    return tuple(image.convert("RGB") for image in images)
+        bare_turns = [{**turn, "content": [bare(part) for part in turn["content"]]} for turn in turns]
+        return Query(self.processor.rendered(bare_turns), images)
 
 
 def generation_settings(given: Mapping[str, Any]) -> dict[str, Any]:

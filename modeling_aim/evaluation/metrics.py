@@ -66,8 +66,10 @@ def lcl_published(answer: str, right: str, other: str) -> bool:
 
     Right if the lower-cased name is in the answer and the other name, lower-cased, is not in what is left without it.
     The answer is not lower-cased, so one that keeps the capitals of a name is wrong; and a name counts within a word.
+    Quotes, apostrophes and full stops are taken out of the right name, but not out of the answer or of the other name:
+    an answer that says "st. bernard" as it is shown is wrong.
     """
-    right, other = right.lower(), other.lower()
+    right, other = re.sub(r"['\".]", "", right).strip().lower(), other.lower()
     return right in answer and other not in answer.replace(right, "")
 
 
@@ -105,7 +107,7 @@ CONTRACTED = """
 """
 TWICE_CONTRACTED = """
     couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've
-    something'd've there'd've they'd've we'd've who'd've wouldn't've y'all'd've
+    something'd've there'd've they'd've we'd've who'd've wouldn't've y'all'd've you'd've
 """
 
 
@@ -162,6 +164,11 @@ def vqa_accuracy(answer: str, given: Sequence[str], always: bool = True) -> floa
 def openflamingo_answer(text: str) -> str:
     """An answer as OpenFlamingo cuts it: before a word of the prompt, wherever it stands, and before ", "."""
     return re.split("Question|Answer|Short", text, maxsplit=1)[0].split(", ", 1)[0]
+
+
+def openflamingo_caption(text: str) -> str:
+    """A caption as OpenFlamingo cuts it (its `eval/coco_metric.py`): before the prompt's word, and without quotes."""
+    return text.split("Output", 1)[0].replace('"', "")
 
 
 def openflamingo_accuracy(answer: str, given: Sequence[str], marks: Sequence[Hashable]) -> float:

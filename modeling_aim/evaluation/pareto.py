@@ -43,10 +43,16 @@ def front(cells: Sequence[Figures], cost: str) -> list[Figures]:
     return sorted((cell for cell in known if not beaten(cell)), key=lambda cell: (cell[cost], cell["mean"]))
 
 
-def printed(cell: Figures, value: float | None = None) -> str:
-    """A mean, or another figure of a cell, as papers print it: CIDEr times 100, with a digit; else three digits."""
+def printed(cell: Figures, value: float | None = None, sign: str = "") -> str:
+    """A mean, or another figure of a cell, as papers print it: CIDEr times 100, with a digit; else three digits.
+
+    Args:
+        cell: of a run, or a row of a comparison.
+        value: the figure; the mean when `None`.
+        sign: "+" to show it of positive figures too.
+    """
     times = cell.get("printed_times", 1)
-    return f"{times * (cell['mean'] if value is None else value):.{3 if times == 1 else 1}f}"
+    return f"{times * (cell['mean'] if value is None else value):{sign}.{3 if times == 1 else 1}f}"
 
 
 def print_times(axes: Any, task: Figures) -> None:

@@ -44,6 +44,7 @@ def report(results: Figures, pictures: Sequence[str] = ()) -> str:
         "them are in results.json). All methods see the same examples with the same demonstrations.",
         "",
     ]
+    lines += [parts_table(results, task) + "\n" for task in results["tasks"] if task.get("parts")]
     lines += [curve_table(results), ""] if results["curves"] else []
     lines += [front_table(results), ""] if any(cell["shots"] for cell in results["cells"]) else []
     for task in results["tasks"]:
@@ -68,7 +69,7 @@ def table(results: Figures) -> str:
     heads += ["of them fused" for _ in fused]
     rows = [heads, ["---"] * len(heads)]
     for task, count, cells in lines:
-        row = [task, str(count), *map(_figure, cells.values())]
+        row = [task, shots_label(results, task, count), *map(_figure, cells.values())]
         row += [_cost(cells[method], "prompt_tokens") for method in costed]
         row += [_cost(cells[method], "fused_tokens") for method in fused]
         rows.append(row)
@@ -90,6 +91,13 @@ def cells_by_row(results: Figures) -> tuple[list[str], list[tuple[str, int, dict
     return methods, rows
 
 
+def shots_label(results: Figures, task: str, count: int) -> str:
+    """A number of demonstrations, and how many of them are of each class where a task shows as many of each."""
+    described = next(described for described in results["tasks"] if described["task"] == task)
+    each = described.get("per_class", {}).get(str(count))
+    return str(count) if each is None else f"{count} ({each} a class)"
+
+
 def _cost(cell: Figures | None, name: str) -> str:
     return "–" if cell is None else f"{cell[name]:.0f}"
 
@@ -101,6 +109,18 @@ def curve_table(results: Figures) -> str:
     rows += [
         [curve["task"], f"`{curve['method']}`", *(f"{curve[n]:.3f}" for n in names)] for curve in results["curves"]
     ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def parts_table(results: Figures, task: Figures) -> str:
+    """The main metric over parts of a task's examples, times 100 as papers print it, as a markdown table."""
+    heads = [part.removeprefix(f"{task['metric']}_") for part in task["parts"]]
+    rows = [[f"{task['task']}, %", "shots", *heads, "all"], ["---"] * (len(heads) + 3)]
+    for cell in results["cells"]:
+        if cell["task"] == task["task"]:
+            figures = [cell["metrics"].get(name) for name in (*task["parts"], task["metric"])]
+            shown = ["–" if figure is None else f"{100 * figure:.2f}" for figure in figures]
+            rows.append([f"`{cell['method']}`", str(cell["shots"]), *shown])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

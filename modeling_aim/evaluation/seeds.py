@@ -58,6 +58,9 @@ class Seeded(Task):
     def shots_note(self, count: int) -> str:
         return self.parts[0].shots_note(count)
 
+    def per_class(self, count: int) -> int | None:
+        return self.parts[0].per_class(count)
+
     def score(self, example: Example, prediction: Prediction) -> dict[str, float]:
         part, own = self._own(example)
         return part.score(own, prediction)

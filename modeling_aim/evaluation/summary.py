@@ -41,14 +41,17 @@ def task_summary(asked_task: Asked, settings: EvalSettings) -> dict[str, Any]:
     """A task as it was run: its data, its metric and its notes."""
     task = asked_task.task
     shots = {str(count): task.shots_note(count) for count in settings.counts}
+    per_class = {str(count): task.per_class(count) for count in settings.counts}
     return {
         "task": task.name,
         "spec": asked_task.spec,
         "metric": task.metric,
         "printed_times": task.printed_times,
+        "parts": list(task.part_metrics),
         "examples": len(asked_task.examples[0]),
         "demonstrations": "its own" if task.fixed else f"by {settings.select}, of {len(task.pool())}",
         "shots_notes": {count: note for count, note in shots.items() if note},
+        "per_class": {count: each for count, each in per_class.items() if each is not None},
         "notes": [*task.notes(), *_same_seeds(asked_task, settings)],
         "digest": asked_task.digest,
     }

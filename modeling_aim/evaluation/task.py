@@ -75,6 +75,8 @@ class Task:
         metric: the main one, a key of what `summary` returns; higher is better.
         printed_times: what the main metric is multiplied with where it is shown, as papers show it.
         fixed: each example brings its own demonstrations (`shots`), so ways of choosing do not apply.
+        part_metrics: keys of what `summary` returns that are the main metric over a part of the examples; they have a
+            table of their own.
     """
 
     name: str = ""
@@ -82,6 +84,7 @@ class Task:
     metric: str = "accuracy"
     printed_times: int = 1
     fixed: bool = False
+    part_metrics: tuple[str, ...] = ()
 
     def examples(self, seed: int) -> Sequence[Example]:
         """The queries, in an order of their own; those of a fixed dataset do not depend on `seed`."""
@@ -107,6 +110,10 @@ class Task:
     def shots_note(self, count: int) -> str:
         """How the literature counts `count` demonstrations, where it differs ("1 a class"); else empty."""
         return ""
+
+    def per_class(self, count: int) -> int | None:
+        """How many of `count` demonstrations are of each class, where a task shows as many of each; else `None`."""
+        return None
 
     def score(self, example: Example, prediction: Prediction) -> dict[str, float]:
         """Scores of one answer, each in 0..1, where the metric is a mean over examples; all keys for every example."""

@@ -85,7 +85,7 @@ class ShotLaw:
     Args:
         most: the largest number.
         law: `"uniform"`; `"exponential"`, which favours many (each number is `e ** (1 / 4)` times as likely as the one
-            below it, Link-Context Learning's 2-way-weight); or `"fixed"`, always `most`.
+            below it, Link-Context Learning's 2way_random_shot over two classes); or `"fixed"`, always `most`.
     """
 
     most: int = 8

@@ -3,7 +3,7 @@
 An episode shows images of a class under a random string and images of a class that looks like it under its own name,
 shuffled, and then asks for one more image of either. Only the demonstrations can answer that, not memory.
 
-    source = LinkContext("imagenet/train", clip="openai/clip-vit-base-patch16", policy="2-way-weight")
+    source = LinkContext("imagenet/train", clip="openai/clip-vit-base-patch16", policy="2way_random_shot")
     source = LclRows("train900_pairs.jsonl", images="imagenet")  # the published rows, with neighbours already mined
 """
 
@@ -20,14 +20,26 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..data.link_context import Wording, class_folders, class_rows, image_paths, random_name
+from ..data.link_context import (
+    QUESTIONS,
+    REFERENCE,
+    REFERENCE_QUESTION,
+    SAME_CLASS,
+    Wording,
+    class_folders,
+    class_rows,
+    image_paths,
+    random_name,
+)
 from ..data.mining import ClassFeatures, ImageClass, clip_features, mined_neighbours, similarity
 from ..data.pairs import Pair, Replaceable
 from .episodes import Episode, ShotLaw, Source
 
 logger = logging.get_logger(__name__)
 
-POLICIES = ("2-way", "2-way-random", "2-way-weight", "mix")
+POLICIES = ("2way_weight", "2way_random_shot", "2way_ref", "2way_ref_or_weight", "2way_uniform", "mix")
+OLD_POLICIES = {"2-way": "2way_weight", "2-way-weight": "2way_random_shot", "2-way-random": "2way_uniform"}
+REFERENCES = 3  # of each class at least, where images have names of their own
 RENAMES = ("positive", "both")
 NEIGHBOURS = ("similar", "random")
 SHOTS = 16  # of each class, in the paper
@@ -59,13 +71,17 @@ class LinkedClasses(Source):
         classes: at least two.
         neighbours: those of each class.
         name: of the source.
-        policy: `"2-way"`, always `shots` of each class; `"2-way-random"`, 1 to `shots` of each, all alike;
-            `"2-way-weight"`, 1 to `shots`, each number `e ** 0.5` times as likely as the one below it; `"mix"`, as
-            `"2-way"`, but half of the episodes are ordinary ones.
+        policy: of Link-Context Learning's code, `"2way_weight"`, always `shots` of each class;
+            `"2way_random_shot"`, 1 to `shots`, each number `e ** 0.5` times as likely as the one below it;
+            `"2way_ref"`, 3 to `shots`, each image under a name of its own, and the query asks for the names of its
+            class; `"2way_ref_or_weight"`, half and half. Ours: `"2way_uniform"`, 1 to `shots`, all alike; `"mix"`, as
+            `"2way_weight"`, but half of the episodes are ordinary ones.
         shots: demonstrations of each class; 16 as in the paper, or what the law has room for, when `None`.
         ways: classes in an episode. The paper: 2.
         rename: which classes get a random name: `"positive"` as in the paper, or `"both"` (all of them).
         wording: `"label"`, `"paper"`, or a `Wording`.
+        questions: `"one"`, the wording's own; or `"varied"`, one of 65 for each query, as the paper trains. The
+            default is `"varied"` with the wording `"paper"`.
         ordinary: share of ordinary episodes (images under their true names, and another image to be named), which
             have as many demonstrations in all. 0.5 for `"mix"` and else 0, when `None`.
 
@@ -80,16 +96,22 @@ class LinkedClasses(Source):
         neighbours: Sequence[Sequence[Neighbour]],
         *,
         name: str,
-        policy: str = "2-way",
+        policy: str = "2way_weight",
         shots: int | None = None,
         ways: int = 2,
         rename: str = "positive",
         wording: str | Wording = "label",
+        questions: str | None = None,
         ordinary: float | None = None,
     ) -> None:
-        for setting, value, known in (("policy", policy, POLICIES), ("rename", rename, RENAMES)):
+        policy = policy.removeprefix("policy_")
+        check_policy(policy)
+        questions = questions or ("varied" if wording == "paper" else "one")
+        for setting, value, known in (("rename", rename, RENAMES), ("questions", questions, ("one", "varied"))):
             if value not in known:
                 raise ValueError(f"{setting}={value!r} is unknown; choose one of {known}.")
+        if policy.startswith("2way_ref") and shots is not None and shots < REFERENCES:
+            raise ValueError(f"shots={shots}: policy={policy!r} shows at least {REFERENCES} images of each class.")
         if shots is not None and shots < 1:
             raise ValueError(f"shots={shots}: at least one demonstration of each class is needed.")
         if not ways >= 2:
@@ -99,7 +121,7 @@ class LinkedClasses(Source):
             raise ValueError(f"ordinary={ordinary}: expected a share in 0..1.")
         self.classes, self.neighbours, self.name = list(classes), [list(some) for some in neighbours], name
         self.policy, self.shots, self.ways, self.rename = policy, shots, ways, rename
-        self.wording = Wording.of(wording)
+        self.wording, self.varied = Wording.of(wording), questions == "varied"
         self._taken = {image_class.name.lower() for image_class in self.classes}
         self._check_neighbours()
 
@@ -119,8 +141,8 @@ class LinkedClasses(Source):
             ValueError: the law has no room for `shots`, or for one demonstration of each class.
         """
         ceiling = law.most // self.ways
-        if ceiling < (self.shots or 1):
-            wanted = self.shots or 1
+        wanted = self.shots or (REFERENCES if self.policy.startswith("2way_ref") else 1)
+        if ceiling < wanted:
             raise ValueError(
                 f"{self.name}: {wanted} demonstrations of each of {self.ways} classes are {wanted * self.ways} in all,"
                 f" but episodes may have {law.most} in all. Allow {wanted * self.ways} in all, or ask for fewer of "
@@ -131,7 +153,8 @@ class LinkedClasses(Source):
     def counts(self, law: ShotLaw) -> str:
         """Both counts of demonstrations under a law, in words: of each class, and in all."""
         most = self.most(law)
-        lowest = 1 if self.policy in ("2-way-random", "2-way-weight") else most
+        fewest = {"2way_random_shot": 1, "2way_uniform": 1, "2way_ref": REFERENCES, "2way_ref_or_weight": REFERENCES}
+        lowest = fewest.get(self.policy, most)
         many = [f"{lowest * k} to {most * k}" if lowest < most else f"{most * k}" for k in (1, self.ways)]
         return f"{self.policy}: {many[0]} demonstrations of each of {self.ways} classes, {many[1]} in all"
 
@@ -161,6 +184,8 @@ class LinkedClasses(Source):
                 continue
             shots = self._draw(most, rng)
             make = self._ordinary if rng.random() < self.ordinary else self._linked
+            if make == self._linked and self._refers(rng):
+                make, shots = self._referred, rng.randint(REFERENCES, most)
             pairs = make(positive, shots, rng)
             yield self._episode(pairs, [len(pairs) - 1], whole=True)
 
@@ -177,18 +202,18 @@ class LinkedClasses(Source):
 
     def _draw(self, most: int, rng: random.Random) -> int:
         """How many demonstrations each class has."""
-        if self.policy in ("2-way", "mix"):
+        if self.policy not in ("2way_random_shot", "2way_uniform"):
             return most
-        weights = [math.exp(count / 2) if self.policy == "2-way-weight" else 1.0 for count in range(1, most + 1)]
+        weights = [math.exp(count / 2) if self.policy == "2way_random_shot" else 1.0 for count in range(1, most + 1)]
         return rng.choices(range(1, most + 1), weights)[0]
+
+    def _refers(self, rng: random.Random) -> bool:
+        """Whether an episode asks for the names of single images."""
+        return self.policy == "2way_ref" or (self.policy == "2way_ref_or_weight" and rng.random() < 0.5)
 
     def _linked(self, positive: int, shots: int, rng: random.Random) -> list[Pair]:
         """Demonstrations of a class and of its neighbours, shuffled, and a query of one of them."""
-        image_class = self.classes[positive]
-        pools = [(image_class.name, image_class.images)]
-        for neighbour in self._negatives(positive, rng):
-            other = self.classes[neighbour.number]
-            pools.append((other.name, tuple(dict.fromkeys([*other.images, *neighbour.images]))))
+        pools = self._pools(positive, rng)
         taken = set(self._taken)
         names = [name for name, _ in pools]
         for place in range(self.ways if self.rename == "both" else 1):
@@ -202,9 +227,39 @@ class LinkedClasses(Source):
             )  # the query is another image than the demonstrations
             demos += [self.wording.shown(image, names[place]) for image in drawn[:shots]]
             if place == target:
-                query = self.wording.asked(drawn[-1], names[place])
+                query = self.wording.asked(drawn[-1], names[place], rng.choice(QUESTIONS) if self.varied else None)
         rng.shuffle(demos)
         return [*demos, query]
+
+    def _referred(self, positive: int, shots: int, rng: random.Random) -> list[Pair]:
+        """Images of a class and of its neighbours, each under a random name; asked are the names of one class.
+
+        `policy_2way_ref` of Link-Context Learning's code answers with the names of the other class; here they are
+        those of the query's own.
+        """
+        target, taken = rng.randrange(self.ways), set(self._taken)
+        shown: list[tuple[Pair, str, bool]] = []
+        for place, (_, images) in enumerate(self._pools(positive, rng)):
+            drawn = _drawn(images, shots + (place == target), rng)
+            for image in drawn[:shots]:
+                name = random_name(rng, taken)
+                taken.add(name)
+                pair = {"image": image, "question": REFERENCE_QUESTION, "answer": REFERENCE.format(name=name)}
+                shown.append((pair, name, place == target))
+            if place == target:
+                query_image = drawn[-1]
+        rng.shuffle(shown)
+        names = ", ".join(name for _, name, same in shown if same)
+        return [*(pair for pair, _, _ in shown), {"image": query_image, "question": SAME_CLASS, "answer": names}]
+
+    def _pools(self, positive: int, rng: random.Random) -> list[tuple[str, tuple[str, ...]]]:
+        """Name and images of a class, and of each of the classes beside it."""
+        image_class = self.classes[positive]
+        pools = [(image_class.name, image_class.images)]
+        for neighbour in self._negatives(positive, rng):
+            other = self.classes[neighbour.number]
+            pools.append((other.name, tuple(dict.fromkeys([*other.images, *neighbour.images]))))
+        return pools
 
     def _negatives(self, positive: int, rng: random.Random) -> list[Neighbour]:
         """Neighbours with different names, drawn by weight."""
@@ -229,6 +284,22 @@ class LinkedClasses(Source):
         return [*demos, query]
 
 
+def check_policy(policy: str) -> None:
+    """Raise `ValueError` for a policy that there is not; the message has its name of today, or why it is not made."""
+    if policy in OLD_POLICIES:
+        raise ValueError(
+            f"policy={policy!r} is an old name. Policies are called as in Link-Context Learning's code now: it is "
+            f"{OLD_POLICIES[policy]!r} ('2way_weight' is always as many shots, '2way_random_shot' draws their number)."
+        )
+    if policy == "jigsaw":
+        raise ValueError(
+            "policy='jigsaw' is not made: it asks for the coordinates of an image's pieces, and each piece would be a "
+            "demonstration without words of its own, at which AIM reads states. Use 2way_ref_or_weight and other data."
+        )
+    if policy not in POLICIES:
+        raise ValueError(f"policy={policy!r} is unknown; choose one of {POLICIES}.")
+
+
 def _drawn(images: Sequence[str], count: int, rng: random.Random) -> list[Any]:
     """Some of the images of a class; the others may stand in their places."""
     order = rng.sample(images, len(images))
@@ -244,11 +315,12 @@ class LinkContext(LinkedClasses):
         features: class features to mine neighbours from (`ClassFeatures`, or a safetensors file of them, whose
             classes are names of class folders); with `clip`, the file to keep them in.
         clip: Hub id or folder of a CLIP that computes them. The paper: `openai/clip-vit-base-patch16`.
+        means: of its image features, `"unit"`, or `"raw"` as in Link-Context Learning's code (`clip_features`).
         neighbours: `"similar"`, mined from features; or `"random"`, any other class, all alike, without features.
         names: names of the classes by folder, or a JSON file of them, where a folder is not called by its class's
             name (WordNet ids).
         seed: of the mining.
-        **settings: as for `LinkedClasses`: `policy`, `shots`, `ways`, `rename`, `wording`, `ordinary`.
+        **settings: as for `LinkedClasses`: `policy`, `shots`, `ways`, `rename`, `wording`, `questions`, `ordinary`.
 
     Raises:
         ValueError: fewer than two classes, a class without a name, features of other classes, an unknown setting.
@@ -261,6 +333,7 @@ class LinkContext(LinkedClasses):
         *,
         features: ClassFeatures | str | os.PathLike[str] | None = None,
         clip: str | os.PathLike[str] | None = None,
+        means: str = "unit",
         neighbours: str = "similar",
         names: Mapping[str, str] | str | os.PathLike[str] | None = None,
         seed: int = 0,
@@ -273,12 +346,14 @@ class LinkContext(LinkedClasses):
                 "Neighbours are mined from class features: give clip= (a CLIP that computes them), features= (a file "
                 "of them), or neighbours='random'."
             )
+        if means != "unit" and clip is None:
+            raise ValueError(f"means={means!r} is of the features that a CLIP computes; give clip=, too.")
         classes = class_folders(path, names)
         if neighbours == "random":
             everybody = range(len(classes))
             neighbour_lists = [[Neighbour(other, 1.0) for other in everybody if other != own] for own in everybody]
         else:
-            mined = mined_neighbours(_alike(classes, features, clip), seed)
+            mined = mined_neighbours(_alike(classes, features, clip, means), seed)
             neighbour_lists = [
                 [Neighbour(other, len(some) - place) for place, other in enumerate(some)] for some in mined
             ]
@@ -289,12 +364,13 @@ def _alike(
     classes: Sequence[ImageClass],
     features: ClassFeatures | str | os.PathLike[str] | None,
     clip: str | os.PathLike[str] | None,
+    means: str,
 ) -> Any:
     """How alike classes are, of features that are given, or computed."""
     if isinstance(features, ClassFeatures):
         features = features.of(classes)
     elif clip is not None:
-        features = clip_features(classes, clip, features)
+        features = clip_features(classes, clip, features, means=means)
     else:
         assert features is not None
         features = ClassFeatures.load(features).of(classes, f"The features in {os.fspath(features)}")

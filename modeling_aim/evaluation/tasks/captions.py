@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from ...data.jsonl import read_json
 from ...data.rows import existing
 from ...data.tables import MissingSplit, Row, Table, file_rows, open_table, split_names
-from ..metrics import Captions
+from ..metrics import Captions, openflamingo_caption
 from ..task import Example, Prediction
 from .splits import SplitTask, texts
 
@@ -91,12 +91,17 @@ class CaptionsFile(SplitTask):
         return self.scorer.scores(lines, [example.answers for example in examples])
 
     def summary(self, examples: Sequence[Example], predictions: Sequence[Prediction]) -> dict[str, float]:
-        """CIDEr. Literature shows it times 100."""
+        """CIDEr, and that of captions cut as OpenFlamingo cuts them. Literature shows it times 100."""
         scores = self.terms(examples, predictions)
-        return {"cider": sum(scores) / len(scores)} if scores else {}
+        if not scores:
+            return {}
+        captions = [openflamingo_caption(prediction.text) for prediction in predictions]
+        published = self.scorer.scores(captions, [example.answers for example in examples])
+        return {"cider": sum(scores) / len(scores), "cider_openflamingo": sum(published) / len(published)}
 
     def notes(self) -> list[str]:
-        return [*super().notes(), self.scorer.note()]
+        cut = "cider_openflamingo (in results.json): captions cut at the word Output alone, not at a new line."
+        return [*super().notes(), self.scorer.note(), cut]
 
 
 class Flickr30k(CaptionsFile):

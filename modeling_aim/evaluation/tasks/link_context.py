@@ -78,6 +78,9 @@ class LinkContextTask(DataTask):
         random.Random(f"{self.name} {seed} {example.id} {count}").shuffle(shots)
         return shots
 
+    def per_class(self, count: int) -> int | None:
+        return count // self.ways
+
     def shots_note(self, count: int) -> str:
         each = count // self.ways
         note = f"{each} of each of {self.ways} classes: {count}-shot in LCL's paper, {each}-shot in its code"

@@ -317,6 +317,9 @@ class OpenMi(VlIcl):
             )
         return images
 
+    def per_class(self, count: int) -> int | None:
+        return count // 2
+
     def shots_note(self, count: int) -> str:
         return f"{count // 2} of each of 2 classes, VL-ICL's {count // 2}-shot" if count else ""
 
@@ -349,6 +352,9 @@ class MatchingMi(VlIcl):
             for number, pair in self.drawn(self.support, self.halved(count), example, seed)
             for kind in ("same", "diff")
         ]
+
+    def per_class(self, count: int) -> int | None:
+        return count // 2
 
     def shots_note(self, count: int) -> str:
         return f"{count // 2} of each of 2 answers, VL-ICL's {count // 2}-shot" if count else ""
