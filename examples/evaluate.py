@@ -2,7 +2,7 @@
 
     python examples/evaluate.py --output build/eval                     # minutes
     python examples/evaluate.py --output build/eval --limit 4           # a quick look
-    python examples/evaluate.py --output build/rivals --methods published --shots 2,8,32 --tasks operator --seeds 1
+    python examples/evaluate.py --output build/baselines --methods published --shots 2,8,32 --tasks operator --seeds 1
 
 The tasks (`examples/aim_tiny/tasks.py`) are drawn from the test split of aim-tiny's world and written as episode
 files, other ones for each seed; then `aim eval`'s own function runs over them. Interrupted, the same command goes on.
@@ -21,8 +21,8 @@ from lesson import AIM_TINY
 sys.path.insert(0, str(Path(__file__).resolve().parent / "aim_tiny"))
 import tasks
 
+from modeling_aim.baselines.methods import BASELINES
 from modeling_aim.evaluation import EvalSettings, evaluate
-from modeling_aim.rivals.methods import RIVALS
 
 PUBLISHED = (
     "zero", "text", "full", "aim", "aim-untrained", "aim-untrained-shuffled", "prefix-kv", "text-kv",
@@ -71,7 +71,7 @@ def main() -> None:
     folder = args.output.with_name(f"{args.output.name}-tasks")
     specs = write_tasks(folder, args.tasks.split(","), args.episodes, max(shots), args.seeds)
     methods = PUBLISHED if args.methods == "published" else tuple(filter(None, args.methods.split(",")))
-    published = any(name.partition(":")[0] in RIVALS for name in methods)  # one at a time, so that times compare
+    published = any(name.partition(":")[0] in BASELINES for name in methods)  # one at a time, so that times compare
     settings = EvalSettings(
         repo=args.repo, tasks=tuple(specs), output=str(args.output), shots=shots, seeds=args.seeds, limit=args.limit,
         batch_size=1 if published else 16, images_at_once=256, methods=methods, skip_too_long=published,

@@ -18,11 +18,11 @@ from modeling_aim.backbone_aim import decoder_layers
 from modeling_aim.cli.bench import app
 from modeling_aim.prefix_aim import prefix_kv, serves
 from modeling_aim.speed import growth, measure
+from modeling_aim.speed.baselines import AT_QUERY
 from modeling_aim.speed.counting import COUNTED, Twin, analytic_kv, count, count_flops, kv_bytes
 from modeling_aim.speed.measure import Measuring, Memory
 from modeling_aim.speed.methods import METHODS, Bench, Clock, call_of
 from modeling_aim.speed.prompts import RandomPrompts
-from modeling_aim.speed.rivals import AT_QUERY
 from modeling_aim.speed.shapes import PICTURES, SHAPES, random_backbone, shape_config, shape_picture
 from modeling_aim.state_aim import goes_on_behind_kv
 

@@ -3,7 +3,7 @@
     python examples/aim_tiny/evaluate.py --episodes 100                 # a table
     python examples/aim_tiny/evaluate.py --episodes 400 --json          # {"2-way 8": {"aim": ..., "full": ...}, ...}
     python examples/aim_tiny/evaluate.py --cells "operator 8,attribute 16" --repo build/trained    # tasks of tasks.py
-    python examples/aim_tiny/evaluate.py --methods full,aim,text-kv,snapkv:ratio=.9    # published methods: rivals.py
+    python examples/aim_tiny/evaluate.py --methods full,aim,text-kv,snapkv:ratio=.9    # published: baselines.py
 
 An answer is right when greedy decoding gives exactly the gold name. That is so when every token of it is the most
 likely one after the gold tokens before it, so one forward pass tells, without generating. The episodes of a seed are
@@ -27,10 +27,10 @@ from pathlib import Path
 import tasks as rules
 import torch
 import world
+from baselines import Piece, answered, is_baseline
 from corpus import IMAGE_IDS
 from loading import load_backbone, load_interleaved, load_plugin
 from quick import run
-from rivals import Piece, answered, is_rival
 from support import CONTROLS, OUT, progress, write
 from transformers import LlavaForConditionalGeneration
 from vision import pixels
@@ -312,7 +312,7 @@ def verdicts(bench: Bench, methods: list[str], tasks: list[Task]) -> dict[str, l
 
     Methods whose prompts are too long are left out.
     """
-    written = {m: [bench.written(m, t) for t in tasks] for m in methods if is_rival(m)}
+    written = {m: [bench.written(m, t) for t in tasks] for m in methods if is_baseline(m)}
     own = [m for m in methods if m not in written]
     methods = [m for m in own if not any(too_long(bench, m, t) for t in tasks)]
     groups = [[m] for m in methods if not m.startswith("aim")]
@@ -348,7 +348,7 @@ def evaluate(
         found = verdicts(bench, methods, tasks)
         for method in methods:
             scores[cell, method, wording, seed] = sum(found[method]) / len(tasks) if method in found else None
-            own = bench.rows.pop(method) if is_rival(method) else [len(prompt(method, t)[0]) for t in tasks[:20]]
+            own = bench.rows.pop(method) if is_baseline(method) else [len(prompt(method, t)[0]) for t in tasks[:20]]
             lengths[cell][method] += own
     for cell in cells:
         by = {m: {(w, s): scores[cell, m, w, s] for w in wordings for s in range(seeds)} for m in methods}

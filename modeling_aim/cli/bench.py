@@ -17,12 +17,12 @@ from .. import AimProcessor, laptop_quantization_config
 from ..backbone_aim import load_backbone
 from ..image_settings import set_image_settings
 from ..runs import PRECISIONS
+from ..speed.baselines import COLD_NAMES, NAMES, is_baseline, split
 from ..speed.counting import COUNTED, Twin, count
 from ..speed.measure import Measuring
 from ..speed.methods import METHODS, Bench
 from ..speed.prompts import RandomPrompts
 from ..speed.report import notes, rich_table, save, with_ratios
-from ..speed.rivals import COLD_NAMES, NAMES, is_rival, split
 from ..speed.shapes import picture_of, picture_with, random_backbone, shape_config, shape_picture
 from .options import check_least, command
 from .terminal import errors, safe, wide_console
@@ -81,7 +81,7 @@ class BenchSettings:
             raise ValueError(f"--shots {given!r}: expected numbers of demonstrations, as in 0,1,4,8.")
         known = COUNTED if self.count_only else tuple(METHODS)
         for name in self.methods:
-            if is_rival(name):
+            if is_baseline(name):
                 split(name)
             elif name not in known:
                 there = ", ".join((*known, *NAMES, *COLD_NAMES))

@@ -2,7 +2,7 @@
 
 A method makes a `Prompt` of a query and its demonstrations. It never opens an image and never sees a model, so a new
 one is a function of a few lines with an entry in `METHODS`. Its name may carry settings: `aim-untrained:depth=12`,
-`snapkv:ratio=.5:window=16`. Those that work on the KV of a prompt's pieces are in `modeling_aim/rivals`.
+`snapkv:ratio=.5:window=16`. Those that work on the KV of a prompt's pieces are in `modeling_aim/baselines`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from ..baselines.methods import BASELINES, Baseline, baseline_of
 from ..demonstrations_aim import Demonstration
 from ..processing_aim import AimProcessor
-from ..rivals.methods import RIVALS, Rival, rival_of
 from .task import Example, Shot
 
 PROMPTS = ("plain", "chat")
@@ -77,8 +77,8 @@ class Prompt:
         projector: what makes fused tokens of them: the repository's own projector, one with random weights, or none,
             so that states are put back at the depth where they were read.
         depth: where, of `"untrained"`; the repository's own depths or the default one when `None`.
-        parts: the same text in pieces, for a `rival`.
-        rival: the method that works on them.
+        parts: the same text in pieces, for a `baseline`.
+        baseline: the method that works on them.
     """
 
     text: str
@@ -87,7 +87,7 @@ class Prompt:
     projector: Projector = "own"
     depth: int | None = None
     parts: tuple[Part, ...] = ()
-    rival: Rival | None = None
+    baseline: Baseline | None = None
 
 
 class PromptBuilder:
@@ -196,7 +196,7 @@ def full(builder: PromptBuilder, example: Example, demos: Sequence[Shown], seed:
 
 
 def in_pieces(builder: PromptBuilder, example: Example, demos: Sequence[Shown], seed: int) -> Prompt:
-    """As `full`, in pieces that a method of `modeling_aim/rivals` reads."""
+    """As `full`, in pieces that a method of `modeling_aim/baselines` reads."""
     prompt = full(builder, example, demos, seed)
     return replace(prompt, parts=builder.parts(example, demos) if builder.prompts == "plain" else ())
 
@@ -223,7 +223,7 @@ class Method:
         many_images: it puts several images into one prompt.
         shots: it shows demonstrations at all.
         draws: it draws something by the seed beside the demonstrations.
-        projector, depth, rival: of its prompts; see `Prompt`.
+        projector, depth, baseline: of its prompts; see `Prompt`.
     """
 
     make: Show
@@ -233,12 +233,12 @@ class Method:
     draws: bool = False
     projector: Projector = "own"
     depth: int | None = None
-    rival: Rival | None = None
+    baseline: Baseline | None = None
 
     def show(self, builder: PromptBuilder, example: Example, demos: Sequence[Shown], seed: int) -> Prompt:
         """The prompt of a query with its demonstrations."""
         prompt = self.make(builder, example, demos, seed)
-        return replace(prompt, projector=self.projector, depth=self.depth, rival=self.rival)
+        return replace(prompt, projector=self.projector, depth=self.depth, baseline=self.baseline)
 
 
 METHODS: dict[str, Method] = {
@@ -250,9 +250,12 @@ METHODS: dict[str, Method] = {
     "aim-random": Method(aim, needs_aim=True, draws=True, projector="random"),  # what is left is not from training
     "aim-untrained": Method(aim, projector="untrained"),
     "aim-untrained-shuffled": Method(aim_shuffled, draws=True, projector="untrained"),
-    **{name: Method(in_pieces, many_images=rival.many_images, rival=rival) for name, rival in RIVALS.items()},
+    **{
+        name: Method(in_pieces, many_images=baseline.many_images, baseline=baseline)
+        for name, baseline in BASELINES.items()
+    },
 }
-BY_DEFAULT = tuple(name for name in METHODS if name not in RIVALS)
+BY_DEFAULT = tuple(name for name in METHODS if name not in BASELINES)
 
 
 def method_of(name: str) -> Method:
@@ -267,8 +270,8 @@ def method_of(name: str) -> Method:
     method, (key, _, value) = METHODS[plain], setting.partition("=")
     if not colon:
         return method
-    if method.rival is not None:
-        return replace(method, rival=rival_of(name))
+    if method.baseline is not None:
+        return replace(method, baseline=baseline_of(name))
     if key != "depth" or not value.isdecimal() or method.projector != "untrained":
         raise ValueError(f"Method {name!r}: expected aim-untrained:depth=K or aim-untrained-shuffled:depth=K.")
     return replace(method, depth=int(value))

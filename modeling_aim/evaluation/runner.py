@@ -29,13 +29,13 @@ from ..files_aim import only_one, write_whole
 from ..image_settings import tokens_line
 from ..progress import show_progress
 from .asked import Asked, open_asked
+from .baselines import refuses
 from .choosing import choose_all, read_chosen
 from .folder import RECORD, begin, claim
 from .methods import Prompt, Shown, method_of
 from .reads import Reads, Unusable, check_names
 from .report import write_report
 from .results import LEFT_OUT, PREDICTIONS, RESULTS, Cell, Kept, Key, PredictionRow, cell_figures, curves, write_rows
-from .rivals import refuses
 from .settings import EvalSettings
 from .subject import Answer, Subject, load_subject
 from .summary import about, model_identity, task_summary, too_long
@@ -173,7 +173,7 @@ class Run:
     def _beyond(self, task: str, name: str, count: int) -> bool:
         """Whether a method is left out because a prompt of a task with `count` images is longer than the positions."""
         method, longest = method_of(name), self.subject.longest
-        together = method.many_images and (method.rival is None or method.rival.whole)
+        together = method.many_images and (method.baseline is None or method.baseline.whole)
         if not self.settings.skip_too_long or longest is None or not together:
             return False
         if (task, count) not in self._lengths:
@@ -203,8 +203,8 @@ class Run:
                 self.notes.append(f"{', '.join(names)}: left out, {what} ({why}).")
                 refused.update(names)
         for name in [m for m in methods if m not in refused]:
-            rival = methods[name].rival
-            if rival is not None and (why := refuses(rival, self.subject)):
+            baseline = methods[name].baseline
+            if baseline is not None and (why := refuses(baseline, self.subject)):
                 self.notes.append(f"{name}: left out, this backbone cannot be served ({why}).")
                 refused.add(name)
         return refused
@@ -431,7 +431,7 @@ class Run:
 
     def _timed(self) -> list[str]:
         """A note on times that cannot be compared."""
-        alone = [m for m in self.settings.methods if method_of(m).rival is not None and m not in self._cannot]
+        alone = [m for m in self.settings.methods if method_of(m).baseline is not None and m not in self._cannot]
         if not alone or self.settings.batch_size == 1:
             return []
         return [f"{', '.join(alone)}: one prompt at a time. The times of other methods are shares of batches of up to "

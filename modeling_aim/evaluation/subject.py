@@ -23,7 +23,7 @@ from ..image_settings import set_image_settings
 from ..processing_aim import AimProcessor
 from ..projector_aim import SCALE_KEY
 from ..runs import PRECISIONS
-from . import rivals
+from . import baselines
 from .cost import FirstToken, row_kv_bytes
 from .methods import Prompt, PromptBuilder
 from .random_projector import random_projector
@@ -62,13 +62,13 @@ class Batch:
         prompts: one a row.
         images: of each row.
         inputs: the backbone's, padded on the left.
-        pieces: of each row, where a method of `modeling_aim/rivals` answers; there are no `inputs` then.
+        pieces: of each row, where a method of `modeling_aim/baselines` answers; there are no `inputs` then.
     """
 
     prompts: tuple[Prompt, ...]
     images: tuple[list[Any], ...]
     inputs: BatchFeature
-    pieces: tuple[rivals.Pieces, ...] = ()
+    pieces: tuple[baselines.Pieces, ...] = ()
 
 
 class Subject:
@@ -136,8 +136,8 @@ class Subject:
     def encode(self, prompts: Sequence[Prompt], what: Sequence[str]) -> Batch:
         """Open the images of some prompts and make one padded batch; no model is needed."""
         images = tuple(open_images(prompt.images, name) for prompt, name in zip(prompts, what, strict=True))
-        if prompts[0].rival is not None:
-            pieces = tuple(rivals.Pieces.of(self.processor, *row) for row in zip(prompts, images, strict=True))
+        if prompts[0].baseline is not None:
+            pieces = tuple(baselines.Pieces.of(self.processor, *row) for row in zip(prompts, images, strict=True))
             return Batch(tuple(prompts), images, BatchFeature(), pieces)
         return Batch(tuple(prompts), images, self._encoded(images, [prompt.text for prompt in prompts]))
 
@@ -179,8 +179,8 @@ class Subject:
             for prediction, tokens, count in zip(predictions, mask.sum(dim=1).tolist(), counts, strict=True)
         ]
 
-    def _in_pieces(self, pieces: rivals.Pieces, prompt: Prompt, options: Sequence[str], new: int) -> Answer:
-        result = rivals.answer(pieces, prompt, options, new, self)
+    def _in_pieces(self, pieces: baselines.Pieces, prompt: Prompt, options: Sequence[str], new: int) -> Answer:
+        result = baselines.answer(pieces, prompt, options, new, self)
         return Answer(result.prediction, result.tokens, 0, result.total, result.reading, result.first, result.kv_bytes)
 
     def _fused(self, prompts: Sequence[Prompt], seed: int, reads: Any) -> list[FusedDemonstrations | None]:

@@ -24,7 +24,7 @@ from transformers import AutoModelForImageTextToText, Cache, DynamicCache, PreTr
 from ..backbone_aim import decoder_layers
 from ..configuration_aim import PRESETS, AimConfig, default_depth
 from ..projector_aim import AimProjector
-from .rivals import COLD_NAMES, NAMES, is_rival, rival_counts
+from .baselines import COLD_NAMES, NAMES, baseline_counts, is_baseline
 from .shapes import Picture, picture_of
 
 aten = torch.ops.aten
@@ -224,13 +224,13 @@ def count(
 
     Args:
         twin: the backbone.
-        method: one of `COUNTED`, or of `NAMES` or `COLD_NAMES` of `rivals.py` with settings as in `snapkv:ratio=.9`.
+        method: one of `COUNTED`, or of `NAMES` or `COLD_NAMES` of `baselines.py` with settings (`snapkv:ratio=.9`).
         shots: demonstrations.
         demo_tokens: text tokens of a demonstration, and so fused tokens of it.
         query_tokens: text tokens of the query.
     """
-    if is_rival(method):
-        return Counted(method, shots, *rival_counts(twin, method, shots, demo_tokens, query_tokens))
+    if is_baseline(method):
+        return Counted(method, shots, *baseline_counts(twin, method, shots, demo_tokens, query_tokens))
     if method not in COUNTED:
         raise ValueError(f"There is no method {method!r}; counted are {', '.join((*COUNTED, *NAMES, *COLD_NAMES))}.")
     kind, text = method.removeprefix("depth-"), twin.config.get_text_config()

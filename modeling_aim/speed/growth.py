@@ -21,8 +21,8 @@ from typing import Any
 
 from ..backbone_aim import longest_prompt
 from .bank import FEATURES, SHOTS, measure, write
+from .baselines import COLD_NAMES, NAMES
 from .counting import DEMO_TOKENS, Twin, analytic_kv, count
-from .rivals import COLD_NAMES, NAMES
 from .shapes import SHAPES, shape_config, shape_picture
 
 GROWN = ("zero", "full", "prefix-kv", "text-kv", "parallel-icl", "fastv", "catp", "snapkv:ratio=.9", "task-vector",

@@ -11,7 +11,7 @@
   were read, the default one.
 
 What the others have of AIM is the paper's form: a projector, and fused tokens at the input embeddings. The methods of
-`modeling_aim/rivals` are in `rivals.py`.
+`modeling_aim/baselines` are in `baselines.py`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import torch
 from .. import AimForConditionalGeneration
 from ..demonstrations_aim import Demos, FusedDemonstrations
 from ..state_aim import preserved_state
+from .baselines import baseline_call, reading_of
 from .prompts import RandomPrompts
-from .rivals import reading_of, rival_call
 
 
 class Clock:
@@ -242,7 +242,7 @@ def call_of(bench: Bench, name: str, shots: int) -> Call:
     """A method by its name, made ready as far as it may be."""
     if name in METHODS:
         return METHODS[name](bench, shots)
-    return rival_call(name, reading_of(bench.backbone, bench.prompts, shots, bench.model.device))
+    return baseline_call(name, reading_of(bench.backbone, bench.prompts, shots, bench.model.device))
 
 
 WITHOUT_DEMONSTRATIONS = ("zero", "overhead")

@@ -12,13 +12,13 @@ from more_families import gemma3, internvl
 
 from modeling_aim import AimProcessor
 from modeling_aim.backbone_aim import decoder_layers
+from modeling_aim.baselines.methods import BASELINES, baseline_of
+from modeling_aim.baselines.reading import Answering, Reading
+from modeling_aim.baselines.watching import watched_attention
+from modeling_aim.evaluation.baselines import Pieces, refuses
 from modeling_aim.evaluation.methods import Part, PromptBuilder, method_of
-from modeling_aim.evaluation.rivals import Pieces, refuses
 from modeling_aim.evaluation.subject import Subject
 from modeling_aim.prefix_aim import cache_bytes
-from modeling_aim.rivals.methods import RIVALS, rival_of
-from modeling_aim.rivals.reading import Answering, Reading
-from modeling_aim.rivals.watching import watched_attention
 
 BUILDERS = {**FAMILIES, **MORE_FAMILIES, "internvl": internvl, "gemma3": gemma3}
 SERVED = ("llava", "qwen2_5_vl", "idefics3", "internvl")
@@ -55,7 +55,7 @@ def reference(family: str, count: int = 3) -> torch.Tensor:
 
 
 def logits_of(family: str, name: str, count: int = 3) -> torch.Tensor:
-    return Answering(subject(family).backbone, rival_of(name)(reading_of(family, count))()).logits
+    return Answering(subject(family).backbone, baseline_of(name)(reading_of(family, count))()).logits
 
 
 @pytest.mark.parametrize("family", SERVED)
@@ -71,10 +71,10 @@ def test_one_demonstration_read_alone_is_the_whole_prompt(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", SERVED)
-@pytest.mark.parametrize("name", [name for name in RIVALS if name != "emloc"] + ["emloc:delta=0.5"])
+@pytest.mark.parametrize("name", [name for name in BASELINES if name != "emloc"] + ["emloc:delta=0.5"])
 def test_what_it_keeps_is_what_it_says(family: str, name: str) -> None:
     backbone = subject(family).backbone
-    answering = Answering(backbone, rival_of(name)(reading_of(family))())
+    answering = Answering(backbone, baseline_of(name)(reading_of(family))())
     assert answering.kv_bytes == sum(cache_bytes(cache) for cache in answering.caches)
     text = backbone.config.get_text_config()
     width = 2 * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads) * 4
@@ -93,7 +93,7 @@ def test_what_it_keeps_is_what_it_says(family: str, name: str) -> None:
 @pytest.mark.parametrize("name", ["prefix-kv", "text-kv", "fastv", "emloc:chunk=2:delta=0.05", "parallel-icl"])
 def test_tokens_one_by_one_are_tokens_at_once(family: str, name: str) -> None:
     """Behind caches whose layers have kept different numbers of rows too."""
-    answering = Answering(subject(family).backbone, rival_of(name)(reading_of(family))())
+    answering = Answering(subject(family).backbone, baseline_of(name)(reading_of(family))())
     written = answering.fork().write(4)
     at_once, steps = answering.fork().push(written), answering.fork()
     one_by_one = torch.cat([steps.push([token]) for token in written])
@@ -106,7 +106,7 @@ def test_tokens_one_by_one_are_tokens_at_once(family: str, name: str) -> None:
 
 def test_exact_kv_writes_what_the_backbone_writes() -> None:
     one = subject("llava")
-    written = Answering(one.backbone, rival_of("prefix-kv")(reading_of("llava"))()).write(5)
+    written = Answering(one.backbone, baseline_of("prefix-kv")(reading_of("llava"))()).write(5)
     inputs = pieces_of("llava").encode(range(4), True)
     ids = one.backbone.generate(**inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False)
     assert written == ids[0, -5:].tolist()
@@ -137,7 +137,7 @@ def test_snapkv_keeps_the_rows_that_are_looked_at_and_the_window() -> None:
     length = len(context.ids)
     scores = seen[0].mean(1)[:, :-8]
     scores = torch.nn.functional.avg_pool1d(scores, 5, stride=1, padding=2).unflatten(0, (2, 2)).mean(1)
-    kept = Answering(reading.backbone, rival_of("snapkv:window=8")(reading)()).caches[0].layers[0].keys
+    kept = Answering(reading.backbone, baseline_of("snapkv:window=8")(reading)()).caches[0].layers[0].keys
     for head in range(2):
         best = scores[head].topk(length // 2 - 8).indices.sort().values.tolist()
         rows = [*best, *range(length - 8, length)]
@@ -146,7 +146,7 @@ def test_snapkv_keeps_the_rows_that_are_looked_at_and_the_window() -> None:
 
 
 def test_fastv_drops_images_of_demonstrations_behind_its_layer_alone() -> None:
-    answering = Answering(subject("llava").backbone, rival_of("fastv:ratio=1:depth=1")(reading_of("llava"))())
+    answering = Answering(subject("llava").backbone, baseline_of("fastv:ratio=1:depth=1")(reading_of("llava"))())
     rows = [layer.keys.shape[-2] for layer in answering.caches[0].layers]
     images = 4  # tokens of each of three images
     assert rows == [rows[0], rows[0] - 3 * images, rows[0] - 3 * images]
@@ -157,7 +157,7 @@ def test_the_task_vector_reaches_the_query_and_no_more() -> None:
     hooks = [len(layer._forward_pre_hooks) for layer in decoder_layers(subject("llava").backbone)]
     reading = reading_of("llava")
     alone = Answering(reading.backbone, [reading.whole([])])
-    moved = Answering(reading.backbone, rival_of("task-vector")(reading)())
+    moved = Answering(reading.backbone, baseline_of("task-vector")(reading)())
     assert moved.kv_bytes == alone.kv_bytes and not torch.allclose(moved.logits, alone.logits, atol=1e-3)
     assert not torch.allclose(moved.logits, logits_of("llava", "task-vector", count=2), atol=1e-4)
     assert hooks == [len(layer._forward_pre_hooks) for layer in decoder_layers(reading.backbone)]
@@ -172,7 +172,9 @@ def test_an_expert_of_no_weight_says_nothing() -> None:
 
 @pytest.mark.parametrize("family", SERVED)
 def test_four_families_are_served(family: str) -> None:
-    assert {name: refuses(rival, subject(family)) for name, rival in RIVALS.items()} == dict.fromkeys(RIVALS, "")
+    assert {name: refuses(baseline, subject(family)) for name, baseline in BASELINES.items()} == dict.fromkeys(
+        BASELINES, ""
+    )
 
 
 @pytest.mark.parametrize(
@@ -187,7 +189,7 @@ def test_four_families_are_served(family: str) -> None:
     ],
 )
 def test_a_backbone_is_refused_with_the_reason(family: str, name: str, reason: str) -> None:
-    why = refuses(rival_of(name), subject(family))
+    why = refuses(baseline_of(name), subject(family))
     assert reason in why and bool(why) == bool(reason)
 
 
@@ -215,5 +217,5 @@ def test_a_depth_that_is_not_there_is_named(name: str) -> None:
 
 
 def test_settings_are_those_that_are_given() -> None:
-    assert rival_of("snapkv:ratio=.25:window=4").settings == {"ratio": 0.25, "window": 4}
-    assert method_of("parallel-icl:chunks=2:by=order").rival == rival_of("parallel-icl:chunks=2:by=order")
+    assert baseline_of("snapkv:ratio=.25:window=4").settings == {"ratio": 0.25, "window": 4}
+    assert method_of("parallel-icl:chunks=2:by=order").baseline == baseline_of("parallel-icl:chunks=2:by=order")

@@ -1,4 +1,4 @@
-"""Prompts in pieces, for methods of `modeling_aim/rivals`: one prompt after another, each with caches of its own."""
+"""Prompts in pieces, for the methods of `modeling_aim/baselines`: one prompt at a time, each with its own caches."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from transformers import BatchFeature
 
+from ..baselines.methods import Baseline
+from ..baselines.reading import Answering, CannotServe, Reading, check_backbone, check_cache
 from ..processing_aim import TOKENIZING, AimProcessor
-from ..rivals.methods import Rival
-from ..rivals.reading import Answering, CannotServe, Reading, check_backbone, check_cache
 from .methods import Part, Prompt
 from .task import Prediction
 
@@ -84,7 +84,7 @@ def _by_token(name: str, value: Any, length: int) -> bool:
 
 
 @dataclass(frozen=True)
-class RivalAnswer:
+class BaselineAnswer:
     """What came of one prompt; times in milliseconds, `first` from the query on."""
 
     prediction: Prediction
@@ -95,7 +95,7 @@ class RivalAnswer:
     total: float
 
 
-def answer(pieces: Pieces, prompt: Prompt, options: Sequence[str], new: int, subject: Any) -> RivalAnswer:
+def answer(pieces: Pieces, prompt: Prompt, options: Sequence[str], new: int, subject: Any) -> BaselineAnswer:
     """Answer one prompt, greedily or by the likelihood of options.
 
     Args:
@@ -107,9 +107,9 @@ def answer(pieces: Pieces, prompt: Prompt, options: Sequence[str], new: int, sub
     """
     now: Callable[[], float] = subject.now
     started = now()
-    assert prompt.rival is not None
-    rival, reading = prompt.rival, pieces.reading(subject.backbone, subject.device, subject.model.dtype)
-    ready = rival(reading)
+    assert prompt.baseline is not None
+    baseline, reading = prompt.baseline, pieces.reading(subject.backbone, subject.device, subject.model.dtype)
+    ready = baseline(reading)
     read = now()
     answering = Answering(subject.backbone, ready())
     kv_bytes, tokens, first = answering.kv_bytes, answering.tokens, now()
@@ -123,7 +123,7 @@ def answer(pieces: Pieces, prompt: Prompt, options: Sequence[str], new: int, sub
         prediction = Prediction(pieces.processor.tokenizer.decode(ids, skip_special_tokens=True).strip())
     done = now()
     times = (1000 * (read - started), 1000 * (first - read), 1000 * (done - read))
-    return RivalAnswer(prediction, round(tokens), kv_bytes, *times)
+    return BaselineAnswer(prediction, round(tokens), kv_bytes, *times)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -161,7 +161,7 @@ ROUGH = 0.25
 
 
 @torch.no_grad()
-def refuses(rival: Rival, subject: Any) -> str:
+def refuses(baseline: Baseline, subject: Any) -> str:
     """Why a method cannot be run on a backbone; empty where it can. Found by trying a short prompt.
 
     The logits of a prompt that is read in pieces must be those of the whole prompt. A backbone fails that if it reads
@@ -178,13 +178,13 @@ def refuses(rival: Rival, subject: Any) -> str:
         reading = pieces.reading(subject.backbone, subject.device, subject.model.dtype)
         if not bool(reading.context([0]).is_image.any()):
             return "its configuration names no token that stands for an image"
-        if rival.many_images and rival.splits:
+        if baseline.many_images and baseline.splits:
             whole = Answering(subject.backbone, [reading.whole()]).logits
             split = Answering(subject.backbone, [reading.behind(reading.context(reading.numbers))]).logits
             apart = float((whole - split).abs().max() / whole.std().clamp(min=1e-6))
             if not apart <= CLOSE.get(subject.model.dtype, ROUGH):
                 return f"a prompt in two passes gives other logits than in one, by {apart:.2g} of their spread"
-        answering = Answering(subject.backbone, rival(reading)())
+        answering = Answering(subject.backbone, baseline(reading)())
         answering.push([int(answering.logits.argmax())])
         for cache in answering.caches:
             check_cache(cache)

@@ -1,4 +1,4 @@
-"""Published training-free methods on aim-tiny's backbone, for its evaluation: `modeling_aim/rivals`.
+"""Published training-free methods on aim-tiny's backbone, for its evaluation: `modeling_aim/baselines`.
 
 Not run by itself; `python examples/aim_tiny/evaluate.py --methods full,aim,text-kv,snapkv:ratio=.9` runs them.
 """
@@ -14,8 +14,8 @@ from support import ROOT
 from words import BOS, token_id
 
 sys.path.insert(0, str(ROOT))
-from modeling_aim.rivals.methods import RIVALS, rival_of
-from modeling_aim.rivals.reading import Answering, Reading
+from modeling_aim.baselines.methods import BASELINES, baseline_of
+from modeling_aim.baselines.reading import Answering, Reading
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Piece:
     said: int = 0
 
 
-def is_rival(method: str) -> bool:
-    return method.partition(":")[0] in RIVALS
+def is_baseline(method: str) -> bool:
+    return method.partition(":")[0] in BASELINES
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def answered(
 
     reading = Reading(model, encode, len(pieces) - 1, [piece.said for piece in pieces[:-1]], 1)
     longest = model.config.text_config.max_position_embeddings
-    experts = rival_of(method)(reading)()
+    experts = baseline_of(method)(reading)()
     answering = Answering(model, experts)
     beyond = any(int(expert.places.max()) + count >= longest for expert in experts)
     return None if beyond else answering.write(count), answering.tokens, answering.kv_bytes

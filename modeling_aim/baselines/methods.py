@@ -1,4 +1,4 @@
-"""The methods, each a short function with its paper. A new one is a function and a line of `RIVALS`.
+"""The methods, each a short function with its paper. A new one is a function and a line of `BASELINES`.
 
 A method gets the pieces of a prompt (`Reading`) and its settings. It does what can be done before the query is known,
 and returns what is left to do then: a call that gives what answers, one expert or several. All of them work on the
@@ -147,7 +147,7 @@ def _by_likeness(features: torch.Tensor) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Rival:
+class Baseline:
     """A method as a value.
 
     Args:
@@ -169,30 +169,30 @@ class Rival:
         return self.make(reading, **self.settings)
 
 
-RIVALS: dict[str, Rival] = {
-    "prefix-kv": Rival(prefix_kv),
-    "text-kv": Rival(text_kv, many_images=False, whole=False),
-    "text-kv-together": Rival(text_kv_together),
-    "parallel-icl": Rival(parallel_icl, whole=False),
-    "fastv": Rival(fastv, splits=False),
-    "catp": Rival(catp, splits=False),
-    "snapkv": Rival(snapkv),
-    "emloc": Rival(emloc),
-    "task-vector": Rival(task_vector, splits=False),
+BASELINES: dict[str, Baseline] = {
+    "prefix-kv": Baseline(prefix_kv),
+    "text-kv": Baseline(text_kv, many_images=False, whole=False),
+    "text-kv-together": Baseline(text_kv_together),
+    "parallel-icl": Baseline(parallel_icl, whole=False),
+    "fastv": Baseline(fastv, splits=False),
+    "catp": Baseline(catp, splits=False),
+    "snapkv": Baseline(snapkv),
+    "emloc": Baseline(emloc),
+    "task-vector": Baseline(task_vector, splits=False),
 }
 
 
-def rival_of(name: str) -> Rival:
+def baseline_of(name: str) -> Baseline:
     """A method by its name with its settings, as in `snapkv:ratio=.5:window=16`.
 
     Raises:
         ValueError: there is no such method, or it has no such setting, or that has another type or bounds.
     """
     plain, *given = name.split(":")
-    if plain not in RIVALS:
-        raise ValueError(f"There is no method {plain}; choose of {', '.join(RIVALS)}.")
-    rival = RIVALS[plain]
-    known = {n: p.default for n, p in inspect.signature(rival.make).parameters.items() if n != "reading"}
+    if plain not in BASELINES:
+        raise ValueError(f"There is no method {plain}; choose of {', '.join(BASELINES)}.")
+    baseline = BASELINES[plain]
+    known = {n: p.default for n, p in inspect.signature(baseline.make).parameters.items() if n != "reading"}
     settings: dict[str, Any] = {}
     for part in given:
         key, equals, value = part.partition("=")
@@ -200,7 +200,7 @@ def rival_of(name: str) -> Rival:
             has = ", ".join(f"{n}={v}" for n, v in known.items()) or "none"
             raise ValueError(f"Method {name!r}: {part!r} is not a setting of {plain}; it has {has}.")
         settings[key] = _setting(name, key, value, known[key])
-    return replace(rival, settings=settings)
+    return replace(baseline, settings=settings)
 
 
 def _setting(name: str, key: str, value: str, default: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What the methods of `modeling_aim/rivals` cost, and calls of them that can be timed.
+"""What the methods of `modeling_aim/baselines` cost, and calls of them that can be timed.
 
 Under its own name a method has done what it can before the query comes, as `prefix-kv` and `bank-kv` have; with
 `-cold` in its name (`snapkv-cold:ratio=.9`) reading is part of the call. `fastv` and `catp` can do nothing before.
@@ -14,30 +14,30 @@ from typing import Any, Protocol
 import torch
 
 from ..backbone_aim import decoder_layers
+from ..baselines.methods import BASELINES, Baseline, baseline_of
+from ..baselines.reading import Answering, Reading
+from ..baselines.watching import attention_of
 from ..configuration_aim import default_depth
-from ..rivals.methods import RIVALS, Rival, rival_of
-from ..rivals.reading import Answering, Reading
-from ..rivals.watching import attention_of
 from .prompts import RandomPrompts
 from .shapes import Picture
 
 COLD = "-cold"
 SAID = 5  # tokens of the answer at the end of a demonstration
 AT_QUERY = ("fastv", "catp")
-NAMES = tuple(name for name in RIVALS if name != "prefix-kv")  # that one is measured at its best
+NAMES = tuple(name for name in BASELINES if name != "prefix-kv")  # that one is measured at its best
 COLD_NAMES = tuple(name + COLD for name in NAMES if name not in AT_QUERY)
 
 
-def is_rival(name: str) -> bool:
+def is_baseline(name: str) -> bool:
     """Whether a name, with settings or without, is that of one of these methods."""
     return name.partition(":")[0] in (*NAMES, *COLD_NAMES)
 
 
-def split(name: str) -> tuple[Rival, str, bool]:
+def split(name: str) -> tuple[Baseline, str, bool]:
     """The method with its settings, its plain name, and whether reading is part of the call."""
     plain, colon, settings = name.partition(":")
     own = plain.removesuffix(COLD)
-    return rival_of(own + colon + settings), own, plain != own
+    return baseline_of(own + colon + settings), own, plain != own
 
 
 # --- counted
@@ -56,7 +56,7 @@ class Counts(Protocol):
     def decoder(self, new: int, past: int = 0) -> tuple[float, int]: ...
 
 
-def rival_counts(
+def baseline_counts(
     twin: Counts, name: str, shots: int, demo_tokens: int, query_tokens: int
 ) -> tuple[int, int, float, int]:
     """Rows of KV behind the prompt (mean over layers), tokens that are computed in the call, FLOPs, and bytes of KV.
@@ -73,8 +73,8 @@ def rival_counts(
     """
     if shots < 1:
         raise ValueError(f"{name} with {shots} demonstrations: expected 1 or more.")
-    rival, plain, cold = split(name)
-    settings = {n: p.default for n, p in inspect.signature(rival.make).parameters.items()} | dict(rival.settings)
+    baseline, plain, cold = split(name)
+    settings = {n: p.default for n, p in inspect.signature(baseline.make).parameters.items()} | dict(baseline.settings)
     return _Count(twin, settings, shots, demo_tokens, query_tokens).of(plain, cold)
 
 
@@ -196,14 +196,14 @@ def reading_of(backbone: Any, prompts: RandomPrompts, shots: int, device: Any) -
     return Reading(backbone, encode, shots, [SAID] * shots, len(prompts.bos))
 
 
-def rival_call(name: str, reading: Reading) -> Any:
+def baseline_call(name: str, reading: Reading) -> Any:
     """A call that answers with so many tokens and gives the KV caches it ends with, as one."""
-    rival, _, cold = split(name)
-    ready = None if cold else rival(reading)
+    baseline, _, cold = split(name)
+    ready = None if cold else baseline(reading)
 
     def call(clock: Any, tokens: int) -> Any:
         clock.put(reading.encode([reading.count], True)["input_ids"].cpu())
-        answering = Answering(reading.backbone, (rival(reading) if ready is None else ready)())
+        answering = Answering(reading.backbone, (baseline(reading) if ready is None else ready)())
         for step in range(tokens):
             best = answering.logits.argmax()
             clock.put(best.reshape(1, 1).cpu())
