@@ -131,6 +131,12 @@ def test_cider_is_compared_times_100(tmp_path: Path) -> None:
     runs = [caption_run(tmp_path / name, spec, run) for name, run in (("a", wrong), ("b", right))]
     (row,) = compare_runs(*runs)["rows"]
     assert row["printed_times"] == 100 and 0 < row["first"] < row["second"] < 11  # as it is in JSON
+    summaries = [
+        open_task(spec).summary(examples, [Prediction(run[example.id]) for example in examples])
+        for run in (wrong, right)
+    ]
+    assert (row["first"], row["second"]) == pytest.approx([summary["cider"] for summary in summaries])
+    assert row["interval"][0] >= 0 and row["test"] == "paired bootstrap"
     shown = CliRunner().invoke(app, ["eval", "compare", *map(str, runs)])
     for figure in (f"{100 * row['first']:.1f}", f"{100 * row['second']:.1f}", f"{100 * row['difference']:+.1f}"):
         assert f" {figure} " in shown.output, shown.output

@@ -170,7 +170,12 @@ def _tested(pairs: PredictionPairs, task: Any) -> dict[str, Any] | None:
     names = sorted({a["example"] for a, _ in pairs})
     if any(row["score"] is None for pair in pairs for row in pair):
         opened = task()
-        return None if opened is None else _together(pairs, names, opened)
+        if opened is None:
+            return None
+        scored = _scored(pairs, opened)
+        if scored is None:
+            return _together(pairs, names, opened)
+        pairs = scored
     number = {name: place for place, name in enumerate(names)}
     sums, counts = np.zeros((2, len(names))), np.zeros(len(names))
     for pair in pairs:
@@ -188,6 +193,25 @@ def _tested(pairs: PredictionPairs, task: Any) -> dict[str, Any] | None:
         }
         figures |= {"test": MCNEMAR}
     return figures
+
+
+def _scored(pairs: PredictionPairs, task: Task) -> PredictionPairs | None:
+    """The same pairs with what the metric is the mean of as scores (CIDEr's); `None` where it is no such mean."""
+    by_side: list[dict[tuple[int, str], float]] = [{}, {}]
+    for seed in sorted({row["seed"] for pair in pairs for row in pair}):
+        known = {example.id: example for example in task.examples(seed)}
+        for side, scores in enumerate(by_side):
+            by_name = {pair[side]["example"]: pair[side] for pair in pairs if pair[side]["seed"] == seed}
+            rows = list(by_name.values())  # of `zero`, one row stands for several seeds
+            terms = task.terms([known[row["example"]] for row in rows], [prediction_of(row) for row in rows])
+            if terms is None:
+                return None
+            scores.update(zip(((seed, row["example"]) for row in rows), terms, strict=True))
+
+    def scored(row: PredictionRow, side: int) -> PredictionRow:
+        return {**row, "score": by_side[side][row["seed"], row["example"]]}
+
+    return [(scored(first, 0), scored(second, 1)) for first, second in pairs]
 
 
 def _figures(first: float, second: float, differences: np.ndarray, examples: int, answers: int) -> dict[str, Any]:
