@@ -26,7 +26,7 @@ from modeling_aim.evaluation.attention import (
     study,
     words_in,
 )
-from modeling_aim.evaluation.methods import PromptBuilder, Shown, full
+from modeling_aim.evaluation.methods import PromptBuilder, ShownShot, full
 from modeling_aim.evaluation.subject import Subject
 from modeling_aim.evaluation.task import Example, Shot
 
@@ -48,14 +48,14 @@ def subject(family: str, prompts: str = "plain", **text: Any) -> Subject:
     return Subject(model.eval(), wrapped, PromptBuilder(wrapped, prompts))
 
 
-def asked(*more: Any) -> tuple[Example, list[Shown]]:
+def asked(*more: Any) -> tuple[Example, list[ShownShot]]:
     """A query with demonstrations of every kind, one of them without an image, one with two."""
     pairs = [demo if isinstance(demo, dict) else dict(zip(("image", "text"), demo, strict=True)) for demo in DEMOS]
     shots = [Shot(str(number), pair) for number, pair in enumerate([*pairs, *more])]
-    return Example("query", (picture(9),), QUESTION, ("x",)), [Shown(shot, shot) for shot in shots]
+    return Example("query", (picture(9),), QUESTION, ("x",)), [ShownShot(shot, shot) for shot in shots]
 
 
-def encoded(model: Subject, example: Example, shown: list[Shown]) -> tuple[Any, torch.Tensor]:
+def encoded(model: Subject, example: Example, shown: list[ShownShot]) -> tuple[Any, torch.Tensor]:
     """Inputs of the full prompt, and what its positions are."""
     prompt = full(model.prompt_builder, example, shown, 0)
     inputs = model.encode([prompt], ["prompt"]).inputs

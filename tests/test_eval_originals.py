@@ -16,7 +16,7 @@ from modeling_aim.cli import app
 from modeling_aim.cli.options import parsed
 from modeling_aim.evaluation.compare import compare_runs
 from modeling_aim.evaluation.lmms_chats import bare, parts_of, pictures
-from modeling_aim.evaluation.methods import PromptBuilder, Shown
+from modeling_aim.evaluation.methods import PromptBuilder, ShownShot
 from modeling_aim.evaluation.metrics import lcl_published, named, vqa_normalized
 from modeling_aim.evaluation.report import eval_results, report, shots_label
 from modeling_aim.evaluation.results import cell_figures
@@ -49,12 +49,12 @@ def test_what_vl_icl_says_stands_in_front_of_everything(tmp_path: Path) -> None:
     for instruction, begins in beginnings.items():
         task = open_task(f"clevr:{tmp_path},instruction={instruction}")
         example, shot = task.examples(0)[0], task.pool()[0]
-        prompts = [builder.prompt(example), builder.prompt(example, [Shown(shot, shot)])]
+        prompts = [builder.prompt(example), builder.prompt(example, [ShownShot(shot, shot)])]
         assert [prompt.count(begins) for prompt in prompts] == ([1, 2] if instruction == "nothing" else [1, 1])
         assert all(prompt.startswith(begins) for prompt in prompts)
-        parts = builder.parts(example, [Shown(shot, shot)])
+        parts = builder.parts(example, [ShownShot(shot, shot)])
         assert "".join(part.text for part in parts) == prompts[1]
-        assert parts[0].text[parts[0].said :] == f"{shot.pair['answer']}\n"
+        assert parts[0].text[parts[0].answer_start :] == f"{shot.pair['answer']}\n"
     chat = PromptBuilder(AimProcessor(build("qwen2_vl").processor), "chat")
     assert "Find all" not in chat.prompt(example) and chat.prompt(example).index("The image contains") < 120
     with pytest.raises(ValueError, match="instruction='long' is unknown"):
@@ -185,7 +185,7 @@ def test_the_list_of_tasks_is_that_of_the_docs() -> None:
         line,
         *(row for row in rows if row.split("`")[1] in ours),
     ]  # other tests add kinds of theirs
-    shown = CliRunner().invoke(app, ["eval", "--list", "--shots", "nonsense"])
+    shown = CliRunner().invoke(app, ["eval", "--list", "--shots", "nonsense"], env={"COLUMNS": "250"})
     assert shown.exit_code == 0
     for kind in ours:
         assert f" {kind} " in shown.output

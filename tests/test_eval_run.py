@@ -25,7 +25,7 @@ from modeling_aim import AimForConditionalGeneration, Demonstration
 from modeling_aim.cli import app
 from modeling_aim.evaluation import METHODS, Example, Shot, evaluate
 from modeling_aim.evaluation.choosing import difference_hash
-from modeling_aim.evaluation.methods import BY_DEFAULT, Prompt, PromptBuilder, Shown
+from modeling_aim.evaluation.methods import BY_DEFAULT, Prompt, PromptBuilder, ShownShot
 from modeling_aim.evaluation.subject import load_subject
 from modeling_aim.evaluation.tasks.registry import TASKS
 
@@ -128,7 +128,7 @@ def test_a_full_prompt_has_the_words_that_aim_reads(family: str) -> None:
     processor = plugin.processor
     shots = [Shot("a", {"image": picture(1), "label": "dax"}), Shot("b", {"images": [picture(2), picture(3)],
              "question": "Which?", "answer": "both"}), Shot("c", {"text": "no image"})]  # fmt: skip
-    shown = [Shown(shot, shot) for shot in shots]
+    shown = [ShownShot(shot, shot) for shot in shots]
     example = Example("q", (picture(4),), "What?", ("x",))
     words = [processor.word(Demonstration.of(shot.pair))[0] for shot in shots]
     builder = PromptBuilder(processor, separator=" | ")
@@ -154,7 +154,7 @@ def test_a_full_prompt_has_the_words_that_aim_reads(family: str) -> None:
 def test_a_prompt_begins_with_bos_once_where_the_backbone_has_one(family: str, prompts: str) -> None:
     """SmolVLM's is written by its chat template alone, and prompts that no template renders need it too."""
     processor = backbones.plugin(family).processor
-    shown = [Shown(shot, shot) for shot in (Shot("a", {"image": picture(1), "label": "dax"}),)]
+    shown = [ShownShot(shot, shot) for shot in (Shot("a", {"image": picture(1), "label": "dax"}),)]
     builder = PromptBuilder(processor, prompts)
     example = Example("q", (picture(4),), "What?", ("x",))
     bos = processor.tokenizer.bos_token_id
@@ -166,13 +166,13 @@ def test_a_prompt_begins_with_bos_once_where_the_backbone_has_one(family: str, p
 
 def test_dealt_images_are_those_of_the_prompt() -> None:
     shots = [Shot(str(i), {"image": picture(i), "text": f"number {i}"}) for i in range(8)]
-    shown = [Shown(shot, shot) for shot in shots]
+    shown = [ShownShot(shot, shot) for shot in shots]
     builder = PromptBuilder(backbones.plugin("llava").processor)
     example = Example("q", (picture(9),), "What?", ("x",))
     plain, dealt = (METHODS[m].show(builder, example, shown, 3) for m in ("aim", "aim-shuffled"))
-    assert [one.said for one in dealt.fused] == [one.said for one in plain.fused] == shots
-    assert [one.seen.id for one in dealt.fused] != [one.seen.id for one in plain.fused]
-    assert sorted(one.seen.id for one in dealt.fused) == [shot.id for shot in shots]
+    assert [one.words_of for one in dealt.fused] == [one.words_of for one in plain.fused] == shots
+    assert [one.images_of.id for one in dealt.fused] != [one.images_of.id for one in plain.fused]
+    assert sorted(one.images_of.id for one in dealt.fused) == [shot.id for shot in shots]
     assert METHODS["aim-shuffled"].show(builder, example, shown, 3) == dealt
 
 

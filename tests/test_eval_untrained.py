@@ -13,7 +13,7 @@ from eval_tasks import AIM_TINY, Naming, Pictures, figures, predictions, setting
 
 from modeling_aim import AimForConditionalGeneration, AimProcessor, Demonstration
 from modeling_aim.evaluation import evaluate
-from modeling_aim.evaluation.methods import PromptBuilder, Shown, method_of
+from modeling_aim.evaluation.methods import PromptBuilder, ShownShot, method_of
 from modeling_aim.evaluation.subject import load_subject
 from modeling_aim.evaluation.tasks.registry import TASKS
 
@@ -85,8 +85,10 @@ def test_answers_without_training_are_those_of_single_calls(given: str, tmp_path
     for row in found:
         example = task.examples(0)[int(row["example"].split(".")[1])]
         shots = task.shots(example, row["shots"], 0)
-        shown = method_of(row["method"]).show(PromptBuilder(processor), example, [Shown(s, s) for s in shots], 0).fused
-        demos = [{**one.said.pair, "image": one.images[0]} for one in shown]
+        shown = (
+            method_of(row["method"]).show(PromptBuilder(processor), example, [ShownShot(s, s) for s in shots], 0).fused
+        )
+        demos = [{**one.words_of.pair, "image": one.images[0]} for one in shown]
         model = models[1 if row["method"].endswith("=1") else 2]
         inputs = processor(images=[list(example.images)], text=["<image>this is"], return_tensors="pt")
         ids = model.generate(**inputs, demos=demos, max_new_tokens=4)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from modeling_aim.cli import app
 from modeling_aim.evaluation import EvalSettings, evaluate
-from modeling_aim.evaluation.science_qa import gpt4_figures, own_figures, read_answers, requery_figures, said
+from modeling_aim.evaluation.science_qa import gpt4_figures, own_figures, read_answers, requery_figures, stated_letter
 from modeling_aim.evaluation.task import Prediction
 from modeling_aim.evaluation.tasks.registry import open_task
 from modeling_aim.evaluation.tasks.science_qa import official_problems
@@ -134,9 +134,9 @@ def test_one_model_is_scored_as_published(official: Path) -> None:
 
 
 def test_forms_that_the_ensembles_read() -> None:
-    assert said("First. The answer is B. Or C.") == "B"
+    assert stated_letter("First. The answer is B. Or C.") == "B"
     for text in ("B", "B. oak", "The answer is B", "the answer is B.", "The answer is A. The answer is B.", ""):
-        assert said(text) is None
+        assert stated_letter(text) is None
 
 
 @pytest.mark.parametrize("seed", range(4))

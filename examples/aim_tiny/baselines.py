@@ -25,12 +25,12 @@ class Piece:
     Args:
         ids: its tokens, without BOS.
         image: its image in a pool.
-        said: how many tokens at its end are a demonstration's answer.
+        answer_length: how many tokens at its end are a demonstration's answer.
     """
 
     ids: list[int]
     image: tuple[int, int]
-    said: int = 0
+    answer_length: int = 0
 
 
 def is_baseline(method: str) -> bool:
@@ -60,7 +60,7 @@ def answered(
         ids = torch.tensor([[*([token_id(BOS)] if begins else []), *(i for piece in shown for i in piece.ids)]])
         return {"input_ids": ids, "inputs_embeds": embed(ids, [piece.image for piece in shown])}
 
-    reading = Reading(model, encode, len(pieces) - 1, [piece.said for piece in pieces[:-1]], 1)
+    reading = Reading(model, encode, len(pieces) - 1, [piece.answer_length for piece in pieces[:-1]], 1)
     longest = model.config.text_config.max_position_embeddings
     experts = baseline_of(method)(reading)()
     answering = Answering(model, experts)

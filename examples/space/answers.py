@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from modeling_aim import AimForConditionalGeneration, AimProcessor
 from modeling_aim.configuration_aim import AimConfig
 from modeling_aim.demonstrations_aim import FusedDemonstrations, concatenated
-from modeling_aim.evaluation.methods import METHODS, PromptBuilder, Shown
+from modeling_aim.evaluation.methods import METHODS, PromptBuilder, ShownShot
 from modeling_aim.evaluation.task import Example, Shot
 
 HERE = Path(__file__).resolve().parent
@@ -209,7 +209,7 @@ def answers(model: Any, demos: Sequence[Labelled], image: Any, question: str) ->
     builder = PromptBuilder(model.processor, "chat" if model.processor.chat_template else "plain")
     query = Example(id="query", images=(image,), question=question, answers=())
     shots = [Shot(str(number), demo.raw) for number, demo in enumerate(done)]
-    shown = [Shown(shot, shot) for shot in shots]
+    shown = [ShownShot(shot, shot) for shot in shots]
     by_method = {}
     for method in NAMES:
         if method != "zero" and not done:

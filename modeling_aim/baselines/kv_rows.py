@@ -83,12 +83,12 @@ def _pruned(reading: Reading, part: Sequence[int], past: Context | None, delta: 
     answers = _answers(reading, part).to(places.device)
     length = inputs["input_ids"].shape[1]
 
-    def said(context: Context) -> torch.Tensor:
+    def answer_log_probabilities(context: Context) -> torch.Tensor:
         logits = forward(reading.backbone, inputs, places, copied(context.cache), logits=length)
         return logits[0, answers].float().log_softmax(-1)
 
     with watched_attention(reading.backbone, length) as seen:
-        wanted = said(full)
+        wanted = answer_log_probabilities(full)
     rows: list[torch.Tensor] = [torch.arange(n, device=places.device) for n in _lengths(full.cache)]
     mine = answers + reading.head if past is None else answers
     for number in reversed(range(len(rows))):
@@ -100,7 +100,7 @@ def _pruned(reading: Reading, part: Sequence[int], past: Context | None, delta: 
             best = scores.topk(max(int(share * scores.shape[-1]), 1), dim=-1).indices + before[number]
             old = rows[number][: before[number]].expand(heads, -1)
             trial = [*rows[:number], torch.cat([old, best], -1), *rows[number + 1 :]]
-            if _divergence(said(full.keep(trial)), wanted) <= delta:
+            if _divergence(answer_log_probabilities(full.keep(trial)), wanted) <= delta:
                 rows = trial
                 break
     return full.keep(rows)
@@ -115,7 +115,7 @@ def _answers(reading: Reading, part: Sequence[int]) -> torch.Tensor:
     places, end = [], 0
     for number in part:
         end += reading.encode([number], False)["input_ids"].shape[1]
-        places += list(range(end - reading.said[number], end))
+        places += list(range(end - reading.answer_lengths[number], end))
     return torch.tensor(places)
 
 

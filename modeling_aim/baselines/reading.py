@@ -142,7 +142,7 @@ class Reading:
         encode: gives the backbone's inputs of some pieces: `encode(numbers, begins)`, with BOS where `begins`. Number
             `count` is the query.
         count: demonstrations.
-        said: how many tokens at the end of each demonstration are its answer.
+        answer_lengths: how many tokens at the end of each demonstration are its answer.
         head: tokens of BOS.
     """
 
@@ -151,10 +151,11 @@ class Reading:
         backbone: PreTrainedModel,
         encode: Callable[[Sequence[int], bool], Mapping[str, Any]],
         count: int,
-        said: Sequence[int],
+        answer_lengths: Sequence[int],
         head: int,
     ) -> None:
-        self.backbone, self.encode, self.count, self.said, self.head = backbone, encode, count, list(said), head
+        self.backbone, self.encode, self.count, self.head = backbone, encode, count, head
+        self.answer_lengths = list(answer_lengths)
 
     @property
     def numbers(self) -> list[int]:

@@ -54,7 +54,7 @@ def _state_of(reading: Reading, number: int, depth: int) -> torch.Tensor:
     others = [other for other in reading.numbers if other != number]
     inputs = dict(reading.encode([*others, number], True))
     length = inputs["input_ids"].shape[1]
-    length_asked, states = length - reading.said[number], []
+    length_asked, states = length - reading.answer_lengths[number], []
     places = reading.places(inputs, 0)[..., :length_asked]
     inputs = {
         name: value[:, :length_asked] if _by_token(name, value, length) else value for name, value in inputs.items()

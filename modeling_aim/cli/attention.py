@@ -19,7 +19,7 @@ from rich.table import Table
 from ..data.jsonl import read_demonstrations
 from ..evaluation.attention import PARTS, picture, study
 from ..evaluation.choosing import Choice, check_pool, choose_all, own_shots, read_chosen
-from ..evaluation.methods import Shown
+from ..evaluation.methods import ShownShot
 from ..evaluation.seeds import MARK
 from ..evaluation.subject import load_subject
 from ..evaluation.task import Example, Shot
@@ -29,7 +29,7 @@ from .loading import LoadingSettings
 from .options import check_least
 from .terminal import safe, wide_console
 
-PromptPlan = tuple[Example, list[Shown]]  # a query and the demonstrations in front of it
+PromptPlan = tuple[Example, list[ShownShot]]  # a query and the demonstrations in front of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ def _of_task(settings: AttentionSettings) -> list[PromptPlan]:
             path = Path(folder) / "demonstrations.jsonl"
             choose_all(task, queries, [count], Choice(), path, no_bank)
             chosen = read_chosen(task, path)
-    return [(query, [Shown(shot, shot) for shot in chosen[seed, count, query.id]]) for query in queries[seed]]
+    return [(query, [ShownShot(shot, shot) for shot in chosen[seed, count, query.id]]) for query in queries[seed]]
 
 
 def _of_file(settings: AttentionSettings) -> PromptPlan:
@@ -129,7 +129,7 @@ def _of_file(settings: AttentionSettings) -> PromptPlan:
     assert settings.demos is not None
     shots = [Shot(str(number), demo) for number, demo in enumerate(read_demonstrations(settings.demos))]
     images = () if settings.image is None else (settings.image,)
-    return Example("query", images, settings.question or "", ("",)), [Shown(shot, shot) for shot in shots]
+    return Example("query", images, settings.question or "", ("",)), [ShownShot(shot, shot) for shot in shots]
 
 
 def _table(summary: dict[str, Any]) -> Table:

@@ -52,7 +52,7 @@ class Wording:
             return {"image": image, "question": self.demonstration_question, "answer": words}
         return {"image": image, "label" if self.demonstration == "{label}" else "text": words}
 
-    def asked(self, image: object, name: str, question: str | None = None) -> Pair:
+    def query(self, image: object, name: str, question: str | None = None) -> Pair:
         """A raw query with its answer; `question` in the place of the wording's own."""
         return {"image": image, "question": question or self.question, "answer": self.answer.replace("{label}", name)}
 

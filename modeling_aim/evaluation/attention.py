@@ -23,7 +23,7 @@ from ..backbone_aim import decoder_layers, image_positions
 from ..configuration_aim import implementation
 from ..processing_aim import AimProcessor
 from ..state_aim import preserved_state
-from .methods import PromptBuilder, Shown, full
+from .methods import PromptBuilder, ShownShot, full
 from .subject import Subject
 from .task import Example
 
@@ -41,7 +41,7 @@ DEMO_IMAGES, DEMO_TEXT, QUERY_IMAGES, QUERY_TEXT, REST = range(len(PARTS))
 
 
 def words_in(
-    builder: PromptBuilder, example: Example, demos: Sequence[Shown], text: str
+    builder: PromptBuilder, example: Example, demos: Sequence[ShownShot], text: str
 ) -> list[list[tuple[int, int]]]:
     """Where in a prompt the words of each demonstration stand, and last those of the query: spans of characters.
 
@@ -64,7 +64,7 @@ def words_in(
     return places
 
 
-def _said(builder: PromptBuilder, demo: Shown) -> tuple[str, int]:
+def _said(builder: PromptBuilder, demo: ShownShot) -> tuple[str, int]:
     """The words of a demonstration, and how many characters of them ask."""
     words, start, _ = builder.processor.word(demo.words)
     return words, start if demo.words.question is not None else 0
@@ -272,7 +272,7 @@ def _mean(values: np.ndarray) -> np.ndarray:
 
 def study(
     subject: Subject,
-    prompts: Iterable[tuple[Example, Sequence[Shown]]],
+    prompts: Iterable[tuple[Example, Sequence[ShownShot]]],
     about: Mapping[str, Any] | None = None,
 ) -> AttentionStudy:
     """Measure attention on prompts, one at a time; the backbone gets its own kind of attention back at the end.

@@ -31,7 +31,7 @@ class Pieces:
         self._kept: dict[tuple[tuple[int, ...], bool], dict[str, Any]] = {}
         with TOKENIZING:
             self.head = len(processor.tokenizer("")["input_ids"])
-        self.said = [self._said(part) for part in self.parts[:-1]]
+        self.answer_lengths = [self._answer_length(part) for part in self.parts[:-1]]
 
     @classmethod
     def of(cls, processor: AimProcessor, prompt: Prompt, images: Sequence[Any]) -> Pieces:
@@ -42,10 +42,10 @@ class Pieces:
         pieces.encode(range(len(pieces.parts)), True)
         return pieces
 
-    def _said(self, part: Part) -> int:
+    def _answer_length(self, part: Part) -> int:
         with TOKENIZING:
             tokens = self.processor.tokenizer(part.text, return_offsets_mapping=True)["offset_mapping"]
-        return max(sum(end > part.said for _, end in tokens), 1)
+        return max(sum(end > part.answer_start for _, end in tokens), 1)
 
     def encode(self, numbers: Sequence[int], begins: bool) -> Mapping[str, Any]:
         """The backbone's inputs of some pieces that follow one another, with BOS where they begin a prompt.
@@ -75,7 +75,7 @@ class Pieces:
         def encode(numbers: Sequence[int], begins: bool) -> Mapping[str, Any]:
             return BatchFeature(dict(self.encode(numbers, begins))).to(device, dtype)
 
-        return Reading(backbone, encode, len(self.parts) - 1, self.said, self.head)
+        return Reading(backbone, encode, len(self.parts) - 1, self.answer_lengths, self.head)
 
 
 def _by_token(name: str, value: Any, length: int) -> bool:

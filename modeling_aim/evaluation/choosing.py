@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..bank.select import STRATEGIES, Groups, drawn, pick
 from ..data.jsonl import read_json
 from ..files_aim import write_whole
-from .methods import Shown
+from .methods import ShownShot
 from .reads import Unusable, open_images, open_pair
 from .task import Example, Shot, Task
 
@@ -202,7 +202,7 @@ class _Finder:
         for place in reversed(ranked):
             shot = self.pool[place]
             try:
-                own = self._hashed(f"shot {shot.id}", Shown(shot, shot).images)
+                own = self._hashed(f"shot {shot.id}", ShownShot(shot, shot).images)
             except Unusable:
                 own = []
             if any((a ^ b).bit_count() <= ALIKE_BITS for a in own for b in seen):

@@ -22,31 +22,31 @@ Projector = Literal["own", "random", "untrained"]
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownShot:
     """A demonstration as one prompt shows it.
 
     Args:
-        said: whose words are shown.
-        seen: whose images are shown with them; the same one unless images are shuffled.
+        words_of: whose words are shown.
+        images_of: whose images are shown with them; the same one unless images are shuffled.
     """
 
-    said: Shot
-    seen: Shot
+    words_of: Shot
+    images_of: Shot
 
     @property
     def key(self) -> tuple[str, str]:
         """Identity within a task."""
-        return self.said.id, self.seen.id
+        return self.words_of.id, self.images_of.id
 
     @property
     def words(self) -> Demonstration:
         """The demonstration without its images: enough to word it."""
-        return Demonstration.of({name: value for name, value in self.said.pair.items() if "image" not in name})
+        return Demonstration.of({name: value for name, value in self.words_of.pair.items() if "image" not in name})
 
     @property
     def images(self) -> tuple[Any, ...]:
         """Its images, unopened."""
-        pair = self.seen.pair
+        pair = self.images_of.pair
         given = pair["images"] if pair.get("images") is not None else pair.get("image")
         return () if given is None else tuple(given) if isinstance(given, (list, tuple)) else (given,)
 
@@ -57,12 +57,12 @@ class Part:
 
     Args:
         text: words with the backbone's placeholder for each image.
-        said: the character at which a demonstration's answer begins.
+        answer_start: the character at which a demonstration's answer begins.
         images: unopened.
     """
 
     text: str
-    said: int
+    answer_start: int
     images: tuple[Any, ...] = ()
 
 
@@ -83,7 +83,7 @@ class Prompt:
 
     text: str
     images: tuple[Any, ...]
-    fused: tuple[Shown, ...] = ()
+    fused: tuple[ShownShot, ...] = ()
     projector: Projector = "own"
     depth: int | None = None
     parts: tuple[Part, ...] = ()
@@ -114,7 +114,7 @@ class PromptBuilder:
             )
         self.processor, self.prompts, self.separator = processor, prompts, separator
 
-    def prompt(self, example: Example, demos: Sequence[Shown] = (), images: bool = True) -> str:
+    def prompt(self, example: Example, demos: Sequence[ShownShot] = (), images: bool = True) -> str:
         """The words of a query behind those of its demonstrations.
 
         Args:
@@ -131,7 +131,7 @@ class PromptBuilder:
             turns[0]["content"].insert(0, {"type": "text", "text": self._told(example)})
         return self.processor.rendered(turns)
 
-    def parts(self, example: Example, demos: Sequence[Shown]) -> tuple[Part, ...]:
+    def parts(self, example: Example, demos: Sequence[ShownShot]) -> tuple[Part, ...]:
         """A plain prompt in pieces: each demonstration with what ends it, and the query."""
         image, parts = self.processor.image_text, []
         for demo in demos:
@@ -140,7 +140,7 @@ class PromptBuilder:
             parts.append(Part(text, start, demo.images))
         parts.append(Part(image * len(example.images) + example.question, 0, example.images))
         front, first = self._front(example), parts[0]
-        return replace(first, text=front + first.text, said=len(front) + first.said), *parts[1:]
+        return replace(first, text=front + first.text, answer_start=len(front) + first.answer_start), *parts[1:]
 
     def option(self, prompt: str, option: str) -> str:
         """An option as it stands behind a prompt: after a space, unless something else divides them."""
@@ -157,10 +157,10 @@ class PromptBuilder:
     def _told(self, example: Example) -> str:
         return f"{example.instruction}\n" if example.instruction else ""
 
-    def _plain(self, demo: Shown, images: bool) -> str:
+    def _plain(self, demo: ShownShot, images: bool) -> str:
         return self.processor.image_text * (len(demo.images) if images else 0) + self.processor.word(demo.words)[0]
 
-    def _turns(self, demo: Shown, images: bool) -> list[dict[str, Any]]:
+    def _turns(self, demo: ShownShot, images: bool) -> list[dict[str, Any]]:
         """A user turn with what is asked, where something is, and the assistant's with what is said."""
         demonstration = demo.words
         words, start, _ = self.processor.word(demonstration)
@@ -177,40 +177,41 @@ def _turn(role: str, words: str | None, images: int = 0) -> dict[str, Any]:
 
 # --- the methods
 
-Show = Callable[[PromptBuilder, Example, Sequence[Shown], int], Prompt]
+Show = Callable[[PromptBuilder, Example, Sequence[ShownShot], int], Prompt]
 
 
-def zero(builder: PromptBuilder, example: Example, demos: Sequence[Shown], seed: int) -> Prompt:
+def zero(builder: PromptBuilder, example: Example, demos: Sequence[ShownShot], seed: int) -> Prompt:
     """The query alone."""
     return Prompt(builder.prompt(example), example.images)
 
 
-def text_only(builder: PromptBuilder, example: Example, demos: Sequence[Shown], seed: int) -> Prompt:
+def text_only(builder: PromptBuilder, example: Example, demos: Sequence[ShownShot], seed: int) -> Prompt:
     """The demonstrations' words in front of the query, without their images."""
     return Prompt(builder.prompt(example, demos, images=False), example.images)
 
 
-def full(builder: PromptBuilder, example: Example, demos: Sequence[Shown], seed: int) -> Prompt:
+def full(builder: PromptBuilder, example: Example, demos: Sequence[ShownShot], seed: int) -> Prompt:
     """The demonstrations' images and words in front of the query."""
     return Prompt(builder.prompt(example, demos), (*(i for demo in demos for i in demo.images), *example.images))
 
 
-def in_pieces(builder: PromptBuilder, example: Example, demos: Sequence[Shown], seed: int) -> Prompt:
+def in_pieces(builder: PromptBuilder, example: Example, demos: Sequence[ShownShot], seed: int) -> Prompt:
     """As `full`, in pieces that a method of `modeling_aim/baselines` reads."""
     prompt = full(builder, example, demos, seed)
     return replace(prompt, parts=builder.parts(example, demos) if builder.prompts == "plain" else ())
 
 
-def aim(builder: PromptBuilder, example: Example, demos: Sequence[Shown], seed: int) -> Prompt:
+def aim(builder: PromptBuilder, example: Example, demos: Sequence[ShownShot], seed: int) -> Prompt:
     """The demonstrations as fused tokens."""
     return Prompt(builder.prompt(example), example.images, tuple(demos))
 
 
-def aim_shuffled(builder: PromptBuilder, example: Example, demos: Sequence[Shown], seed: int) -> Prompt:
+def aim_shuffled(builder: PromptBuilder, example: Example, demos: Sequence[ShownShot], seed: int) -> Prompt:
     """As `aim`, with images shuffled among the demonstrations: what is left does not come from the images."""
-    seen = [demo.seen for demo in demos]
-    random.Random(f"deal {seed} {example.id}").shuffle(seen)
-    return aim(builder, example, [replace(demo, seen=other) for demo, other in zip(demos, seen, strict=True)], seed)
+    sources = [demo.images_of for demo in demos]
+    random.Random(f"deal {seed} {example.id}").shuffle(sources)
+    shuffled = [replace(demo, images_of=source) for demo, source in zip(demos, sources, strict=True)]
+    return aim(builder, example, shuffled, seed)
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,7 @@ class Method:
     depth: int | None = None
     baseline: Baseline | None = None
 
-    def show(self, builder: PromptBuilder, example: Example, demos: Sequence[Shown], seed: int) -> Prompt:
+    def show(self, builder: PromptBuilder, example: Example, demos: Sequence[ShownShot], seed: int) -> Prompt:
         """The prompt of a query with its demonstrations."""
         prompt = self.make(builder, example, demos, seed)
         return replace(prompt, projector=self.projector, depth=self.depth, baseline=self.baseline)

@@ -15,7 +15,7 @@ import torch
 from ..cache_aim import LRUCache
 from ..data.pairs import opened
 from ..demonstrations_aim import Demonstration
-from .methods import Shown
+from .methods import ShownShot
 
 if TYPE_CHECKING:
     from .. import AimForConditionalGeneration
@@ -64,7 +64,7 @@ class Reads:
     """
 
     def __init__(
-        self, model: AimForConditionalGeneration, plan: Sequence[Shown], batch_size: int, kept: LRUCache, task: str
+        self, model: AimForConditionalGeneration, plan: Sequence[ShownShot], batch_size: int, kept: LRUCache, task: str
     ) -> None:
         self.model, self.kept, self.task = model, kept, task
         self.layers = tuple(model.config.read_layers)
@@ -73,7 +73,7 @@ class Reads:
         self.place = {demo.key: number for number, batch in enumerate(self.batches) for demo in batch}
         self.unusable: dict[tuple[str, str], str] = {}
 
-    def states(self, demos: Sequence[Shown]) -> list[Read]:
+    def states(self, demos: Sequence[ShownShot]) -> list[Read]:
         """Hidden states `(tokens, read layers x hidden size)` and ids `(tokens,)` of the kept words of each.
 
         Raises:
@@ -91,8 +91,8 @@ class Reads:
     def _read(self, number: int) -> dict[tuple[str, str], Read]:
         batch, demos = [], []
         for shown_demo in self.batches[number]:
-            what = f"Demonstration {shown_demo.said.id!r} of {self.task}"
-            words = {k: v for k, v in shown_demo.said.pair.items() if "image" not in k}
+            what = f"Demonstration {shown_demo.words_of.id!r} of {self.task}"
+            words = {k: v for k, v in shown_demo.words_of.pair.items() if "image" not in k}
             try:
                 demo = open_pair({**words, "images": list(shown_demo.images)}, what)
                 reason = self.model.processor.why_unreadable(demo)
@@ -112,11 +112,11 @@ class Reads:
         return {key: (kept, ids) for key, (kept, ids) in reads.items()}
 
 
-def check_names(plan: Sequence[Shown], task: str) -> None:
+def check_names(plan: Sequence[ShownShot], task: str) -> None:
     """Raise `ValueError` where two different demonstrations have one id: what was read of one would serve for both."""
     known: dict[str, Any] = {}
     for demo in plan:
-        for shot in (demo.said, demo.seen):
+        for shot in (demo.words_of, demo.images_of):
             first = known.setdefault(shot.id, shot)
             if first is not shot and dict(first.pair) != dict(shot.pair):
                 raise ValueError(f"{task} gives two different demonstrations the id {shot.id!r}.")

@@ -28,11 +28,10 @@ from ..cache_aim import LRUCache
 from ..files_aim import only_one, write_whole
 from ..image_settings import tokens_line
 from ..progress import show_progress
-from .asked import Asked, open_asked
 from .baselines import refuses
 from .choosing import choose_all, read_chosen
 from .folder import RECORD, begin, claim
-from .methods import Prompt, Shown, method_of
+from .methods import Prompt, ShownShot, method_of
 from .reads import Reads, Unusable, check_names
 from .report import write_report
 from .results import LEFT_OUT, PREDICTIONS, RESULTS, Cell, Kept, Key, PredictionRow, cell_figures, curves, write_rows
@@ -40,6 +39,7 @@ from .settings import EvalSettings
 from .subject import Answer, Subject, load_subject
 from .summary import about, model_identity, task_summary, too_long
 from .task import Example
+from .task_run import TaskRun, open_task_run
 
 logger = logging.get_logger(__name__)
 
@@ -60,8 +60,8 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
     """
     # without cpu=True processes on CPUs would not know of each other; one of them may choose demonstrations for long
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
-    tasks = [open_asked(spec, settings) for spec in settings.tasks]
-    names = [asked_task.task.name for asked_task in tasks]
+    tasks = [open_task_run(spec, settings) for spec in settings.tasks]
+    names = [task_run.task.name for task_run in tasks]
     if len(set(names)) < len(names):
         raise ValueError(f"Two tasks have the same name ({', '.join(names)}); give one another: name=... in its spec.")
     claim(settings)
@@ -69,7 +69,7 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
         return _evaluate(settings, tasks, state)
 
 
-def _evaluate(settings: EvalSettings, tasks: Sequence[Asked], state: PartialState) -> dict[str, Any]:
+def _evaluate(settings: EvalSettings, tasks: Sequence[TaskRun], state: PartialState) -> dict[str, Any]:
     """The run, after all that can be checked without a model."""
     claim(settings)
     subject = load_subject(
@@ -81,7 +81,7 @@ def _evaluate(settings: EvalSettings, tasks: Sequence[Asked], state: PartialStat
         Console(stderr=True).print(tokens_line(subject.processor), soft_wrap=True, highlight=False)
     state.wait_for_everyone()
     if state.is_main_process:
-        digests = {asked_task.task.name: asked_task.digest for asked_task in tasks}
+        digests = {task_run.task.name: task_run.digest for task_run in tasks}
         begin(settings, model_identity(settings, subject), digests)
     state.wait_for_everyone()
     run = Run(settings, subject, tasks, state)
@@ -108,13 +108,15 @@ class Run:
     Args:
         settings: of the run.
         subject: the model.
-        asked: the tasks.
+        task_runs: the tasks.
         state: this process among others.
     """
 
-    def __init__(self, settings: EvalSettings, subject: Subject, tasks: Sequence[Asked], state: PartialState) -> None:
+    def __init__(
+        self, settings: EvalSettings, subject: Subject, task_runs: Sequence[TaskRun], state: PartialState
+    ) -> None:
         self.settings, self.subject, self.state = settings, subject, state
-        self.asked = {asked_task.task.name: asked_task for asked_task in tasks}
+        self.task_runs = {task_run.task.name: task_run for task_run in task_runs}
         self.output = Path(settings.output)
         self.kept = Kept(self.output / "unfinished", state.process_index)
         self.states = LRUCache(int(settings.memory * GIB))
@@ -127,22 +129,22 @@ class Run:
     def choose(self) -> None:
         """Have demonstrations chosen by one process, and read what it wrote."""
         counts = self.settings.counts
-        open_ = [asked_task for asked_task in self.asked.values() if not asked_task.task.fixed and counts]
+        open_ = [task_run for task_run in self.task_runs.values() if not task_run.task.fixed and counts]
         files = {
-            asked_task.task.name: self.output / "demonstrations" / f"{_slug(asked_task.task.name)}.jsonl"
-            for asked_task in open_
+            task_run.task.name: self.output / "demonstrations" / f"{_slug(task_run.task.name)}.jsonl"
+            for task_run in open_
         }
         if self.state.is_main_process and open_:
-            total = sum(len(examples) for asked_task in open_ for examples in asked_task.examples.values())
+            total = sum(len(examples) for task_run in open_ for examples in task_run.examples.values())
             with show_progress("choose demonstrations", "examples", total) as report:
-                for asked_task in open_:
-                    path = files[asked_task.task.name]
+                for task_run in open_:
+                    path = files[task_run.task.name]
                     bank = partial(self._bank, path.with_suffix(".bank"))
-                    tell = partial(_noted, report, f"{asked_task.task.name}: choose demonstrations")
-                    choose_all(asked_task.task, asked_task.examples, counts, self.settings.choice, path, bank, tell)
+                    tell = partial(_noted, report, f"{task_run.task.name}: choose demonstrations")
+                    choose_all(task_run.task, task_run.examples, counts, self.settings.choice, path, bank, tell)
         self.state.wait_for_everyone()
-        for asked_task in open_:
-            asked_task.chosen = read_chosen(asked_task.task, files[asked_task.task.name])
+        for task_run in open_:
+            task_run.chosen = read_chosen(task_run.task, files[task_run.task.name])
 
     def _bank(self, folder: Path, demos: Iterator[Any]) -> Any:
         """A bank of a task's pool, kept in the output folder; a bare backbone compares without fused tokens."""
@@ -158,14 +160,14 @@ class Run:
     def cells(self) -> list[Cell]:
         """All settings of the run; a seed that changes nothing for a method is left out for it."""
         methods, cells = self.settings.methods, []
-        for name, asked_task in self.asked.items():
+        for name, task_run in self.task_runs.items():
             bare = [m for m in methods if not method_of(m).shots] or ["zero"] * (0 in self.settings.shots)
             for method in bare:
-                cells += [Cell(name, method, 0, seed) for seed in asked_task.examples if not asked_task.repeats(seed)]
+                cells += [Cell(name, method, 0, seed) for seed in task_run.examples if not task_run.repeats(seed)]
             with_demos = [m for m in methods if method_of(m).shots and m not in self._cannot]
-            for seed in asked_task.examples:
+            for seed in task_run.examples:
                 for count in self.settings.counts:
-                    again = asked_task.repeats(seed, count)
+                    again = task_run.repeats(seed, count)
                     fitting = [m for m in with_demos if not self._beyond(name, m, count)]
                     cells += [Cell(name, m, count, seed) for m in fitting if method_of(m).draws or not again]
         return cells
@@ -177,7 +179,7 @@ class Run:
         if not self.settings.skip_too_long or longest is None or not together:
             return False
         if (task, count) not in self._lengths:
-            seed, examples = next(iter(self.asked[task].examples.items()))
+            seed, examples = next(iter(self.task_runs[task].examples.items()))
             prompt = self.prompt(Cell(task, "full", count, seed), examples[0])
             inputs = self.subject.encode([prompt], [f"Example {examples[0].id!r} of {task}"]).inputs
             self._lengths[task, count] = length = inputs["input_ids"].shape[1]
@@ -211,7 +213,7 @@ class Run:
 
     def batches(self, cell: Cell) -> list[list[int]]:
         """Places of a cell's examples that are answered together: prompts of about one length."""
-        examples = self.asked[cell.task].examples[cell.seed]
+        examples = self.task_runs[cell.task].examples[cell.seed]
         prompts = [self.prompt(cell, example) for example in examples]
         sizes = [
             (len(p.images), len(p.text) + sum(len(self.subject.processor.word(demo.words)[0]) for demo in p.fused))
@@ -231,36 +233,36 @@ class Run:
 
     def prompt(self, cell: Cell, example: Example) -> Prompt:
         """What is shown of an example in a cell."""
-        shots = self.asked[cell.task].chosen[cell.seed, cell.shots, example.id] if cell.shots else ()
-        demos = [Shown(shot, shot) for shot in shots]
+        shots = self.task_runs[cell.task].chosen[cell.seed, cell.shots, example.id] if cell.shots else ()
+        demos = [ShownShot(shot, shot) for shot in shots]
         return method_of(cell.method).show(self.subject.prompt_builder, example, demos, cell.seed)
 
     def answer(self) -> None:
         """Answer this process's share of all batches, but for those that are done."""
         done = set(self.kept.rows())
-        total = sum(len(self.asked[cell.task].examples[cell.seed]) for cell in self.cells) - len(done)
+        total = sum(len(self.task_runs[cell.task].examples[cell.seed]) for cell in self.cells) - len(done)
         reads: tuple[str, dict[tuple[int, ...], Reads]] = ("", {})
         share = total // self.state.num_processes
         with show_progress("answer", "examples", share, disable=not self.state.is_main_process) as report:
             for cell, places, missing, batch in self._ahead(self._work(done)):
-                asked_task = self.asked[cell.task]
+                task_run = self.task_runs[cell.task]
                 if reads[0] != cell.task:
                     reads = cell.task, self._reads(cell.task)
                 pairs = self._answered(cell, places, batch, reads[1])
                 self.kept.add(self._row(cell, e, a) for e, a in pairs if e.id in missing)
-                self._check_left_out(asked_task)
+                self._check_left_out(task_run)
                 report(len(missing), f"{cell.task}, {cell.method}, {cell.shots} shots, seed {cell.seed}")
 
     def _answered(
         self, cell: Cell, places: list[int], encoded: Encoded, reads_by_layers: Mapping[tuple[int, ...], Reads]
     ) -> list[tuple[Example, Any]]:
         """Each example of a batch with its answer, or with the words why it cannot be asked."""
-        asked_task = self.asked[cell.task]
+        task_run = self.task_runs[cell.task]
         left_out: dict[int, str] = {}
         while True:
             left_out |= encoded.left_out
             kept = [place for place in places if place not in left_out]
-            examples = [asked_task.examples[cell.seed][place] for place in kept]
+            examples = [task_run.examples[cell.seed][place] for place in kept]
             options = [example.options for example in examples]
             if not kept:
                 answers: list[Any] = []
@@ -268,7 +270,7 @@ class Run:
             subject = self.subject.answering(encoded.batch.prompts[0])
             reads: Any = reads_by_layers.get(subject.read_layers)
             try:
-                answers = subject.answer(encoded.batch, options, asked_task.task.max_new_tokens, cell.seed, reads)
+                answers = subject.answer(encoded.batch, options, task_run.task.max_new_tokens, cell.seed, reads)
                 break
             except Unusable:  # a demonstration: rows that show it leave the batch
                 for place, prompt in zip(kept, encoded.batch.prompts, strict=True):
@@ -276,30 +278,30 @@ class Run:
                     left_out |= {place: bad[0]} if bad else {}
                 encoded = self._encode(cell, [place for place in kept if place not in left_out])
         for place, reason in left_out.items():
-            name = asked_task.examples[cell.seed][place].id
+            name = task_run.examples[cell.seed][place].id
             if name not in self.left_out[cell.task]:
                 logger.warning(f"Left out: {reason}")
             self.left_out[cell.task].add(name)
         pairs: list[tuple[Example, Any]] = list(zip(examples, answers, strict=True))
-        return pairs + [(asked_task.examples[cell.seed][place], reason) for place, reason in left_out.items()]
+        return pairs + [(task_run.examples[cell.seed][place], reason) for place, reason in left_out.items()]
 
-    def _check_left_out(self, asked_task: Asked) -> None:
+    def _check_left_out(self, task_run: TaskRun) -> None:
         """Raise `ValueError` where more than half of a task's examples cannot be asked: then its data is wrong."""
         count, total = (
-            len(self.left_out[asked_task.task.name]),
-            len({e.id for examples in asked_task.examples.values() for e in examples}),
+            len(self.left_out[task_run.task.name]),
+            len({e.id for examples in task_run.examples.values() for e in examples}),
         )
         if 2 * count > total:
             raise ValueError(
-                f"{count} of the {total} examples of {asked_task.task.name} cannot be asked, such as "
-                f"{min(self.left_out[asked_task.task.name])!r}; the log says why. Fix its data."
+                f"{count} of the {total} examples of {task_run.task.name} cannot be asked, such as "
+                f"{min(self.left_out[task_run.task.name])!r}; the log says why. Fix its data."
             )
 
     def _work(self, done: set[Key]) -> Iterator[tuple[Cell, list[int], set[str]]]:
         """Cell, places and examples not yet answered of each batch of this process."""
         number = 0
         for cell in self.cells:
-            examples = self.asked[cell.task].examples[cell.seed]
+            examples = self.task_runs[cell.task].examples[cell.seed]
             for batch in self.batches(cell):
                 number += 1
                 names = {examples[place].id for place in batch}
@@ -322,7 +324,7 @@ class Run:
 
     def _encode(self, cell: Cell, places: Sequence[int]) -> Encoded:
         """A batch without examples that cannot be encoded; where one is among them each is tried alone."""
-        examples = [self.asked[cell.task].examples[cell.seed][place] for place in places]
+        examples = [self.task_runs[cell.task].examples[cell.seed][place] for place in places]
         prompts = [self.prompt(cell, example) for example in examples]
         names = [f"Example {e.id!r} of {cell.task}" for e in examples]
         try:
@@ -343,9 +345,9 @@ class Run:
 
     def _reads(self, name: str) -> dict[tuple[int, ...], Reads]:
         """Hidden states of a task's demonstrations, in the order in which all cells need them, by the layers read."""
-        plans: dict[tuple[int, ...], tuple[Any, list[Shown]]] = {}
+        plans: dict[tuple[int, ...], tuple[Any, list[ShownShot]]] = {}
         for cell in (cell for cell in self.cells if cell.task == name):
-            for prompt in (self.prompt(cell, example) for example in self.asked[name].examples[cell.seed]):
+            for prompt in (self.prompt(cell, example) for example in self.task_runs[name].examples[cell.seed]):
                 if prompt.fused:
                     subject = self.subject.answering(prompt)
                     plans.setdefault(subject.read_layers, (subject.plugin, []))[1].extend(prompt.fused)
@@ -357,9 +359,9 @@ class Run:
         """What is kept of an answer, or of the words why there is none."""
         if isinstance(answer, str):
             return {**asdict(cell), "example": example.id, LEFT_OUT: answer}
-        task = self.asked[cell.task].task
+        task = self.task_runs[cell.task].task
         scores = task.score(example, answer.prediction)
-        shots = self.asked[cell.task].chosen[cell.seed, cell.shots, example.id] if cell.shots else []
+        shots = self.task_runs[cell.task].chosen[cell.seed, cell.shots, example.id] if cell.shots else []
         return {
             **asdict(cell),
             "example": example.id,
@@ -386,14 +388,14 @@ class Run:
         by_cell: dict[Cell, list[PredictionRow]] = {}
         self._leave_out(rows)
         for cell in self.cells:
-            examples = self.asked[cell.task].examples[cell.seed]
+            examples = self.task_runs[cell.task].examples[cell.seed]
             by_cell[cell] = [rows[cell.task, cell.method, cell.shots, cell.seed, e.id] for e in examples]
             ordered += by_cell[cell]
         write_rows(self.output / PREDICTIONS, ordered)
         cells = self._figures(by_cell)
         results = {
             **about(self.settings, self.subject),
-            "tasks": [task_summary(asked_task, self.settings) for asked_task in self.asked.values()],
+            "tasks": [task_summary(task_run, self.settings) for task_run in self.task_runs.values()],
             "cells": cells,
             "curves": curves(cells),
             "notes": self.notes + too_long(ordered, self.settings, self.subject.longest) + self._timed(),
@@ -413,9 +415,9 @@ class Run:
             if LEFT_OUT in row:
                 bad.setdefault(task, {}).setdefault(name, row[LEFT_OUT])
         for task, reasons in bad.items():
-            asked_task = self.asked[task]
-            asked_task.examples = {
-                seed: [e for e in examples if e.id not in reasons] for seed, examples in asked_task.examples.items()
+            task_run = self.task_runs[task]
+            task_run.examples = {
+                seed: [e for e in examples if e.id not in reasons] for seed, examples in task_run.examples.items()
             }
             reason_list = "; ".join(list(reasons.values())[:3])
             self.notes.append(f"{task}: {len(reasons)} examples are left out of all methods, as in: {reason_list}")
@@ -424,8 +426,8 @@ class Run:
         cell_rows = []
         for task, method, shots in dict.fromkeys((c.task, c.method, c.shots) for c in by_cell):
             rows = {c.seed: r for c, r in by_cell.items() if (c.task, c.method, c.shots) == (task, method, shots)}
-            asked_task = self.asked[task]
-            figures = cell_figures(asked_task.task, asked_task.examples, rows)
+            task_run = self.task_runs[task]
+            figures = cell_figures(task_run.task, task_run.examples, rows)
             cell_rows.append({"task": task, "method": method, "shots": shots, **figures})
         return cell_rows
 

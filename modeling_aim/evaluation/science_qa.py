@@ -147,7 +147,7 @@ def gpt4_figures(problems: Problems, answers: Answers, gpt4: Answers, seed: int 
     asked = {name: problem for name, problem in problems.items() if name in answers and name in gpt4}
     counts = dict.fromkeys(("correct", "upper", "gpt4_failed", "our_failed"), 0)
     for name, problem in asked.items():
-        ours, theirs = said(answers[name]), said(gpt4[name])
+        ours, theirs = stated_letter(answers[name]), stated_letter(gpt4[name])
         our_place, their_place = _drawn(ours, problem, rng), _drawn(theirs, problem, rng)
         place = our_place if theirs is None else their_place
         counts["gpt4_failed"] += theirs is None
@@ -190,9 +190,9 @@ def requery_figures(
     counts = dict.fromkeys(
         ("our_correct", "gpt4_correct", "gpt4_or_ours_correct", "upper", "gpt4_failed", "our_failed"), 0
     )
-    letters = {name: said(judge.get(name, "MISSING")) for name in problems}
+    letters = {name: stated_letter(judge.get(name, "MISSING")) for name in problems}
     for name, problem in problems.items():
-        ours, theirs = said(answers[name]), said(gpt4[name])
+        ours, theirs = stated_letter(answers[name]), stated_letter(gpt4[name])
         places = [_drawn(letter, problem, rng) for letter in (ours, theirs, letters[name])]
         our_right, gpt4_right = (place == problem["answer"] for place in places[:2])
         results[name] = places[0] if letters[name] is None else places[2]
@@ -213,7 +213,7 @@ def requery_figures(
     }
 
 
-def said(text: str) -> str | None:
+def stated_letter(text: str) -> str | None:
     """The letter of the one "The answer is B." in a text; `None` where there is none or more than one."""
     letters = re.findall(r"The answer is ([A-Z]).", text)
     return letters[0] if len(letters) == 1 else None

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 import transformers
 
-from .asked import Asked
 from .folder import RECORD
 from .methods import method_of
 from .results import PredictionRow
 from .settings import EvalSettings
 from .subject import Subject
+from .task_run import TaskRun
 
 
 def about(settings: EvalSettings, subject: Subject) -> dict[str, Any]:
@@ -37,31 +37,31 @@ def model_identity(settings: EvalSettings, subject: Subject) -> dict[str, str]:
     return identity
 
 
-def task_summary(asked_task: Asked, settings: EvalSettings) -> dict[str, Any]:
+def task_summary(task_run: TaskRun, settings: EvalSettings) -> dict[str, Any]:
     """A task as it was run: its data, its metric and its notes."""
-    task = asked_task.task
+    task = task_run.task
     shots = {str(count): task.shots_note(count) for count in settings.counts}
     per_class = {str(count): task.per_class(count) for count in settings.counts}
     return {
         "task": task.name,
-        "spec": asked_task.spec,
+        "spec": task_run.spec,
         "metric": task.metric,
         "printed_times": task.printed_times,
         "parts": list(task.part_metrics),
-        "examples": len(asked_task.examples[0]),
+        "examples": len(task_run.examples[0]),
         "demonstrations": "its own" if task.fixed else f"by {settings.select}, of {len(task.pool())}",
         "shots_notes": {count: note for count, note in shots.items() if note},
         "per_class": {count: each for count, each in per_class.items() if each is not None},
-        "notes": [*task.notes(), *_same_seeds(asked_task, settings)],
-        "digest": asked_task.digest,
+        "notes": [*task.notes(), *_same_seeds(task_run, settings)],
+        "digest": task_run.digest,
     }
 
 
-def _same_seeds(asked_task: Asked, settings: EvalSettings) -> list[str]:
+def _same_seeds(task_run: TaskRun, settings: EvalSettings) -> list[str]:
     """A note on seeds that change nothing, where there are some."""
     counts = settings.counts or [0]
-    same = len(asked_task.examples) > 1 and all(
-        asked_task.repeats(seed, count) for seed in asked_task.examples for count in counts if seed
+    same = len(task_run.examples) > 1 and all(
+        task_run.repeats(seed, count) for seed in task_run.examples for count in counts if seed
     )
     return ["All seeds have the same examples and demonstrations: answered once, but by methods that draw."] * same
 

@@ -227,7 +227,7 @@ class LinkedClasses(Source):
             )  # the query is another image than the demonstrations
             demos += [self.wording.shown(image, names[place]) for image in drawn[:shots]]
             if place == target:
-                query = self.wording.asked(drawn[-1], names[place], rng.choice(QUESTIONS) if self.varied else None)
+                query = self.wording.query(drawn[-1], names[place], rng.choice(QUESTIONS) if self.varied else None)
         rng.shuffle(demos)
         return [*demos, query]
 
@@ -278,7 +278,7 @@ class LinkedClasses(Source):
             drawn = rng.randrange(len(self.classes))
             wanted[drawn] += wanted[drawn] < len(self.classes[drawn].images)
         images = {k: _drawn(self.classes[k].images, count, rng) for k, count in wanted.items()}
-        query = self.wording.asked(images[number].pop(), image_class.name)
+        query = self.wording.query(images[number].pop(), image_class.name)
         demos = [self.wording.shown(image, self.classes[k].name) for k, some in images.items() for image in some]
         rng.shuffle(demos)
         return [*demos, query]

@@ -1,6 +1,6 @@
 """ScienceQA (arXiv 2209.09513): questions of school science with options, half of them with an image.
 
-Asked as LLaVA v1.5, or v1, asks it. The figures of files of answers and of GPT-4's are in `evaluation/science_qa.py`.
+Asked as LLaVA v1.5 or v1 does. The figures of files of answers and of GPT-4's are in `evaluation/science_qa.py`.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from .task import Example, Task
 
 
 @dataclass
-class Asked:
+class TaskRun:
     """A task as one run asks it.
 
     Args:
@@ -46,8 +46,8 @@ class Asked:
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
 
 
-def open_asked(spec: str, settings: EvalSettings) -> Asked:
-    """Open a task and see whether it can be asked, before a model is loaded."""
+def open_task_run(spec: str, settings: EvalSettings) -> TaskRun:
+    """Open a task and check its demonstrations, before a model is loaded."""
     task = open_seeded(spec, settings.seeds)
     examples = {seed: _limited(task.examples(seed), settings.limit) for seed in range(settings.seeds)}
     for seed, of_seed in examples.items():
@@ -55,7 +55,7 @@ def open_asked(spec: str, settings: EvalSettings) -> Asked:
             raise ValueError(f"{task.name} has no examples for seed {seed}.")
         if len({example.id for example in of_seed}) < len(of_seed):
             raise ValueError(f"{task.name} gives several examples the same id.")
-    task_run = Asked(spec, task, examples, {})
+    task_run = TaskRun(spec, task, examples, {})
     if task.fixed:
         task_run.chosen = own_shots(task, examples, settings.counts)
     else:
