@@ -270,9 +270,7 @@ def main() -> None:
             row = future.result()
             known[row.model_type, row.dtype] = row
             print(f"[{number}/{len(jobs)}] {row.line}", flush=True)
-            if args.results is not None:
-                with args.results.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(asdict(row)) + "\n")
+            add_result(args.results, row)
     every = jobs_of(list(NAMES), DTYPES)
     if not args.model_types and known.keys() >= set(every):
         (ROOT / "docs" / "BACKBONES.md").write_text(page([known[job] for job in every]), encoding="utf-8")
@@ -285,6 +283,13 @@ def jobs_of(model_types: list[str], dtypes: Sequence[str]) -> list[tuple[str, st
         for model_type in model_types
         for dtype in (dtypes if model_type in families.FAMILIES else DTYPES[:1])
     ]
+
+
+def add_result(path: Path | None, row: Row) -> None:
+    """Write what came of a model type in one precision, for a later run."""
+    if path is not None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(row)) + "\n")
 
 
 def read_results(path: Path | None) -> dict[tuple[str, str], Row]:
