@@ -28,7 +28,7 @@ def untrained(case: Case) -> AimForConditionalGeneration:
     return AimForConditionalGeneration.from_backbone(case.model.backbone, case.processor, read_layers=layers)
 
 
-def _reading_under_rounding(case: Case, demos: Sequence[Any]) -> float:
+def reading_under_rounding(case: Case, demos: Sequence[Any]) -> float:
     """How far the states of demonstrations, each read alone, go when what enters the backbone is rounded once more."""
     parsed = [Demonstration.of(demo) for demo in demos]
     encoded = [case.processor.encode_demonstrations([demo], case.model.config.read_span)[0] for demo in parsed]
@@ -46,7 +46,7 @@ def images_matter(case: Case) -> None:
 def batch_reading(case: Case) -> None:
     together = case.model.read(case.demos, batch_size=3).vectors
     alone = torch.cat([case.model.read([demo]).vectors for demo in case.demos])
-    case.require_close(together, alone, partial(_reading_under_rounding, case, case.demos))
+    case.require_close(together, alone, partial(reading_under_rounding, case, case.demos))
 
 
 @holds("demonstrations of one image, which is encoded once for all of them, are read as each alone")
@@ -55,7 +55,7 @@ def equal_images(case: Case) -> None:
     demos = [(first, "a dax is here."), (second, "a wug"), (first, QUESTION, "It is a dax."), (first, "blicket")]
     together = case.model.read(demos, batch_size=len(demos)).vectors
     alone = torch.cat([case.model.read([demo]).vectors for demo in demos])
-    case.require_close(together, alone, partial(_reading_under_rounding, case, demos))
+    case.require_close(together, alone, partial(reading_under_rounding, case, demos))
 
 
 @holds("a read of an inner layer runs no layer behind it, and gives what a whole pass gives there")
