@@ -147,6 +147,8 @@ def test_in_float32_a_rounding_excuses_nothing() -> None:
     for layers in ([], [1]):
         own = under_rounding(case, prompts, layers)
         assert 0 < own < case.tolerance / 4
+    with pytest.raises(AssertionError, match="they differ by inf"):  # a backbone that overflows excuses nothing either
+        case.require_close(torch.full((2,), float("nan")), torch.ones(2), lambda: float("inf"))
     with pytest.raises(AssertionError, match=r"differ by .* in float32 change the backbone alone by"):
         case.require_close(torch.tensor([1 + 2 * case.tolerance, 1.0]), torch.ones(2), lambda: own)
 

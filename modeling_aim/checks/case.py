@@ -179,7 +179,7 @@ class Case:
                 called where the two differ by more than `tolerance`; see `alone.py`.
 
         Raises:
-            AssertionError: they differ by more than `tolerance`, and by more than the backbone itself.
+            AssertionError: they differ by more than `tolerance`, and by more than the backbone itself, or are no numbers.
             NotApplicable: they differ by more than `tolerance`, but by no more than the backbone itself.
         """
         gap = difference(actual, expected)
@@ -189,7 +189,7 @@ class Case:
         if alone is not None:
             own, precision = alone(), str(self.model.dtype).removeprefix("torch.")
             measured += f"; inputs rounded once more in {precision} change the backbone alone by {own:.1e}"
-        require(gap <= own, measured)
+        require(gap <= own < float("inf"), measured)
         raise NotApplicable(measured)
 
     def require_same(self, actual: Answer, expected: Answer) -> None:
