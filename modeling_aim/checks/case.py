@@ -179,7 +179,7 @@ class Case:
                 called where the two differ by more than `tolerance`; see `alone.py`.
 
         Raises:
-            AssertionError: they differ by more than `tolerance`, and by more than the backbone itself, or are no numbers.
+            AssertionError: they differ by more than `tolerance` and than the backbone itself, or are no numbers.
             NotApplicable: they differ by more than `tolerance`, but by no more than the backbone itself.
         """
         gap = difference(actual, expected)
