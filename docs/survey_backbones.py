@@ -1,19 +1,20 @@
 """Which backbones AIM works with, for every class that AutoModelForImageTextToText maps; writes docs/BACKBONES.md.
 
-    python docs/survey_backbones.py                    # all of them, some minutes
-    python docs/survey_backbones.py internvl kosmos-2  # some, printed only
+    python docs/survey_backbones.py --results survey.jsonl              # all of them; again, it goes on where it ended
+    python docs/survey_backbones.py internvl kosmos-2 --dtype bfloat16  # some, printed only
 
 A model type "works" when a tiny random model of its real class, with its real processor, has passed the properties
-of `aim check`. Of the others, the text decoder is made small and the rest shallow, and the model answers a prompt of
-words with fused tokens before it: it "answers text", and nothing has been shown about images. Where that cannot be
-made from its default configuration, the class is built without weights and asked for what AIM needs: "by
-construction".
+of `aim check`, in each precision. Of the others, the text decoder is made small and the rest shallow, and the model
+answers a prompt of words with fused tokens before it: it "answers text", and nothing has been shown about images.
+Where that cannot be made from its default configuration, the class is built without weights and asked for what AIM
+needs: "by construction".
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import logging
 import multiprocessing
 import os
@@ -21,8 +22,9 @@ import re
 import sys
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +37,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from modeling_aim import AimForConditionalGeneration, FusedDemonstrations
 from modeling_aim.backbone_aim import check_depth, decoder_layers, why_not
-from modeling_aim.checks import PROPERTIES, run_checks
+from modeling_aim.checks import try_properties
 from modeling_aim.checks.run import without_training
 from modeling_aim.reading_aim import read_hidden_states
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "docs")]
 
 import families  # noqa: E402
 import further_families  # noqa: E402
@@ -48,6 +50,7 @@ import more_families  # noqa: E402
 import popular_families  # noqa: E402
 import timm_families  # noqa: E402
 from backbones import build  # noqa: E402
+from survey_page import DTYPES, Row, page  # noqa: E402
 
 SMALL = {
     "hidden_size": 128,
@@ -63,18 +66,10 @@ SMALL = {
     "n_group": 1,
     "topk_group": 1,
 }
-STATUS = {
-    "works": "a tiny random model of the real class, with its processor, was tried on the properties of `aim check`",
-    "answers text": "a small random model reads words and answers with fused tokens; images were not tried",
-    "by construction": "the class has what AIM needs; nothing was run",
-    "not known": "transformers cannot build it here",
-    "cannot": "for the reason given",
-}
 NEEDS_IMAGE = "it takes no prompt without an image"
 WHY = {  # what the backbone itself, without AIM, does otherwise; tried on it alone
     "blip": NEEDS_IMAGE,
-    "blip-2": NEEDS_IMAGE,
-    "emu3": "images of a batch are padded to one size, and padding changes the tokens they become",
+    "blip-2": "its own prompt-lookup decoding answers otherwise than greedy decoding, and its images stand before BOS",
     "fuyu": "its processor takes one image a prompt",
     "gemma3n": "its decoder layers hand on several streams of states, of which no inner layer is read; AIM needs a "
     'trained projector at the input (`preset="paper"`)',
@@ -89,58 +84,34 @@ WHY = {  # what the backbone itself, without AIM, does otherwise; tried on it al
 LENGTH, FUSED = 9, 4  # of the words of the prompt, and of the fused tokens before them
 
 
-@dataclass
-class Row:
-    """What is known of a model type.
+def survey(model_type: str, dtype: str = "float32") -> Row:
+    """How far AIM goes with a model type, and whether it does so without training.
 
     Args:
         model_type: of transformers.
-        status: a key of `STATUS`.
-        untrained: whether it answers without training: `"yes"`, `"no"`, or `"not known"`.
-        remark: what else is to be said, or why.
-        tried: how many properties apply to it.
-        failed: what went wrong, by the name of the property that does not hold.
-        seconds: how long it took.
+        dtype: precision of a model on which the properties are tried; the others are in float32.
     """
-
-    model_type: str
-    status: str
-    untrained: str
-    remark: str = ""
-    tried: int = 0
-    failed: dict[str, str] = field(default_factory=dict)
-    seconds: float = 0.0
-
-    @property
-    def line(self) -> str:
-        """The row as it is printed meanwhile."""
-        held = f"{self.tried - len(self.failed)} of {self.tried} properties; " if self.tried else ""
-        failed = "".join(f"\n    not {name}: {problem}" for name, problem in self.failed.items())
-        text = f"{self.model_type}: {self.status}; without training: {self.untrained}; {held}{self.remark}"
-        return f"{text.rstrip(' ;')} ({self.seconds:.1f} s){failed}"
-
-
-def survey(model_type: str) -> Row:
-    """How far AIM goes with a model type, and whether it does so without training."""
     start = time.perf_counter()
     try:
-        row = run_properties(model_type) if model_type in families.FAMILIES else run_small(model_type)
+        row = run_properties(model_type, dtype) if model_type in families.FAMILIES else run_small(model_type)
     except ImportError as error:
         row = Row(model_type, "not known", "not known", f"it needs the package {missing_package(error)}")
-    row.seconds = time.perf_counter() - start
+    row.dtype, row.seconds = dtype, time.perf_counter() - start
     return row
 
 
-def run_properties(model_type: str) -> Row:
+def run_properties(model_type: str, dtype: str) -> Row:
     """The properties of `aim check` on a tiny model of its real class with its real processor."""
     backbone = build(model_type)
-    names = {tried.sentence: name for name, tried in PROPERTIES.items()}
-    results = dict(run_checks(without_training(backbone.model, backbone.processor, {})))
-    failed = {names[sentence]: problem for sentence, problem in results.items() if problem is not None}
-    if len(failed) == len(results):
+    model = without_training(backbone.model.to(getattr(torch, dtype)), backbone.processor, {})
+    outcomes = list(try_properties(model))
+    failed = {outcome.name: outcome.problem for outcome in outcomes if outcome.problem is not None}
+    beside = {outcome.name: outcome.beside for outcome in outcomes if outcome.beside is not None}
+    tried = len(outcomes) - len(beside)
+    if len(failed) == tried:
         return Row(model_type, "cannot", "no", next(iter(failed.values())))
-    untrained = "no" if "without_training" in failed else "yes"
-    return Row(model_type, "works", untrained, WHY.get(model_type, ""), len(results), failed)
+    untrained = "no" if "without_training" in {**failed, **beside} else "yes"
+    return Row(model_type, "works", untrained, WHY.get(model_type, ""), tried, failed, beside)
 
 
 def run_small(model_type: str) -> Row:
@@ -280,103 +251,53 @@ def prepare() -> None:
 
 
 def main() -> None:
-    """Survey the model types that are given, or all and write the page."""
+    """Survey the model types that are given, or all; write the page where all are known in each precision."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model_types", nargs="*")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="precisions; all by default")
+    parser.add_argument("--results", type=Path, help="JSON lines: what is there is not tried again, the rest is added")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, one a core by default")
     args = parser.parse_args()
     unknown = sorted(set(args.model_types) - set(NAMES))
     if unknown:
         parser.error(f"AutoModelForImageTextToText has no model type {', '.join(unknown)}")
-    chosen, rows = args.model_types or list(NAMES), []
+    prepare()
+    known = read_results(args.results)
+    jobs = [job for job in jobs_of(args.model_types or list(NAMES), args.dtype) if job not in known]
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(args.workers, len(chosen)), spawn, initializer=prepare) as pool:
-        for row in pool.map(survey, chosen):
-            rows.append(row)
-            print(row.line, flush=True)
-    if not args.model_types:
-        (ROOT / "docs" / "BACKBONES.md").write_text(page(rows), encoding="utf-8")
+    with ProcessPoolExecutor(args.workers, spawn, initializer=prepare) as pool:
+        for number, future in enumerate(as_completed([pool.submit(survey, *job) for job in jobs]), 1):
+            row = future.result()
+            known[row.model_type, row.dtype] = row
+            print(f"[{number}/{len(jobs)}] {row.line}", flush=True)
+            add_result(args.results, row)
+    every = jobs_of(list(NAMES), DTYPES)
+    if not args.model_types and known.keys() >= set(every):
+        (ROOT / "docs" / "BACKBONES.md").write_text(page([known[job] for job in every]), encoding="utf-8")
 
 
-def page(rows: list[Row]) -> str:
-    """The page docs/BACKBONES.md."""
-    rows = sorted(rows, key=lambda row: row.model_type)
-    of = {status: [row for row in rows if row.status == status] for status in STATUS}
-    links = [f"[{status}](#{status.replace(' ', '-')})" for status in STATUS]
-    counts = zip(links, of.values(), STATUS.values(), strict=True)
-    lines = [
-        "# Which backbones AIM works with",
-        "",
-        f"The {len(rows)} model types of AutoModelForImageTextToText in transformers {transformers.__version__}, "
-        "tried by `python docs/survey_backbones.py`. `aim check BACKBONE` tries yours.",
-        "",
-        "| | model types | |",
-        "|---|---|---|",
-        *(f"| {link} | {len(some)} | {meaning} |" for link, some, meaning in counts),
-        "",
-        '**Without training** (`preset="untrained"`, the default): states put back at the depth where they were read '
-        "change the answer, and so do the images of the demonstrations.",
-        "",
-        *works(of["works"]),
-        *answers_text(of["answers text"]),
-    ]
-    for status in ("by construction", "not known"):
-        lines += [f"## {status.capitalize()}", "", "| model type | remark |", "|---|---|"]
-        lines += [*(f"| `{row.model_type}` | {cell(row.remark)} |" for row in of[status]), ""]
-    reasons = dict.fromkeys(row.remark for row in of["cannot"])
-    same = ([row for row in of["cannot"] if row.remark == reason] for reason in reasons)
-    lines += ["## Cannot", "", *(f"- {listed(some)}: {reason}" for some, reason in zip(same, reasons, strict=True))]
-    return "\n".join(lines) + "\n"
-
-
-def works(rows: list[Row]) -> list[str]:
-    """The section of the model types that work."""
-    failed = [name for name in PROPERTIES if any(name in row.failed for row in rows)]
-    table = [
-        f"| `{row.model_type}` | {row.untrained} | {row.tried - len(row.failed)} of {row.tried} | {limits(row)} |"
-        for row in rows
-    ]
+def jobs_of(model_types: list[str], dtypes: Sequence[str]) -> list[tuple[str, str]]:
+    """Model types with precisions; in float32 alone those whose properties are not tried."""
     return [
-        "## Works",
-        "",
-        "| model type | without training | properties | what does not hold |",
-        "|---|---|---|---|",
-        *table,
-        "",
-        "Where the backbone itself, without AIM, does not do what a property is about, the property is not counted. "
-        "Those named above:",
-        "",
-        *(f"- `{name}`: {PROPERTIES[name].sentence}" for name in failed),
-        "",
+        (model_type, dtype)
+        for model_type in model_types
+        for dtype in (dtypes if model_type in families.FAMILIES else DTYPES[:1])
     ]
 
 
-def answers_text(rows: list[Row]) -> list[str]:
-    """The section of the model types that answer text."""
-    untrained = [row for row in rows if row.untrained == "yes"]
-    others = [
-        f"With a trained projector at the input alone: `{row.model_type}` ({row.remark})."
-        for row in rows
-        if row not in untrained
-    ]
-    return ["## Answers text", "", f"Without training, with words: {listed(untrained)}.", "", *others, ""]
+def add_result(path: Path | None, row: Row) -> None:
+    """Write what came of a model type in one precision, for a later run."""
+    if path is not None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(row)) + "\n")
 
 
-def limits(row: Row) -> str:
-    """What does not hold on a model type that works, for a cell of a table."""
-    names = ", ".join(f"`{name}`" for name in row.failed)
-    reason = row.remark or "; ".join(dict.fromkeys(row.failed.values()))
-    return f"{names}: {cell(reason)}" if names else cell(reason)
-
-
-def listed(rows: list[Row]) -> str:
-    """The model types of rows, in a sentence."""
-    return ", ".join(f"`{row.model_type}`" for row in rows)
-
-
-def cell(text: str) -> str:
-    """A text that a cell of a table can hold."""
-    return text.replace("|", "\\|")
+def read_results(path: Path | None) -> dict[tuple[str, str], Row]:
+    """What an earlier run has written, by model type and precision."""
+    if path is None or not path.exists():
+        return {}
+    rows = [Row(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {(row.model_type, row.dtype): row for row in rows}
 
 
 if __name__ == "__main__":

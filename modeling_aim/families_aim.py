@@ -18,7 +18,10 @@ class Family:
         words_alone: how prompts are written for the tokenizer (`"{bos}{words}"`) where none has an image and the
             processor refuses such batches.
         read_alone: demonstrations are read one by one: the processor takes no images with different numbers of tiles
-            at once, or the backbone numbers images across the rows of a batch.
+            at once, the backbone numbers images across the rows of a batch, or it pads images to one size before it
+            makes tokens of them.
+        blank_image: the backbone is called with pixels in any case, which without a placeholder it does not use: words
+            alone come with zeros.
         prefix_kv: when a prompt can continue the KV of its prefix: `"always"`; `"unpadded"` where padding between the
             two counts as positions; `"never"` where words attend to later ones, positions are lost, or every prompt
             needs an image.
@@ -32,6 +35,7 @@ class Family:
     flat_images: bool = False
     words_alone: str | None = None
     read_alone: bool = False
+    blank_image: bool = False
     prefix_kv: str = "always"
     states_at_depth: bool = True
 
@@ -39,12 +43,12 @@ class Family:
 FAMILIES = {
     "aria": Family(),
     "aya_vision": Family(),
-    "blip-2": Family(processor="Blip2Processor", image_token="", prefix_kv="never"),
+    "blip-2": Family(processor="Blip2Processor", image_token="", blank_image=True, prefix_kv="never"),
     "chameleon": Family(),
     "cohere2_vision": Family(),
     "deepseek_vl": Family(),
     "deepseek_vl_hybrid": Family(),
-    "emu3": Family(),
+    "emu3": Family(read_alone=True),
     "ernie4_5_vl_moe": Family(),
     "exaone4_5": Family(),
     "fast_vlm": Family(),

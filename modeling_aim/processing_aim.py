@@ -6,7 +6,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import transformers
+from PIL import Image
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
 from .configuration_aim import usable
@@ -154,6 +156,11 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
             return BatchFeature(dict(self.tokenizer(texts, **kwargs)))
         if family.flat_images and images is not None:
             images = _flat(images)
+        if family.blank_image and images is None and texts is not None:
+            inputs = self.processor(text=text, **kwargs)
+            blanks = self.image_processor([Image.new("RGB", (32, 32))] * len(texts), return_tensors="pt")
+            inputs["pixel_values"] = torch.zeros_like(blanks["pixel_values"])
+            return inputs
         if not family.images_between_words or not texts or not all(isinstance(t, str) for t in texts):
             return self.processor(images=images, text=text, **kwargs)
         remaining = iter(_flat(images))

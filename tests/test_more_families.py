@@ -10,6 +10,7 @@ import more_families
 import popular_families
 import pytest
 import timm_families
+import torch
 from transformers import PreTrainedConfig
 
 from modeling_aim import AimForConditionalGeneration, Demonstration
@@ -68,8 +69,22 @@ def test_images_that_are_embedded_as_words_are_not_taken_for_the_prompt() -> Non
     PROPERTIES["read_or_raw"](made("chameleon"))  # generate() embeds its images before the prompt
 
 
-def test_demonstrations_are_read_alone_where_a_batch_numbers_its_images() -> None:
-    PROPERTIES["equal_images"](made("hunyuan_vl"))
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("hunyuan_vl", "equal_images"), ("emu3", "batch_reading")],  # images numbered in a batch, or padded to one size
+)
+def test_demonstrations_are_read_alone_where_a_batch_changes_them(family: str, name: str) -> None:
+    PROPERTIES[name](made(family))
+
+
+def test_words_alone_where_every_call_has_pixels() -> None:
+    case = made("blip-2")
+    for name in ("image_counts", "chosen_for_each_row"):
+        PROPERTIES[name](case)
+    inputs = case.query(QUESTION, "What?", images=0)
+    assert inputs["pixel_values"].shape == (2, 3, 28, 28) and not inputs["pixel_values"].any()
+    other = {**inputs, "pixel_values": torch.ones_like(inputs["pixel_values"])}
+    assert torch.equal(case.logits(inputs, case.fused), case.logits(other, case.fused))
 
 
 @pytest.mark.parametrize("name", ["without_training", "prompt_lookup", "words_at_depth"])

@@ -45,7 +45,9 @@ def gemma3n() -> Pair:
         chat_template=template,
         image_seq_length=4,
     )
-    return hf.Gemma3nForConditionalGeneration(config), processor
+    model = hf.Gemma3nForConditionalGeneration(config)
+    draw_tower(model.model.vision_tower)
+    return model, processor
 
 
 def perception_lm() -> Pair:
@@ -94,10 +96,15 @@ def fast_vlm() -> Pair:
         chat_template=template,
     )
     model = hf.FastVlmForConditionalGeneration(config)
-    for weight in model.model.vision_tower.parameters():
-        if weight.ndim == 4:  # as timm draws them: with transformers' own range, 1e-14 is left of an image
-            torch.nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
+    draw_tower(model.model.vision_tower)
     return model, processor
+
+
+def draw_tower(tower: torch.nn.Module) -> None:
+    """Draw the weights of convolutions as timm does: with transformers' own range, 1e-14 is left of an image."""
+    for weight in tower.parameters():
+        if weight.ndim == 4:
+            torch.nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
 
 
 BUILDERS: dict[str, Callable[..., Pair]] = {"fast_vlm": fast_vlm, "gemma3n": gemma3n, "perception_lm": perception_lm}

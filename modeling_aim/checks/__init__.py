@@ -6,7 +6,7 @@ that a user reads. Nothing here needs a trained projector.
 
 from . import answering, reading
 from .case import PROPERTIES, QUESTION, Answer, Case, NotApplicable, Property, difference, require
-from .run import check_model, run_checks
+from .run import Outcome, check_model, run_checks, try_properties
 
 __all__ = [
     "PROPERTIES",
@@ -14,6 +14,7 @@ __all__ = [
     "Answer",
     "Case",
     "NotApplicable",
+    "Outcome",
     "Property",
     "answering",
     "check_model",
@@ -21,4 +22,5 @@ __all__ = [
     "reading",
     "require",
     "run_checks",
+    "try_properties",
 ]

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import DynamicCache
 
 from ..bank import DemonstrationBank
 from ..prefix_aim import prefilled, serves
 from ..state_aim import goes_on_behind_kv
+from .alone import under_rounding
 from .case import LONG_QUESTION, NEW, QUESTION, Case, NotApplicable, difference, holds, noise, require
 
 NO_CACHE: dict[str, Any] = {"use_cache": False}
 STATIC: dict[str, Any] = {"cache_implementation": "static"}
+LOOKUP: dict[str, Any] = {"prompt_lookup_num_tokens": 2}
 
 
 def _alone(case: Case, **options: Any) -> Exception | None:
@@ -27,10 +31,11 @@ def _alone(case: Case, **options: Any) -> Exception | None:
     return None
 
 
-def _same_alone(case: Case, change: dict[str, Any], **options: Any) -> bool:
+def _same_alone(case: Case, change: dict[str, Any], inputs: Any = None, **options: Any) -> bool:
     """Whether the backbone itself, without AIM, answers the same with options that should change nothing."""
+    inputs = case.query() if inputs is None else inputs
     try:
-        expected, actual = (case.answered_alone(case.query(), **options, **more) for more in ({}, change))
+        expected, actual = (case.answered_alone(inputs, **options, **more) for more in ({}, change))
     except Exception:
         return False
     return case.why_other(actual, expected) is None
@@ -73,13 +78,14 @@ def rows_of_a_batch(case: Case) -> None:
     both = case.query(QUESTION, LONG_QUESTION)
     fused = case.fused
     pictures = [noise(10), noise(20)]
+    own = partial(under_rounding, case, [case.query(QUESTION), case.query(LONG_QUESTION)])
     for row, (question, demos) in enumerate(zip((QUESTION, LONG_QUESTION), (fused, fused[:1]), strict=True)):
         single = case.processor(
             images=[[pictures[row]]], text=[case.processor.prompt(question)], return_tensors="pt"
         ).to(case.model.device, case.model.dtype)
-        case.require_close(case.logits(both, [fused, fused[:1]])[row], case.logits(single, demos)[0])
+        case.require_close(case.logits(both, [fused, fused[:1]])[row], case.logits(single, demos)[0], own)
         given = [None, fused] if row else [fused, None]
-        case.require_close(case.logits(both, given)[row], case.logits(single, fused)[0])
+        case.require_close(case.logits(both, given)[row], case.logits(single, fused)[0], own)
 
 
 # --- ways to generate
@@ -138,8 +144,10 @@ def sampling(case: Case) -> None:
 def prompt_lookup(case: Case) -> None:
     if case.model.backbone._is_stateful:
         raise NotApplicable("the backbone has a recurrent state")
+    if not _same_alone(case, LOOKUP, inputs=case.query(" ".join([LONG_QUESTION] * 3), images=0)):
+        raise NotApplicable("with prompt-lookup decoding, the backbone itself fails or answers otherwise")
     inputs, fused = case.query(images=0), case.fused  # it may propose image tokens it has seen
-    case.require_same(case.answered(inputs, fused, prompt_lookup_num_tokens=2), case.answered(inputs, fused))
+    case.require_same(case.answered(inputs, fused, **LOOKUP), case.answered(inputs, fused))
 
 
 @holds("repetition penalty and stop strings work with demonstrations")
@@ -190,7 +198,7 @@ def attention_kinds(case: Case) -> None:
             by_kind.append(case.logits(inputs, case.demos))
     finally:
         backbone.set_attn_implementation(before)
-    case.require_close(*by_kind)
+    case.require_close(by_kind[1], by_kind[0], partial(under_rounding, case, [inputs, case.query(LONG_QUESTION)]))
 
 
 @holds("an answer from the KV of a prefix is the uncached one: alone, in a padded batch, with beams, in two threads")
@@ -227,8 +235,30 @@ def image_counts(case: Case) -> None:
 
 @holds("queries and demonstrations with two images")
 def several_images(case: Case) -> None:
-    case.answer(case.query(images=2), case.demos)
-    case.answer(case.query(), [{"images": [noise(5), noise(6, 50, 70)], "text": "Two daxes here."}, *case.demos])
+    of_query, of_demo, refused = [noise(10), noise(11)], [noise(5), noise(6, 50, 70)], None
+    two = {"images": of_demo, "text": "Two daxes here."}
+    for images in (of_query, of_demo):
+        try:
+            if images is of_query:
+                case.answer(case.query(images=2), case.demos)
+            else:
+                case.model.read([two])
+                case.answer(case.query(), [two, *case.demos])
+        except Exception as error:
+            if (refused := _refused_alone(case, images)) != str(error):
+                raise
+    if refused is not None:
+        raise NotApplicable(f"the backbone's own processor does not take two such images: {refused}")
+
+
+def _refused_alone(case: Case, images: list[Image.Image]) -> str | None:
+    """The error of the backbone's own processor for a prompt with some images; `None` where it takes them."""
+    text = [case.processor.prompt(QUESTION, images=len(images))]
+    try:
+        case.processor.processor(images=[images], text=text, return_tensors="pt")
+    except Exception as error:
+        return str(error)
+    return None
 
 
 @holds("the earlier turns of a chat become demonstrations")

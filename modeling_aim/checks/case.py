@@ -155,6 +155,7 @@ class Case:
     def _answered(self, model: Any, inputs: Mapping[str, Any], options: dict[str, Any]) -> Answer:
         options = {"do_sample": False, "max_new_tokens": NEW, "min_new_tokens": NEW, **options}
         options |= {"return_dict_in_generate": True, "output_logits": True}
+        options |= {"output_scores": True} if options.get("num_beams", 1) > 1 else {}  # else beams have no scores
         output, length = model.generate(**inputs, **options), inputs["input_ids"].shape[1]
         if model is self.model:
             queries = inputs["input_ids"].repeat_interleave(len(output.sequences) // len(inputs["input_ids"]), 0)
@@ -166,10 +167,30 @@ class Case:
         with torch.no_grad():
             return self.model(**inputs, demos=demos).logits[:, -1].float()
 
-    def require_close(self, actual: torch.Tensor, expected: torch.Tensor) -> None:
-        """Require equality within `tolerance`."""
+    def require_close(
+        self, actual: torch.Tensor, expected: torch.Tensor, alone: Callable[[], float] | None = None
+    ) -> None:
+        """Require equality within `tolerance`, where the backbone itself keeps to it.
+
+        Args:
+            actual: rows of numbers.
+            expected: the same, computed in another order.
+            alone: measures how far the backbone itself, without AIM, goes when its inputs are rounded once more. It is
+                called where the two differ by more than `tolerance`; see `alone.py`.
+
+        Raises:
+            AssertionError: they differ by more than `tolerance` and than the backbone itself, or are no numbers.
+            NotApplicable: they differ by more than `tolerance`, but by no more than the backbone itself.
+        """
         gap = difference(actual, expected)
-        require(gap <= self.tolerance, f"they differ by {gap:.1e} of their size; rounding is {self.tolerance:.1e}")
+        if gap <= self.tolerance:
+            return
+        measured, own = f"they differ by {gap:.1e} of their size; rounding is {self.tolerance:.1e}", 0.0
+        if alone is not None:
+            own, precision = alone(), str(self.model.dtype).removeprefix("torch.")
+            measured += f"; inputs rounded once more in {precision} change the backbone alone by {own:.1e}"
+        require(gap <= own < float("inf"), measured)
+        raise NotApplicable(measured)
 
     def require_same(self, actual: Answer, expected: Answer) -> None:
         """Require the same answer; see `why_other`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,18 +21,40 @@ ONE_TILE = {"do_image_splitting": False, "crop_to_patches": False, "do_pan_and_s
 LARGEST_IMAGE = 2**20  # numbers in the pixels of an image of a check; one tile of 512 x 512 has 786 432
 
 
-def run_checks(model: AimForConditionalGeneration) -> Iterator[tuple[str, str | None]]:
-    """Try every property that applies to `model`; yields what it says and, where it does not hold, why."""
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a property on a backbone: it holds where neither `problem` nor `beside` is given.
+
+    Args:
+        name: of the property.
+        sentence: what it says.
+        problem: why it does not hold.
+        beside: why it does not apply: what the backbone itself does otherwise.
+    """
+
+    name: str
+    sentence: str
+    problem: str | None = None
+    beside: str | None = None
+
+
+def try_properties(model: AimForConditionalGeneration) -> Iterator[Outcome]:
+    """Try every property on `model`."""
     case = Case(model)
     for tried in PROPERTIES.values():
+        problem = beside = None
         try:
             tried(case)
-            problem = None
-        except NotApplicable:
-            continue
+        except NotApplicable as reason:
+            beside = str(reason).splitlines()[0][:300]
         except Exception as error:
             problem = f"{type(error).__name__}: {error}".splitlines()[0][:300] or type(error).__name__
-        yield tried.sentence, problem
+        yield Outcome(tried.name, tried.sentence, problem, beside)
+
+
+def run_checks(model: AimForConditionalGeneration) -> Iterator[tuple[str, str | None]]:
+    """Try every property that applies to `model`; yields what it says and, where it does not hold, why."""
+    return ((o.sentence, o.problem) for o in try_properties(model) if o.beside is None)
 
 
 def check_model(

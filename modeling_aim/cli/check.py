@@ -36,16 +36,17 @@ class CheckSettings:
 @command(app, "aim check", positional=("backbone",))
 def check(settings: CheckSettings) -> None:
     """Try what AIM promises on a backbone, before any training, and print what holds."""
-    from ..checks import PROPERTIES, check_model, run_checks
+    from ..checks import PROPERTIES, check_model, try_properties
 
     failed = 0
     model = check_model(
         settings.backbone, settings.revision, settings.from_config, settings.load_in_4bit, settings.device_map
     )
     table = Table("", "property", "", title=f"{safe(settings.backbone)} ({model.backbone.config.model_type})")
-    for statement, problem in tracked(run_checks(model), "check", "properties", len(PROPERTIES)):
-        failed += problem is not None
-        table.add_row("[red]no[/]" if problem else "[green]yes[/]", statement, safe(problem or ""))
+    for outcome in tracked(try_properties(model), "check", "properties", len(PROPERTIES)):
+        failed += outcome.problem is not None
+        mark = "[red]no[/]" if outcome.problem else "[dim]n/a[/]" if outcome.beside else "[green]yes[/]"
+        table.add_row(mark, outcome.sentence, safe(outcome.problem or outcome.beside or ""))
     wide_console().print(table)
     if failed:
         errors.print(f"{failed} properties do not hold on {safe(settings.backbone)}.")
