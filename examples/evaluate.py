@@ -2,7 +2,10 @@
 
     python examples/evaluate.py --output build/eval                     # minutes
     python examples/evaluate.py --output build/eval --limit 4           # a quick look
-    python examples/evaluate.py --output build/baselines --methods published --shots 2,8,32 --tasks operator --seeds 1
+    python examples/evaluate.py --output build/published --methods published --shots 2,8,32,128 --episodes 7 \
+        --tasks 2-way,5-way,8-way,16-way,operator,counting,attribute,captions,pairs,distractor,two_words    # an hour
+
+A task named `5-way` is `link_context` with five names.
 
 The tasks (`examples/aim_tiny/tasks.py`) are drawn from the test split of aim-tiny's world and written as episode
 files, other ones for each seed; then `aim eval`'s own function runs over them. Interrupted, the same command goes on.
@@ -23,6 +26,7 @@ import tasks
 
 from modeling_aim.baselines.methods import BASELINES
 from modeling_aim.evaluation import EvalSettings, evaluate
+from modeling_aim.evaluation.pareto import draw_front
 
 PUBLISHED = (
     "zero", "text", "full", "aim", "aim-untrained", "aim-untrained-shuffled", "prefix-kv", "text-kv",
@@ -64,6 +68,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--episodes", type=int, default=40, help="episodes of a task for each seed")
     parser.add_argument("--limit", type=int, help="answer only as many of them")
+    parser.add_argument("--picture", type=Path, help="draw by_cost.png for --picture-tasks alone, to this file")
+    parser.add_argument("--picture-tasks", default="5-way,16-way", help="of --tasks")
     parser.add_argument("--methods", default="", help="with commas; AIM's and its controls by default; or 'published'")
     args = parser.parse_args()
 
@@ -77,6 +83,9 @@ def main() -> None:
         batch_size=1 if published else 16, images_at_once=256, methods=methods, skip_too_long=published,
     )  # fmt: skip
     results = evaluate(settings)
+    if args.picture is not None:
+        kept = [task for task in results["tasks"] if task["task"] in args.picture_tasks.split(",")]
+        draw_front({**results, "tasks": kept}, args.picture)
     means = {(cell["task"], cell["method"], cell["shots"]): cell["mean"] for cell in results["cells"]}
     best = "aim" if "aim" in settings.methods else settings.methods[-1]
     print(json.dumps({name: round(means[name, best, max(shots)], 3) for name in args.tasks.split(",")}))
