@@ -1,4 +1,4 @@
-"""Tiny vision towers and language models with their processors and tokenizers, and LLaVA's JSON, for `aim backbone`."""
+"""Tiny vision towers and language models with their processors and tokenizers, and data in LLaVA's JSON."""
 
 from __future__ import annotations
 
@@ -109,5 +109,7 @@ def save_data(folder: Path, count: int = 8) -> tuple[str, str]:
 
 
 def _record(number: int, image: str | None, turns: Any) -> dict[str, Any]:
-    values = [{"from": who, "value": value} for turn in turns for who, value in zip(("human", "gpt"), turn, strict=True)]
+    values = [
+        {"from": who, "value": value} for turn in turns for who, value in zip(("human", "gpt"), turn, strict=True)
+    ]
     return {"id": str(number), **({"image": image} if image else {}), "conversations": values}

@@ -50,7 +50,9 @@ def build_backbone(settings: BackboneSettings) -> Path:
         return output
     stages = stages_of(settings)
     if not stages:
-        logger.warning("Without data for stage 1 or 2 the connector keeps its random weights: images mean nothing yet.")
+        logger.warning(
+            "Without data for stage 1 or 2 the connector keeps its random weights: images mean nothing yet."
+        )
     examples = {
         stage.name: Examples(stage.specs, stage.name, settings.seed) for stage in stages if not stage.is_done(output)
     }
@@ -130,7 +132,8 @@ def _write(joined: Joined, settings: BackboneSettings, stages: list[Stage]) -> N
     """Write the repository; until its last file is in place the run counts as unfinished."""
     output = Path(settings.output)
     logs = {stage.number: json.loads((stage.folder(output) / LOG).read_text(encoding="utf-8")) for stage in stages}
-    model = joined.model.to(device="cpu", dtype=PRECISIONS[settings.dtype]).requires_grad_(False).eval()
+    model: Any = joined.model
+    model = model.to(device="cpu", dtype=PRECISIONS[settings.dtype]).requires_grad_(False).eval()
     model.config.name_or_path = ""
     with staged_folder(output) as stage_folder:
         model.save_pretrained(stage_folder)

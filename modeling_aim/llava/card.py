@@ -120,8 +120,9 @@ def _stage_section(settings: BackboneSettings, stage: Stage, log: Mapping[str, A
     if stage.language_rate is not None:
         rows["learning rate"] += f", {stage.language_rate:g} (language model)"
         alpha = 2 * settings.lora_rank if settings.lora_alpha is None else settings.lora_alpha
-        lora = f"LoRA of rank {settings.lora_rank}, alpha {alpha:g}, merged" if settings.lora_rank else "all weights"
+        lora = f"LoRA of rank {settings.lora_rank}, alpha {alpha}, merged" if settings.lora_rank else "all weights"
         rows["language model"] = lora + (", 4-bit while it was trained" if settings.load_in_4bit else "")
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     title = TITLES[stage.number].capitalize()
-    return f"**{title}.** The loss counts {'captions' if stage.number == 1 else 'answers'} alone.\n\n| | |\n|---|---|\n{table}\n"
+    counted = "captions" if stage.number == 1 else "answers"
+    return f"**{title}.** The loss counts {counted} alone.\n\n| | |\n|---|---|\n{table}\n"

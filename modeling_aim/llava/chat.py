@@ -12,7 +12,9 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-SLOT = "aimslot{:04d}q"  # stands for a text while a template is rendered: templates trim, split and quote what they get
+SLOT = (
+    "aimslot{:04d}q"  # stands for a text while a template is rendered: templates trim, split and quote what they get
+)
 SLOTS = re.compile(r"aimslot(\d{4})q")
 # In front of a template whose contents are strings: an image becomes its token, parts stand on lines of their own.
 FLATTEN = (
@@ -30,7 +32,7 @@ FLATTEN = (
 # The conversation form of LLaVA's first models (`v1`, from Vicuna).
 V1 = (
     "{%- if messages[0]['role'] == 'system' -%}{{- messages[0]['content'] + ' ' -}}{%- set messages = messages[1:] -%}"
-    "{%- else -%}{{- \"A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    '{%- else -%}{{- "A chat between a curious user and an artificial intelligence assistant. The assistant gives '
     "helpful, detailed, and polite answers to the user's questions. \" -}}{%- endif -%}"
     "{%- for message in messages -%}{%- if message['role'] == 'user' -%}"
     "{{- 'USER: ' + message['content'] + ' ' -}}{%- else -%}{{- 'ASSISTANT: ' + message['content'] + eos_token -}}"

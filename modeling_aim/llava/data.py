@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +64,8 @@ class Examples(Dataset):
             if not self._length(self._parts[-1]):
                 reasons = ", ".join(f"{reason}: {count}" for reason, count in self.left_out.items()) or "it is empty"
                 raise ValueError(
-                    f"{option} {spec!r} holds nothing to train on: no image or conversation with an answer ({reasons})."
+                    f"{option} {spec!r} holds nothing to train on: no caption, or no conversation with an answer "
+                    f"({reasons})."
                 )
         self._check()
 
@@ -77,7 +78,9 @@ class Examples(Dataset):
             self.left_out.update(source.left_out)
             return source
         if not isinstance(source, Pairs):
-            raise ValueError(f"{self.option} {spec!r}: expected llava:FILE.json or pairs:PATH; see aim backbone --help.")
+            raise ValueError(
+                f"{self.option} {spec!r}: expected llava:FILE.json or pairs:PATH; see aim backbone --help."
+            )
         pairs = [pair for document in source.documents(seed) for pair in document]
         self.left_out.update(source.skipped)
         return pairs
@@ -105,7 +108,9 @@ class Examples(Dataset):
                 f"{self.option}: no answer in {len(examples)} conversations that were looked at; the answers, which "
                 'are trained on, stand in the turns {"from": "gpt"}.'
             )
-        paths = [path for example in examples for path in example.images if isinstance(path, str) and "://" not in path]
+        paths = [
+            path for example in examples for path in example.images if isinstance(path, str) and "://" not in path
+        ]
         paths = [path for path in paths if not path.startswith("data:")]
         missing = [path for path in paths if not os.path.exists(path)]
         if len(missing) > MOST_MISSING * len(paths):
@@ -157,9 +162,7 @@ class Collator:
         token = self.writer.image_token
         return self.writer.conversation([(asked.replace(IMAGE, token), answer) for asked, answer in example.turns])
 
-    def _encoded(
-        self, example: Example, skipped: Counter[str]
-    ) -> tuple[list[int], list[int], tuple[Any, ...]] | None:
+    def _encoded(self, example: Example, skipped: Counter[str]) -> tuple[list[int], list[int], tuple[Any, ...]] | None:
         """Tokens, labels and opened images; `None` for what cannot be used."""
         token, answers = self.writer.image_token, [answer for _, answer in example.turns]
         shown = sum(asked.count(IMAGE) for asked, _ in example.turns)
@@ -192,14 +195,17 @@ class Collator:
         encoded = (self._encoded(example, skipped) for example in examples)
         rows = [row for row in encoded if row is not None]
         tokenizer = self.writer.tokenizer
-        nothing = [tokenizer.pad_token_id] * 2  # where nothing can be used: two tokens without a label
-        ids, labels = ([row[part] for row in rows] or [nothing] for part in (0, 1))
-        labels = labels if rows else [[-100] * 2]
-        length = max(map(len, ids))
+        if not rows:  # two tokens without a label, so that there is a batch
+            rows = [([tokenizer.pad_token_id] * 2, [-100] * 2, ())]
+        length = max(len(ids) for ids, _, _ in rows)
+
+        def padded(values: Iterable[list[int]], filler: int) -> torch.Tensor:
+            return torch.tensor([row + [filler] * (length - len(row)) for row in values])
+
         batch: dict[str, Any] = {
-            "input_ids": torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in ids]),
-            "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in ids]),
-            "labels": torch.tensor([row + [-100] * (length - len(row)) for row in labels]),
+            "input_ids": padded((ids for ids, _, _ in rows), tokenizer.pad_token_id),
+            "attention_mask": padded(([1] * len(ids) for ids, _, _ in rows), 0),
+            "labels": padded((labels for _, labels, _ in rows), -100),
             "skipped": skipped,
         }
         images = [image for row in rows for image in row[2]]

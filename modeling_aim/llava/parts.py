@@ -1,14 +1,14 @@
 """A stock LLaVA from a vision tower and a causal language model that were never together.
 
-What a class says of itself is not trusted where it can be measured: a pass of the vision tower counts its tokens, one of
-the language model shows whether it is causal, and one of both together whether LLaVA's class computes the same.
+What a class says of itself is not trusted where it can be measured: a pass of the vision tower counts its tokens, one
+of the language model shows whether it is causal, and one of both together whether LLaVA's class computes the same.
 """
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -64,6 +64,11 @@ class Joined:
     def vision_tower(self) -> torch.nn.Module:
         return self.model.model.vision_tower
 
+    @property
+    def language_model(self) -> torch.nn.Module:
+        """The decoder, without its head."""
+        return self.model.model.language_model
+
 
 def join(settings: BackboneSettings, load_in_4bit: bool = False) -> Joined:
     """Load both parts and join them; the same weights each time.
@@ -118,7 +123,7 @@ class TowerShape:
     extra: int
 
     @property
-    def strategy(self) -> str:
+    def strategy(self) -> Literal["default", "full"]:
         """LLaVA's: the first token is left out where the tower has one beside its patches."""
         return "default" if self.extra else "full"
 
@@ -148,10 +153,14 @@ def _tower_config(settings: BackboneSettings) -> PreTrainedConfig:
 
 
 def _load_tower(settings: BackboneSettings, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    name = settings.vision_tower
-    tower, info = MODEL_MAPPING[type(config)].from_pretrained(
-        name, config=config, dtype=dtype, revision=settings.vision_revision, output_loading_info=True
-    )
+    name, verbosity = settings.vision_tower, logging.get_verbosity()
+    logging.set_verbosity_error()  # of a whole CLIP checkpoint, it would list the text half as unexpected
+    try:
+        tower, info = MODEL_MAPPING[type(config)].from_pretrained(
+            name, config=config, dtype=dtype, revision=settings.vision_revision, output_loading_info=True
+        )
+    finally:
+        logging.set_verbosity(verbosity)
     missing = sorted(key for key in info["missing_keys"] if not set(key.split(".")) & set(UNUSED))
     if missing:
         raise ValueError(
@@ -269,6 +278,7 @@ def _load_language_model(
     settings: BackboneSettings, config: PreTrainedConfig, dtype: torch.dtype, load_in_4bit: bool
 ) -> PreTrainedModel:
     options: dict[str, Any] = {}
+    model: Any
     if load_in_4bit:
         options["quantization_config"] = laptop_quantization_config()
         if torch.cuda.is_available():
@@ -377,4 +387,4 @@ def _set_generation(
     generation.pad_token_id = tokenizer.pad_token_id
     generation.suppress_tokens = sorted({*(generation.suppress_tokens or []), image_id})  # it is no answer
     model.generation_config = generation
-    model.config.text_config.pad_token_id = tokenizer.pad_token_id
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id

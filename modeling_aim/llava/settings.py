@@ -11,7 +11,10 @@ from transformers import TrainingArguments
 from ..runs import PRECISIONS
 
 CONNECTOR_RATE = 1e-3  # of stage 1, LLaVA-1.5
-FULL_RATE, LORA_RATE = 2e-5, 2e-4  # of the language model in stage 2, by LLaVA's two scripts; the connector has the first
+FULL_RATE, LORA_RATE = (
+    2e-5,
+    2e-4,
+)  # of the language model in stage 2, by LLaVA's two scripts; the connector has the first
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,13 @@ class BackboneSettings:
         stage1_batch_size: captions of one optimizer step of stage 1, on all processes together.
         stage2_batch_size: conversations of one optimizer step of stage 2, on all processes together.
         stage1_learning_rate: peak of the learning rate of stage 1.
-        stage2_learning_rate: peak of the language model's learning rate in stage 2; by default 2e-5, with LoRA 2e-4. The
-            connector's is 2e-5 or the given one.
+        stage2_learning_rate: peak of the language model's learning rate in stage 2; by default 2e-5, with LoRA 2e-4.
+            The connector's is 2e-5 or the given one.
         batch_size: captions or conversations of one process in one forward pass.
         warmup: share of the steps after which the peak is reached.
         max_length: tokens of a caption or conversation with its image; what is longer is cut.
-        dtype: precision of the frozen parts and of the result, bfloat16, float16 or float32; what is trained is held in
-            float32.
+        dtype: precision of the frozen parts and of the result, bfloat16, float16 or float32; what is trained is held
+            in float32.
         gradient_checkpointing: recompute layers in the backward pass, for memory.
         save_every: steps from one checkpoint to the next.
         log_every: steps from one report to the next.
@@ -65,7 +68,7 @@ class BackboneSettings:
     stage1: tuple[str, ...] = ()
     stage2: tuple[str, ...] = ()
     lora_rank: int = 0
-    lora_alpha: float | None = None
+    lora_alpha: int | None = None
     load_in_4bit: bool = False
     image_processor: str | None = None
     vision_revision: str | None = None
@@ -102,7 +105,12 @@ class BackboneSettings:
         if self.dtype not in PRECISIONS:
             raise ValueError(f"dtype={self.dtype!r} is unknown; choose one of {tuple(PRECISIONS)}.")
         counts = ("stage1_batch_size", "stage2_batch_size", "batch_size", "save_every", "log_every", "max_length")
-        for name, least in (*((name, 1) for name in counts), ("lora_rank", 0), ("stage1_steps", 1), ("stage2_steps", 1)):
+        for name, least in (
+            *((name, 1) for name in counts),
+            ("lora_rank", 0),
+            ("stage1_steps", 1),
+            ("stage2_steps", 1),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}={value}: expected at least {least}.")

@@ -23,7 +23,7 @@ from ..training.pace import LogLines
 from ..training.trainer import NotFinite
 from .data import Collator, Examples
 from .parts import Joined
-from .settings import CONNECTOR_RATE, FULL_RATE, LORA_RATE, BackboneSettings
+from .settings import FULL_RATE, LORA_RATE, BackboneSettings
 
 logger = logging.get_logger(__name__)
 
@@ -103,12 +103,13 @@ class StageTrainer(Trainer):
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         """AdamW, or what `args.optim` names, with two learning rates."""
         if self.optimizer is None:
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            model: Any = self.model
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             own = {id(weight) for weight in self.connector.parameters()}
-            trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+            trained = [weight for weight in model.parameters() if weight.requires_grad]
             groups = [
-                {"params": [w for w in trained if id(w) in own], "lr": self.connector_rate},
                 {"params": [w for w in trained if id(w) not in own], "lr": self.args.learning_rate},
+                {"params": [w for w in trained if id(w) in own], "lr": self.connector_rate},
             ]
             self.optimizer = kind([group for group in groups if group["params"]], **options)
         return self.optimizer
@@ -195,7 +196,7 @@ def prepare(joined: Joined, stage: Stage, settings: BackboneSettings) -> Any:
     if stage.language_rate is not None and settings.lora_rank:
         model = with_lora(model, settings)
     elif stage.language_rate is not None:
-        trained += [joined.model.model.language_model, joined.model.lm_head]
+        trained += [joined.language_model, joined.model.lm_head]
     for module in trained:
         module.float().requires_grad_(True)
     return model
@@ -236,7 +237,7 @@ def run_stage(joined: Joined, stage: Stage, examples: Examples, settings: Backbo
     )
     frozen: list[nn.Module] = [joined.vision_tower]
     if stage.language_rate is None:
-        frozen += [joined.model.model.language_model]
+        frozen += [joined.language_model]
     trainer = StageTrainer(
         model=model,
         args=_arguments(settings, stage, len(examples)),
@@ -265,7 +266,8 @@ def run_stage(joined: Joined, stage: Stage, examples: Examples, settings: Backbo
 
 def _estimate(trainer: StageTrainer, stage: Stage, examples: Examples, collator: Collator) -> str:
     """What the stage trains and what a step is, in a line."""
-    weights = list(trainer.model.parameters())
+    model: Any = trainer.model
+    weights = list(model.parameters())
     trained = sum(weight.numel() for weight in weights if weight.requires_grad)
     sample = [examples[n] for n in range(0, len(examples), max(1, len(examples) // SAMPLE))][:SAMPLE]
     batch = collator(sample)
@@ -276,8 +278,8 @@ def _estimate(trainer: StageTrainer, stage: Stage, examples: Examples, collator:
     what = {1: "the connector", 2: "connector and language model"}[stage.number]
     return (
         f"Stage {stage.number} trains {what}: {trained:,} of {sum(map(torch.Tensor.numel, weights)):,} parameters, on "
-        f"{len(examples):,} examples in {args.max_steps:,} steps of {step} ({args.per_device_train_batch_size} a pass); "
-        f"about {tokens:,.0f} tokens a step, {scored:,.0f} of them in the loss."
+        f"{len(examples):,} examples in {args.max_steps:,} steps of {step} ({args.per_device_train_batch_size} a "
+        f"pass); about {tokens:,.0f} tokens a step, {scored:,.0f} of them in the loss."
     )
 
 
