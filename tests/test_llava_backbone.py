@@ -330,7 +330,7 @@ ERRORS: dict[str, tuple[str, Callable[[dict[str, str], Path], Any], str]] = {
     "no layer": ("vision_feature_layer", lambda parts, f: -9, r"vision_feature_layer=-9: .* the states of 3 layers"),
     "no answers": ("stage2", lambda p, f: _rewritten(p, f, _no_answers), r"stage2 .* holds nothing to train on.*: 10"),
     "empty answers": ("stage2", lambda p, f: _rewritten(p, f, _empty_answers), r"stage2: no answer in 8 "),
-    "no images": ("stage2", lambda p, f: _rewritten(p, f, _other_place), r"6 of 6 images .* elsewhere.png"),
+    "no images": ("stage2", lambda p, f: _rewritten(p, f, _other_place), r"8 of 8 images .* elsewhere.png"),
     "another kind": ("stage1", lambda parts, f: "lcl:x.json", r"lcl:x.json"),
     "no file": ("stage1", lambda parts, f: f"llava:{f / 'no.json'}", r"no.json"),
     "4-bit alone": ("load_in_4bit", lambda parts, f: True, r"load_in_4bit .* is for LoRA"),
