@@ -1,7 +1,7 @@
 """aim-tiny's two LLaVA stages by `aim backbone`: tower and language model as folders, its corpus as LLaVA's JSON.
 
     python examples/aim_tiny/parts.py                         # behind the stages vision and llm of build.py
-    python examples/aim_tiny/parts.py --shipped --batches 20  # a short run on the parts of the shipped backbone
+    python examples/aim_tiny/parts.py --shipped --batches 20 --folder build/short  # on the shipped parts
     python examples/aim_tiny/parts.py --adopt                 # the result becomes the backbone of the later stages
 
 Samples become conversations whose words and targets are those of `backbone.py llava`, token for token: a chat template
@@ -143,7 +143,7 @@ def build(folder: Path, shipped: bool, align: int, batches: int) -> Path:
     """
     tower, language = parts(folder / "parts", shipped)
     settings = BackboneSettings(
-        vision_tower=tower, language_model=language, output=str(folder / f"llava-{align}-{batches}"),
+        vision_tower=tower, language_model=language, output=str(folder / "llava"),
         stage1=(data(folder, "captions", captions, align),),
         stage2=(data(folder, "conversations", conversations, batches),),
         stage1_batch_size=64, stage2_batch_size=CONVERSATIONS, batch_size=CONVERSATIONS,

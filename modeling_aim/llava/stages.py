@@ -298,6 +298,7 @@ def _arguments(settings: BackboneSettings, stage: Stage, examples: int) -> Train
         "save_steps": settings.save_every,
         "save_total_limit": 1,
         "logging_steps": settings.log_every,
+        "logging_first_step": True,
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "prediction_loss_only": True,
