@@ -302,6 +302,10 @@ def _other_place(row: dict[str, Any]) -> None:
     row["image"] = "elsewhere.png"
 
 
+def _no_image(row: dict[str, Any]) -> None:
+    row["image"] = "../conversations.json"
+
+
 def _without_template(parts: dict[str, str], folder: Path) -> str:
     llava_parts.save_llama(folder)
     hf.AutoTokenizer.from_pretrained(folder)
@@ -353,6 +357,9 @@ ERRORS: dict[str, tuple[str, Callable[[dict[str, str], Path], Any], str]] = {
     "no answers": ("stage2", lambda p, f: _rewritten(p, f, _no_answers), r"stage2 .* holds nothing to train on.*: 10"),
     "empty answers": ("stage2", lambda p, f: _rewritten(p, f, _empty_answers), r"stage2: no answer in 8 "),
     "no images": ("stage2", lambda p, f: _rewritten(p, f, _other_place), r"8 of 8 images .*elsewhere.png"),
+    "files that are no images": (
+        "stage2", lambda p, f: _rewritten(p, f, _no_image), r"stage2: none of 8 examples .* missing image: 8"
+    ),
     "another kind": ("stage1", lambda parts, f: "lcl:x.json", r"lcl:x.json"),
     "no file": ("stage1", lambda parts, f: f"llava:{f / 'no.json'}", r"no.json"),
     "4-bit alone": ("load_in_4bit", lambda parts, f: True, r"load_in_4bit .* is for LoRA"),
