@@ -23,16 +23,19 @@ from ..evaluation.compare import MCNEMAR, compare_runs
 from ..evaluation.pareto import printed
 from ..evaluation.report import cells_by_row
 from .attention import attention
+from .judge import answers, judge
 from .options import command
 from .terminal import errors, print_json, safe, wide_console
 
 app = typer.Typer(
     help="Few-shot evaluation with demonstrations as fused tokens, in full, as text, and controls; and comparisons.",
-    subcommand_metavar="[compare A B | card RUN REPO | attention]",
+    subcommand_metavar="[compare A B | card RUN REPO | attention | judge | answers]",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 command(app, "aim eval attention")(attention)
+command(app, "aim eval judge")(judge)
+command(app, "aim eval answers")(answers)
 
 
 @command(app, "aim eval", group=True)

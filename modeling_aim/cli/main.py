@@ -19,6 +19,7 @@ COMMANDS = {
     "check": ("check", "Try what AIM promises on a backbone, before any training."),
     "train": ("train", "Train a projector for a frozen backbone."),
     "eval": ("eval", "Evaluate a model few-shot; compare runs; measure attention."),
+    "data": ("data", "Make instruction data from captions and boxes by a text model."),
     "bank": ("bank", "Demonstrations read once: build, inspect and choose."),
     "publish": ("publish", "Publish a repository on the Hub, after loading it as others will."),
     "bench": ("bench", "Count and measure what few-shot answers cost on a backbone."),

@@ -1,0 +1,1 @@
+"""LLaVA (arXiv 2304.08485) beyond its data format: instruction data by a text model, and a judge of answers."""
