@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files_aim import only_one, write_whole
-from .asking import Asking, AskingSettings, Outcome, asked_in, costs_of
+from .asking import Asking, AskingSettings, Outcome, Stopped, asked_in, costs_of
 from .captioned import CaptionedImage, read_captioned
 from .few_shot import SORTS, Episode, naming_episodes, rule_episodes, style_episodes
 from .parsing import Unparsable, description, one_line, questions_and_answers
