@@ -20,7 +20,7 @@ LABELS = re.compile(
     r"\b(assistant|answer|response|candidate|model)\s*#?\s*[12]\b|\bscores?\b|/\s*10\b|\bout of (10|ten)\b",
     re.IGNORECASE,
 )
-NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?![\w]|\.\d)")
+NUMBER = re.compile(r"(?<![\w.])(?<!\d-)-?\d+(?:\.\d+)?(?![\w]|\.\d)")
 
 
 def published_scores(review: str) -> list[float]:
