@@ -17,6 +17,7 @@ COMMANDS = {
     "init": ("init", "Make an AIM repository for a backbone: without weights, or with a projector to train."),
     "tune": ("tune", "Find the depth at which states answer best, on your own demonstrations."),
     "check": ("check", "Try what AIM promises on a backbone, before any training."),
+    "backbone": ("backbone", "Make a backbone from a vision tower and a language model: LLaVA's two stages."),
     "train": ("train", "Train a projector for a frozen backbone."),
     "eval": ("eval", "Evaluate a model few-shot; compare runs; measure attention."),
     "data": ("data", "Make instruction data from captions and boxes by a text model."),

@@ -1,1 +1,6 @@
-"""LLaVA (arXiv 2304.08485) beyond its data format: instruction data by a text model, and a judge of answers."""
+"""LLaVA's system: a backbone in two stages (`aim backbone`), its instruction data (`aim data instruct`), its judge."""
+
+from .build import build_backbone
+from .settings import BackboneSettings
+
+__all__ = ["BackboneSettings", "build_backbone"]

@@ -51,14 +51,17 @@ class LlavaConversations(Source):
         images: folder of the images; that of the file when `None`.
         captions: take answers as captions, without their questions: LLaVA's stage 1, where questions are
             "Describe the image concisely" in other words.
+        text_only: keep conversations without an image, of which LLaVA-1.5's mixture has some.
 
     Raises:
         ValueError: the file is no such list.
         FileNotFoundError: there is no such file.
     """
 
-    def __init__(self, path: str, *, images: str | None = None, captions: bool = False) -> None:
-        self.path, self.captions = llava_file(existing(path)), captions
+    def __init__(
+        self, path: str, *, images: str | None = None, captions: bool = False, text_only: bool = False
+    ) -> None:
+        self.path, self.captions, self.text_only = llava_file(existing(path)), captions, text_only
         self.name = f"llava {self.path.name}"
         self.folder = self.path.parent if images is None else existing(images)
         self._left_out: Counter[str] = Counter()
@@ -68,7 +71,7 @@ class LlavaConversations(Source):
             pairs = list(self._pairs(record, self._left_out))
             if not pairs:
                 continue
-            first = [str(record["image"]), pairs[0].get("question", ""), pairs[0][_said(pairs[0])]]
+            first = [str(record.get("image", "")), pairs[0].get("question", ""), pairs[0][_said(pairs[0])]]
             digest = hashlib.sha256("\0".join(first).encode("utf-8", "replace")).digest()
             records.extend([len(digests)] * len(pairs))
             numbers.extend(range(len(pairs)))
@@ -80,30 +83,59 @@ class LlavaConversations(Source):
 
     def pairs_of(self, record: int) -> list[dict[str, Any]]:
         """The pairs of a conversation, by its number."""
-        begin, end = self._offsets[record].tolist()
+        return list(self._pairs(self._record(record), Counter()))
+
+    @property
+    def conversations(self) -> int:
+        """How many conversations the file has that can be used."""
+        return len(self._digests)
+
+    def conversation(self, number: int) -> tuple[Any, list[tuple[str, str]]]:
+        """A conversation as it stands in the file.
+
+        Returns:
+            Where its image is (a list of several, `None` without), and its turns: what the human says, with `<image>`
+            in its place, and the answer.
+        """
+        record = self._record(number)
+        return located(self.folder, record.get("image")), list(self._turns(record["conversations"], Counter()))
+
+    @property
+    def left_out(self) -> Counter[str]:
+        """What of the file cannot be used, by reason."""
+        return Counter(+self._left_out)
+
+    def _record(self, number: int) -> Any:
+        begin, end = self._offsets[number].tolist()
         with self.path.open("rb") as file:
             file.seek(begin)
-            return list(self._pairs(json.loads(file.read(end - begin)), Counter()))
+            return json.loads(file.read(end - begin))
 
     def _pairs(self, record: Any, left_out: Counter[str]) -> Iterator[dict[str, Any]]:
         image, turns = (record.get(key) for key in ("image", "conversations")) if isinstance(record, dict) else (0, 0)
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
             left_out["record without a conversation"] += 1
-        elif not image:
+        elif not image and not self.text_only:
             left_out["record without an image"] += 1
         else:
-            question, place = None, located(self.folder, image)
-            for turn in turns:
-                value = turn["value"].strip() if isinstance(turn.get("value"), str) else ""
-                if turn.get("from") == "gpt" and question is not None:
-                    has_question = bool(question) and not self.captions
-                    words = {"question": question, "answer": value} if has_question else {"text": value}
-                    yield {"image": place, **words}
-                    question = None
-                else:
-                    left_out["turn without its question or answer"] += question is not None
-                    question = value.replace("<image>", "").strip() if turn.get("from") == "human" else None
-            left_out["turn without its question or answer"] += question is not None
+            place = {"image": located(self.folder, image)} if image else {}
+            for human, answer in self._turns(turns, left_out):
+                question = human.replace("<image>", "").strip()
+                has_question = bool(question) and not self.captions
+                yield {**place, **({"question": question, "answer": answer} if has_question else {"text": answer})}
+
+    def _turns(self, turns: Sequence[Mapping[str, Any]], left_out: Counter[str]) -> Iterator[tuple[str, str]]:
+        """Each turn of the human that is answered, and the answer."""
+        asked: str | None = None
+        for turn in turns:
+            value = turn["value"].strip() if isinstance(turn.get("value"), str) else ""
+            if turn.get("from") == "gpt" and asked is not None:
+                yield asked, value
+                asked = None
+            else:
+                left_out["turn without its question or answer"] += asked is not None
+                asked = value if turn.get("from") == "human" else None
+        left_out["turn without its question or answer"] += asked is not None
 
     def documents(self, seed: int) -> Iterator[Sequence[Pair]]:
         self.skipped.update(+self._left_out)
