@@ -283,8 +283,8 @@ def test_what_is_made_trains(model: LocalModel, tmp_path: Path) -> None:
 def test_episodes_hold_what_they_hide(model: LocalModel, tmp_path: Path) -> None:
     rows = rows_in(tmp_path / "s.jsonl", 40)
     settings = InstructSettings(
-        source=rows, output=tmp_path / "out", kinds=("episodes",), episode_kinds=("naming", "rule"), episodes=20, shots=4
-    )  # fmt: skip
+        source=rows, output=tmp_path / "out", kinds=("episodes",), episode_kinds=("naming", "rule"), episodes=20
+    )
     made = make_instructions(settings)
     assert made is not None and made.counts["naming episodes"] == made.counts["rule episodes"] == 20
     by_image = {row.image: row for row in read_captioned(rows, None, None, Counter())}
