@@ -10,8 +10,8 @@
 5. AIM on that backbone answers from demonstrations, without training.
 
 Every step is the code that large models take. What is a toy: the chat model that writes and judges has some hundred
-thousand parameters and is trained here, on texts of this world made by rules, so its judgements are checked against the
-facts; vision tower and language model are those of aim-tiny, and the connector between them is new.
+thousand parameters and is trained here, on texts of this world made by rules, so its judgements are checked against
+the facts; vision tower and language model are those of aim-tiny, and the connector between them is new.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def instruction_data(output: Path, images: Path, rows: list[dict[str, Any]], cha
     made = make_instructions(
         InstructSettings(
             source=write_lines(output / "captions_and_boxes.jsonl", rows), images=images,
-            output=output / "instructions", prompts=chat.prompts(output / "prompts"), model=str(chat_model), temperature=0.0, answer_tokens=80,
+            output=output / "instructions", prompts=chat.prompts(output / "prompts"), model=str(chat_model),
+            temperature=0.0, answer_tokens=80,
         )
     )  # fmt: skip
     assert made is not None
@@ -116,7 +117,8 @@ def judged(output: Path, images: Path, model: Any, chat_model: Path) -> None:
         JudgeSettings(
             questions=write_lines(output / "questions.jsonl", questions), candidate=output / "answers.jsonl",
             reference=write_lines(output / "right.jsonl", right),
-            context=write_lines(output / "context.jsonl", context), rules=chat.rules(output / "rule.json"), output=output / "judge", model=str(chat_model), swap=True,
+            context=write_lines(output / "context.jsonl", context), rules=chat.rules(output / "rule.json"),
+            output=output / "judge", model=str(chat_model), swap=True,
             answer_tokens=12, temperature=0.0,
         )
     )  # fmt: skip

@@ -165,7 +165,7 @@ class EndpointModel:
         choice = output.choices[0] if isinstance(output.choices, list) and output.choices else None
         text = getattr(getattr(choice, "message", None), "content", None)
         if not isinstance(text, str) or not text.strip():
-            kind = "an empty answer" if choice is not None else f"no answer: {self._shown(dict(output) or output)}"
+            kind = "an empty answer" if choice is not None else f"no answer: {self._shown(server_says(dict(output)))}"
             raise Failed(f"{self.url} sent {kind}", again=True)
         prompt, answer = (_count(output.usage, name) for name in ("prompt_tokens", "completion_tokens"))
         return Answer(
@@ -179,7 +179,7 @@ class EndpointModel:
     def _refused(self, error: Any) -> Failed:
         """What a status says: the key or the model is wrong, the server is busy, or the request is not for it."""
         status, response = error.response.status_code, error.response
-        server_text = self._shown(response.text if response.is_closed else error)
+        server_text = self._shown(server_says(response.text if response.is_closed else str(error)))
         if status in (401, 403):
             how = f"the key in {self.key_from} was refused" if self._key else f"a key is missing: set {self.key_from}"
             return Failed(
@@ -203,6 +203,15 @@ class EndpointModel:
         text = " ".join(str(value).split())
         text = text.replace(self._key, "***") if self._key else text
         return text[:SHOWN] or "nothing"
+
+
+def server_says(body: object) -> object:
+    """The message in an error as OpenAI's protocol has it, or all of it."""
+    try:
+        read = json.loads(body) if isinstance(body, str) else body
+        return read["error"]["message"] if isinstance(read["error"], dict) else read["error"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return body
 
 
 def checked_url(url: str) -> str:
