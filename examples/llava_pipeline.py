@@ -19,13 +19,12 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import chat
 import torch
-import world
 from lesson import AIM_TINY, ask, shapes
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
@@ -34,6 +33,10 @@ from modeling_aim.llava import BackboneSettings, build_backbone
 from modeling_aim.llava.answers import write_answers
 from modeling_aim.llava.instructions import InstructSettings, make_instructions
 from modeling_aim.llava.judge import JudgeSettings, judge
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "aim_tiny"))
+import chat
+import world
 
 CAPTION = "<image>\nDescribe the image concisely."
 JUDGED = 6  # images

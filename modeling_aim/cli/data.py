@@ -9,9 +9,11 @@ import typer
 from rich.table import Table
 
 from ..llava.asking import Stopped
-from ..llava.instructions import ALL, EPISODES, UNPARSABLE, InstructSettings, make_instructions
+from ..llava.instructions import ALL, EPISODES, REPORT, UNPARSABLE, InstructSettings, make_instructions
 from .options import command
 from .terminal import errors, safe, wide_console
+
+SHOWN = 10  # reasons why something was left out
 
 app = typer.Typer(
     help="Make data to train on.",
@@ -41,8 +43,10 @@ def instruct(settings: InstructSettings) -> None:
     table.add_row("questions with answers", f"{made.pairs:,}")
     console = wide_console()
     console.print(table)
-    for reason, count in made.left_out.items():
+    for reason, count in made.left_out.most_common(SHOWN):
         console.print(f"Left out: {count:,} × {safe(reason)}", soft_wrap=True)
+    if len(made.left_out) > SHOWN:
+        console.print(f"... and {len(made.left_out) - SHOWN:,} more reasons: {safe(settings.output / REPORT)}.")
     if made.unparsable:
         console.print(f"{len(made.unparsable):,} answers did not parse: {safe(settings.output / UNPARSABLE)}.")
     folder = f",images={settings.images}" if settings.images else ",images=FOLDER"

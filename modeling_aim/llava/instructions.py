@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files_aim import only_one, write_whole
 from .asking import Asking, AskingSettings, Outcome, Stopped, asked_in, costs_of
 from .captioned import CaptionedImage, read_captioned
 from .few_shot import SORTS, Episode, naming_episodes, rule_episodes, style_episodes
@@ -128,6 +127,8 @@ def make_instructions(settings: InstructSettings, show: Callable[[str], None] = 
     }
     for reason, count in made.left_out.items():
         show(f"Left out: {count:,} × {reason}.")
+    from ..files_aim import only_one  # with torch
+
     with only_one(settings.output, "aim data instruct"):
         ledger = asked_in(settings.output)
         outcome = Outcome()
@@ -197,7 +198,7 @@ def _write(settings: InstructSettings, rows: list[CaptionedImage], answers: Mapp
         _write_lines(settings.output / EPISODES, _episodes(settings, rows, styled, made), made)
     _write_lines(settings.output / UNPARSABLE, made.unparsable, made)
     report = {"written": made.counts, "pairs": made.pairs, "left_out": dict(made.left_out), "stopped": made.stopped}
-    write_whole(settings.output / REPORT, json.dumps(report, indent=1).encode())
+    _save(settings.output / REPORT, json.dumps(report, indent=1))
 
 
 def _new(
@@ -261,14 +262,16 @@ def _plain(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_json(path: Path, records: list[dict[str, Any]], made: Made) -> None:
     made.counts[path.name] = len(records)
-    write_whole(path, _encoded(json.dumps(records, ensure_ascii=False, indent=1)))
+    _save(path, json.dumps(records, ensure_ascii=False, indent=1))
 
 
 def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]], made: Made) -> None:
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     made.counts[path.name] = len(lines)
-    write_whole(path, _encoded("".join(lines)))
+    _save(path, "".join(lines))
 
 
-def _encoded(text: str) -> bytes:
-    return text.encode("utf-8", "backslashreplace")
+def _save(path: Path, text: str) -> None:
+    from ..files_aim import write_whole
+
+    write_whole(path, text.encode("utf-8", "backslashreplace"))
