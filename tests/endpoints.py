@@ -35,15 +35,14 @@ def tiny_chat(folder: Path) -> str:
 
 def rows_in(path: Path, count: int) -> Path:
     """Captions and boxes of `count` scenes of the small world."""
-    rng = random.Random(0)
-    concepts = world.concepts("train")
-    rows = [
-        chat.row(
-            f"{n}", world.random_scene(rng, concepts[n % 7]), [[0.1, 0.2, 0.1 + 0.1 * (n % 5 + 1), 0.6]] * (n % 3 + 1)
-        )
-        for n in range(count)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rng, concepts = random.Random(0), world.concepts("train")
+    rows: dict[str, dict[str, Any]] = {}
+    while len(rows) < count:
+        number = len(rows)
+        scene = world.random_scene(rng, concepts[number % 7])
+        boxes = [[0.1, 0.2, 0.1 + 0.1 * (number % 5 + 1), 0.6]] * (number % 3 + 1)
+        rows.setdefault(world.caption(scene), chat.row(f"{number}", scene, boxes))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
     return path
 
 

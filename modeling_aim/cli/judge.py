@@ -38,7 +38,7 @@ def judge(settings: JudgeSettings) -> None:
         "published: reviews that do not parse count as -1, as in LLaVA's code; honest: they are left out.",
         soft_wrap=True,
     )
-    if "both_orders" in summary:
+    if summary.get("both_orders"):
         both, turned = summary["both_orders"]["all"], summary["winner_turned_by_order"]
         console.print(
             f"Both orders: relative {both['relative']}; the order turned the winner in {turned} of "

@@ -10,7 +10,6 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ..data.link_context import random_name
 from .captioned import CaptionedImage
 
 SORTS = ("naming", "style", "rule")
@@ -31,6 +30,8 @@ def naming_episodes(images: Sequence[CaptionedImage], count: int, shots: int, rn
         shots: demonstrations of each, half of either category.
         rng: draws.
     """
+    from ..data.link_context import random_name  # with torch
+
     by_category: dict[str, list[CaptionedImage]] = {}
     for image in images:
         for category in {box.category for box in image.boxes}:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +152,10 @@ def _written(output: Path, comparisons: list[Comparison], orders: list[str], out
             reviews.append(review)
         _write_lines(output / ORDERS[order], reviews)
         turned = [{**row, "tuple": row["tuple"][::-1]} if order == "swapped" else row for row in reviews]
-        published[order] = published_summary(turned)
+        published[order] = {
+            name: {key: value if math.isfinite(value) else None for key, value in figures.items()}
+            for name, figures in published_summary(turned).items()
+        }
     categories = {comparison.number: comparison.category for comparison in comparisons}
     summary: dict[str, Any] = {"published": published, "honest": {}}
     for order in orders:
@@ -171,7 +175,9 @@ def _both_orders(
     """Means over both orders, of the questions whose reviews both parse; and how often the order turns the winner."""
     both, turned, parsed = [], 0, 0
     for number, category in categories.items():
-        pairs = [scores.get((order, number)) for order in ORDERS]
+        if any((order, number) not in scores for order in ORDERS):
+            continue
+        pairs = [scores[order, number] for order in ORDERS]
         if (pairs[0] is None) or (pairs[1] is None):
             both.append((category, None))
             continue
