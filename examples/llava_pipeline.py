@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("build/pipeline"))
     parser.add_argument("--images", type=int, default=120)
     parser.add_argument("--asked", type=int, default=40, help="images of which instruction data is made")
-    parser.add_argument("--chat-steps", type=int, default=350)
+    parser.add_argument("--chat-steps", type=int, default=500)
     parser.add_argument("--steps", type=int, nargs=2, default=(120, 80), help="of stages 1 and 2")
     args = parser.parse_args()
     torch.manual_seed(0)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from endpoints import FAULTS, NAME, REFUSALS, ROOT, SLOW, Endpoint, chat, listening_endpoint, rows_in, tiny_chat
 from PIL import Image
-from served import AIM_TINY, MODEL, loaded, served
+from served import MODEL, loaded, served
 from typer.testing import CliRunner, Result
 
 from modeling_aim.cli import app
@@ -224,12 +224,15 @@ def test_a_served_transformers_model_is_an_endpoint(tmp_path: Path) -> None:
             wrong.answer(Request(request.messages, "other", 0.0, 6))
 
 
-def test_a_model_without_a_chat_template_is_refused() -> None:
-    from transformers import AutoTokenizer
-
-    assert AutoTokenizer.from_pretrained(AIM_TINY / "backbone").chat_template
-    with pytest.raises(ValueError, match="--model"):
-        AskingSettings().opened()
+def test_local_models_that_cannot_be_asked_are_refused(model: LocalModel, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--dtype 'int3'"):
+        LocalModel(model.name, dtype="int3")
+    model.tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="no chat template"):
+        LocalModel(str(tmp_path / "base"))
+    with pytest.raises(Failed, match=r"--answer-tokens"):
+        model.answer(Request(({"role": "user", "content": "one"},), NAME, 0.0, 5000))
 
 
 # --- what is written

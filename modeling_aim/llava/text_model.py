@@ -289,7 +289,8 @@ class LocalModel:
         device_map: where it goes, such as "auto" or "cuda".
 
     Raises:
-        ValueError: it has no chat template.
+        ValueError: it has no chat template, or there is no such precision.
+        OSError: there is no such model.
     """
 
     most_at_once: int | None = 1
@@ -297,6 +298,10 @@ class LocalModel:
     def __init__(self, name: str, dtype: str | None = None, device_map: str | None = None) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        from ..runs import PRECISIONS
+
+        if dtype not in (None, *PRECISIONS):
+            raise ValueError(f"--dtype {dtype!r}: expected one of {', '.join(PRECISIONS)}.")
         self.name = name
         self.tokenizer = AutoTokenizer.from_pretrained(name)
         if not self.tokenizer.chat_template:
