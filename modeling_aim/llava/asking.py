@@ -313,8 +313,7 @@ class Asking:
         if limits.max_total_tokens is not None and total > limits.max_total_tokens:
             return (
                 f"Stopped at the budget of --max-total-tokens {limits.max_total_tokens}: {self.ledger.tokens} are "
-                f"used, "
-                f"the next request may take {needed}; {kept} answers are kept. Rerun with a larger one to go on."
+                f"used, the next request may take {needed}; {kept} answers are kept. Rerun with a larger one to go on."
             )
         return None
 

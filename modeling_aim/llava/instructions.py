@@ -136,6 +136,7 @@ def make_instructions(settings: InstructSettings, show: Callable[[str], None] = 
             show(str(costs_of(requests, ledger)))
         if settings.dry_run:
             return None
+        ledger.path.touch()  # marks the folder as this command's
         if settings.asks:
             outcome = Asking(settings.opened(), ledger, settings).run(requests, "asked")
         if outcome.stopped and not outcome.answers:
