@@ -120,7 +120,7 @@ def test_own_prompts_answer_in_the_form_that_is_parsed(kind: str) -> None:
         (["--source", "nowhere.jsonl"], "nowhere.jsonl was not found"),
         (["--instances", "{source}"], "--instances goes with"),
         (["--output", "{folder}"], "holds s.jsonl"),
-        (["--output", "{source}"], "is"),
+        (["--output", "{source}"], "is a file; give a folder"),
         ([], "--model must be given"),
     ],
 )

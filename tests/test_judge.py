@@ -112,9 +112,8 @@ def test_the_judge_reads_the_published_layout(tmp_path: Path) -> None:
         "1]\n\n"
         f"[Assistant 2]\nblue .\n\n[End of Assistant 2]\n\n[System]\n{chat.RULE}\n\n"
     )
-    assert first.content(False).replace("red .", "x").replace("blue .", "red .").replace(
-        "x", "blue ."
-    ) == first.content(True)
+    turned = first.content(False).replace("red .", "BLUE").replace("blue .", "red .").replace("BLUE", "blue .")
+    assert turned == first.content(True)
     review = first.review("8 9\nfine", swapped=False)
     assert review == {
         "id": 3, "question_id": 2, "answer1_id": "red .2", "answer2_id": "blue .2", "category": "llava_bench_conv",

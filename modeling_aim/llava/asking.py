@@ -11,7 +11,7 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -359,19 +359,12 @@ class Asking:
         return f"{len(self.ledger.answers)} answers are kept; rerun the same command to go on."
 
 
-def asked_in(folder: Path) -> Ledger:
-    """The ledger of an output folder.
-
-    Raises:
-        ValueError: the folder is a file, or holds something else.
-    """
+def check_output(folder: Path) -> None:
+    """Raise `ValueError` for an output folder that is a file, or holds something else than such a run."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"The output {folder} is a file; give a folder.")
-    held: Sequence[str] = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    held = [name for name in held if not name.startswith(".")]
+    held = sorted(path.name for path in folder.iterdir() if path.name[0] != ".") if folder.exists() else []
     if held and ANSWERS not in held:
         raise ValueError(
             f"The output folder {folder} holds {held[0]} and no {ANSWERS} of an earlier start. Choose an empty folder."
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    return Ledger(folder / ANSWERS)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .asking import Asking, AskingSettings, Outcome, Stopped, asked_in, costs_of
+from .asking import ANSWERS, Asking, AskingSettings, Ledger, Outcome, Stopped, check_output, costs_of
 from .captioned import CaptionedImage, read_captioned
 from .few_shot import SORTS, Episode, naming_episodes, rule_episodes, style_episodes
 from .parsing import Unparsable, description, one_line, questions_and_answers
@@ -129,8 +129,9 @@ def make_instructions(settings: InstructSettings, show: Callable[[str], None] = 
         show(f"Left out: {count:,} × {reason}.")
     from ..files_aim import only_one  # with torch
 
+    check_output(settings.output)
     with only_one(settings.output, "aim data instruct"):
-        ledger = asked_in(settings.output)
+        ledger = Ledger(settings.output / ANSWERS)
         outcome = Outcome()
         if settings.asks:
             show(str(costs_of(requests, ledger)))

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..data.jsonl import numbered_json
 from ..files_aim import only_one, write_whole
-from .asking import Asking, AskingSettings, Outcome, Stopped, asked_in, costs_of
+from .asking import ANSWERS, Asking, AskingSettings, Ledger, Outcome, Stopped, check_output, costs_of
 from .rules import IN_THE_WILD, OWN_RULES, SYSTEM, Rule, read_rules
 from .scores import honest_scores, honest_summary, published_scores, published_summary
 from .text_model import Request
@@ -122,8 +122,9 @@ def judge(settings: JudgeSettings, show: Callable[[str], None] = print) -> dict[
         for order in orders
         for comparison in comparisons
     }
+    check_output(settings.output)
     with only_one(settings.output, "aim eval judge"):
-        ledger = asked_in(settings.output)
+        ledger = Ledger(settings.output / ANSWERS)
         show(str(costs_of(requests, ledger)))
         if settings.dry_run:
             return None
