@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import random
+import shutil
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -27,10 +31,13 @@ SLOW = 0.6  # seconds; a test's client waits half as long
 HTML = b"<html><h1>Bad gateway</h1></html>"
 
 
-def tiny_chat(folder: Path) -> str:
-    """A chat model that writes questions and answers of the small world, and scores: its form, not its facts."""
+@functools.cache
+def tiny_chat() -> LocalModel:
+    """A chat model that writes questions and answers of the small world, and scores: their form, not their facts."""
+    folder = Path(tempfile.mkdtemp(prefix="aim-chat-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     chat.train(folder, chat.lesson, steps=60, width=48, layers=1, rows=24)
-    return str(folder)
+    return LocalModel(str(folder))
 
 
 def rows_in(path: Path, count: int) -> Path:

@@ -29,8 +29,8 @@ KEY = "sk-a-key-that-is-written-nowhere"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LocalModel:
-    return LocalModel(tiny_chat(tmp_path_factory.mktemp("chat")))
+def model() -> LocalModel:
+    return tiny_chat()
 
 
 @pytest.fixture(autouse=True)

@@ -25,8 +25,8 @@ SHAPES = json.loads(GOLDEN.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LocalModel:
-    return LocalModel(tiny_chat(tmp_path_factory.mktemp("chat")))
+def model() -> LocalModel:
+    return tiny_chat()
 
 
 @pytest.fixture(autouse=True)
