@@ -93,12 +93,12 @@ def judgement(rng: random.Random, scene: world.Scene) -> Chat:
     ]
 
 
-def lesson(rng: random.Random) -> Chat:
-    """One chat to learn from."""
+def lesson(rng: random.Random, judgements: float = 0.5) -> Chat:
+    """One chat to learn from; a share of them are judgements."""
     scene = world.random_scene(rng, rng.choice(world.concepts("train")))
-    kind = rng.choice([*TASKS, "judge", "judge", "judge"])
-    if kind == "judge":
+    if rng.random() < judgements:
         return judgement(rng, scene)
+    kind = rng.choice(list(TASKS))
     shown = world.caption(scene)
     if kind != "conversation" or rng.random() < 0.3:
         box = [round(rng.random(), 3) for _ in range(4)]
@@ -110,8 +110,8 @@ def lesson(rng: random.Random) -> Chat:
 
 
 def new_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words with the space before them, and line breaks."""
-    split = pre_tokenizers.Split(Regex(r"\n| ?[^\s]+"), "isolated")
+    """A tokenizer of whole words with the space before them, single digits, and line breaks."""
+    split = pre_tokenizers.Split(Regex(r"\n| ?\d|\.(?=\d)| ?[^\s\d]+"), "isolated")
     words = dict.fromkeys(word for text in texts for word, _ in split.pre_tokenize_str(text))
     vocabulary = {word: number for number, word in enumerate([*SPECIAL, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
