@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from threading import RLock
 from typing import Any
 
@@ -95,7 +96,8 @@ class EncodingMixin:
         counts = [UNKNOWN_IMAGE] * len(images)
         if images and hasattr(self.processor, "_get_num_multimodal_tokens"):
             sizes = [(image.height, image.width) for image in images]
-            counts = self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens or counts
+            with suppress(TypeError):  # LLaVA's looks for a crop size, which SigLIP's image processor has not
+                counts = self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens or counts
         remaining = iter(counts)
         return [len(self.word(d)[0]) + sum(next(remaining) for _ in d.images) for d in demonstrations]
 

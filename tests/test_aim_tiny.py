@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import random
 import sys
 from itertools import islice
 from pathlib import Path
@@ -12,6 +15,8 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from modeling_aim import AimForConditionalGeneration, AimProcessor
+from modeling_aim.llava.chat import ChatWriter, accept_images
+from modeling_aim.llava.data import Collator, Examples
 from modeling_aim.training import Mixture, ShotLaw, open_source
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -245,3 +250,26 @@ def test_tasks_that_look_closely_are_what_they_say(tasks: Any) -> None:
             fixed = [n for n in vars(query.scene) if {getattr(s, n) for s in same} == {getattr(query.scene, n)}]
             assert len(same) == 12 // len(said)
             assert not any(all(getattr(s, n) == getattr(query.scene, n) for n in fixed) for s in other)
+
+
+def test_conversations_for_aim_backbone_are_the_corpus_token_for_token(tasks: Any, tmp_path: Path) -> None:
+    """Of samples with one query and without gaps: in LLaVA's JSON, read back by `aim backbone`."""
+    import parts
+    import words
+
+    tokenizer = copy.deepcopy(words.tokenizer())
+    tokenizer.chat_template = accept_images(tokenizer, parts.BARE, words.IMAGE)
+    collator = Collator(ChatWriter(tokenizer, words.IMAGE, words.VISUAL_TOKENS), words.processor().image_processor,
+                        captions=False, max_length=4096)  # fmt: skip
+    kinds = [parts.conversations, parts.conversations, parts.captions]
+    samples = [next(make(random.Random(seed))) for seed in range(10) for make in kinds]
+    (tmp_path / "rows.json").write_text(json.dumps([{"id": str(n), **parts.record(s)} for n, s in enumerate(samples)]))
+    for concept, index in {image for sample in samples for image in sample.images}:
+        world_image = parts.world.pool_image("train", concept, index)
+        world_image.save(tmp_path / f"{concept}-{index}.png")
+    examples = Examples((f"llava:{tmp_path / 'rows.json'}",), "stage2", 0)
+    assert len(examples) == len(samples)
+    for sample, example in zip(samples, (examples[n] for n in range(len(samples))), strict=True):
+        batch = collator([example])
+        assert batch["input_ids"][0].tolist() == sample.ids
+        assert (batch["labels"][0] != -100).tolist() == sample.target

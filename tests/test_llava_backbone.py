@@ -12,10 +12,12 @@ import llava_parts
 import pytest
 import torch
 import transformers as hf
+from backbones import picture
 from families import QWEN_SPECIAL, make_tokenizer, text_settings
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 from typer.testing import CliRunner
 
+from modeling_aim import AimForConditionalGeneration
 from modeling_aim.checks import PROPERTIES, check_model, run_checks
 from modeling_aim.cli import app
 from modeling_aim.llava import BackboneSettings, build_backbone
@@ -209,7 +211,7 @@ def test_merged_lora_answers_as_it_was_trained(settings: BackboneSettings) -> No
     (stage,) = stages_of(settings)
     joined = join(settings)
     examples = Examples(stage.specs, "stage2", 0)
-    model = run_stage(joined, stage, examples, settings).eval()
+    model = run_stage(joined, stage, examples, replace(settings, output=f"{settings.output}-unmerged")).eval()
     batch = Collator(joined.writer, joined.processor.image_processor, False, 2048)([examples[0]])
     batch.pop("skipped")
     with torch.no_grad():
@@ -220,6 +222,26 @@ def test_merged_lora_answers_as_it_was_trained(settings: BackboneSettings) -> No
     start = weights_of(join(settings).model)
     moved = changed(start, merged)
     assert moved and all("proj" in name for name in moved)  # the decoder's linear layers and the connector
+
+
+def test_4_bit_lora_is_merged_into_the_published_weights(parts: dict[str, str], settings: BackboneSettings) -> None:
+    settings = replace(settings, lora_rank=4, load_in_4bit=True, stage2_steps=1, stage1=(), dtype="bfloat16")
+    merged = saved_weights(build_backbone(settings))
+    published = weights_of(join(settings).model)
+    moved = changed(published, merged)
+    decoder = {name for name in moved if "language_model" in name}
+    assert len(decoder) == 3 * 7 and not any("vision_tower" in name for name in moved)
+    for name in decoder:  # a step of LoRA, and no rounding to 4 bits
+        assert float((published[name] - merged[name]).abs().max()) < 0.02 * float(published[name].abs().max())
+
+
+def test_aim_reads_a_llava_whose_image_processor_has_no_crop_size(settings: BackboneSettings, parts: Any) -> None:
+    """As SigLIP's is in published LLaVAs; LLaVA's processor cannot say there how many tokens an image has."""
+    joined = join(replace(settings, vision_tower=parts["siglip"]))
+    joined.processor.image_processor.crop_size = None
+    model = AimForConditionalGeneration.from_backbone(joined.model, joined.processor)
+    fused = model.read([(picture(0), "a dax")])
+    assert fused.lengths[0] > 0
 
 
 def test_a_whole_clip_checkpoint_gives_its_vision_half(
@@ -280,6 +302,10 @@ def _other_place(row: dict[str, Any]) -> None:
     row["image"] = "elsewhere.png"
 
 
+def _no_image(row: dict[str, Any]) -> None:
+    row["image"] = "../conversations.json"
+
+
 def _without_template(parts: dict[str, str], folder: Path) -> str:
     llava_parts.save_llama(folder)
     hf.AutoTokenizer.from_pretrained(folder)
@@ -330,7 +356,10 @@ ERRORS: dict[str, tuple[str, Callable[[dict[str, str], Path], Any], str]] = {
     "no layer": ("vision_feature_layer", lambda parts, f: -9, r"vision_feature_layer=-9: .* the states of 3 layers"),
     "no answers": ("stage2", lambda p, f: _rewritten(p, f, _no_answers), r"stage2 .* holds nothing to train on.*: 10"),
     "empty answers": ("stage2", lambda p, f: _rewritten(p, f, _empty_answers), r"stage2: no answer in 8 "),
-    "no images": ("stage2", lambda p, f: _rewritten(p, f, _other_place), r"6 of 6 images .* elsewhere.png"),
+    "no images": ("stage2", lambda p, f: _rewritten(p, f, _other_place), r"8 of 8 images .*elsewhere.png"),
+    "files that are no images": (
+        "stage2", lambda p, f: _rewritten(p, f, _no_image), r"stage2: none of 8 examples .* missing image: 8"
+    ),
     "another kind": ("stage1", lambda parts, f: "lcl:x.json", r"lcl:x.json"),
     "no file": ("stage1", lambda parts, f: f"llava:{f / 'no.json'}", r"no.json"),
     "4-bit alone": ("load_in_4bit", lambda parts, f: True, r"load_in_4bit .* is for LoRA"),

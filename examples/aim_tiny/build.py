@@ -25,6 +25,7 @@ STAGES = {  # name: (script and argument, result, what it does)
     "vision": (["vision.py"], "vision.pt", "vision tower: CLIP ViT, five attributes"),
     "llm": (["backbone.py", "llm"], "llm.pt", "language model: text only, copying first"),
     "llava": (["backbone.py", "llava"], "llava.pt", "LLaVA stages 1 and 2, single images; then frozen"),
+    "llava_parts": (["parts.py"], "parts/llava/README.md", "the same two stages by `aim backbone`, if asked for"),
     "aim": (["projector.py", "aim"], "aim/README.md", "AIM projector, the shipped one, by `aim train`"),
     "aim_paper": (["projector.py", "aim_paper"], "aim_paper/README.md", "control: the paper's form"),
     "aim_generic": (["projector.py", "aim_generic"], "aim_generic/README.md", "control: captioned documents only"),

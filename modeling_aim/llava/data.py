@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
@@ -27,6 +28,7 @@ LOOKED_AT = 1000  # examples whose images are looked for before a run
 MOST_MISSING = 0.1  # of these images
 NO_ANSWER = "conversation without an answer"
 TOO_LONG = "longer than max_length before its answer"
+REFUSED = "conversation that the chat template refuses"
 OTHER_IMAGES = "conversation with other images than image tokens"
 
 
@@ -177,7 +179,12 @@ class Collator:
                 if demo is None:
                     return None
                 images = tuple(demo.images)
-            ids, labels = self.writer.encoded(self.written(example), self.max_length)
+            try:
+                written = self.written(example)
+            except (ValueError, TemplateError):
+                skipped[REFUSED] += 1
+                return None
+            ids, labels = self.writer.encoded(written, self.max_length)
             expected = len(images) * self.writer.image_tokens
             if any(label != -100 for label in labels) and ids.count(self.image_id) == expected:
                 return ids, labels, images

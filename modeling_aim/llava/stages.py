@@ -265,12 +265,19 @@ def run_stage(joined: Joined, stage: Stage, examples: Examples, settings: Backbo
 
 
 def _estimate(trainer: StageTrainer, stage: Stage, examples: Examples, collator: Collator) -> str:
-    """What the stage trains and what a step is, in a line."""
+    """What the stage trains and what a step is, in a line.
+
+    Raises:
+        ValueError: none of the examples that were looked at can be used.
+    """
     model: Any = trainer.model
     weights = list(model.parameters())
     trained = sum(weight.numel() for weight in weights if weight.requires_grad)
     sample = [examples[n] for n in range(0, len(examples), max(1, len(examples) // SAMPLE))][:SAMPLE]
     batch = collator(sample)
+    if not bool((batch["labels"] != -100).any()):
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(batch["skipped"].items()))
+        raise ValueError(f"{stage.name}: none of {len(sample)} examples that were looked at can be used ({reasons}).")
     args = trainer.args
     step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     tokens = step * int(batch["attention_mask"].sum()) / len(sample)
@@ -298,6 +305,7 @@ def _arguments(settings: BackboneSettings, stage: Stage, examples: int) -> Train
         "save_steps": settings.save_every,
         "save_total_limit": 1,
         "logging_steps": settings.log_every,
+        "logging_first_step": True,
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "prediction_loss_only": True,
