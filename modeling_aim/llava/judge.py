@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..data.jsonl import numbered_json
 from ..files_aim import only_one, write_whole
 from .asking import ANSWERS, Asking, AskingSettings, Ledger, Outcome, Stopped, check_output, costs_of
@@ -174,19 +176,19 @@ def _both_orders(
     categories: Mapping[int, str], scores: Mapping[tuple[str, int], tuple[float, float] | None]
 ) -> dict[str, Any]:
     """Means over both orders, of the questions whose reviews both parse; and how often the order turns the winner."""
-    both, turned, parsed = [], 0, 0
+    both: list[tuple[str, tuple[float, float] | None]] = []
+    turned = parsed = 0
     for number, category in categories.items():
         if any((order, number) not in scores for order in ORDERS):
             continue
-        pairs = [scores[order, number] for order in ORDERS]
-        if (pairs[0] is None) or (pairs[1] is None):
+        first, swapped = (scores[order, number] for order in ORDERS)
+        if first is None or swapped is None:
             both.append((category, None))
             continue
-        (one, two), (three, four) = pairs
-        both.append((category, ((one + three) / 2, (two + four) / 2)))
+        both.append((category, ((first[0] + swapped[0]) / 2, (first[1] + swapped[1]) / 2)))
         parsed += 1
-        turned += (one > two) != (three > four) or (one < two) != (three < four)
-    return {"both_orders": honest_summary(both), "winner_turned_by_order": turned, "of_questions": parsed}
+        turned += np.sign(first[0] - first[1]) != np.sign(swapped[0] - swapped[1])
+    return {"both_orders": honest_summary(both), "winner_turned_by_order": int(turned), "of_questions": parsed}
 
 
 # --- files

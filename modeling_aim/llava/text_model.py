@@ -208,7 +208,7 @@ class EndpointModel:
 def server_says(body: object) -> object:
     """The message in an error as OpenAI's protocol has it, or all of it."""
     try:
-        read = json.loads(body) if isinstance(body, str) else body
+        read: Any = json.loads(body) if isinstance(body, str) else body
         return read["error"]["message"] if isinstance(read["error"], dict) else read["error"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return body
@@ -303,7 +303,7 @@ class LocalModel:
         if dtype not in (None, *PRECISIONS):
             raise ValueError(f"--dtype {dtype!r}: expected one of {', '.join(PRECISIONS)}.")
         self.name = name
-        self.tokenizer = AutoTokenizer.from_pretrained(name)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
         if not self.tokenizer.chat_template:
             raise ValueError(
                 f"{name} has no chat template: it is a base model. Give one that was tuned for chats (often named "
