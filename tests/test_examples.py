@@ -21,7 +21,7 @@ EXAMPLES = {  # script: (arguments, what it prints)
         "results.md",
     ),
     "llava_pipeline.py": (
-        "--output {folder}/pipeline --images 10 --asked 6 --chat-steps 60 --steps 3 3",
+        "--output {folder}/pipeline --images 10 --asked 6 --chat-steps 150 --steps 3 3",
         "AIM from 4 demonstrations, without training",
     ),
     "train_projector.py": ("--steps 2 --batch-size 2 --output {folder}/out", "right on held-out"),

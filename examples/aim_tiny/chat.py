@@ -125,7 +125,13 @@ def new_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def train(
-    output: Path, draw: Callable[[random.Random], Chat], steps: int, width: int = 96, layers: int = 2, rows: int = 48
+    output: Path,
+    draw: Callable[[random.Random], Chat],
+    steps: int,
+    width: int = 96,
+    layers: int = 2,
+    rows: int = 48,
+    rate: float = 4e-3,
 ) -> None:
     """Train a chat model on its own answers in drawn chats, and save it with its tokenizer."""
     rng = random.Random("chat")
@@ -138,8 +144,8 @@ def train(
         eos_token_id=tokenizer.eos_token_id, bos_token_id=None, tie_word_embeddings=True,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     start = time.time()
     for step in range(steps):
         chats = [draw(rng) for _ in range(rows)]
