@@ -216,8 +216,9 @@ def test_merged_lora_answers_as_it_was_trained(settings: BackboneSettings) -> No
     batch.pop("skipped")
     with torch.no_grad():
         expected = model(**batch).logits
-        merged = saved_weights(build_backbone(settings))
-        stock = LlavaForConditionalGeneration.from_pretrained(settings.output).eval()
+    merged = saved_weights(build_backbone(settings))
+    stock = LlavaForConditionalGeneration.from_pretrained(settings.output).eval()
+    with torch.no_grad():
         torch.testing.assert_close(stock(**batch).logits, expected, rtol=1e-3, atol=1e-4)
     start = weights_of(join(settings).model)
     moved = changed(start, merged)

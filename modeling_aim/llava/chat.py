@@ -211,7 +211,8 @@ class ChatWriter:
 
     def _filled(self, rendered: str, words: Sequence[str], answers: set[int]) -> Written:
         """The texts in their slots, and the spans of the answers."""
-        pieces, text, spans = SLOTS.split(rendered), "", []
+        pieces, text = SLOTS.split(rendered), ""
+        spans: list[tuple[int, int]] = []
         last = max(answers)
         for place in range(0, len(pieces), 2):
             between = pieces[place]

@@ -91,7 +91,7 @@ def join(settings: BackboneSettings, load_in_4bit: bool = False) -> Joined:
     images = _image_processor(settings)
     tower = _load_tower(settings, tower_config, dtype)
     shape = _measured(settings, tower, images)
-    language = _load_language_model(settings, language_config, dtype, load_in_4bit)
+    language: Any = _load_language_model(settings, language_config, dtype, load_in_4bit)
     torch.manual_seed(settings.seed)
     if len(tokenizer) > language.get_input_embeddings().weight.shape[0]:
         language.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=VOCABULARY_STEP)
@@ -156,7 +156,8 @@ def _load_tower(settings: BackboneSettings, config: PreTrainedConfig, dtype: tor
     name, verbosity = settings.vision_tower, logging.get_verbosity()
     logging.set_verbosity_error()  # of a whole CLIP checkpoint, it would list the text half as unexpected
     try:
-        tower, info = MODEL_MAPPING[type(config)].from_pretrained(
+        tower_class: Any = MODEL_MAPPING[type(config)]
+        tower, info = tower_class.from_pretrained(
             name, config=config, dtype=dtype, revision=settings.vision_revision, output_loading_info=True
         )
     finally:
@@ -278,12 +279,12 @@ def _load_language_model(
     settings: BackboneSettings, config: PreTrainedConfig, dtype: torch.dtype, load_in_4bit: bool
 ) -> PreTrainedModel:
     options: dict[str, Any] = {}
-    model: Any
     if load_in_4bit:
         options["quantization_config"] = laptop_quantization_config()
         if torch.cuda.is_available():
             options["device_map"] = {"": torch.cuda.current_device()}
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loader: Any = AutoModelForCausalLM
+    model, info = loader.from_pretrained(
         settings.language_model, config=config, dtype=dtype, revision=settings.language_revision,
         output_loading_info=True, **options,
     )  # fmt: skip

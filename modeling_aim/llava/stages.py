@@ -318,8 +318,9 @@ def _arguments(settings: BackboneSettings, stage: Stage, examples: int) -> Train
         **settings.arguments,
     }
     processes = TrainingArguments(**{**values, "bf16": False, "fp16": False}).world_size
-    batch = min(settings.batch_size, max(1, stage.total_batch // processes), examples)
-    accumulation = max(1, min(stage.total_batch, examples) // (batch * processes))
+    share = max(1, min(stage.total_batch, examples) // processes)  # of a step, that one process takes
+    accumulation = math.ceil(share / settings.batch_size)
+    batch = math.ceil(share / accumulation)
     a_pass = max(1, math.ceil(examples / (batch * processes * accumulation)))
     steps = stage.steps or max(1, round(stage.epochs * a_pass))
     steps = int(settings.arguments.get("max_steps", steps))
