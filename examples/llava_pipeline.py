@@ -10,7 +10,8 @@
 5. AIM on that backbone answers from demonstrations, without training.
 
 Every step is the code that large models take. What is a toy: the chat model that writes and judges has some hundred
-thousand parameters and is trained here, on texts of this world made by rules, so its judgements are checked against
+thousand parameters and is trained here, on texts of this world made by rules: it learns the form of its answers at once
+and what the captions say late, if at all, so what it writes may be wrong, and its judgements are checked against
 the facts; vision tower and language model are those of aim-tiny, and the connector between them is new.
 """
 
@@ -142,14 +143,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("build/pipeline"))
     parser.add_argument("--images", type=int, default=120)
     parser.add_argument("--asked", type=int, default=40, help="images of which instruction data is made")
-    parser.add_argument("--chat-steps", type=int, default=500)
+    parser.add_argument("--chat-steps", type=int, default=600)
     parser.add_argument("--steps", type=int, nargs=2, default=(120, 80), help="of stages 1 and 2")
     args = parser.parse_args()
     torch.manual_seed(0)
     output, images, chat_model = args.output, args.output / "images", args.output / "chat"
     rows = [row for row, _ in drawn(images, "seen", args.images, "train")]
     if not (chat_model / "config.json").exists():
-        chat.train(chat_model, chat.lesson, args.chat_steps, rows=32)
+        chat.train(chat_model, chat.lesson, args.chat_steps)
     data = instruction_data(output, images, rows[: args.asked], chat_model)
     backbone = trained_backbone(output, images, rows, data, args.steps)
     model = AimForConditionalGeneration.from_backbone(str(backbone))

@@ -110,9 +110,9 @@ def lesson(rng: random.Random, judgements: float = 0.5) -> Chat:
 
 
 def new_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words with the space before them, single digits, and line breaks."""
-    split = pre_tokenizers.Split(Regex(r"\n| ?\d|\.(?=\d)| ?[^\s\d]+"), "isolated")
-    words = dict.fromkeys(word for text in texts for word, _ in split.pre_tokenize_str(text))
+    """A tokenizer of whole words with the space before them, and line breaks; numbers of boxes are all unknown."""
+    split = pre_tokenizers.Split(Regex(r"\n| ?[^\s]+"), "isolated")
+    words = dict.fromkeys(word for text in texts for word, _ in split.pre_tokenize_str(text) if "0." not in word)
     vocabulary = {word: number for number, word in enumerate([*SPECIAL, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.Fuse()
