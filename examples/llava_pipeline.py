@@ -10,9 +10,9 @@
 5. AIM on that backbone answers from demonstrations, without training.
 
 Every step is the code that large models take. What is a toy: the chat model that writes and judges has some hundred
-thousand parameters and is trained here, on texts of this world made by rules. It learns the form of its answers at once,
-and what the captions say late, if at all: what it writes may be wrong, and its judgements are checked against the facts.
-Vision tower and language model are those of aim-tiny, and the connector between them is new.
+thousand parameters and is trained here, on texts of this world made by rules. It learns the form of its answers
+at once, and what the captions say late, if at all: what it writes may be wrong, and its judgements are checked against
+the facts. Vision tower and language model are those of aim-tiny, and the connector between them is new.
 """
 
 from __future__ import annotations
