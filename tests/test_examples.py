@@ -20,6 +20,10 @@ EXAMPLES = {  # script: (arguments, what it prints)
         "--output {folder}/eval --tasks link_context,captions --shots 0,2 --seeds 1 --episodes 3",
         "results.md",
     ),
+    "llava_pipeline.py": (
+        "--output {folder}/pipeline --images 10 --asked 6 --chat-steps 150 --steps 3 3",
+        "AIM from 4 demonstrations, without training",
+    ),
     "train_projector.py": ("--steps 2 --batch-size 2 --output {folder}/out", "right on held-out"),
 }
 SHARED = {"demo.py", "lesson.py"}  # run by make demo; imported by the others

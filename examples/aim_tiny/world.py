@@ -130,8 +130,11 @@ def random_scene(rng: random.Random, concept: tuple[str, str]) -> Scene:
     return Scene(*concept, rng.choice(TEXTURES), rng.choice(COUNTS), rng.choice(SIZES))
 
 
-def draw(scene: Scene, rng: random.Random) -> Image.Image:
-    """A 64x64 RGB image, drawn at three times the size and reduced (anti-aliased), with jitter in every property."""
+def draw(scene: Scene, rng: random.Random, boxes: list[list[float]] | None = None) -> Image.Image:
+    """A 64x64 RGB image, drawn at three times the size and reduced (anti-aliased), with jitter in every property.
+
+    `boxes` gets left, top, right and bottom of each shape, as shares of the image.
+    """
     scale = 3
     side = PIXELS * scale
     image = background(scene.texture, side, rng)
@@ -148,6 +151,8 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
         x, y = rng.uniform(radius + 1, PIXELS - radius - 1), rng.uniform(radius + 1, PIXELS - radius - 1)
         if all(math.hypot(x - a, y - b) > radius + r + 1 for a, b, r in placed):
             placed.append((x, y, radius))
+    if boxes is not None:
+        boxes += [[round(edge / PIXELS, 3) for edge in (x - r, y - r, x + r, y + r)] for x, y, r in placed]
     ink = jittered(scene.colour, rng)
     for x, y, radius in placed:
         draw_shape(

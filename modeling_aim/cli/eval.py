@@ -24,18 +24,21 @@ from ..evaluation.pareto import printed
 from ..evaluation.report import cells_by_row, shots_label
 from ..evaluation.tasks.registry import HEADS, task_rows
 from .attention import attention
+from .judge import answers, judge
 from .options import command
 from .science_qa import science_qa
 from .terminal import errors, print_json, safe, wide_console
 
 app = typer.Typer(
     help="Few-shot evaluation with demonstrations as fused tokens, in full, as text, and controls; and comparisons.",
-    subcommand_metavar="[compare A B | card RUN REPO | attention | science-qa]",
+    subcommand_metavar="[compare A B | card RUN REPO | attention | science-qa | judge | answers]",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 command(app, "aim eval attention")(attention)
 command(app, "aim eval science-qa", positional=("answers",))(science_qa)
+command(app, "aim eval judge")(judge)
+command(app, "aim eval answers")(answers)
 
 
 def list_tasks() -> None:

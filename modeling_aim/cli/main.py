@@ -20,6 +20,7 @@ COMMANDS = {
     "backbone": ("backbone", "Make a backbone from a vision tower and a language model: LLaVA's two stages."),
     "train": ("train", "Train a projector for a frozen backbone."),
     "eval": ("eval", "Evaluate a model few-shot; compare runs; measure attention."),
+    "data": ("data", "Make instruction data from captions and boxes by a text model."),
     "bank": ("bank", "Demonstrations read once: build, inspect and choose."),
     "publish": ("publish", "Publish a repository on the Hub, after loading it as others will."),
     "bench": ("bench", "Count and measure what few-shot answers cost on a backbone."),

@@ -71,7 +71,7 @@ def command(
 
         def run(**values: Any) -> None:
             values = {name: value for name, value in values.items() if name not in (instead or {})}
-            context = values.pop("context", None)
+            context = values.pop("context", None) if group else None  # a field may have that name too
             if context is not None and context.invoked_subcommand is not None:
                 return
             with reported(title):
