@@ -284,11 +284,11 @@ def chosen_depth(
 
 
 def _level_with_best(rows: Sequence[DepthScore], scores: Mapping[int | None, torch.Tensor]) -> list[DepthScore]:
-    """The depths behind the best by at most the standard error of the difference or `NEGLIGIBLE`; best first."""
+    """The depths below the best by at most the standard error of the difference or `NEGLIGIBLE`; best first."""
     level: list[DepthScore] = []
     for row in sorted(rows, key=lambda row: -row.log_likelihood):
-        behind, error = _mean_and_error(scores[(level or [row])[0].depth] - scores[row.depth])
-        if behind <= max(error, NEGLIGIBLE):
+        deficit, error = _mean_and_error(scores[(level or [row])[0].depth] - scores[row.depth])
+        if deficit <= max(error, NEGLIGIBLE):
             level.append(row)
     return level
 

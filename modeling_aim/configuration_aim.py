@@ -110,7 +110,7 @@ def deepest_entry(text: PreTrainedConfig) -> int:
 def default_depth(text: PreTrainedConfig) -> int:
     """The default depth: after 2 of 5 layers, after 13 of 32 (docs/LOG.md says how it was chosen).
 
-    It is behind the first layer of cross-attention, before which words have seen no image (Mllama), and not behind
+    It is after the first layer of cross-attention, before which words have seen no image (Mllama), and not after
     the layers whose keys and values later layers use (Gemma 4).
 
     Args:

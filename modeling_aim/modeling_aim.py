@@ -1,7 +1,7 @@
 """AIM (arXiv 2406.07588): a frozen vision-language model answers from demonstrations that it has read one by one.
 
 The method of the paper, in the order of this file: *read* each demonstration with the frozen backbone and keep the
-hidden states of its text, *project* them to fused virtual tokens, *inject* these in front of a query, and let
+hidden states of its text, *project* them to fused virtual tokens, *inject* these before a query, and let
 the same frozen backbone *generate*. States that are put back at the depth where they were read need no projector.
 """
 
@@ -39,7 +39,7 @@ from .processing_aim import AimProcessor
 from .projector_aim import AimProjector
 from .reading_aim import decoder_inputs, read_hidden_states, read_with_images, watch_layers
 from .rows_aim import RowsMixin
-from .state_aim import answering, goes_on_behind_kv, one_at_a_time, weights_state
+from .state_aim import answering, continues_after_kv, one_at_a_time, weights_state
 
 if TYPE_CHECKING:  # the other files of a repository: transformers 5.5 copies only files that this one names
     from .choice_aim import DepthChoice  # noqa: F401
@@ -306,7 +306,7 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """One pass of the backbone over queries with fused demonstrations in front of them.
+        """One pass of the backbone over queries with fused demonstrations before them.
 
         Args:
             input_ids: `(batch, length)`.
@@ -411,7 +411,7 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         check_source(prefix.fused.source, self.source)
         check_finite(prefix.fused)
         self._check_prefix(prefix.num_tokens)
-        if len(prefix) and goes_on_behind_kv(self.backbone):
+        if len(prefix) and continues_after_kv(self.backbone):
             likely = self.processor(text=[self.processor.prompt("a", images=0)], return_tensors="pt")["input_ids"]
             prefix_kv(self, prefix, self._bos_of(int(likely[0, 0])))
         return prefix

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from .demonstrations_aim import FusedDemonstrations, check_source, kind_of
 from .files_aim import as_bytes
 from .injection_aim import injected
-from .state_aim import goes_on_behind_kv, preserved_state
+from .state_aim import continues_after_kv, preserved_state
 
 logger = logging.get_logger(__name__)
 
@@ -119,7 +119,7 @@ def _prefilled(
     prefix, mask = prefixes[0], options.get("attention_mask")
     check_source(prefix.fused.source, model.source)
     padded = mask is not None and not bool(mask.all())
-    if not goes_on_behind_kv(model.backbone, padded):
+    if not continues_after_kv(model.backbone, padded):
         return (
             "on this backbone, or this release of transformers, a prompt (a padded one) cannot continue from cached KV"
         )

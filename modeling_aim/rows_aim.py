@@ -48,7 +48,7 @@ class RowsMixin:
         if ids is None:
             if demos is None and chat_demos is None:
                 return []
-            raise ValueError("demos stand in front of input_ids; inputs_embeds cannot take them.")
+            raise ValueError("demos are placed before input_ids; inputs_embeds cannot take them.")
         rows = self._selected(demos_by_row(demos, len(ids)), inputs, shots, select)
         chats = demos_by_row(chat_demos, len(ids))
         return [tuple(part for part in pair if part is not None) for pair in zip(rows, chats, strict=True)]
@@ -81,7 +81,7 @@ class RowsMixin:
     ) -> FusedPrompt:
         """Room for each row's fused tokens in the prompt, checked against the backbone's positions."""
         if inputs.get("inputs_embeds") is not None:
-            raise ValueError("demos stand in front of input_ids; inputs_embeds cannot take them.")
+            raise ValueError("demos are placed before input_ids; inputs_embeds cannot take them.")
         cache = inputs.get("past_key_values")
         if cache is not None and cache.get_seq_length():
             raise ValueError(

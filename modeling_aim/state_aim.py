@@ -52,7 +52,7 @@ def remembers(backbone: PreTrainedModel) -> bool:
     return bool(_remembered(all_modules(backbone)))
 
 
-def goes_on_behind_kv(backbone: PreTrainedModel, padded: bool = False) -> bool:
+def continues_after_kv(backbone: PreTrainedModel, padded: bool = False) -> bool:
     """Whether `generate` can continue given KV by a prompt, `padded` or not.
 
     Not on every family, nor with positions in the image grid on transformers before 5.23, the oldest release on which

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, TextStreamer, set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_aim import Demonstration, DemonstrationBank, FusedDemonstrations
-from modeling_aim.state_aim import goes_on_behind_kv
+from modeling_aim.state_aim import continues_after_kv
 
 NOTHING = (None, [], (), [[], None])
 MODES: dict[str, dict[str, Any]] = {
@@ -340,7 +340,7 @@ def test_kv_with_fused_tokens_goes_on_in_their_places_or_not_at_all(aim: Plugin)
         for _ in range(len(wanted) - 1):  # a loop of the caller's own; the cache knows the places
             following = aim.model(input_ids=torch.tensor([told[-1:]]), past_key_values=output.past_key_values)
             told.append(int(following.logits[0, -1].argmax()))
-    assert told == wanted.tolist() or not goes_on_behind_kv(aim.backbone)
+    assert told == wanted.tolist() or not continues_after_kv(aim.backbone)
     longer = {"input_ids": torch.cat([ids, wanted[None]], dim=1), "past_key_values": output.past_key_values}
     with pytest.raises(ValueError, match=r"fused tokens.*prefill"):
         aim.model.generate(**longer, max_new_tokens=1)

@@ -24,7 +24,7 @@ from modeling_aim.speed.measure import Measuring, Memory
 from modeling_aim.speed.methods import METHODS, Bench, Clock, call_of
 from modeling_aim.speed.prompts import RandomPrompts
 from modeling_aim.speed.shapes import PICTURES, SHAPES, random_backbone, shape_config, shape_picture
-from modeling_aim.state_aim import goes_on_behind_kv
+from modeling_aim.state_aim import continues_after_kv
 
 WIDE = {"COLUMNS": "250"}
 CURRENT = Version(transformers.__version__) >= Version("5.23")
@@ -156,7 +156,7 @@ def test_methods_cost_what_is_counted(family: str, monkeypatch: pytest.MonkeyPat
     made = Bench(model, prompts)
     answers = {}
     prefix = made.model.prefill(made.fused(shots))
-    kept = goes_on_behind_kv(model) and serves(prefix_kv(made.model, prefix, prompts.bos), padded=False)
+    kept = continues_after_kv(model) and serves(prefix_kv(made.model, prefix, prompts.bos), padded=False)
     for name, prepare in METHODS.items():
         if name.endswith("bank-kv") and not kept:  # on the oldest releases of transformers
             continue

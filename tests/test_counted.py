@@ -16,7 +16,7 @@ from modeling_aim.backbone_aim import decoder_layers
 from modeling_aim.prefix_aim import prefix_kv, serves
 from modeling_aim.speed.counting import Twin, analytic, analytic_kv, count, count_flops, kv_bytes
 from modeling_aim.speed.shapes import SHAPES, shape_config, shape_picture
-from modeling_aim.state_aim import goes_on_behind_kv
+from modeling_aim.state_aim import continues_after_kv
 
 IMAGES = ("pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw")
 HYBRID = ("qwen3_5", "qwen3_5_moe")  # recurrent layers: the decoder alone is the measure, not a formula
@@ -188,7 +188,7 @@ def test_answer_from_a_kept_prefix(expected: Expected, fused: FusedDemonstration
     assert kv_bytes(cache) == analytic_kv(expected.text, past, itemsize=4)
     assert count_flops(lambda: model.prefill(fused)).total == 0  # once
     value = expected.images(inputs) + expected.decoder(length - len(bos), past) + expected.head()
-    if not (goes_on_behind_kv(expected.backbone) and serves(cache, padded=False)):
+    if not (continues_after_kv(expected.backbone) and serves(cache, padded=False)):
         pytest.skip("with this release of transformers, KV does not serve this backbone")
     flops, kept = answer(expected, prefix, inputs)
     assert flops == pytest.approx(value, rel=CLOSE)

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from modeling_aim import DemonstrationBank
 from modeling_aim.cache_aim import LRUCache
-from modeling_aim.state_aim import goes_on_behind_kv
+from modeling_aim.state_aim import continues_after_kv
 
 NEW = {"max_new_tokens": 6, "do_sample": False}
 
@@ -138,7 +138,7 @@ def test_the_least_recently_used_leaves() -> None:
 
 
 def test_an_answer_from_kept_kv_does_not_compute_the_prefix_again(aim: Plugin) -> None:
-    if not goes_on_behind_kv(aim.backbone):
+    if not continues_after_kv(aim.backbone):
         pytest.skip("with this version of transformers the backbone cannot go on behind given KV")
     fresh = plugin(aim.family)
     fused = fresh.model.read(DEMOS)

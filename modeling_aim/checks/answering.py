@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from ..bank import DemonstrationBank
 from ..prefix_aim import prefilled, serves
-from ..state_aim import goes_on_behind_kv
+from ..state_aim import continues_after_kv
 from .alone import under_rounding
 from .case import LONG_QUESTION, NEW, QUESTION, Case, NotApplicable, difference, holds, noise, require
 
@@ -203,7 +203,7 @@ def attention_kinds(case: Case) -> None:
 
 @holds("an answer from the KV of a prefix is the uncached one: alone, in a padded batch, with beams, in two threads")
 def kept_prefix(case: Case) -> None:
-    if not goes_on_behind_kv(case.model.backbone):
+    if not continues_after_kv(case.model.backbone):
         raise NotApplicable("with this version of transformers, prompts of this backbone do not go on behind given KV")
     fused = case.fused
     prefix = case.model.prefill(case.demos)

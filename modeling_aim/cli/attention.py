@@ -29,7 +29,7 @@ from .loading import LoadingSettings
 from .options import check_least
 from .terminal import safe, wide_console
 
-PromptPlan = tuple[Example, list[ShownShot]]  # a query and the demonstrations in front of it
+PromptPlan = tuple[Example, list[ShownShot]]  # a query and the demonstrations before it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,7 +73,7 @@ class Prompt:
     Args:
         text: words with the backbone's placeholder for each image.
         images: unopened, in the order of their placeholders.
-        fused: demonstrations that the plug-in reads; their fused tokens stand in front of `text`.
+        fused: demonstrations that the plug-in reads; their fused tokens come before `text`.
         projector: what makes fused tokens of them: the repository's own projector, one with random weights, or none,
             so that states are put back at the depth where they were read.
         depth: where, of `"untrained"`; the repository's own depths or the default one when `None`.
@@ -186,12 +186,12 @@ def zero(builder: PromptBuilder, example: Example, demos: Sequence[ShownShot], s
 
 
 def text_only(builder: PromptBuilder, example: Example, demos: Sequence[ShownShot], seed: int) -> Prompt:
-    """The demonstrations' words in front of the query, without their images."""
+    """The demonstrations' words before the query, without their images."""
     return Prompt(builder.prompt(example, demos, images=False), example.images)
 
 
 def full(builder: PromptBuilder, example: Example, demos: Sequence[ShownShot], seed: int) -> Prompt:
-    """The demonstrations' images and words in front of the query."""
+    """The demonstrations' images and words before the query."""
     return Prompt(builder.prompt(example, demos), (*(i for demo in demos for i in demo.images), *example.images))
 
 

@@ -4,7 +4,7 @@
     trainer.train()
 
 The loss is the frozen backbone's own cross-entropy on the target tokens, with the fused tokens of the demonstrations
-in front of the query. What Trainer does with any model (accelerate's DDP, FSDP and DeepSpeed, precision,
+before the query. What Trainer does with any model (accelerate's DDP, FSDP and DeepSpeed, precision,
 accumulation, checkpoints, logging, `push_to_hub`) it does here.
 """
 

@@ -58,7 +58,7 @@ class VlIcl(DataTask):
 
     Args:
         path: folder of the dataset or of the one task, or its Hub id.
-        instruction: what stands in front of the prompt: `nothing`, or VL-ICL's `concise` or `detailed` words. Its
+        instruction: what precedes the prompt: `nothing`, or VL-ICL's `concise` or `detailed` words. Its
             published commands have `detailed`.
         name: to show; that of the task when `None`.
 
@@ -81,7 +81,7 @@ class VlIcl(DataTask):
         self.told = words.get(self.kind, "")
 
     def notes(self) -> list[str]:
-        note = f"instruction={self.instruction}, in front of the prompt (behind fused tokens, which stand first)."
+        note = f"instruction={self.instruction}, before the prompt (after the fused tokens, which stand first)."
         return [*super().notes(), *([note] if self.told else [])]
 
     @cached_property
