@@ -277,7 +277,7 @@ def study(
 ) -> AttentionStudy:
     """Measure attention on prompts, one at a time; the backbone gets its own kind of attention back at the end.
 
-    The prompts are those of the method `full`: demonstrations with their images in front of the query.
+    The prompts are those of the method `full`: demonstrations with their images before the query.
 
     Args:
         subject: a model whose images stand in the prompt.

@@ -73,7 +73,7 @@ def chosen_template(tokenizer: Any, given: str | None, name: str) -> str:
 def accept_images(tokenizer: Any, template: str, image_token: str) -> str:
     """A chat template that takes images in the content of a message, made of one that may not.
 
-    A template that writes the image token itself stays as it is; in front of another one stands code that makes a
+    A template that writes the image token itself stays as it is; another one gets code before it that makes a
     string of each content, with the image token for an image.
 
     Raises:
