@@ -181,7 +181,7 @@ def test_what_does_not_apply_is_in_the_table(tmp_path: Path, monkeypatch: pytest
     case.model.save_pretrained(tmp_path, include_backbone=True)
     for name in PROPERTIES.keys() - {"several_images", "image_counts"}:
         monkeypatch.delitem(PROPERTIES, name)
-    done = CliRunner().invoke(app, ["check", str(tmp_path)])
+    done = CliRunner().invoke(app, ["check", str(tmp_path)], env={"COLUMNS": "250"})
     assert done.exit_code == 0, done.output
     assert "│ n/a │ queries and demonstrations with two images" in done.output and "own processor" in done.output
     assert done.output.count("│ yes") == 1
