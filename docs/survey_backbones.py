@@ -70,6 +70,7 @@ NEEDS_IMAGE = "it takes no prompt without an image"
 WHY = {  # what the backbone itself, without AIM, does otherwise; tried on it alone
     "blip": NEEDS_IMAGE,
     "blip-2": "its own prompt-lookup decoding answers otherwise than greedy decoding, and its images stand before BOS",
+    "emu3": "it pads the images of a batch to one size before they become tokens",
     "fuyu": "its processor takes one image a prompt",
     "gemma3n": "its decoder layers hand on several streams of states, of which no inner layer is read; AIM needs a "
     'trained projector at the input (`preset="paper"`)',
@@ -81,6 +82,7 @@ WHY = {  # what the backbone itself, without AIM, does otherwise; tried on it al
     "differs from the row alone",
     "perception_lm": "its processor takes no images with different numbers of tiles at once",
 }
+BASIC = {"demonstrations_reach", "read_or_raw"}  # a type for which one of these fails does not work
 LENGTH, FUSED = 9, 4  # of the words of the prompt, and of the fused tokens before them
 
 
@@ -108,8 +110,8 @@ def run_properties(model_type: str, dtype: str) -> Row:
     failed = {outcome.name: outcome.problem for outcome in outcomes if outcome.problem is not None}
     beside = {outcome.name: outcome.beside for outcome in outcomes if outcome.beside is not None}
     tried = len(outcomes) - len(beside)
-    if len(failed) == tried:
-        return Row(model_type, "cannot", "no", next(iter(failed.values())))
+    if len(failed) == tried or BASIC & failed.keys():
+        return Row(model_type, "cannot", "no", failed[min(failed, key=lambda name: name not in BASIC)])
     untrained = "no" if "without_training" in {**failed, **beside} else "yes"
     return Row(model_type, "works", untrained, WHY.get(model_type, ""), tried, failed, beside)
 

@@ -15,10 +15,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from modeling_aim.backbone_aim import decoder_layers
-from modeling_aim.cli.bench import app
+from modeling_aim.cli.bench import BenchSettings, app
+from modeling_aim.evaluation import EvalSettings
 from modeling_aim.prefix_aim import prefix_kv, serves
-from modeling_aim.speed import growth, measure
-from modeling_aim.speed.baselines import AT_QUERY
+from modeling_aim.speed import baselines, growth, measure
+from modeling_aim.speed.baselines import AT_QUERY, NAMES
 from modeling_aim.speed.counting import COUNTED, Twin, analytic_kv, count, count_flops, kv_bytes
 from modeling_aim.speed.measure import Measuring, Memory
 from modeling_aim.speed.methods import METHODS, Bench, Clock, call_of
@@ -282,6 +283,23 @@ def test_peak_memory() -> None:
 
 SETTINGS = ("text-kv", "text-kv:ratio=.5", "text-kv-together", "parallel-icl", "parallel-icl:chunks=1", "fastv",
             "fastv:ratio=.9:depth=1", "catp", "snapkv", "snapkv:ratio=.9:window=8", "task-vector")  # fmt: skip
+
+
+def test_every_baseline_is_compared_with_its_count() -> None:
+    compared = {name.partition(":")[0] for name in SETTINGS}
+    kept_by_content = {"emloc"}  # what it keeps follows from the data
+    assert compared == set(NAMES) - kept_by_content, "add the method to SETTINGS"
+
+
+def test_a_baseline_without_a_count_says_what_to_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(baselines._Count, "text_kv")
+    result = run("--shape", "tiny", "--methods", "full,text-kv", "--shots", "2", "--count-only")
+    assert result.exit_code == 1 and "add text_kv(self, cold) to _Count" in result.output
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_help_names_every_baseline(method: str) -> None:
+    assert method in (BenchSettings.__doc__ or "") and method in (EvalSettings.__doc__ or "")
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "idefics3", "smolvlm"])

@@ -44,6 +44,13 @@ def test_it_is_known(case: Case) -> None:
     assert case.model.backbone.config.model_type in FAMILIES
 
 
+def test_every_known_family_has_a_builder() -> None:
+    built = {*backbones.FAMILIES, *backbones.MORE_FAMILIES, *BUILDERS}
+    assert set(FAMILIES) == built, (
+        "each family of families_aim.py needs a tiny model here, and each of these an entry there"
+    )
+
+
 def test_what_is_kept_of_a_demonstration_is_its_words(case: Case) -> None:
     demos = [Demonstration.of(demo) for demo in case.demos]
     alone = family_of(case.model.backbone.config.model_type).read_alone

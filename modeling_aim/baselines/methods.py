@@ -1,4 +1,5 @@
-"""The methods, each a short function with its paper. A new one is a function and a line of `BASELINES`.
+"""The methods, each a short function with its paper. A new one is a function, a line of `BASELINES`, and what it costs
+(`speed/baselines.py`).
 
 A method gets the pieces of a prompt (`Reading`) and its settings. It does what can be done before the query is known,
 and returns what is left to do then: a call that gives what answers, one expert or several. All of them work on the
@@ -153,8 +154,8 @@ class Baseline:
     Args:
         make: the function.
         many_images: it puts several images into one prompt.
-        splits: the query comes to KV of demonstrations, so a prompt in two passes must be the prompt in one.
-        whole: all demonstrations stand in one context, which the backbone's positions must hold.
+        splits: the query is answered after KV that was kept; refused where a prompt in two passes has other logits.
+        whole: all demonstrations are in one prompt, whose length is checked against the backbone's positions.
         settings: its settings; the function's own defaults where one is not given.
     """
 

@@ -92,7 +92,13 @@ class _Count:
         self.context = self.bos + shots * self.demo
 
     def of(self, plain: str, cold: bool) -> tuple[int, int, float, int]:
-        count = getattr(self, plain.replace("-", "_"))
+        name = plain.replace("-", "_")
+        count = getattr(self, name, None)
+        if count is None:
+            raise ValueError(
+                f"What {plain} costs is not counted: add {name}(self, cold) to _Count in "
+                "modeling_aim/speed/baselines.py."
+            )
         return count(cold)
 
     def _behind(self, past: int, reading: float) -> tuple[int, int, float, int]:
