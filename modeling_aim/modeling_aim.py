@@ -128,14 +128,15 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         parsed = parse_demos(demos, self.image_rules)
         if isinstance(parsed, list):
             raise ValueError(f"read takes one list of demonstrations; got one for each of {len(parsed)} rows.")
-        if kind_of(parsed) == "bank":
-            self._check_bank(parsed)
-        if kind_of(parsed) in ("bank", "prefix"):
-            parsed = parsed.fused
-        if kind_of(parsed) == "fused":
-            check_source(parsed.source, self.source)
-            return parsed
-        raw: list[Demonstration] = list(parsed or ())
+        part: Any = parsed
+        if kind_of(part) == "bank":
+            self._check_bank(part)
+        if kind_of(part) in ("bank", "prefix"):
+            part = part.fused
+        if kind_of(part) == "fused":
+            check_source(part.source, self.source)
+            return part
+        raw: list[Demonstration] = list(part or ())
         texts = tuple(self.processor.word(demo)[0] for demo in raw)
         return replace(self._project(raw, batch_size, keep=False), texts=texts, source=self.source)
 
@@ -257,9 +258,10 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
             demos: demonstrations for all rows or for each row; see the class. Raw ones that were given before are not
                 read again while `read_cache` has them.
             chat_demos: those that the processor found in the earlier turns of a chat; they come after `demos`.
-            shots: how many demonstrations to select from a bank for each row (8 where only `select` is given).
-            select: the selection strategy: `"random"`, `"image"`, `"text"`, `"fused"`, `"mmices"`, a list of numbers
-                or keys, or a dict with `by` and other arguments of `DemonstrationBank.select`.
+            shots: how many demonstrations to select from a bank for each row (8 where only a strategy is given).
+            select: a strategy (`"random"`, `"image"`, `"text"`, `"fused"`, `"mmices"`), a list of indices or keys (all
+                are used unless `shots` is given), or a dict with `by` and any of `balanced`, `near_duplicate`,
+                `search`, `seed` (see `DemonstrationBank.choose`).
             **kwargs: the backbone's inputs and everything its `generate` takes.
 
         Returns:
@@ -401,10 +403,13 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
             A value that `generate` takes as `demos`.
 
         Raises:
-            ValueError: the demonstrations alone are longer than the backbone's positions.
+            ValueError: there is a list for each row, or the demonstrations alone are longer than the backbone's
+                positions.
         """
         self._check_count(demos, 1)
         parsed = parse_demos(demos, self.image_rules)
+        if isinstance(parsed, list):
+            raise ValueError(f"prefill takes one list of demonstrations; got one for each of {len(parsed)} rows.")
         if isinstance(parsed, tuple):  # counted before anything is read
             self._check_prefix(sum(len(ids) for ids in self.word_ids(parsed)))
         prefix: Any = parsed if kind_of(parsed) == "prefix" else FusedPrefix(self.read(parsed))

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from .demonstrations_aim import FusedDemonstrations, check_source, kind_of
 from .files_aim import as_bytes
 from .injection_aim import injected
-from .state_aim import continues_after_kv, preserved_state
+from .state_aim import answering, continues_after_kv, preserved_state
 
 logger = logging.get_logger(__name__)
 
@@ -72,7 +72,7 @@ def prefix_kv(model: Any, prefix: FusedPrefix, bos: Sequence[int]) -> Any:
         for name, value in prompt.inputs.items():
             if isinstance(value, torch.Tensor) and value.shape[:2] == (1, width) and name != "pixel_values":
                 prompt.inputs[name] = value[:, : prompt.width]
-        with preserved_state(model.backbone), injected(prompt):
+        with answering(model.backbone), preserved_state(model.backbone), injected(prompt):
             cache = model.backbone.base_model(**prompt.inputs, use_cache=True, return_dict=True).past_key_values
         model.prefix_cache.put(key, cache, cache_bytes(cache))
     return cache
@@ -110,7 +110,7 @@ def _prefilled(
         return next((value for value in given if value is not None), None)
 
     if len(prefixes) < batch or len({prefix.prefix_key for prefix in prefixes}) > 1:
-        return "the rows of the batch are given different demonstrations"
+        return "a row has other demonstrations than one prefix, or the rows have different prefixes"
     if setting("use_cache") is False:
         return "use_cache=False"
     unusual = [name for name in UNUSUAL if setting(name)]
