@@ -370,11 +370,11 @@ def own_tokens_only(prompt: FusedPrompt, input_ids: torch.Tensor, defaults: Gene
     for name in ("min_length",) if counted else ("max_length", "min_length"):
         if options.get(name):
             options[name] += width - input_ids.shape[1]
-        elif limit := next((value for c in settings if (value := getattr(c, name, None))), None):
+        elif limit := next((value for c in settings if (value := getattr(c, name, None)) is not None), None):
             config = copy.deepcopy(config or defaults)
             setattr(config, name, limit + width - input_ids.shape[1])
             options["generation_config"] = config
-            settings = [config]
+            settings = [config, defaults]
     return options
 
 
