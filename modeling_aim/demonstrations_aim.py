@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from PIL import Image
@@ -128,6 +128,7 @@ class ReadDemonstrations(Protocol):
 
 RawDemonstration = Demonstration | Mapping[str, Any] | Sequence[Any]
 Demos = Sequence[Any] | ReadDemonstrations | None  # what `generate` takes as `demos`: `parse_demos` checks it
+Part = tuple[Demonstration, ...] | ReadDemonstrations  # what one row, or all rows, are given
 Selection = str | Sequence[int] | Sequence[str] | Mapping[str, Any] | None  # what it takes as `select`
 
 
@@ -159,7 +160,7 @@ def _is_pair(value: object) -> bool:
     return isinstance(value, (list, tuple)) and len(value) in (2, 3) and isinstance(value[-1], str)
 
 
-def parse_demos(demos: Demos, rules: ImageRules | None = None) -> Any:
+def parse_demos(demos: Demos, rules: ImageRules | None = None) -> Part | list[Part | None] | None:
     """Check what `generate` takes as `demos`, and open its raw demonstrations within `rules`.
 
     Returns:
@@ -175,7 +176,7 @@ def parse_demos(demos: Demos, rules: ImageRules | None = None) -> Any:
     if demos is None:
         return None
     if kind is not None:
-        return demos if len(demos) else None
+        return cast(ReadDemonstrations, demos) if len(demos) else None
     if not isinstance(demos, (list, tuple)):
         raise _unknown(demos)
     raw = [kind_of(entry) == "demonstration" for entry in demos]
@@ -189,12 +190,12 @@ def parse_demos(demos: Demos, rules: ImageRules | None = None) -> Any:
     return [_parse_row(entry, rules) for entry in demos]
 
 
-def _parse_row(entry: Demos, rules: ImageRules | None) -> Any:
+def _parse_row(entry: Any, rules: ImageRules | None) -> Part | None:
     if isinstance(entry, (list, tuple)) and not all(kind_of(part) == "demonstration" for part in entry):
         raise _unknown(entry, " in its list")
     if entry is not None and kind_of(entry) is None and not isinstance(entry, (list, tuple)):
         raise _unknown(entry, " in its list")
-    return parse_demos(entry, rules)
+    return cast("Part | None", parse_demos(entry, rules))  # in its list are demonstrations alone, no rows
 
 
 def _unknown(value: object, where: str = "") -> ValueError:
@@ -205,13 +206,12 @@ def _unknown(value: object, where: str = "") -> ValueError:
     )
 
 
-def demos_by_row(demos: Demos, batch: int, rules: ImageRules | None = None) -> list[Any]:
-    """The part, or `None`, of each of `batch` rows; see `parse_demos`.
+def demos_by_row(parsed: Part | list[Part | None] | None, batch: int) -> list[Part | None]:
+    """The part, or `None`, of each of `batch` rows, from what `parse_demos` returns.
 
     Raises:
         ValueError: there are entries for another number of rows.
     """
-    parsed = parse_demos(demos, rules)
     if not isinstance(parsed, list):
         return [parsed] * batch
     if len(parsed) != batch:

@@ -12,6 +12,7 @@ from .backbone_aim import longest_prompt
 from .demonstrations_aim import (
     Demos,
     FusedDemonstrations,
+    Part,
     Selection,
     check_finite,
     concatenated,
@@ -32,7 +33,7 @@ class RowsMixin:
         chat_demos: Demos = None,
         shots: int | None = None,
         select: Selection = None,
-    ) -> list[tuple[Any, ...]]:
+    ) -> list[tuple[Part, ...]]:
         """The demonstrations of each row of the batch, in order, in parts as `parse_demos` returns them."""
         ids: Any = inputs.get("input_ids")
         whole = isinstance(ids, torch.Tensor) and ids.ndim == 2 and ids.dtype in (torch.long, torch.int)
@@ -44,14 +45,34 @@ class RowsMixin:
             )
         for given in () if ids is None else (demos, chat_demos):
             self._check_count(given, ids.shape[1])
-        demos, chat_demos = (parse_demos(given, self.image_rules) for given in (demos, chat_demos))
+        parsed, parsed_chats = (parse_demos(given, self.image_rules) for given in (demos, chat_demos))
         if ids is None:
-            if demos is None and chat_demos is None:
+            if parsed is None and parsed_chats is None:
                 return []
             raise ValueError("demos are placed before input_ids; inputs_embeds cannot take them.")
-        rows = self._selected(demos_by_row(demos, len(ids)), inputs, shots, select)
-        chats = demos_by_row(chat_demos, len(ids))
+        rows = demos_by_row(parsed, len(ids))
+        if shots is not None or select is not None:
+            rows = self._select_from_banks(rows, inputs, shots, select)
+        chats = demos_by_row(parsed_chats, len(ids))
         return [tuple(part for part in pair if part is not None) for pair in zip(rows, chats, strict=True)]
+
+    def _select_from_banks(
+        self: Any, rows: list[Part | None], inputs: Mapping[str, Any], shots: int | None, select: Selection
+    ) -> list[Part | None]:
+        """For each row of the batch, what `shots` and `select` select from the bank of that row."""
+        banks: dict[int, Any] = {id(part): part for part in rows if part is not None}
+        if not banks or not all(kind_of(bank) == "bank" for bank in banks.values()):
+            raise ValueError(
+                f"shots={shots} and select={select!r} choose from a DemonstrationBank, but demos is {rows[0]!r:.80}. "
+                "Build one with DemonstrationBank.build(model, demos, folder)."
+            )
+        selected = list(rows)
+        for bank_id, bank in banks.items():
+            bank_rows = [row for row, part in enumerate(rows) if id(part) == bank_id]
+            chosen = bank.select_rows(self, inputs, shots, select, bank_rows)
+            for row, fused in zip(bank_rows, chosen, strict=True):
+                selected[row] = fused
+        return selected
 
     def _fused_rows(
         self: Any, rows: Sequence[tuple[Any, ...]], length: int, finite: bool = True
