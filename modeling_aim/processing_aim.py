@@ -73,6 +73,7 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
         self.image_prompt = image_prompt
         self.few_shot_chats = few_shot_chats
         self._begin: tuple[Any, str] | None = None
+        self._image_text: tuple[Any, str] | None = None
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.tokenizer.padding_side = "left"  # generation continues on the right of every row of a batch
@@ -194,9 +195,11 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
     @property
     def image_text(self) -> str:
         """The placeholder of one image in a prompt of this backbone, separators included (`"<image>\\n"`)."""
-        if self.image_prompt is None:
-            self.image_prompt = self._find_image_text()
-        return self.image_prompt
+        if self.image_prompt is not None:
+            return self.image_prompt
+        if self._image_text is None or self._image_text[0] != self.chat_template:
+            self._image_text = (self.chat_template, self._find_image_text())
+        return self._image_text[1]
 
     @property
     def _image_token(self) -> str | None:
