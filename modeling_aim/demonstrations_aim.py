@@ -31,7 +31,7 @@ class Demonstration:
 
     Args:
         images: RGB images, in the order in which the backbone sees them; may be empty.
-        text: what is read of the example: a caption or statement, or the answer when there is a question.
+        text: a caption or statement, or the answer where there is a question.
         question: the question that `text` answers; `None` for a caption.
         is_label: `text` is a bare name ("dax"), which is read in the processor's label template ("This is dax.").
     """
@@ -229,8 +229,9 @@ class FusedDemonstrations:
     Args:
         vectors: fused tokens of all demonstrations, one after another, `(tokens, entry layers x hidden size)`.
         lengths: fused tokens of each demonstration.
-        ids: the word id under each fused token, `(tokens,)`: the prompt holds these ids, and the layers below the
-            depth where a fused token enters run over them.
+        ids: the token id under each fused token, `(tokens,)`. The prompt holds these ids: below the depth where fused
+            tokens enter, the layers run over them as text, which the query attends to; above it, the states have seen
+            the image.
         keys: content identity of each demonstration (`Demonstration.key`).
         texts: the words of each demonstration, for display.
         source: identity of what read them: backbone, projector, read layers. Only the same plug-in can use them.
@@ -360,7 +361,10 @@ def _digest(about: str, tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def concatenated(parts: Sequence[FusedDemonstrations]) -> FusedDemonstrations:
-    """The demonstrations of several values, one after another; keys, words and source where all have them."""
+    """Join several values in order.
+
+    Keys and texts are kept where all have them; the source is the first one's, unchecked.
+    """
     first = parts[0]
     if len(parts) == 1:
         return first

@@ -1,7 +1,7 @@
 """Features of demonstrations and queries, from the backbone itself, by which a bank selects.
 
-Banks are part of the package, not of the code that a repository carries. Whatever of them uses a model's hooks is
-here, since a class loaded as remote code has its own context variables.
+Banks are not shipped. The parts of selection that need the model's hooks are here, because remote code has its own
+ContextVars.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class FeaturesMixin:
         return {"fused": fused, "states": states, "features": by_kind}
 
     def text_features(self: Any, texts: Sequence[Demonstration]) -> torch.Tensor:
-        """Hidden states of words alone, averaged: `(texts, joined layers x hidden size)`."""
+        """Hidden states of words alone, averaged: `(texts, read layers x hidden size)`."""
         unique = {text.key: text for text in texts}  # the same words have the same features, to the last bit
         read = self.read_states(list(unique.values()))
         means = {key: states.float().mean(dim=0) for key, states in zip(unique, read, strict=True)}

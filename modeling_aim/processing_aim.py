@@ -29,8 +29,8 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
 
     Args:
         processor: the processor of the backbone.
-        label_template: template of a demonstration that is a bare label. The words before the name matter: the
-            backbone keeps what it sees in their states, and finds the name that follows them by it.
+        label_template: template of a demonstration that is a bare label. The words before the label matter:
+            their hidden states carry what the backbone sees in the image, and lead it to the label that follows.
         question_template: template of a question and its answer; `{question}` stands before `{answer}`.
         image_prompt: the placeholder of one image in a prompt of this backbone. `None`: found in its chat template, or
             its image token.
@@ -249,8 +249,8 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
     def front(self, images: int) -> str:
         """What stands before the words of a prompt that no chat template renders: BOS, and `images` images.
 
-        BOS is the tokenizer's own business, but where the chat template alone writes it (SmolVLM, PaddleOCR-VL):
-        there, words that are read without it would not be read as they stand in a prompt, right after it.
+        BOS is left to the tokenizer, except where only the chat template writes it (SmolVLM, PaddleOCR-VL). There it
+        is written here, so that a demonstration is read after BOS, as in a prompt.
         """
         if self._begin is None or self._begin[0] != self.chat_template:
             bos, begin = self.tokenizer.bos_token, ""
