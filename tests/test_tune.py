@@ -19,7 +19,7 @@ from test_depth import replaced_by_hand, start_of, with_words
 from typer.testing import CliRunner
 
 from modeling_aim import AimConfig, AimForConditionalGeneration, demonstrations_aim
-from modeling_aim.choice_aim import SIGNIFICANCE_LEVEL, corrected_p_values, chosen_depth
+from modeling_aim.choice_aim import SIGNIFICANCE_LEVEL, chosen_depth, corrected_p_values
 from modeling_aim.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
