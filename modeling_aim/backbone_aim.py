@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-INPUT_ALONE = (
+USE_INPUT_ADVICE = (
     "What works is the input: from_backbone(..., preset='paper'), read_layers=[-1] and entry_layers=[0], with a "
     "projector that is trained."
 )
@@ -100,7 +100,7 @@ def decoder_layers(backbone: PreTrainedModel) -> nn.ModuleList:
             return stack
     raise ValueError(
         f"{type(backbone).__name__} has no stack of {count} decoder layers where AIM looks for it "
-        f"(get_decoder() is {type(decoder).__name__}), so states cannot enter at depth. {INPUT_ALONE}"
+        f"(get_decoder() is {type(decoder).__name__}), so states cannot enter at depth. {USE_INPUT_ADVICE}"
     )
 
 
@@ -113,7 +113,7 @@ def check_depth(backbone: PreTrainedModel) -> None:
     if not family_of(backbone.config.model_type).states_at_depth:
         raise ValueError(
             f"The decoder layers of {type(backbone).__name__} hand on several streams of states at once, of which "
-            f"none is the state of a word, so states cannot enter at depth. {INPUT_ALONE}"
+            f"none is the state of a word, so states cannot enter at depth. {USE_INPUT_ADVICE}"
         )
 
 

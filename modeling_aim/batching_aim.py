@@ -11,8 +11,8 @@ from torch import nn
 
 from .demonstrations_aim import Demonstration
 
-PASS_POSITIONS = 8192  # of one pass, padding included: enough to keep an accelerator busy, and bounded memory
-CPU_POSITIONS = 1024  # on a CPU, which one demonstration keeps busy; attention is slower where rows are padded
+PASS_TOKENS = 8192  # of one pass, padding included: enough to keep an accelerator busy, and bounded memory
+CPU_PASS_TOKENS = 1024  # on a CPU, which one demonstration keeps busy; attention is slower where rows are padded
 PASS_PADDING = 512  # most padding among them
 SAMPLES = 64  # values of an image that are compared first
 
@@ -21,54 +21,57 @@ def reading_batches(
     demos: Sequence[Demonstration],
     lengths: Sequence[int],
     batch_size: int | None = None,
-    positions: int = PASS_POSITIONS,
+    max_tokens: int = PASS_TOKENS,
 ) -> Iterator[tuple[list[int], bool]]:
     """Put demonstrations into batches: with or without images, of similar length, equal images together.
 
     Args:
         demos: what is to be read.
-        lengths: about how many positions each takes.
-        batch_size: demonstrations in a batch; where `None`, as many as `positions` and `PASS_PADDING` allow.
-        positions: most positions of a batch, padding included. Demonstrations with the same image, which is encoded
-            once, may take `PASS_POSITIONS` in any case.
+        lengths: about how many tokens each takes.
+        batch_size: demonstrations in a batch; where `None`, as many as `max_tokens` and `PASS_PADDING` allow.
+        max_tokens: most tokens of a batch, padding included. Demonstrations with the same image, which is encoded
+            once, may take `PASS_TOKENS` in any case.
 
     Yields:
-        The numbers of a batch's demonstrations, and whether some of their images look the same.
+        The indices of a batch's demonstrations, and whether some of their images may be equal.
 
     Raises:
         ValueError: `batch_size` is less than 1.
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: expected 1 or more, or None.")
-    looks = [_looks(demo) for demo in demos]
+    thumbnails = [_thumbnails(demo) for demo in demos]
     shortest: dict[Any, int] = {}
-    for look, length in zip(looks, lengths, strict=True):
-        shortest[look] = min(length, shortest.get(look, length))
-    order = sorted(range(len(demos)), key=lambda i: (bool(looks[i]), shortest[looks[i]], looks[i], lengths[i]))
+    for thumbnail, length in zip(thumbnails, lengths, strict=True):
+        shortest[thumbnail] = min(length, shortest.get(thumbnail, length))
+
+    def order(i: int) -> tuple[Any, ...]:
+        return bool(thumbnails[i]), shortest[thumbnails[i]], thumbnails[i], lengths[i]
+
     batch: list[int] = []
     longest = total = 0
-    for number in order:
-        area = (len(batch) + 1) * max(longest, lengths[number])
-        same = bool(batch) and not set(looks[number]).isdisjoint(looks[batch[-1]])
-        full = area > (PASS_POSITIONS if same else positions) or area - total - lengths[number] > PASS_PADDING
+    for index in sorted(range(len(demos)), key=order):
+        area = (len(batch) + 1) * max(longest, lengths[index])
+        same = bool(batch) and not set(thumbnails[index]).isdisjoint(thumbnails[batch[-1]])
+        full = area > (PASS_TOKENS if same else max_tokens) or area - total - lengths[index] > PASS_PADDING
         if batch_size is not None:
             full = len(batch) >= batch_size
-        if batch and (full or bool(looks[number]) != bool(looks[batch[0]])):
-            yield batch, _repeat(looks[i] for i in batch)
+        if batch and (full or bool(thumbnails[index]) != bool(thumbnails[batch[0]])):
+            yield batch, _has_repeats(thumbnails[i] for i in batch)
             batch, longest, total = [], 0, 0
-        batch.append(number)
-        longest, total = max(longest, lengths[number]), total + lengths[number]
+        batch.append(index)
+        longest, total = max(longest, lengths[index]), total + lengths[index]
     if batch:
-        yield batch, _repeat(looks[i] for i in batch)
+        yield batch, _has_repeats(thumbnails[i] for i in batch)
 
 
-def _looks(demo: Demonstration) -> tuple[Any, ...]:
+def _thumbnails(demo: Demonstration) -> tuple[Any, ...]:
     """A few pixels of each image, the same for equal images."""
     return tuple((i.size, i.resize((8, 8), Image.Resampling.NEAREST).tobytes()) for i in demo.images)
 
 
-def _repeat(looks: Iterator[tuple[Any, ...]]) -> bool:
-    images = [image for look in looks for image in look]
+def _has_repeats(thumbnails: Iterator[tuple[Any, ...]]) -> bool:
+    images = [image for thumbnail in thumbnails for image in thumbnail]
     return len(set(images)) < len(images)
 
 
@@ -105,19 +108,20 @@ class SharedImages:
         alike: dict[Any, list[int]] = {}
         kept: list[int] = []
         self.order: list[int] = []
-        for number, image in enumerate(images):
+        for index, image in enumerate(images):
             flat = image[0].reshape(-1)
             candidates = alike.setdefault(tuple(flat[:: max(len(flat) // SAMPLES, 1)].tolist()), [])
             same = next((k for k in candidates if _equal(images[kept[k]], image)), None)
             if same is None:
                 same = len(kept)
                 candidates.append(same)
-                kept.append(number)
+                kept.append(index)
             self.order.append(same)
         if len(kept) == 1:
-            kept += range(1, len(images))[:1]  # one image would not show whether the output is in parts
-        self.sizes = [sizes[number] for number in kept]
-        fewer = {name: torch.cat([split[number] for number in kept]) for name, split in parts.items()}
+            # keep two: from one image alone, `repeated` cannot tell whether the output has a part per image
+            kept += range(1, len(images))[:1]
+        self.sizes = [sizes[index] for index in kept]
+        fewer = {name: torch.cat([split[index] for index in kept]) for name, split in parts.items()}
         self.args = tuple(fewer.get(place, value) for place, value in enumerate(args))
         self.kwargs = {name: fewer.get(name, value) for name, value in kwargs.items()}
 
@@ -132,7 +136,7 @@ class SharedImages:
             if rest or not a_row or any(size % a_row for size in self.sizes):
                 raise ValueError(f"an output of shape {tuple(output.shape)} has no part for each image")
             parts = output.split([size // a_row for size in self.sizes])
-            return torch.cat([parts[number] for number in self.order])
+            return torch.cat([parts[index] for index in self.order])
         if isinstance(output, Mapping):
             return type(output)(**{name: self.repeated(value) for name, value in output.items()})
         if isinstance(output, (list, tuple)):

@@ -17,10 +17,10 @@ from .images_aim import ImageRules
 if TYPE_CHECKING:
     from .processing_aim import AimProcessor
 
-CHANCE = 0.05  # significance level of a difference to words only
-FEW = 20  # with fewer answers, a difference that is not significant may still be real
+SIGNIFICANCE_LEVEL = 0.05  # significance level of a difference to words only
+FEW_ANSWERS = 20  # with fewer answers, a difference that is not significant may still be real
 NEGLIGIBLE = 0.02  # nats a token: a smaller difference is no reason to leave the default
-FLIPS = 4096  # random sign vectors; all of them where there are no more
+MAX_SIGN_FLIPS = 4096  # random sign vectors; all of them where there are no more
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,8 @@ class LeftOut:
 
     Args:
         number: its index among those that are read.
-        others: indices of those that may answer it; where not all fit, the first ones are shown.
+        others: indices of the demonstrations it may be answered from, in order of preference; as many as fit are
+            shown.
         known: number of characters that all texts of its task begin with ("this is"); they are part of the query.
     """
 
@@ -256,8 +257,8 @@ def chosen_depth(
     zero, words, *deep = rows
     start = default_depth(config.get_text_config())
     own = config.entry_layers[0] if len(config.entry_layers) == 1 and config.entry_layers[0] > 0 else start
-    chance = chance_of_best(torch.stack([exact[row.depth] - exact[0] for row in deep]))
-    better = [row for row, likely in zip(deep, chance, strict=True) if likely <= CHANCE]
+    p_values = corrected_p_values(torch.stack([exact[row.depth] - exact[0] for row in deep]))
+    better = [row for row, p_value in zip(deep, p_values, strict=True) if p_value <= SIGNIFICANCE_LEVEL]
     level = _level_with_best(better, exact)
     pick = min(level, key=lambda row: abs((row.depth or 0) - start), default=None)  # the first is the best
     best = max(deep, key=lambda row: row.log_likelihood)
@@ -267,7 +268,7 @@ def chosen_depth(
         verdict = f"Depth {pick.depth} beats words only by {over[1:]} ({count} answers)."
         if pick is not level[0]:
             verdict += f" Depth {level[0].depth} is level with it, but further from the default."
-    elif (count < FEW and best.over_words > 0) or 2.0**-count > CHANCE:
+    elif (count < FEW_ANSWERS and best.over_words > 0) or 2.0**-count > SIGNIFICANCE_LEVEL:
         verdict = (
             f"Too few demonstrations to tell ({count} answers): the best depth, {best.depth}, is at {over} to words "
             f"only, which may be chance. Depth {own} stays."
@@ -293,23 +294,24 @@ def _level_with_best(rows: Sequence[DepthScore], scores: Mapping[int | None, tor
     return level
 
 
-def chance_of_best(differences: torch.Tensor) -> list[float]:
+def corrected_p_values(differences: torch.Tensor) -> list[float]:
     """The p-value of each depth's mean difference to words only, corrected for the number of depths.
 
-    A sign-flip permutation test: without an effect, the differences of an answer have either sign, the same for all
-    depths. The statistic is the mean over its standard error, of the best depth for each draw of signs.
+    A sign-flip permutation test: under the null hypothesis the sign of an answer's differences is arbitrary, so one
+    random sign per answer is applied to all depths. The statistic of a draw is the largest mean-to-deviation ratio
+    over the depths.
 
     Args:
         differences: `(depths, answers)`.
 
     Returns:
-        A probability for each depth.
+        A p-value for each depth.
     """
     count = differences.shape[1]
-    if 2**count <= FLIPS:
+    if 2**count <= MAX_SIGN_FLIPS:
         signs = 1.0 - 2.0 * (torch.arange(2**count)[:, None] >> torch.arange(count) & 1).to(differences)
     else:
-        drawn = torch.randint(0, 2, (FLIPS, count), generator=torch.Generator().manual_seed(0))
+        drawn = torch.randint(0, 2, (MAX_SIGN_FLIPS, count), generator=torch.Generator().manual_seed(0))
         signs = torch.cat([torch.ones(1, count), 1.0 - 2.0 * drawn]).to(differences)
     means = signs @ differences.T / count
     squares = differences.square().mean(dim=1)  # whatever the signs

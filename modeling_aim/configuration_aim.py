@@ -29,7 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {  # every command and class takes its defa
     "trained": {"read_layers": None, "entry_layers": None, "projector_form": "residual_mlp"},
     "paper": {"read_layers": [-1], "entry_layers": [0], "projector_form": "linear_norm"},
 }
-DEPTH = 0.4  # of the decoder's layers: the default depth where states are read and put back
+DEFAULT_DEPTH_FRACTION = 0.4  # of the decoder's layers: the default depth where states are read and put back
 READ_SPANS = ("text", "answer")
 IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 AUTO_MAP = {
@@ -99,7 +99,7 @@ def preset_settings(
 def deepest_entry(text: PreTrainedConfig) -> int:
     """The deepest place at which states can enter: the last layer, or the last one with keys and values of its own.
 
-    Behind it, layers that use the keys and values of earlier ones (Gemma 4) would not show the states to other words.
+    After it, layers reuse the keys and values of earlier layers (Gemma 4), so other tokens would not see the states.
 
     Args:
         text: the configuration of a text decoder.
@@ -110,14 +110,14 @@ def deepest_entry(text: PreTrainedConfig) -> int:
 def default_depth(text: PreTrainedConfig) -> int:
     """The default depth: after 2 of 5 layers, after 13 of 32 (docs/LOG.md says how it was chosen).
 
-    It is after the first layer of cross-attention, before which words have seen no image (Mllama), and not after
-    the layers whose keys and values later layers use (Gemma 4).
+    It lies after the first cross-attention layer, before which text has seen no image (Mllama), and no later than the
+    layers whose keys and values later layers reuse (Gemma 4).
 
     Args:
         text: the configuration of a text decoder.
     """
     layers, deepest = text.num_hidden_layers, deepest_entry(text)
-    depth = max(round(DEPTH * layers), min(getattr(text, "cross_attention_layers", None) or [-1]) + 1)
+    depth = max(round(DEFAULT_DEPTH_FRACTION * layers), min(getattr(text, "cross_attention_layers", None) or [-1]) + 1)
     if deepest < layers - 1:  # of each kind of layers, the last one's keys and values are used
         last = {kind: number for number, kind in enumerate(text.layer_types[: deepest + 1])}
         depth = min(depth, *last.values())

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from PIL import Image
@@ -31,7 +31,7 @@ class Demonstration:
 
     Args:
         images: RGB images, in the order in which the backbone sees them; may be empty.
-        text: what is read of the example: a caption or statement, or the answer when there is a question.
+        text: a caption or statement, or the answer where there is a question.
         question: the question that `text` answers; `None` for a caption.
         is_label: `text` is a bare name ("dax"), which is read in the processor's label template ("This is dax.").
     """
@@ -128,6 +128,7 @@ class ReadDemonstrations(Protocol):
 
 RawDemonstration = Demonstration | Mapping[str, Any] | Sequence[Any]
 Demos = Sequence[Any] | ReadDemonstrations | None  # what `generate` takes as `demos`: `parse_demos` checks it
+Part = tuple[Demonstration, ...] | ReadDemonstrations  # what one row, or all rows, are given
 Selection = str | Sequence[int] | Sequence[str] | Mapping[str, Any] | None  # what it takes as `select`
 
 
@@ -159,7 +160,7 @@ def _is_pair(value: object) -> bool:
     return isinstance(value, (list, tuple)) and len(value) in (2, 3) and isinstance(value[-1], str)
 
 
-def parse_demos(demos: Demos, rules: ImageRules | None = None) -> Any:
+def parse_demos(demos: Demos, rules: ImageRules | None = None) -> Part | list[Part | None] | None:
     """Check what `generate` takes as `demos`, and open its raw demonstrations within `rules`.
 
     Returns:
@@ -175,7 +176,7 @@ def parse_demos(demos: Demos, rules: ImageRules | None = None) -> Any:
     if demos is None:
         return None
     if kind is not None:
-        return demos if len(demos) else None
+        return cast(ReadDemonstrations, demos) if len(demos) else None
     if not isinstance(demos, (list, tuple)):
         raise _unknown(demos)
     raw = [kind_of(entry) == "demonstration" for entry in demos]
@@ -189,12 +190,12 @@ def parse_demos(demos: Demos, rules: ImageRules | None = None) -> Any:
     return [_parse_row(entry, rules) for entry in demos]
 
 
-def _parse_row(entry: Demos, rules: ImageRules | None) -> Any:
+def _parse_row(entry: Any, rules: ImageRules | None) -> Part | None:
     if isinstance(entry, (list, tuple)) and not all(kind_of(part) == "demonstration" for part in entry):
         raise _unknown(entry, " in its list")
     if entry is not None and kind_of(entry) is None and not isinstance(entry, (list, tuple)):
         raise _unknown(entry, " in its list")
-    return parse_demos(entry, rules)
+    return cast("Part | None", parse_demos(entry, rules))  # in its list are demonstrations alone, no rows
 
 
 def _unknown(value: object, where: str = "") -> ValueError:
@@ -205,13 +206,12 @@ def _unknown(value: object, where: str = "") -> ValueError:
     )
 
 
-def demos_by_row(demos: Demos, batch: int, rules: ImageRules | None = None) -> list[Any]:
-    """The part, or `None`, of each of `batch` rows; see `parse_demos`.
+def demos_by_row(parsed: Part | list[Part | None] | None, batch: int) -> list[Part | None]:
+    """The part, or `None`, of each of `batch` rows, from what `parse_demos` returns.
 
     Raises:
         ValueError: there are entries for another number of rows.
     """
-    parsed = parse_demos(demos, rules)
     if not isinstance(parsed, list):
         return [parsed] * batch
     if len(parsed) != batch:
@@ -229,8 +229,9 @@ class FusedDemonstrations:
     Args:
         vectors: fused tokens of all demonstrations, one after another, `(tokens, entry layers x hidden size)`.
         lengths: fused tokens of each demonstration.
-        ids: the word id under each fused token, `(tokens,)`: the prompt holds these ids, and the layers below the
-            depth where a fused token enters run over them.
+        ids: the token id under each fused token, `(tokens,)`. The prompt holds these ids: below the depth where fused
+            tokens enter, the layers run over them as text, which the query attends to; above it, the states have seen
+            the image.
         keys: content identity of each demonstration (`Demonstration.key`).
         texts: the words of each demonstration, for display.
         source: identity of what read them: backbone, projector, read layers. Only the same plug-in can use them.
@@ -360,7 +361,10 @@ def _digest(about: str, tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def concatenated(parts: Sequence[FusedDemonstrations]) -> FusedDemonstrations:
-    """The demonstrations of several values, one after another; keys, words and source where all have them."""
+    """Join several values in order.
+
+    Keys and texts are kept where all have them; the source is the first one's, unchecked.
+    """
     first = parts[0]
     if len(parts) == 1:
         return first

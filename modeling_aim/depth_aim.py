@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .backbone_aim import check_depth, longest_prompt
-from .batching_aim import CPU_POSITIONS, PASS_POSITIONS
+from .batching_aim import CPU_PASS_TOKENS, PASS_TOKENS
 from .choice_aim import DepthChoice, LeftOut, chosen_depth, drawn_demonstrations, raw_tasks
 from .configuration_aim import AimConfig, deepest_entry, default_depth
 from .demonstrations_aim import Demonstration, Demos, FusedDemonstrations
@@ -61,7 +61,8 @@ class DepthMixin:
             prompts: how the left-out question is written: `"chat"`, in the backbone's chat template where it has one,
                 or `"plain"`, as demonstrations are read. Labels and captions are always written as they are read.
             seed: of the random choice of demonstrations.
-            progress: called after each pass with the number of computed prompts and their total.
+            progress: called after each demonstration read and each batch of scored prompts, with the number of
+                computed prompts and their total.
 
         Raises:
             ValueError: the model has weights, which are bound to their depth; the backbone has no stack of decoder
@@ -169,14 +170,14 @@ def _batches(
     """Left-out demonstrations by pass: all with or all without images, of similar length, bounded in positions."""
     lengths = dict(enumerate(model.processor.reading_lengths(used)))
     shown_tokens = {query.number: sum(len(words[other]) for other in query.others) for query in left_out}
-    positions = CPU_POSITIONS if model.device.type == "cpu" else PASS_POSITIONS
+    max_tokens = CPU_PASS_TOKENS if model.device.type == "cpu" else PASS_TOKENS
     order = sorted(left_out, key=lambda query: (bool(used[query.number].images), lengths[query.number], query.number))
     batch: list[LeftOut] = []
     longest = 0
     for query in order:
         longest = max(longest, lengths[query.number] + shown_tokens[query.number])
         other = batch and bool(used[query.number].images) != bool(used[batch[0].number].images)
-        if batch and (other or (len(batch) + 1) * longest > positions):
+        if batch and (other or (len(batch) + 1) * longest > max_tokens):
             yield batch
             batch, longest = [], lengths[query.number] + shown_tokens[query.number]
         batch.append(query)
@@ -193,7 +194,7 @@ def _encoded(
 
     Args:
         processor: the model's.
-        asked: demonstrations, each with the number of characters of its text that are part of the query.
+        queries: demonstrations, each with the number of characters of its text that are part of the query.
         prompts: as for `choose_depth`.
     """
     texts, spans = [], []

@@ -156,14 +156,17 @@ class EncodingMixin:
 
         Returns:
             The backbone's inputs, and a mask `(batch, length)` that is true at the tokens of the part.
+
+        Raises:
+            ValueError: the tokens of a part are not among those that the processor makes.
         """
         image_rows = [list(row) for row in images] if any(images) else None
         with TOKENIZING:
             inputs = self._encode(image_rows, list(prompts), padding=True, padding_side="left", return_tensors="pt")
         plain, ids = self._tokenized(prompts), inputs["input_ids"]
         mask = torch.zeros(ids.shape, dtype=torch.bool)
-        # The processor expands images, so positions are counted from the end, where the text is unchanged except for
-        # what some processors append.
+        # The processor expands image placeholders, so count from the end. Some processors append tokens: shift left
+        # until the ids match.
         for row, span in enumerate(spans):
             part = self._kept_places(plain, row, span)
             if not part:
@@ -171,7 +174,13 @@ class EncodingMixin:
             words = torch.tensor(plain["input_ids"][row])
             places = ids.shape[1] - len(words) + torch.tensor(part)
             shifts = (n for n in range(int(places[0]) + 1) if torch.equal(ids[row, places - n], words[part]))
-            mask[row, places - next(shifts, 0)] = True
+            shift = next(shifts, None)
+            if shift is None:
+                raise ValueError(
+                    f"The processor tokenizes {prompts[row]!r:.80} differently from its tokenizer, so the kept tokens "
+                    "cannot be found. Load both from one repository: AutoProcessor.from_pretrained(BACKBONE)."
+                )
+            mask[row, places - shift] = True
         return inputs, mask
 
     def _tokenized(self: Any, prompts: Sequence[str]) -> Any:

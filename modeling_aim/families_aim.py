@@ -17,11 +17,10 @@ class Family:
         flat_images: the processor takes the images of all prompts as one list, not as one a prompt.
         words_alone: how prompts are written for the tokenizer (`"{bos}{words}"`) where none has an image and the
             processor refuses such batches.
-        read_alone: demonstrations are read one by one: the processor takes no images with different numbers of tiles
-            at once, the backbone numbers images across the rows of a batch, or it pads images to one size before it
-            makes tokens of them.
-        blank_image: the backbone is called with pixels in any case, which without a placeholder it does not use: words
-            alone come with zeros.
+        read_alone: read demonstrations one at a time: the processor refuses images with different numbers of tiles,
+            the backbone numbers images across rows, or images are padded to a common size before they become tokens.
+        blank_image: the backbone requires `pixel_values` even for text alone; zeros are passed, and without a
+            placeholder they are not used.
         prefix_kv: when a prompt can continue the KV of its prefix: `"always"`; `"unpadded"` where padding between the
             two counts as positions; `"never"` where words attend to later ones, positions are lost, or every prompt
             needs an image.

@@ -1,7 +1,7 @@
 """Features of demonstrations and queries, from the backbone itself, by which a bank selects.
 
-Banks are part of the package, not of the code that a repository carries. Whatever of them uses a model's hooks is
-here, since a class loaded as remote code has its own context variables.
+Banks are not shipped. The parts of selection that need the model's hooks are here, because remote code has its own
+ContextVars.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .backbone_aim import image_positions
-from .demonstrations_aim import Demonstration, Selection, kind_of
+from .demonstrations_aim import Demonstration
 from .injection_aim import injected
 from .reading_aim import image_features, read_hidden_states
 
@@ -53,7 +53,7 @@ class FeaturesMixin:
         return {"fused": fused, "states": states, "features": by_kind}
 
     def text_features(self: Any, texts: Sequence[Demonstration]) -> torch.Tensor:
-        """Hidden states of words alone, averaged: `(texts, joined layers x hidden size)`."""
+        """Hidden states of words alone, averaged: `(texts, read layers x hidden size)`."""
         unique = {text.key: text for text in texts}  # the same words have the same features, to the last bit
         read = self.read_states(list(unique.values()))
         means = {key: states.float().mean(dim=0) for key, states in zip(unique, read, strict=True)}
@@ -75,15 +75,18 @@ class FeaturesMixin:
         return dict(inputs.to(self.device, self.dtype))
 
     @torch.no_grad()
-    def query_features(self: Any, inputs: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, torch.Tensor]:
+    def query_features(
+        self: Any, inputs: Mapping[str, Any], kinds: Sequence[str], rows: Sequence[int] | None = None
+    ) -> dict[str, torch.Tensor]:
         """Features of each query of a batch.
 
         Args:
             inputs: the backbone's inputs of the queries.
             kinds: which features: `"image"`, `"text"`, `"fused"`.
+            rows: the queries of the batch that are compared; all where `None`.
 
         Returns:
-            For each kind `(batch, width)`.
+            For each kind `(rows, width)`.
 
         Raises:
             ValueError: an unknown kind, or a query without an image, or without words, where these are compared.
@@ -94,21 +97,22 @@ class FeaturesMixin:
         given = {k: v.to(self.device, self.dtype) if v.is_floating_point() else v for k, v in given.items()}
         ids = given["input_ids"]
         words = given.get("attention_mask", torch.ones_like(ids)).bool() & ~image_positions(self.backbone.config, ids)
+        rows = list(range(len(ids)) if rows is None else rows)
         by_kind = {}
         for kind in kinds:
             empty: list[int] = []
             if kind == "image":
                 with injected(None):
-                    features = image_features(self.backbone, given)
-                empty = [row for row, feature in enumerate(features) if not bool(feature.any())]
+                    features = image_features(self.backbone, given)[rows]
+                empty = [row for row, feature in zip(rows, features, strict=True) if not bool(feature.any())]
             elif kind == "text":
-                texts = [self.processor.words_of(row[mask].tolist()) for row, mask in zip(ids, words, strict=True)]
-                empty = [row for row, text in enumerate(texts) if not text]
+                texts = [self.processor.words_of(ids[row][words[row]].tolist()) for row in rows]
+                empty = [row for row, text in zip(rows, texts, strict=True) if not text]
                 features = ids if empty else self.text_features([Demonstration((), text) for text in texts])
             elif kind == "fused":
                 with injected(None):
                     hidden = read_hidden_states(self.backbone, given, self.config.read_layers)
-                fused = [self.project(row[mask]) for row, mask in zip(hidden, words, strict=True)]
+                fused = [self.project(hidden[row][words[row]]) for row in rows]
                 features = torch.stack([part.float().mean(dim=0) for part in fused])
             else:
                 raise ValueError(f"kinds has {kind!r:.40}; expected some of {', '.join(FEATURE_KINDS)}.")
@@ -120,18 +124,3 @@ class FeaturesMixin:
                 )
             by_kind[kind] = features
         return by_kind
-
-    def _selected(
-        self: Any, rows: list[Any], inputs: Mapping[str, Any], shots: int | None, select: Selection
-    ) -> list[Any]:
-        """For each row of the batch, what `shots` and `select` select from the bank of that row."""
-        if shots is None and select is None:
-            return rows
-        banks = {id(row): row for row in rows if row is not None}
-        if not banks or not all(kind_of(bank) == "bank" for bank in banks.values()):
-            raise ValueError(
-                f"shots={shots} and select={select!r} choose from a DemonstrationBank, but demos is {rows[0]!r:.80}. "
-                "Build one with DemonstrationBank.build(model, demos, folder)."
-            )
-        chosen = {key: bank.select_rows(self, inputs, shots, select) for key, bank in banks.items()}
-        return [None if bank is None else chosen[id(bank)][row] for row, bank in enumerate(rows)]

@@ -317,7 +317,7 @@ def copy_shipped_files(folder: Path) -> None:
         (folder / path.name).write_bytes(path.read_bytes())
 
 
-USE = """No package of this project is needed: transformers loads the code beside this card.
+CARD_USAGE = """No package of this project is needed: transformers loads the code beside this card.
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -395,7 +395,7 @@ tags: [aim, multimodal-in-context-learning, few-shot, custom_code]
 | read | states after {config.read_layers} layers, span `{config.read_span}`{budget} |
 | enter | {enters} |
 
-{USE}"""
+{CARD_USAGE}"""
 
 
 def _what_it_is(config: AimConfig, parameters: int) -> str:

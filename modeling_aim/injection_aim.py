@@ -27,8 +27,11 @@ if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
 
+NOT_PER_TOKEN = ("pixel_values", "pixel_attention_mask", "image_sizes")  # may have the shape of a prompt by chance
+
+
 @dataclass
-class _Pass:
+class _InjectionPass:
     """The fused tokens that one forward pass holds.
 
     Args:
@@ -63,18 +66,16 @@ class FusedPrompt:
         backbone: the one that answers; the modules of any other one are left alone.
         entry_layers: where vectors enter: 0 is the input embeddings, k the input of decoder layer k. A fused token has
             one vector for each, concatenated.
-        first: put BOS and the fused tokens, as many in each row, before the padding of a row: they are the same in
-            all rows then, and so is their KV.
+        prefix_first: put BOS and the fused tokens, as many in each row, before the padding of a row: they are the
+            same in all rows then, and so is their KV.
 
     Attributes:
-        inputs: the inputs of the widened prompt. Per-position tensors grow with it: ids are those of the
-            demonstrations' words, masks have 1 where they are `attention_mask`, everything else has 0 (`labels`:
-            -100), since fused tokens are text without images.
+        inputs: the inputs of the widened prompt. At fused tokens, `input_ids` holds the demonstrations' token ids,
+            `attention_mask` holds 1, `labels` -100, and every other per-token input 0 (text without images).
         width: length of the widened prompt.
 
     Raises:
-        ValueError: an input fixes the place of every token, so that there is no room for more; or a fused token has a
-            word that the backbone does not know.
+        ValueError: `position_ids` are given; or a fused token has a token id that the backbone does not know.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class FusedPrompt:
         bos_id: int | None,
         backbone: PreTrainedModel,
         entry_layers: Sequence[int] = (0,),
-        first: bool = False,
+        prefix_first: bool = False,
     ) -> None:
         self.inputs = dict(inputs)
         self.embedding = backbone.get_input_embeddings()
@@ -103,50 +104,50 @@ class FusedPrompt:
             self.inputs["attention_mask"] = mask
         counts = torch.tensor([0 if row is None else row.num_tokens for row in fused])
         self.width = length + int(counts.max())
-        filled = [row for row in fused if row is not None and row.num_tokens]
-        for demos in filled:
-            _check_words(demos.ids, self.embedding)
-        self.vectors = [row.vectors.unflatten(-1, (len(self.entry_layers), -1)) for row in filled]
-        self.words = torch.cat([row.ids.to(ids) for row in filled]) if filled else ids.new_empty(0)
-        self.seen = 0
-        self._pass: _Pass | None = None
+        nonempty = [row for row in fused if row is not None and row.num_tokens]
+        for fused_row in nonempty:
+            _check_ids(fused_row.ids, self.embedding)
+        self.vectors = [row.vectors.unflatten(-1, (len(self.entry_layers), -1)) for row in nonempty]
+        self.fused_ids = torch.cat([row.ids.to(ids) for row in nonempty]) if nonempty else ids.new_empty(0)
+        self.tokens_seen = 0
+        self._pass: _InjectionPass | None = None
 
-        # old[r, j]: where position j of the caller's row r is in the widened prompt; rows, columns: the fused tokens
+        # own_columns[r, j]: the column of the caller's token (r, j) in the widened prompt
+        # rows, columns: the places of the fused tokens there
         left_padded = bool((mask[:, 0] == 0).any()) or not bool((mask[:, -1] == 0).any())
         begins = mask.long().argmax(dim=1).cpu()
         places = torch.arange(length)
-        old: list[torch.Tensor] = []
+        own_columns: list[torch.Tensor] = []
         rows: list[int] = []
         columns: list[int] = []
         for row in range(batch):
-            at, count = int(begins[row]), int(counts[row])
-            bos = int(bos_id is not None and int(ids[row, at]) == bos_id)
-            at += bos
+            insert_at, count = int(begins[row]), int(counts[row])
+            bos = int(bos_id is not None and int(ids[row, insert_at]) == bos_id)
+            insert_at += bos
             shift = self.width - length - count if left_padded else 0
-            old.append(places + shift + count * (places >= at))
-            if first:
-                old[-1] = places + count + bos * (places < at)
-                at, shift = bos, 0
+            own_columns.append(places + shift + count * (places >= insert_at))
+            if prefix_first:
+                own_columns[-1] = places + count + bos * (places < insert_at)
+                insert_at, shift = bos, 0
                 if bos:
-                    old[-1][begins[row]] = 0
+                    own_columns[-1][begins[row]] = 0
             rows += [row] * count
-            columns += range(at + shift, at + shift + count)
-        self.old = torch.stack(old).to(ids.device)
+            columns += range(insert_at + shift, insert_at + shift + count)
+        self.own_columns = torch.stack(own_columns).to(ids.device)
         self.rows = torch.tensor(rows, dtype=torch.long, device=ids.device)
         self.columns = torch.tensor(columns, dtype=torch.long, device=ids.device)
 
         for name, value in self.inputs.items():
-            per_position = isinstance(value, torch.Tensor) and value.ndim >= 2 and value.shape[:2] == ids.shape
-            if per_position and name not in ("pixel_values", "pixel_attention_mask", "image_sizes"):
+            if is_per_token(name, value, (batch, length)):
                 self.inputs[name] = self._widened(name, value)
 
     def _widened(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """`value` for the widened prompt, with the filler of this input at the new positions."""
         wide = value.new_full((value.shape[0], self.width, *value.shape[2:]), -100 if name == "labels" else 0)
         if name == "input_ids":
-            wide.fill_(self.words[0] if len(self.words) else 0)  # new padding: an ordinary word, which is masked out
-            wide[self.rows, self.columns] = self.words
-        index = self.old.to(value.device)
+            wide.fill_(self.fused_ids[0] if len(self.fused_ids) else 0)  # new padding: an ordinary id, masked out
+            wide[self.rows, self.columns] = self.fused_ids
+        index = self.own_columns.to(value.device)
         wide[torch.arange(len(index), device=value.device)[:, None], index] = value
         if name == "attention_mask":
             wide[self.rows, self.columns] = 1
@@ -154,7 +155,7 @@ class FusedPrompt:
 
     def without_fused(self, values: torch.Tensor) -> torch.Tensor:
         """Take values of the caller's own positions out of `values` `(batch, width, ...)`."""
-        index = self.old.to(values.device)
+        index = self.own_columns.to(values.device)
         return values[torch.arange(len(index), device=values.device)[:, None], index]
 
     def begin_pass(self, ids: torch.Tensor) -> bool:
@@ -163,29 +164,31 @@ class FusedPrompt:
         A pass may hold the whole prompt (again at each step, where there is no cache), the next chunk of it, or only
         new tokens. Beams and return sequences repeat each row next to itself.
         """
-        waiting = self._pass is not None and not self._pass.entered_at and any(self.entry_layers)
-        before = self._pass.seen_before if self._pass is not None and waiting else self.seen
-        if not waiting:  # else the pass may be still to come: some embed their prompt twice, or images after it
+        layers_pending = self._pass is not None and not self._pass.entered_at and any(self.entry_layers)
+        seen_before = self._pass.seen_before if self._pass is not None and layers_pending else self.tokens_seen
+        # while pending, the layers have not run yet: some backbones embed the prompt twice, or embed images after it
+        if not layers_pending:
             self._check_entered()
             self._pass = None
         whole = ids.shape[1] >= self.width
-        if not whole and before >= self.width:
+        if not whole and seen_before >= self.width:
             return False
-        start = 0 if whole else before
+        start = 0 if whole else seen_before
         end = min(start + ids.shape[1], self.width)
-        repeats = ids.shape[0] // len(self.old)
-        here = (self.columns >= start) & (self.columns < end)
-        rows = (self.rows[here, None] * repeats + torch.arange(repeats, device=here.device)).T.reshape(-1)
-        columns = (self.columns[here] - start).repeat(repeats)
-        words = self.words[here].repeat(repeats)
-        if not bool((ids[rows.to(ids.device), columns.to(ids.device)] == words.to(ids.device)).all()):
-            return False  # many new tokens at once (assisted decoding), or images as words of the vocabulary
-        if waiting and not len(rows):
+        repeats = ids.shape[0] // len(self.own_columns)
+        in_pass = (self.columns >= start) & (self.columns < end)
+        rows = (self.rows[in_pass, None] * repeats + torch.arange(repeats, device=in_pass.device)).T.reshape(-1)
+        columns = (self.columns[in_pass] - start).repeat(repeats)
+        fused_ids = self.fused_ids[in_pass].repeat(repeats)
+        # not our prompt: candidate tokens of assisted decoding, or image tokens embedded by the same module
+        if not bool((ids[rows.to(ids.device), columns.to(ids.device)] == fused_ids.to(ids.device)).all()):
             return False
-        self.seen = end
+        if layers_pending and not len(rows):
+            return False
+        self.tokens_seen = end
         if len(rows):
-            chosen = here.nonzero()[:, 0].repeat(repeats)
-            self._pass = _Pass((ids.shape[0], ids.shape[1]), rows, columns, chosen, before)
+            chosen = in_pass.nonzero()[:, 0].repeat(repeats)
+            self._pass = _InjectionPass((ids.shape[0], ids.shape[1]), rows, columns, chosen, seen_before)
         return bool(len(rows))
 
     def enter_embeddings(self, embeddings: torch.Tensor) -> torch.Tensor:
@@ -229,11 +232,16 @@ class FusedPrompt:
     def check_seen(self) -> None:
         """Raise `RuntimeError` unless the backbone has seen all fused tokens."""
         self._check_entered()
-        if self.seen < self.width:
+        if self.tokens_seen < self.width:
             raise RuntimeError(
                 "The backbone did not embed its prompt, as it is, through get_input_embeddings(), so it never saw the "
                 "fused tokens. This backbone cannot be used with AIM."
             )
+
+
+def is_per_token(name: str, value: object, shape: tuple[int, int]) -> bool:
+    """Whether an input of a backbone has a value for each token of a prompt of `shape` (batch, length)."""
+    return isinstance(value, torch.Tensor) and value.shape[:2] == shape and name not in NOT_PER_TOKEN
 
 
 def shape_of(value: object) -> Any:
@@ -251,7 +259,7 @@ def check_mask(inputs: Mapping[str, Any]) -> None:
         )
 
 
-def _check_words(ids: torch.Tensor, embedding: Any) -> None:
+def _check_ids(ids: torch.Tensor, embedding: Any) -> None:
     """Raise `ValueError` for ids that the input embeddings do not have: on a GPU they would end the process."""
     known = getattr(embedding, "num_embeddings", None) or len(embedding.weight)
     known += getattr(embedding, "num_additional_embeddings", 0)
@@ -370,11 +378,11 @@ def own_tokens_only(prompt: FusedPrompt, input_ids: torch.Tensor, defaults: Gene
     for name in ("min_length",) if counted else ("max_length", "min_length"):
         if options.get(name):
             options[name] += width - input_ids.shape[1]
-        elif limit := next((value for c in settings if (value := getattr(c, name, None))), None):
+        elif limit := next((value for c in settings if (value := getattr(c, name, None)) is not None), None):
             config = copy.deepcopy(config or defaults)
             setattr(config, name, limit + width - input_ids.shape[1])
             options["generation_config"] = config
-            settings = [config]
+            settings = [config, defaults]
     return options
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, GenerationConfig, GenerationMixin, PreTrainedModel
 
 from .backbone_aim import check_depth, check_usable, embedding_weight, never_repack
-from .batching_aim import CPU_POSITIONS, PASS_POSITIONS, reading_batches
+from .batching_aim import CPU_PASS_TOKENS, PASS_TOKENS, reading_batches
 from .cache_aim import LRUCache
 from .configuration_aim import AimConfig
 from .demonstrations_aim import (
@@ -41,7 +41,7 @@ from .reading_aim import decoder_inputs, read_hidden_states, read_with_images, w
 from .rows_aim import RowsMixin
 from .state_aim import answering, continues_after_kv, one_at_a_time, weights_state
 
-if TYPE_CHECKING:  # the other files of a repository: transformers 5.5 copies only files that this one names
+if TYPE_CHECKING:  # never imported here: transformers 5.5 copies only files that this file's import lines name
     from .choice_aim import DepthChoice  # noqa: F401
     from .encoding_aim import EncodingMixin  # noqa: F401
     from .files_aim import locate_file  # noqa: F401
@@ -112,6 +112,8 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
     def read(self, demos: Demos, batch_size: int | None = None) -> FusedDemonstrations:
         """Read demonstrations once, each alone, into fused tokens that any number of calls can use (section 3.2).
 
+        It neither looks in `read_cache` nor fills it.
+
         Args:
             demos: raw demonstrations, in order. What has been read already passes through unchanged.
             batch_size: demonstrations in one forward pass of the backbone. Where `None`, as many as fit into 8192
@@ -128,24 +130,26 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         parsed = parse_demos(demos, self.image_rules)
         if isinstance(parsed, list):
             raise ValueError(f"read takes one list of demonstrations; got one for each of {len(parsed)} rows.")
-        if kind_of(parsed) == "bank":
-            self._check_bank(parsed)
-        if kind_of(parsed) in ("bank", "prefix"):
-            parsed = parsed.fused
-        if kind_of(parsed) == "fused":
-            check_source(parsed.source, self.source)
-            return parsed
-        raw: list[Demonstration] = list(parsed or ())
+        part: Any = parsed
+        if kind_of(part) == "bank":
+            self._check_bank(part)
+        if kind_of(part) in ("bank", "prefix"):
+            part = part.fused
+        if kind_of(part) == "fused":
+            check_source(part.source, self.source)
+            return part
+        raw: list[Demonstration] = list(part or ())
         texts = tuple(self.processor.word(demo)[0] for demo in raw)
-        return replace(self._project(raw, batch_size, keep=False), texts=texts, source=self.source)
+        return replace(self._read_and_project(raw, batch_size, use_cache=False), texts=texts, source=self.source)
 
     @torch.no_grad()
     def read_states(self, demos: Sequence[Demonstration], batch_size: int | None = None) -> list[torch.Tensor]:
-        """Hidden states at the kept text positions, `(positions, joined layers x hidden size)` a demonstration.
+        """Hidden states of each demonstration, `(tokens, read layers x hidden size)`.
 
-        They depend only on the frozen backbone, so they can be cached while the projector is trained.
+        They are those of its kept tokens, averaged down to `max_fused_tokens`. They depend only on the frozen
+        backbone, so they can be cached while the projector is trained.
         """
-        states = {i: kept for i, kept, _ in self._read_batches(demos, batch_size)}
+        states = {i: demo_states for i, demo_states, _ in self._read_batches(demos, batch_size)}
         return [states[i] for i in range(len(demos))]
 
     def _read_batches(
@@ -155,23 +159,26 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         images: bool = False,
         layers: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
-        """Number, hidden states and, with `images`, image features of each demonstration, in reading order."""
+        """Yield the index, hidden states and (with `images`) image features of each demonstration, in reading order.
+
+        `layers` replaces `config.read_layers`.
+        """
         layers = self.config.read_layers if layers is None else layers
         lengths = self.processor.reading_lengths(demos)
-        positions = CPU_POSITIONS if self.device.type == "cpu" else PASS_POSITIONS
+        max_tokens = CPU_PASS_TOKENS if self.device.type == "cpu" else PASS_TOKENS
         if family_of(self.backbone.config.model_type).read_alone:
             batch_size = 1
-        for rows, alike in reading_batches(demos, lengths, batch_size, positions):
-            inputs, kept = self.processor.encode_demonstrations([demos[i] for i in rows], self.config.read_span)
+        for rows, alike in reading_batches(demos, lengths, batch_size, max_tokens):
+            inputs, kept_mask = self.processor.encode_demonstrations([demos[i] for i in rows], self.config.read_span)
             self._check_length(inputs["input_ids"].shape[1], [demos[i].text for i in rows])
             inputs = inputs.to(self.device, self.dtype)
             seen: Any = [None] * len(rows)
-            with injected(None):
+            with injected(None):  # no fused tokens in a reading pass, even inside a generate call
                 if images:
                     hidden, seen = read_with_images(self.backbone, inputs, layers, alike)
                 else:
                     hidden = read_hidden_states(self.backbone, inputs, layers, alike)
-            for i, row, mask, image in zip(rows, hidden, kept.to(hidden.device), seen, strict=True):
+            for i, row, mask, image in zip(rows, hidden, kept_mask.to(hidden.device), seen, strict=True):
                 yield i, self._within_budget(row[mask]), image
 
     def _within_budget(self, states: torch.Tensor) -> torch.Tensor:
@@ -195,26 +202,26 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
             kept_ids.append(ids)
         return kept_ids
 
-    def _project(
-        self, demos: list[Demonstration], batch_size: int | None = None, keep: bool = True
+    def _read_and_project(
+        self, demos: list[Demonstration], batch_size: int | None = None, use_cache: bool = True
     ) -> FusedDemonstrations:
         """Read, then project; equal demonstrations are read once. Gradient, where enabled, reaches the projector.
 
         Args:
             demos: what to read.
             batch_size: as for `read`.
-            keep: take hidden states from `read_cache`, and put new ones there.
+            use_cache: look hidden states up in `read_cache`, and store new ones.
         """
         keys = tuple(demo.key for demo in demos)
         unique = dict(zip(keys, demos, strict=True))
         states: dict[str, torch.Tensor] = {}
-        if keep:
+        if use_cache:
             reader = (self._backbone_state(), *self.reader.values())
             states = {k: v.to(self.device) for k in unique if (v := self.read_cache.get((k, reader))) is not None}
         new = [key for key in unique if key not in states]
         for key, read in zip(new, self.read_states([unique[key] for key in new], batch_size), strict=True):
             states[key] = read
-            if keep:
+            if use_cache:
                 self.read_cache.put((key, reader), read, read.numel() * read.element_size())
         words = dict(zip(unique, self.word_ids(list(unique.values())), strict=True))
         return self.fuse([states[key] for key in keys], [words[key] for key in keys], keys)
@@ -251,15 +258,19 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
     ) -> Any:
         """Answer queries from demonstrations with the backbone's own `generate`.
 
+        Below the depth where fused tokens enter, the layers run over the demonstrations' token ids as text, which the
+        query attends to; above it, the states have seen the demonstrations' images.
+
         Args:
             inputs: `input_ids` of the queries `(batch, length)`, when not given by name.
             generation_config: as for the backbone; `max_length` and `min_length` count no fused tokens.
             demos: demonstrations for all rows or for each row; see the class. Raw ones that were given before are not
                 read again while `read_cache` has them.
             chat_demos: those that the processor found in the earlier turns of a chat; they come after `demos`.
-            shots: how many demonstrations to select from a bank for each row (8 where only `select` is given).
-            select: the selection strategy: `"random"`, `"image"`, `"text"`, `"fused"`, `"mmices"`, a list of numbers
-                or keys, or a dict with `by` and other arguments of `DemonstrationBank.select`.
+            shots: how many demonstrations to select from a bank for each row (8 where only a strategy is given).
+            select: a strategy (`"random"`, `"image"`, `"text"`, `"fused"`, `"mmices"`), a list of indices or keys (all
+                are used unless `shots` is given), or a dict with `by` and any of `balanced`, `near_duplicate`,
+                `search`, `seed` (see `DemonstrationBank.choose`).
             **kwargs: the backbone's inputs and everything its `generate` takes.
 
         Returns:
@@ -283,11 +294,11 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
             check_continued(kwargs, whole_prompt=True)
             with answering(self.backbone), injected(None):
                 return self.backbone.generate(**kwargs)
-        kept = prefilled(self, rows, given)
-        prompt = self._fused_prompt(given, self._fused_rows(rows, input_ids.shape[1])) if kept is None else kept[0]
+        reused = prefilled(self, rows, given)
+        prompt, kv = reused or (self._fused_prompt(given, self._fused_rows(rows, input_ids.shape[1])), None)
         options = own_tokens_only(prompt, input_ids, self.backbone.generation_config)
-        if kept is not None:
-            options["past_key_values"] = kept[1]
+        if kv is not None:
+            options["past_key_values"] = kv
         with answering(self.backbone), injected(prompt):
             output = self.backbone.generate(**options)
         note_fused(options.get("past_key_values"), getattr(output, "past_key_values", None))
@@ -401,10 +412,13 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
             A value that `generate` takes as `demos`.
 
         Raises:
-            ValueError: the demonstrations alone are longer than the backbone's positions.
+            ValueError: there is a list for each row, or the demonstrations alone are longer than the backbone's
+                positions.
         """
         self._check_count(demos, 1)
         parsed = parse_demos(demos, self.image_rules)
+        if isinstance(parsed, list):
+            raise ValueError(f"prefill takes one list of demonstrations; got one for each of {len(parsed)} rows.")
         if isinstance(parsed, tuple):  # counted before anything is read
             self._check_prefix(sum(len(ids) for ids in self.word_ids(parsed)))
         prefix: Any = parsed if kind_of(parsed) == "prefix" else FusedPrefix(self.read(parsed))
@@ -412,6 +426,7 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         check_finite(prefix.fused)
         self._check_prefix(prefix.num_tokens)
         if len(prefix) and continues_after_kv(self.backbone):
-            likely = self.processor(text=[self.processor.prompt("a", images=0)], return_tensors="pt")["input_ids"]
-            prefix_kv(self, prefix, self._bos_of(int(likely[0, 0])))
+            # a prompt as queries are likely to be: whether it begins with BOS is part of the KV's key
+            sample_ids = self.processor(text=[self.processor.prompt("a", images=0)], return_tensors="pt")["input_ids"]
+            prefix_kv(self, prefix, self._bos_of(int(sample_ids[0, 0])))
         return prefix

@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 import torch
 import transformers
 from packaging.version import Version
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
-from .demonstrations_aim import FusedDemonstrations, check_source, kind_of
+from .demonstrations_aim import FusedDemonstrations, Part, check_source, kind_of
 from .files_aim import as_bytes
-from .injection_aim import injected
-from .state_aim import continues_after_kv, preserved_state
+from .injection_aim import FusedPrompt, injected, is_per_token
+from .state_aim import answering, continues_after_kv, preserved_state
 
 logger = logging.get_logger(__name__)
 
@@ -61,35 +61,39 @@ def prefix_kv(model: Any, prefix: FusedPrefix, bos: Sequence[int]) -> Any:
     key = (prefix.prefix_key, tuple(bos), str(model.device), model._backbone_state())
     cache = model.prefix_cache.get(key)
     if cache is None:
+        # FusedPrompt needs a query: give it one token, then cut that token off.
         inputs = dict(model.processor(text=["a"], return_tensors="pt").to(model.device, model.dtype))
         length = inputs["input_ids"].shape[1]
         ids = torch.tensor([*bos, *inputs["input_ids"][0, -1:].tolist()], device=model.device)[None]
         for name, value in inputs.items():
-            if isinstance(value, torch.Tensor) and value.shape[:2] == (1, length) and name != "pixel_values":
+            if is_per_token(name, value, (1, length)):
                 inputs[name] = ids if name == "input_ids" else value[:, -1:].expand(1, ids.shape[1], *value.shape[2:])
-        prompt = model._widened(inputs, [prefix.fused], first=True)
-        width, prompt.width = prompt.width, len(bos) + prefix.num_tokens
+        prompt = model._widened(inputs, [prefix.fused], prefix_first=True)
+        width, prompt.width = prompt.width, len(bos) + prefix.num_tokens  # keep BOS and the fused tokens
         for name, value in prompt.inputs.items():
-            if isinstance(value, torch.Tensor) and value.shape[:2] == (1, width) and name != "pixel_values":
+            if is_per_token(name, value, (1, width)):
                 prompt.inputs[name] = value[:, : prompt.width]
-        with preserved_state(model.backbone), injected(prompt):
+        with answering(model.backbone), preserved_state(model.backbone), injected(prompt):
             cache = model.backbone.base_model(**prompt.inputs, use_cache=True, return_dict=True).past_key_values
         model.prefix_cache.put(key, cache, cache_bytes(cache))
     return cache
 
 
-UNUSUAL = (
+OPTIONS_WITHOUT_PREFIX_KV = (
     "past_key_values", "cache_implementation", "prefill_chunk_size", "assistant_model", "custom_generate",
     "prompt_lookup_num_tokens", "use_mtp", "penalty_alpha", "dola_layers",
 )  # fmt: skip
 
 
-def prefilled(model: Any, rows: Sequence[tuple[Any, ...]], options: Mapping[str, Any]) -> tuple[Any, Any] | None:
-    """A prompt that begins with a kept prefix, and the KV of that for each row; `None` where there is no prefix.
+def prefilled(
+    model: Any, rows: Sequence[tuple[Part, ...]], options: Mapping[str, Any]
+) -> tuple[FusedPrompt, Cache] | None:
+    """The prompt with a shared prefix first, and the prefix KV for each row.
 
-    Where there is one whose KV cannot be used, the log says why, once for each reason.
+    `None` without a prefix or where its KV cannot be used. In the second case the log gives the reason, once for each
+    reason.
     """
-    prefixes = [parts[0] for parts in rows if len(parts) == 1 and kind_of(parts[0]) == "prefix"]
+    prefixes: list[Any] = [parts[0] for parts in rows if len(parts) == 1 and kind_of(parts[0]) == "prefix"]
     if not any(kind_of(part) == "prefix" for parts in rows for part in parts):
         return None
     result = _prefilled(model, prefixes, len(rows), options)
@@ -101,7 +105,7 @@ def prefilled(model: Any, rows: Sequence[tuple[Any, ...]], options: Mapping[str,
 
 def _prefilled(
     model: Any, prefixes: Sequence[FusedPrefix], batch: int, options: Mapping[str, Any]
-) -> tuple[Any, Any] | str:
+) -> tuple[FusedPrompt, Cache] | str:
     """What `prefilled` returns, or why KV cannot be used."""
     ids, config = options["input_ids"], options.get("generation_config")
 
@@ -110,10 +114,10 @@ def _prefilled(
         return next((value for value in given if value is not None), None)
 
     if len(prefixes) < batch or len({prefix.prefix_key for prefix in prefixes}) > 1:
-        return "the rows of the batch are given different demonstrations"
+        return "a row has other demonstrations than one prefix, or the rows have different prefixes"
     if setting("use_cache") is False:
         return "use_cache=False"
-    unusual = [name for name in UNUSUAL if setting(name)]
+    unusual = [name for name in OPTIONS_WITHOUT_PREFIX_KV if setting(name)]
     if unusual:
         return f"generate was called with {', '.join(unusual)}"
     prefix, mask = prefixes[0], options.get("attention_mask")
@@ -131,13 +135,13 @@ def _prefilled(
     cache = prefix_kv(model, prefix, bos)
     if not serves(cache, padded):
         return "this backbone's cache cannot be continued from a prefix alone (or not in a padded batch)"
-    prompt = model._fused_prompt(options, [prefix.fused] * batch, first=True)
-    prompt.seen = len(bos) + prefix.num_tokens
+    prompt = model._fused_prompt(options, [prefix.fused] * batch, prefix_first=True)
+    prompt.tokens_seen = len(bos) + prefix.num_tokens  # the KV already holds these tokens: injection starts after them
     copies = max(int(setting("num_beams") or 1), int(setting("num_return_sequences") or 1))
     return prompt, grown_from(cache, batch * copies)
 
 
-def grown_from(cache: Any, rows: int) -> Any:
+def grown_from(cache: Any, rows: int) -> Cache:
     """A KV cache of `rows` rows that continues one of a single row and does not change it.
 
     Layers that concatenate old and new KV into new tensors start with a view of the old: nothing is copied, for any

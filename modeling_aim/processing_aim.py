@@ -29,8 +29,8 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
 
     Args:
         processor: the processor of the backbone.
-        label_template: template of a demonstration that is a bare label. The words before the name matter: the
-            backbone keeps what it sees in their states, and finds the name that follows them by it.
+        label_template: template of a demonstration that is a bare label. The words before the label matter:
+            their hidden states carry what the backbone sees in the image, and lead it to the label that follows.
         question_template: template of a question and its answer; `{question}` stands before `{answer}`.
         image_prompt: the placeholder of one image in a prompt of this backbone. `None`: found in its chat template, or
             its image token.
@@ -73,6 +73,7 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
         self.image_prompt = image_prompt
         self.few_shot_chats = few_shot_chats
         self._begin: tuple[Any, str] | None = None
+        self._image_text: tuple[Any, str] | None = None
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.tokenizer.padding_side = "left"  # generation continues on the right of every row of a batch
@@ -194,9 +195,11 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
     @property
     def image_text(self) -> str:
         """The placeholder of one image in a prompt of this backbone, separators included (`"<image>\\n"`)."""
-        if self.image_prompt is None:
-            self.image_prompt = self._find_image_text()
-        return self.image_prompt
+        if self.image_prompt is not None:
+            return self.image_prompt
+        if self._image_text is None or self._image_text[0] != self.chat_template:
+            self._image_text = (self.chat_template, self._find_image_text())
+        return self._image_text[1]
 
     @property
     def _image_token(self) -> str | None:
@@ -246,8 +249,8 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
     def front(self, images: int) -> str:
         """What stands before the words of a prompt that no chat template renders: BOS, and `images` images.
 
-        BOS is the tokenizer's own business, but where the chat template alone writes it (SmolVLM, PaddleOCR-VL):
-        there, words that are read without it would not be read as they stand in a prompt, right after it.
+        BOS is left to the tokenizer, except where only the chat template writes it (SmolVLM, PaddleOCR-VL). There it
+        is written here, so that a demonstration is read after BOS, as in a prompt.
         """
         if self._begin is None or self._begin[0] != self.chat_template:
             bos, begin = self.tokenizer.bos_token, ""

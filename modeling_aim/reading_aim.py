@@ -16,20 +16,22 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .backbone_aim import INPUT_ALONE, decoder_layers, embedding_weight, image_positions, lm_head
+from .backbone_aim import USE_INPUT_ADVICE, decoder_layers, embedding_weight, image_positions, lm_head
 from .batching_aim import SharedImages, repeat_images, shared_images
 from .state_aim import preserved_state
 
-LAST = -1  # among read layers: the state after the last norm
-ALONE = {"inputs_embeds", "attention_mask", "position_ids", "input_ids", "cache_position", "past_key_values"}
+LAST_STATE = -1  # among read layers: the state after the last norm
+EMBEDDING_ARGUMENTS = {
+    "inputs_embeds", "attention_mask", "position_ids", "input_ids", "cache_position", "past_key_values",
+}  # fmt: skip
 
 
 @dataclass
-class _Pass:
-    """What one pass of a backbone keeps.
+class _Capture:
+    """What is captured of one pass of a backbone.
 
     Args:
-        layers: the depths whose states are kept; `LAST` for those that enter the LM head.
+        layers: the depths whose states are kept; `LAST_STATE` for those that enter the LM head.
         images: keep what enters the first layer, and what leaves the vision tower.
         share_images: call the vision tower with each of several equal images once.
         stop_at_decoder: keep the arguments of the decoder, and do not run it.
@@ -53,11 +55,11 @@ class _Pass:
     decoder_arguments: dict[str, Any] = field(default_factory=dict)
 
     def finished(self, depth: int) -> bool:
-        """Whether nothing is kept of what comes after `depth` layers."""
-        return LAST not in self.layers and max(self.layers, default=0) <= depth
+        """Whether no wanted state lies deeper than `depth`."""
+        return LAST_STATE not in self.layers and max(self.layers, default=0) <= depth
 
 
-_PASS: ContextVar[_Pass | None] = ContextVar("aim_pass", default=None)
+_CAPTURE: ContextVar[_Capture | None] = ContextVar("aim_capture", default=None)
 
 
 class _ReadFinished(Exception):
@@ -103,82 +105,85 @@ def layer_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int | s
     shape = f"with states of the shape {tuple(states[0][1].shape)}" if states else f"with {sorted(kwargs)}"
     raise ValueError(
         f"A decoder layer is called {shape} where (batch, length, width) is expected, so states cannot be read or "
-        f"enter at depth. {INPUT_ALONE}"
+        f"enter at depth. {USE_INPUT_ADVICE}"
     )
 
 
 def _keep_layer_input(number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Keep the state after `number` layers, also for earlier layers that this pass skipped (cross-attention)."""
-    kept = _PASS.get()
-    if kept is None:
+    """Keep the input of layer `number` as the state at that depth.
+
+    Also at shallower wanted depths whose layers did not run (cross-attention layers without an image).
+    """
+    capture = _CAPTURE.get()
+    if capture is None:
         return
-    wanted = [depth for depth in kept.layers - kept.states.keys() if 0 < depth <= number]
-    enters = kept.images and kept.entered is None
+    wanted = [depth for depth in capture.layers - capture.states.keys() if 0 < depth <= number]
+    enters = capture.images and capture.entered is None
     if wanted or enters:
         with nullcontext() if wanted else suppress(ValueError):  # images may be seen in the tower instead
             states = layer_input(args, kwargs)[1]
-            kept.states.update(dict.fromkeys(wanted, states))
-            kept.entered = states if enters else kept.entered
-    if kept.finished(number):
+            capture.states.update(dict.fromkeys(wanted, states))
+            capture.entered = states if enters else capture.entered
+    if capture.finished(number):
         raise _ReadFinished
 
 
 def _keep_layer_output(
     number: int, layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor | tuple[torch.Tensor, ...]
 ) -> None:
-    kept = _PASS.get()
-    if kept is not None and number in kept.layers:
-        kept.states[number] = output[0] if isinstance(output, tuple) else output
-        if kept.finished(number):
+    capture = _CAPTURE.get()
+    if capture is not None and number in capture.layers:
+        capture.states[number] = output[0] if isinstance(output, tuple) else output
+        if capture.finished(number):
             raise _ReadFinished
 
 
 def _keep_last(head: nn.Module, args: tuple[Any, ...]) -> None:
     """Read a backbone that has no separate model below its LM head from the input of the head."""
-    kept = _PASS.get()
-    if kept is not None and LAST in kept.layers:
-        kept.states[LAST] = args[0]
+    capture = _CAPTURE.get()
+    if capture is not None and LAST_STATE in capture.layers:
+        capture.states[LAST_STATE] = args[0]
         raise _ReadFinished
 
 
 def _share_images(
     tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]] | None:
-    kept = _PASS.get()
-    if kept is None or not kept.share_images:
+    capture = _CAPTURE.get()
+    if capture is None or not capture.share_images:
         return None
-    kept.shared = shared = shared_images(args, kwargs)
+    capture.shared = shared = shared_images(args, kwargs)
     return None if shared is None else (shared.args, shared.kwargs)
 
 
 def _keep_vision(tower: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    kept = _PASS.get()
-    if kept is None:
+    capture = _CAPTURE.get()
+    if capture is None:
         return None
-    if kept.shared is not None:
-        output = repeat_images(tower, kept.shared, output)
-    if kept.images:
+    if capture.shared is not None:
+        output = repeat_images(tower, capture.shared, output)
+    if capture.images:
         first = output if isinstance(output, torch.Tensor) else getattr(output, "last_hidden_state", None)
-        kept.vision = output[0] if first is None else first
+        capture.vision = output[0] if first is None else first
     return output
 
 
 def _keep_decoder(decoder: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    kept = _PASS.get()
-    if kept is not None and kept.stop_at_decoder:
-        kept.decoder_arguments = dict(kwargs)
+    capture = _CAPTURE.get()
+    if capture is not None and capture.stop_at_decoder:
+        capture.decoder_arguments = dict(kwargs)
         raise _ReadFinished
 
 
 @contextmanager
-def _keeping(backbone: PreTrainedModel, kept: _Pass) -> Iterator[None]:
-    """Keep what `kept` names of the pass that runs meanwhile, which ends where nothing more is kept."""
-    token = _PASS.set(kept)
+def _captured(backbone: PreTrainedModel, capture: _Capture) -> Iterator[None]:
+    """Capture what `capture` asks for while the block runs the backbone; stop the pass once everything is captured."""
+    token = _CAPTURE.set(capture)
     try:
         with preserved_state(backbone), suppress(_ReadFinished):
             yield
     finally:
-        _PASS.reset(token)
+        _CAPTURE.reset(token)
 
 
 @torch.no_grad()
@@ -188,12 +193,14 @@ def decoder_inputs(backbone: PreTrainedModel, inputs: Mapping[str, Any]) -> torc
     Raises:
         ValueError: it gets more than embeddings at consecutive positions.
     """
-    kept = _Pass(stop_at_decoder=True)
-    with _keeping(backbone, kept):
+    capture = _Capture(stop_at_decoder=True)
+    with _captured(backbone, capture):
         backbone.base_model(**inputs, use_cache=False, return_dict=True)
-    arguments = kept.decoder_arguments
+    arguments = capture.decoder_arguments
     embeddings, mask, places = (arguments.get(name) for name in ("inputs_embeds", "attention_mask", "position_ids"))
-    more = sorted(name for name, value in arguments.items() if name not in ALONE and _holds_tensors(value))
+    more = sorted(
+        name for name, value in arguments.items() if name not in EMBEDDING_ARGUMENTS and _holds_tensors(value)
+    )
     if not isinstance(embeddings, torch.Tensor):
         embeddings, more = torch.empty(0), ["images by cross-attention, or ids instead of embeddings"]
     elif isinstance(places, torch.Tensor) and places.ndim == 3:
@@ -214,13 +221,13 @@ def _holds_tensors(value: object) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-def _run(backbone: PreTrainedModel, inputs: Mapping[str, Any], kept: _Pass) -> _Pass:
-    """Run the backbone only as far as `kept` needs, and return it."""
-    if kept.layers or kept.images:  # else the embeddings alone
-        with _keeping(backbone, kept):
+def _run(backbone: PreTrainedModel, inputs: Mapping[str, Any], capture: _Capture) -> _Capture:
+    """Run the backbone only as far as `capture` needs, and return it."""
+    if capture.layers or capture.images:  # else the embeddings alone
+        with _captured(backbone, capture):
             output = backbone.base_model(**inputs, use_cache=False, return_dict=True)
-            kept.states[LAST] = output.last_hidden_state
-    return kept
+            capture.states[LAST_STATE] = output.last_hidden_state
+    return capture
 
 
 @torch.no_grad()
@@ -238,8 +245,8 @@ def read_hidden_states(
     Returns:
         Hidden states `(batch, length, len(read_layers) * hidden size)`.
     """
-    kept = _run(backbone, inputs, _Pass(frozenset(read_layers) - {0}, share_images=share_images))
-    return _joined(backbone, inputs, kept, read_layers)
+    capture = _run(backbone, inputs, _Capture(frozenset(read_layers) - {0}, share_images=share_images))
+    return _joined(backbone, inputs, capture, read_layers)
 
 
 @torch.no_grad()
@@ -247,15 +254,15 @@ def read_with_images(
     backbone: PreTrainedModel, inputs: Mapping[str, Any], read_layers: Sequence[int], share_images: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The results of `read_hidden_states` and `image_features` from one pass."""
-    kept = _run(backbone, inputs, _Pass(frozenset(read_layers) - {0}, images=True, share_images=share_images))
-    return _joined(backbone, inputs, kept, read_layers), _pooled_images(backbone, inputs, kept)
+    capture = _run(backbone, inputs, _Capture(frozenset(read_layers) - {0}, images=True, share_images=share_images))
+    return _joined(backbone, inputs, capture, read_layers), _pooled_images(backbone, inputs, capture)
 
 
 def _joined(
-    backbone: PreTrainedModel, inputs: Mapping[str, Any], kept: _Pass, read_layers: Sequence[int]
+    backbone: PreTrainedModel, inputs: Mapping[str, Any], capture: _Capture, read_layers: Sequence[int]
 ) -> torch.Tensor:
     """The states of several depths side by side; depth 0 is the embedding of the words."""
-    states = [kept.states[k] if k else backbone.get_input_embeddings()(inputs["input_ids"]) for k in read_layers]
+    states = [capture.states[k] if k else backbone.get_input_embeddings()(inputs["input_ids"]) for k in read_layers]
     return torch.cat([state.to(states[0].device) for state in states], dim=-1)
 
 
@@ -273,12 +280,12 @@ def image_features(backbone: PreTrainedModel, inputs: Mapping[str, Any]) -> torc
     Returns:
         `(batch, width)` in float32, zeros in rows without an image.
     """
-    return _pooled_images(backbone, inputs, _run(backbone, inputs, _Pass(images=True)))
+    return _pooled_images(backbone, inputs, _run(backbone, inputs, _Capture(images=True)))
 
 
-def _pooled_images(backbone: PreTrainedModel, inputs: Mapping[str, Any], kept: _Pass) -> torch.Tensor:
+def _pooled_images(backbone: PreTrainedModel, inputs: Mapping[str, Any], capture: _Capture) -> torch.Tensor:
     ids = inputs["input_ids"]
-    image_mask, entered = image_positions(backbone.config, ids), kept.entered
+    image_mask, entered = image_positions(backbone.config, ids), capture.entered
     if entered is not None and entered.ndim == 3 and bool(image_mask.any()):
         row, place = image_mask.nonzero()[0]
         plain = backbone.get_input_embeddings()(ids[row, place][None])[0]
@@ -286,7 +293,7 @@ def _pooled_images(backbone: PreTrainedModel, inputs: Mapping[str, Any], kept: _
             weights = image_mask.to(entered.device)[..., None]
             total = torch.where(weights, entered.float(), 0.0).sum(dim=1)
             return total / weights.sum(dim=1).clamp(min=1)
-    seen, pixels = kept.vision, inputs.get("pixel_values")
+    seen, pixels = capture.vision, inputs.get("pixel_values")
     if seen is None or pixels is None or seen.shape[0] % len(ids) or pixels.shape[0] != len(ids):
         return torch.zeros(len(ids), embedding_weight(backbone).shape[1])
     there = pixels.reshape(len(ids), -1).abs().amax(dim=1) > 0

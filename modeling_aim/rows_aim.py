@@ -12,6 +12,7 @@ from .backbone_aim import longest_prompt
 from .demonstrations_aim import (
     Demos,
     FusedDemonstrations,
+    Part,
     Selection,
     check_finite,
     concatenated,
@@ -32,7 +33,7 @@ class RowsMixin:
         chat_demos: Demos = None,
         shots: int | None = None,
         select: Selection = None,
-    ) -> list[tuple[Any, ...]]:
+    ) -> list[tuple[Part, ...]]:
         """The demonstrations of each row of the batch, in order, in parts as `parse_demos` returns them."""
         ids: Any = inputs.get("input_ids")
         whole = isinstance(ids, torch.Tensor) and ids.ndim == 2 and ids.dtype in (torch.long, torch.int)
@@ -44,40 +45,61 @@ class RowsMixin:
             )
         for given in () if ids is None else (demos, chat_demos):
             self._check_count(given, ids.shape[1])
-        demos, chat_demos = (parse_demos(given, self.image_rules) for given in (demos, chat_demos))
+        parsed, parsed_chats = (parse_demos(given, self.image_rules) for given in (demos, chat_demos))
         if ids is None:
-            if demos is None and chat_demos is None:
+            if parsed is None and parsed_chats is None:
                 return []
             raise ValueError("demos are placed before input_ids; inputs_embeds cannot take them.")
-        rows = self._selected(demos_by_row(demos, len(ids)), inputs, shots, select)
-        chats = demos_by_row(chat_demos, len(ids))
+        rows = demos_by_row(parsed, len(ids))
+        if shots is not None or select is not None:
+            rows = self._select_from_banks(rows, inputs, shots, select)
+        chats = demos_by_row(parsed_chats, len(ids))
         return [tuple(part for part in pair if part is not None) for pair in zip(rows, chats, strict=True)]
 
+    def _select_from_banks(
+        self: Any, rows: list[Part | None], inputs: Mapping[str, Any], shots: int | None, select: Selection
+    ) -> list[Part | None]:
+        """For each row of the batch, what `shots` and `select` select from the bank of that row."""
+        banks: dict[int, Any] = {id(part): part for part in rows if part is not None}
+        if not banks or not all(kind_of(bank) == "bank" for bank in banks.values()):
+            raise ValueError(
+                f"shots={shots} and select={select!r} choose from a DemonstrationBank, but demos is {rows[0]!r:.80}. "
+                "Build one with DemonstrationBank.build(model, demos, folder)."
+            )
+        selected = list(rows)
+        for bank_id, bank in banks.items():
+            bank_rows = [row for row, part in enumerate(rows) if id(part) == bank_id]
+            chosen = bank.select_rows(self, inputs, shots, select, bank_rows)
+            for row, fused in zip(bank_rows, chosen, strict=True):
+                selected[row] = fused
+        return selected
+
     def _fused_rows(
-        self: Any, rows: Sequence[tuple[Any, ...]], length: int, finite: bool = True
+        self: Any, rows: Sequence[tuple[Part, ...]], length: int, finite: bool = True
     ) -> list[FusedDemonstrations | None]:
         """The fused tokens of each row, for prompts of `length` tokens; raw parts are read together, each once.
 
         Raises:
             ValueError: they do not fit, or, where `finite` is asked for, some are NaN or infinite.
         """
-        parts = {id(part): part for row in rows for part in row}
-        raw = {number: part for number, part in parts.items() if kind_of(part) is None}
-        for part in raw.values():  # counted before anything is read
+        parts: dict[int, Any] = {id(part): part for row in rows for part in row}
+        raw_parts = {part_id: part for part_id, part in parts.items() if kind_of(part) is None}
+        for part in raw_parts.values():  # counted before anything is read
             self._check_room([len(ids) for ids in self.word_ids(part)], length)
-        fused = {number: self.read(part) for number, part in parts.items() if number not in raw}
-        read = self._project([demo for part in raw.values() for demo in part]) if raw else None
-        taken = 0
-        for number, part in raw.items():
+        fused = {part_id: self.read(part) for part_id, part in parts.items() if part_id not in raw_parts}
+        # one part may serve several rows: read it once
+        read = self._read_and_project([demo for part in raw_parts.values() for demo in part]) if raw_parts else None
+        start = 0
+        for part_id, part in raw_parts.items():
             assert read is not None
-            fused[number] = read[taken : taken + len(part)]
-            taken += len(part)
+            fused[part_id] = read[start : start + len(part)]
+            start += len(part)
         for part in fused.values() if finite else ():
             check_finite(part)
         return [concatenated([fused[id(part)] for part in row]) if row else None for row in rows]
 
     def _fused_prompt(
-        self: Any, inputs: Mapping[str, Any], rows: Sequence[FusedDemonstrations | None], first: bool = False
+        self: Any, inputs: Mapping[str, Any], rows: Sequence[FusedDemonstrations | None], prefix_first: bool = False
     ) -> FusedPrompt:
         """Room for each row's fused tokens in the prompt, checked against the backbone's positions."""
         if inputs.get("inputs_embeds") is not None:
@@ -90,19 +112,19 @@ class RowsMixin:
             )
         for row in rows:
             self._check_room([] if row is None else row.lengths, inputs["input_ids"].shape[1])
-        return self._widened(inputs, rows, first)
+        return self._widened(inputs, rows, prefix_first)
 
-    def _check_count(self: Any, demos: Demos, prompt: int) -> None:
+    def _check_count(self: Any, demos: Demos, prompt_length: int) -> None:
         """Raise `ValueError` for more raw demonstrations than positions: then nothing is opened, counted or read."""
         longest = longest_prompt(self.backbone.config)
         if longest is None or kind_of(demos) is not None or not isinstance(demos, (list, tuple)):
             return
         for row in [demos, *demos]:
             raw = kind_of(row) is None and isinstance(row, (list, tuple)) and bool(row)
-            if raw and kind_of(row[0]) == "demonstration" and len(row) + prompt > longest:
+            if raw and kind_of(row[0]) == "demonstration" and len(row) + prompt_length > longest:
                 raise ValueError(
-                    f"{len(row)} demonstrations and a prompt of {prompt} tokens are too many for the backbone's "
-                    f"{longest} positions, of which a demonstration takes at least one. Keep them in a "
+                    f"{len(row)} demonstrations and a prompt of {prompt_length} tokens are too many for the "
+                    f"backbone's {longest} positions, of which a demonstration takes at least one. Keep them in a "
                     'DemonstrationBank and select some: generate(..., demos=bank, shots=8, select="image").'
                 )
 
@@ -115,23 +137,23 @@ class RowsMixin:
                 "the query needs some. Prefill fewer demonstrations: model.prefill(demos[:k])."
             )
 
-    def _check_room(self: Any, lengths: Sequence[int], prompt: int) -> None:
+    def _check_room(self: Any, lengths: Sequence[int], prompt_length: int) -> None:
         """Raise `ValueError` where demonstrations of these lengths and a prompt are longer than the backbone reads."""
         longest = longest_prompt(self.backbone.config)
-        if longest is None or sum(lengths) + prompt <= longest or not lengths:
+        if longest is None or sum(lengths) + prompt_length <= longest or not lengths:
             return
-        fitting = sum(total + prompt <= longest for total in accumulate(lengths))
+        fitting = sum(total + prompt_length <= longest for total in accumulate(lengths))
         raise ValueError(
-            f"The prompt has {prompt} tokens and the demonstrations {sum(lengths)} fused tokens, together "
-            f"{sum(lengths) + prompt}, but the backbone has {longest} positions. The first {fitting} of "
+            f"The prompt has {prompt_length} tokens and the demonstrations {sum(lengths)} fused tokens, together "
+            f"{sum(lengths) + prompt_length}, but the backbone has {longest} positions. The first {fitting} of "
             f"{len(lengths)} demonstrations fit: pass demos[:{fitting}]."
         )
 
     def _widened(
-        self: Any, inputs: Mapping[str, Any], rows: Sequence[FusedDemonstrations | None], first: bool = False
+        self: Any, inputs: Mapping[str, Any], rows: Sequence[FusedDemonstrations | None], prefix_first: bool = False
     ) -> FusedPrompt:
         bos = getattr(self.config.get_text_config(), "bos_token_id", None)
-        return FusedPrompt(inputs, rows, bos, self.backbone, self.config.entry_layers, first)
+        return FusedPrompt(inputs, rows, bos, self.backbone, self.config.entry_layers, prefix_first)
 
     def _bos_of(self: Any, first_id: int) -> list[int]:
         """The ids before the fused tokens of a prompt that begins with `first_id`: BOS, or none."""

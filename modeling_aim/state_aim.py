@@ -1,4 +1,4 @@
-"""What a backbone keeps between calls, and how calls and threads leave each other's unchanged.
+"""State that a backbone keeps between calls, and its isolation between calls and threads.
 
 Some backbones remember their last prompt, and layers that recompute their activations drop the KV cache.
 """
@@ -23,8 +23,8 @@ STATE_NAMES = ("rope_deltas",)  # what some backbones remember of the last promp
 # what some layers (OPT's) apply in training mode by themselves, not by a part of theirs that evaluates
 DROPOUTS = ("dropout", "hidden_dropout", "attention_dropout", "activation_dropout", "layerdrop")
 
-_TURNS: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()
-_RESTS: WeakKeyDictionary[PreTrainedModel, _Rest] = WeakKeyDictionary()
+_LOCKS: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()
+_INFERENCE_MODES: WeakKeyDictionary[PreTrainedModel, _InferenceMode] = WeakKeyDictionary()
 
 
 def all_modules(backbone: nn.Module) -> list[nn.Module]:
@@ -53,7 +53,7 @@ def remembers(backbone: PreTrainedModel) -> bool:
 
 
 def continues_after_kv(backbone: PreTrainedModel, padded: bool = False) -> bool:
-    """Whether `generate` can continue given KV by a prompt, `padded` or not.
+    """Whether `generate` can continue from given KV with a prompt, `padded` or not.
 
     Not on every family, nor with positions in the image grid on transformers before 5.23, the oldest release on which
     this was tried and works.
@@ -71,7 +71,7 @@ def one_at_a_time(backbone: PreTrainedModel) -> Iterator[None]:
 
 
 def _turn(backbone: PreTrainedModel, modules: Sequence[nn.Module]) -> AbstractContextManager[Any]:
-    return _TURNS.setdefault(backbone, RLock()) if _remembered(modules) else nullcontext()
+    return _LOCKS.setdefault(backbone, RLock()) if _remembered(modules) else nullcontext()
 
 
 @contextmanager
@@ -87,7 +87,7 @@ def preserved_state(backbone: PreTrainedModel) -> Iterator[None]:
                 setattr(module, name, value)
 
 
-class _Rest:
+class _InferenceMode:
     """Layers that recompute in training mode drop the KV cache: they are in evaluation mode while any thread answers.
 
     All threads share their flag: the first answer that begins switches it off, and the last one that ends switches it
@@ -97,7 +97,7 @@ class _Rest:
     def __init__(self) -> None:
         self.lock = RLock()
         self.answers = 0
-        self.resting: WeakSet[nn.Module] = WeakSet()  # weak: a value here must not keep its backbone alive
+        self.suspended: WeakSet[nn.Module] = WeakSet()  # weak: a value here must not keep its backbone alive
         self.dropouts: WeakKeyDictionary[nn.Module, dict[str, float]] = WeakKeyDictionary()  # of layers that recompute
 
     def set_training(self, training: set[nn.Module], modules: Sequence[nn.Module]) -> None:
@@ -113,7 +113,7 @@ class _Rest:
                     vars(module).update(dict.fromkeys(given, 0.0))
                 else:
                     vars(module).update(self.dropouts.pop(module, {}))
-            self.resting = WeakSet(training if self.answers else ())
+            self.suspended = WeakSet(training if self.answers else ())
             for module in modules:
                 wanted = module in training and not self.answers
                 if module.training != wanted:  # never switched back and forth, which another thread would see
@@ -123,8 +123,8 @@ class _Rest:
     def __call__(self, modules: Sequence[nn.Module]) -> Iterator[None]:
         with self.lock:
             if not self.answers:
-                self.resting = WeakSet(module for module in modules if module.training)
-                for module in self.resting:
+                self.suspended = WeakSet(module for module in modules if module.training)
+                for module in self.suspended:
                     module.training = False
             self.answers += 1
         try:
@@ -133,7 +133,7 @@ class _Rest:
             with self.lock:
                 self.answers -= 1
                 if not self.answers:
-                    for module in self.resting:
+                    for module in self.suspended:
                         module.training = True
 
 
@@ -151,7 +151,7 @@ def set_recomputing(backbone: PreTrainedModel, mode: bool) -> None:
     """
     modules = all_modules(backbone)
     training = {module for module in modules if mode and getattr(module, "gradient_checkpointing", False)}
-    _RESTS.setdefault(backbone, _Rest()).set_training(training, modules)
+    _INFERENCE_MODES.setdefault(backbone, _InferenceMode()).set_training(training, modules)
 
 
 @contextmanager
@@ -161,5 +161,5 @@ def answering(backbone: PreTrainedModel) -> Iterator[None]:
     Calls in several threads share the mode; the last of them to end restores what the first one found.
     """
     modules = all_modules(backbone)
-    with _turn(backbone, modules), _RESTS.setdefault(backbone, _Rest())(modules):
+    with _turn(backbone, modules), _INFERENCE_MODES.setdefault(backbone, _InferenceMode())(modules):
         yield

@@ -263,6 +263,21 @@ def test_a_repetition_penalty_counts_the_query_and_the_words_of_demonstrations(a
             inputs[name] = torch.cat([inputs[name], more], dim=1)
 
 
+@pytest.mark.parametrize("given", [None, 0, 2], ids=["none", "zero", "two"])
+def test_the_models_own_least_length_counts_the_callers_tokens(given: int | None) -> None:
+    aim = plugin("llava")
+    inputs = aim.query()
+    length = inputs["input_ids"].shape[1]
+    first = int(aim.answer(inputs, DEMOS)[0, 0])
+    aim.model.generation_config.min_length = length + 3
+    config = GenerationConfig(do_sample=False, pad_token_id=0, eos_token_id=first, max_length=length + 5)
+    config.min_length = given and length + given
+    answer = aim.model.generate(**inputs, demos=DEMOS, generation_config=config)
+    least = 3 if given is None else given
+    assert least <= answer.shape[1] - length <= 5
+    assert given != 0 or answer.shape[1] == length + 1
+
+
 @pytest.mark.parametrize("place", ["argument", "generation_config"])
 def test_length_limits_count_the_callers_tokens_only(aim: Plugin, place: str) -> None:
     inputs = aim.query()

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from modeling_aim import Demonstration
 from modeling_aim.backbone_aim import decoder_layers, image_positions
-from modeling_aim.batching_aim import PASS_PADDING, PASS_POSITIONS, reading_batches
+from modeling_aim.batching_aim import PASS_PADDING, PASS_TOKENS, reading_batches
 from modeling_aim.demonstrations_aim import FusedDemonstrations
 from modeling_aim.prefix_aim import grown_from
 
@@ -37,17 +37,17 @@ def some_demonstrations(count: int, seed: int) -> tuple[list[Demonstration], lis
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("positions", [PASS_POSITIONS, 1024])
-def test_batches_have_every_demonstration_once_and_little_padding(seed: int, positions: int) -> None:
+@pytest.mark.parametrize("max_tokens", [PASS_TOKENS, 1024])
+def test_batches_have_every_demonstration_once_and_little_padding(seed: int, max_tokens: int) -> None:
     demos, lengths = some_demonstrations(200, seed)
-    batches = list(reading_batches(demos, lengths, positions=positions))
+    batches = list(reading_batches(demos, lengths, max_tokens=max_tokens))
     assert sorted(number for batch, _ in batches for number in batch) == list(range(len(demos)))
     for batch, alike in batches:
         area, used = len(batch) * max(lengths[i] for i in batch), sum(lengths[i] for i in batch)
-        assert len(batch) == 1 or (area <= PASS_POSITIONS and area - used <= PASS_PADDING)
+        assert len(batch) == 1 or (area <= PASS_TOKENS and area - used <= PASS_PADDING)
         images = [image.size for i in batch for image in demos[i].images]
         assert alike == (len(set(images)) < len(images))
-        assert len(batch) == 1 or alike or area <= positions
+        assert len(batch) == 1 or alike or area <= max_tokens
         assert len({bool(demos[i].images) for i in batch}) == 1
     assert max(len(batch) for batch, _ in batches) > 8
 
@@ -64,7 +64,7 @@ def test_a_batch_size_that_is_given_holds(size: int) -> None:
 def test_demonstrations_of_one_image_are_read_together() -> None:
     images = [picture(number) for number in range(4)]
     demos = [Demonstration((images[i % 4],), "x" * i) for i in range(20)]
-    batches = list(reading_batches(demos, [600 + i for i in range(20)], positions=1024))
+    batches = list(reading_batches(demos, [600 + i for i in range(20)], max_tokens=1024))
     assert sorted(sorted(batch) for batch, alike in batches if alike) == [list(range(k, 20, 4)) for k in range(4)]
 
 

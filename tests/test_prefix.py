@@ -152,6 +152,25 @@ def test_an_answer_from_kept_kv_does_not_compute_the_prefix_again(aim: Plugin) -
     assert passes(fresh, lambda: fresh.model.prefill(fused)) == 0
 
 
+def test_a_prefix_read_while_training_with_checkpointing_keeps_its_kv(llava: Plugin) -> None:
+    aim = plugin("llava")
+    aim.model.gradient_checkpointing_enable()
+    inputs, fused = aim.query(), llava.model.read(DEMOS)
+    aim.model.train()
+    prefix = aim.model.prefill(fused)
+    assert aim.model.training
+    aim.model.eval()
+    answers: list[torch.Tensor] = []
+    computed = passes(aim, lambda: answers.append(aim.answer(inputs, prefix)))
+    assert passes(llava, lambda: answers.append(llava.answer(inputs, fused))) - computed >= fused.num_tokens
+    assert torch.equal(*answers)
+
+
+def test_a_prefix_is_of_one_list_of_demonstrations(llava: Plugin) -> None:
+    with pytest.raises(ValueError, match="prefill takes one list of demonstrations; got one for each of 2 rows"):
+        llava.model.prefill([DEMOS[:1], DEMOS[1:]])
+
+
 def test_kv_that_had_to_leave_is_computed_again(llava: Plugin) -> None:
     aim = plugin("llava")
     inputs = aim.query()

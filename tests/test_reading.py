@@ -78,6 +78,19 @@ def test_the_text_states_of_the_named_layers_are_kept(family: str, read_layers: 
     torch.testing.assert_close(fused.vectors, aim.model.projector(torch.cat(found)).detach(), rtol=1e-4, atol=1e-4)
 
 
+def test_a_processor_that_changes_its_text_is_refused() -> None:
+    processor = plugin("llava").processor
+
+    class Rewording(type(processor.processor)):
+        def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
+            return super().__call__(images=images, text=[prompt.replace("dax", "wug") for prompt in text], **kwargs)
+
+    processor.processor.__class__ = Rewording
+    processor.encode_demonstrations([Demonstration.of((picture(0), "wug"))])
+    with pytest.raises(ValueError, match=r"tokenizes '.*This is dax.' differently from its tokenizer"):
+        processor.encode_demonstrations([Demonstration.of((picture(0), "dax"))])
+
+
 def test_what_is_read_passes_through(aim: Plugin) -> None:
     fused = aim.model.read(DEMOS)
     assert aim.model.read(fused) is fused

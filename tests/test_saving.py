@@ -84,6 +84,16 @@ def test_weights_of_another_save_are_refused_and_old_folders_load(trained: Plugi
     assert not hasattr(again.config, DIGEST_KEY)
 
 
+def test_use_of_a_processor_does_not_change_its_file(tmp_path: Path) -> None:
+    processor = plugin("llava").processor
+    files = []
+    for use in (lambda: None, lambda: processor.image_text):
+        use()
+        processor.save_pretrained(tmp_path)
+        files.append((tmp_path / "processor_config.json").read_text())
+    assert files[0] == files[1]
+
+
 def test_what_is_saved_again_loads(trained: Plugin, tmp_path: Path) -> None:
     trained.model.save_pretrained(tmp_path)
     again = load(tmp_path, trained)

@@ -209,6 +209,25 @@ def test_each_row_gets_what_is_chosen_for_it(aim: Plugin, tmp_path: Path) -> Non
     assert torch.equal(aim.answer(inputs, bank, select="image"), aim.answer(inputs, bank, shots=8, select="image"))
 
 
+def test_a_row_without_a_bank_needs_nothing_that_is_compared(aim: Plugin, tmp_path: Path) -> None:
+    bank = DemonstrationBank.build(aim.model, DEMOS, tmp_path)
+    prompts = [aim.processor.prompt("What is this?"), aim.processor.prompt("What is it?", images=0)]
+    inputs = dict(aim.processor(images=[[picture(3)], []], text=prompts, padding=True, return_tensors="pt"))
+    alone = aim.query(image=3)
+    chosen = bank.select({kind: one[0] for kind, one in bank.query_features(alone, "image").items()}, 2, "image")
+    found = aim.answer(inputs, [bank, None], shots=2, select="image")
+    assert torch.equal(found, aim.answer(inputs, [chosen, None]))
+    with pytest.raises(ValueError, match="Query 1 of 2 has no image"):
+        aim.answer(inputs, bank, shots=2, select="image")
+
+
+def test_a_list_is_used_whole_unless_shots_are_given(llava: Plugin, bank: DemonstrationBank) -> None:
+    inputs = llava.query()
+    for select in ([7, 1, 4], {"by": [7, 1, 4]}):
+        assert torch.equal(llava.answer(inputs, bank, select=select), llava.answer(inputs, bank[[7, 1, 4]]))
+        assert torch.equal(llava.answer(inputs, bank, shots=2, select=select), llava.answer(inputs, bank[[7, 1]]))
+
+
 def test_a_query_is_compared_alone_as_in_a_padded_batch(aim: Plugin, tmp_path: Path) -> None:
     bank = DemonstrationBank.build(aim.model, DEMOS, tmp_path)
     both = aim.query("What is this?", "And what is that one there, the small one?", image=3)

@@ -19,7 +19,7 @@ from test_depth import replaced_by_hand, start_of, with_words
 from typer.testing import CliRunner
 
 from modeling_aim import AimConfig, AimForConditionalGeneration, demonstrations_aim
-from modeling_aim.choice_aim import CHANCE, chance_of_best, chosen_depth
+from modeling_aim.choice_aim import SIGNIFICANCE_LEVEL, chosen_depth, corrected_p_values
 from modeling_aim.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -204,11 +204,11 @@ def test_chance_alone_seldom_beats_words_only() -> None:
     """The best of several depths is compared with the best of several that differ by chance."""
     wrong = 0
     for seed in range(200):
-        found = chance_of_best(noise(8 * 10, seed).reshape(8, 10) + noise(10, 1000 + seed))
-        wrong += min(found) <= CHANCE
+        found = corrected_p_values(noise(8 * 10, seed).reshape(8, 10) + noise(10, 1000 + seed))
+        wrong += min(found) <= SIGNIFICANCE_LEVEL
     assert wrong <= 20  # of 200; 10 are expected
-    assert min(chance_of_best(noise(8 * 10, 0).reshape(8, 10) + 3)) <= CHANCE
-    assert min(chance_of_best(torch.zeros(3, 10))) == 1.0
+    assert min(corrected_p_values(noise(8 * 10, 0).reshape(8, 10) + 3)) <= SIGNIFICANCE_LEVEL
+    assert min(corrected_p_values(torch.zeros(3, 10))) == 1.0
 
 
 # --- applied

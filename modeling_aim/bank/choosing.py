@@ -194,7 +194,11 @@ class ChoosingBank(BankContents):
         return model
 
     def query_features(
-        self, inputs: Mapping[str, Any], by: str, model: AimForConditionalGeneration | None = None
+        self,
+        inputs: Mapping[str, Any],
+        by: str,
+        model: AimForConditionalGeneration | None = None,
+        rows: Sequence[int] | None = None,
     ) -> dict[str, torch.Tensor]:
         """Features of each query of a batch, as this bank compares them; a row of each goes to `choose` as a query.
 
@@ -202,9 +206,10 @@ class ChoosingBank(BankContents):
             inputs: the backbone's inputs of the queries.
             by: a selection strategy that compares, see `choose`.
             model: the model that compares, where the bank was opened without one.
+            rows: the queries of the batch that are compared; all where `None`.
 
         Returns:
-            For each kind that is compared `(batch, width)`.
+            For each kind that is compared `(rows, width)`.
 
         Raises:
             ValueError: another model read this bank, it has no such features, or a query has no image, or no words,
@@ -213,9 +218,9 @@ class ChoosingBank(BankContents):
         model = self._comparing(by, model)
         check_source(self.source, model.source)
         widths = {kind: self.feature_width(kind) for kind in KINDS[by]}
-        features = model.query_features(inputs, tuple(widths))
-        for kind, rows in features.items():
-            if not is_finite(rows):
+        features = model.query_features(inputs, tuple(widths), **({} if rows is None else {"rows": rows}))
+        for kind, values in features.items():
+            if not is_finite(values):
                 raise ValueError(
                     f"The {kind} features of the queries are not finite (NaN or infinite). Load the backbone in "
                     'bfloat16 or float32, or choose with by="random".'
@@ -228,22 +233,24 @@ class ChoosingBank(BankContents):
         inputs: Mapping[str, Any],
         shots: int | None = None,
         select: Selection = None,
+        rows: Sequence[int] | None = None,
     ) -> list[FusedDemonstrations]:
         """Choose demonstrations for each row of a batch: what `generate(demos=bank, shots=, select=)` asks.
 
         Args:
             model: the model that is to answer.
             inputs: the backbone's inputs of the queries.
-            shots: how many for each row; 8 where `None`.
-            select: a selection strategy, a list of numbers or keys, or a dict with `by` and options of `choose`.
+            shots: how many for each row; where `None` all of a list, and 8 of a strategy.
+            select: a selection strategy, a list of indices or keys, or a dict with `by` and options of `choose`.
+            rows: the rows of the batch for which to choose; all where `None`.
 
         Returns:
-            What was chosen for each row, in order.
+            What was chosen for each of these rows, in order.
         """
         options: dict[str, Any] = (
             dict(select) if isinstance(select, Mapping) else {"by": "random" if select is None else select}
         )
-        by, k = options.pop("by", "random"), 8 if shots is None else shots
+        by = options.pop("by", "random")
         unknown = set(options) - SELECT_OPTIONS
         if unknown:
             raise ValueError(
@@ -251,13 +258,13 @@ class ChoosingBank(BankContents):
                 "their number with shots=."
             )
         check_strategy(by, options.get("search", "auto"))
+        k = shots if shots is not None else 8 if isinstance(by, str) else len(by)
         self.check_count(k)  # before anything is computed
-        rows = range(len(inputs["input_ids"]))
+        count = len(inputs["input_ids"] if rows is None else rows)
         if not isinstance(by, str) or by == "random":
-            chosen = self.select(None, k, by, **options)
-            return [chosen for _ in rows]
-        features = self.query_features(inputs, by, model)
-        queries = [{kind: values[row] for kind, values in features.items()} for row in rows]
+            return [self.select(None, k, by, **options)] * count
+        features = self.query_features(inputs, by, model, rows)
+        queries = [{kind: values[i] for kind, values in features.items()} for i in range(count)]
         return [self.select(query, k, by, **options) for query in queries]
 
     def feature_width(self, kind: str) -> int:

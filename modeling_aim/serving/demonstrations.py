@@ -165,7 +165,9 @@ class PromptBuilder:
             if name not in self._whole:
                 self._whole[name] = self.model.prefill(bank)
             return self._whole[name]
-        shots = 8 if request.shots is None else request.shots
+        by = request.select.get("by") if isinstance(request.select, Mapping) else request.select
+        listed = len(by) if isinstance(by, list) else 8
+        shots = listed if request.shots is None else request.shots
         if longest is not None and shots > longest:
             raise Refused(f"shots={shots}: the model has {longest} positions, and each demonstration needs some.")
         try:
