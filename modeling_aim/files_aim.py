@@ -413,6 +413,6 @@ def _what_it_is(config: AimConfig, parameters: int) -> str:
         "This repository lets a stock vision-language backbone answer from (image, text) demonstrations at a few\n"
         "*fused virtual tokens* each. It has no weights and needs no training: the backbone reads each demonstration\n"
         f"alone, and its hidden states are put back at the depth where they were read. After\n{paper}.\n\n"
-        "It was not evaluated on this backbone. `aim tune --repo THIS --demos YOUR.jsonl` tells in a minute, from\n"
+        "It was not evaluated on this backbone. `aim tune --repo THIS --demos YOUR.jsonl` tells in minutes, from\n"
         "your own demonstrations, whether it helps and which depth is best."
     )
