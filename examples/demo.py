@@ -2,9 +2,9 @@
 
     python examples/demo.py --output demo.png
 
-Loads `hub_configs/aim-tiny` as remote code through the stock pipeline, leaves its projector out, shows it demonstrations
-of concepts and names that the backbone never met in training, and asks for one of each. Beside AIM without training it
-answers without demonstrations, from their text alone, and from all of their images in one prompt.
+Loads `hub_configs/aim-tiny` as remote code through the stock pipeline, leaves its projector out, shows it
+demonstrations of concepts and names that the backbone never met in training, and asks for one of each. Beside AIM
+without training it answers without demonstrations, from their text alone, and from all of their images in one prompt.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def draw(demos: list[dict[str, Any]], rows: list[dict[str, Any]], read_ms: float
                 for name in METHODS]  # fmt: skip
         line(number, [("", "black", "normal"), (row["name"], "black", "bold"), *said])
     figure.text(
-        0.02, 0.005, f"AIM read the {len(demos)} demonstrations once, in {read_ms:.0f} ms. Backbone of hub_configs/aim-tiny, CPU.",
+        0.02, 0.005, f"AIM read the {len(demos)} demonstrations once, in {read_ms:.0f} ms. The backbone of aim-tiny, CPU.",
         fontsize=8, color="dimgray",
     )  # fmt: skip
     figure.savefig(output)
