@@ -13,7 +13,7 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -25,13 +25,17 @@ from modeling_aim.llava.prompts import FOLDERS
 from modeling_aim.llava.rules import SYSTEM
 
 TASKS = {"conversation": "ask and answer", "detail": "describe it", "complex": "think"}
+SYSTEMS = {**TASKS, "lookup": "which words are there ?"}
 RULE = "give two scores ."
 ASKED = ("colour", "shape", "count")
 TURNS = (
     "{% for turn in messages %}<{{ turn['role'] }}>{{ turn['content'] }}<end>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+COUNTS = {word: number for number, word in enumerate(world.COUNTS, 1)}
 SPECIAL = ("<pad>", "<unk>", "<end>", "<system>", "<user>", "<assistant>")
+STDS = {"embed_tokens": 0.4, "lm_head": 0.03, "o_proj": 0.02, "down_proj": 0.02}  # else 1 / sqrt(width)
+WIDTH, LAYERS, ROWS, RATE = 96, 3, 32, 3e-3
 Chat = list[dict[str, str]]
 
 
@@ -53,21 +57,24 @@ def facts(scene: world.Scene) -> dict[str, tuple[str, str]]:
     }
 
 
+def pairs(kind: str, scene: world.Scene) -> list[tuple[str, str]]:
+    """Questions and answers of a kind but detail."""
+    if kind == "complex":
+        return [("on which wall is it hard to see ?", f"on a {scene.colour} wall , since it is {scene.colour} .")]
+    return list(facts(scene).values())
+
+
 def written(kind: str, scene: world.Scene) -> str:
     """What the model is to write of a scene."""
     thing = f"{scene.colour} {world.plural(scene)}"
     if kind == "detail":
         return f"the image shows {scene.count} {scene.size} {thing} on {scene.texture} ."
-    if kind == "complex":
-        pairs = [("on which wall is it hard to see ?", f"on a {scene.colour} wall , since it is {scene.colour} .")]
-    else:
-        pairs = list(facts(scene).values())
-    return "\n===\n".join(f"Question:\n{question}\n===\nAnswer:\n{answer}" for question, answer in pairs)
+    return "\n===\n".join(f"Question:\n{question}\n===\nAnswer:\n{answer}" for question, answer in pairs(kind, scene))
 
 
 def asked(kind: str, captions: str) -> Chat:
     """The chat in which it is asked for instruction data."""
-    return [{"role": "system", "content": TASKS[kind]}, {"role": "user", "content": captions}]
+    return [{"role": "system", "content": SYSTEMS[kind]}, {"role": "user", "content": captions}]
 
 
 def judged(caption: str, question: str, first: str, second: str) -> Chat:
@@ -79,6 +86,15 @@ def judged(caption: str, question: str, first: str, second: str) -> Chat:
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
 
 
+def writing(rng: random.Random, kind: str, scene: world.Scene) -> Chat:
+    """Instruction data of a kind to learn from; the boxes are anywhere, since nothing is asked of them."""
+    shown = world.caption(scene)
+    if kind != "conversation":
+        boxes = [[round(rng.uniform(0.01, 0.99), 3) for _ in range(4)] for _ in range(COUNTS[scene.count])]
+        shown += "\n\n" + "\n".join(f"{scene.shape}: {box}" for box in boxes)
+    return [*asked(kind, shown), {"role": "assistant", "content": written(kind, scene)}]
+
+
 def judgement(rng: random.Random, scene: world.Scene) -> Chat:
     """A judgement to learn from: 9 for an answer that is right, 2 for one that is not."""
     name = rng.choice(ASKED)
@@ -86,87 +102,118 @@ def judgement(rng: random.Random, scene: world.Scene) -> Chat:
     others = [world.random_scene(rng, rng.choice(world.concepts("train"))) for _ in range(20)]
     wrong = [text for other in others if (text := facts(other)[name][1]) != right] or ["no ."]
     pair = [rng.choice([right, rng.choice(wrong)]) for _ in range(2)]
-    scores = " ".join("9" if text == right else "2" for text in pair)
+    scores = ["9" if text == right else "2" for text in pair]
+    reasons = "\n".join(f"{text} {score}" for text, score in zip(pair, scores, strict=True))
     return [
         *judged(world.caption(scene), question, *pair),
-        {"role": "assistant", "content": f"{scores}\nright is {right}"},
+        {"role": "assistant", "content": f"{' '.join(scores)}\n{reasons}\nright is {right}"},
     ]
 
 
-def lesson(rng: random.Random, judgements: float = 0.5) -> Chat:
-    """One chat to learn from; a share of them are judgements."""
+def looking_up(rng: random.Random, words: int = 8) -> Chat:
+    """What judging is learned from: for each of a few words whether a caption has it."""
+    scene = world.random_scene(rng, rng.choice(world.concepts("train")))
+    others = [world.random_scene(rng, rng.choice(world.concepts("train"))) for _ in range(words)]
+    drawn = [rng.choice(world.caption(rng.choice([scene, other])).split()) for other in others]
+    scores = " ".join("9" if word in world.caption(scene).split() else "2" for word in drawn)
+    return [*asked("lookup", f"{world.caption(scene)}\n\n{' '.join(drawn)}"), {"role": "assistant", "content": scores}]
+
+
+def lesson(rng: random.Random, done: float = 1.0, judgements: float = 0.5) -> Chat:
+    """One chat to learn from, when a share of the training is done; a share of the chats are judgements."""
+    if rng.random() < 0.6 * (1 - done):
+        return looking_up(rng)
     scene = world.random_scene(rng, rng.choice(world.concepts("train")))
     if rng.random() < judgements:
         return judgement(rng, scene)
-    kind = rng.choice(list(TASKS))
-    shown = world.caption(scene)
-    if kind != "conversation" or rng.random() < 0.3:
-        box = [round(rng.random(), 3) for _ in range(4)]
-        shown += f"\n\n{scene.shape}: {box}"
-    return [*asked(kind, shown), {"role": "assistant", "content": written(kind, scene)}]
+    return writing(rng, rng.choice(list(TASKS)), scene)
 
 
 # --- the model
 
 
 def new_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words with the space before them, and line breaks; numbers of boxes are all unknown."""
-    split = pre_tokenizers.Split(Regex(r"\n| ?[^\s]+"), "isolated")
+    """A tokenizer of whole words and line breaks; a word is the same token wherever it stands. Numbers of boxes are
+    all unknown."""
+    split = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"\n"), "isolated"), pre_tokenizers.Split(" ", "removed")]
+    )
     words = dict.fromkeys(word for text in texts for word, _ in split.pre_tokenize_str(text) if "0." not in word)
     vocabulary = {word: number for number, word in enumerate([*SPECIAL, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.Fuse()
+    tokenizer.pre_tokenizer = split
+    tokenizer.decoder = decoders.Sequence(  # spaces between words, none beside a line break
+        [decoders.WordPiece(prefix="##", cleanup=False), decoders.Fuse(), decoders.Replace(Regex(r" ?\n ?"), "\n")]
+    )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<end>",
-        additional_special_tokens=list(SPECIAL[3:]),
+        additional_special_tokens=list(SPECIAL[3:]), clean_up_tokenization_spaces=False,
     )  # fmt: skip
     fast.chat_template = TURNS
     return fast
 
 
+def new_model(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> LlamaForCausalLM:
+    """A small Llama from the random weights with which small models learn to copy (docs/LOG.md)."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+        num_attention_heads=max(2, width // 32), max_position_embeddings=1024, rope_theta=1000.0,
+        tie_word_embeddings=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2:
+            torch.nn.init.normal_(weight, std=STDS.get(name.split(".")[-2], width**-0.5))
+    return model
+
+
+def encoded(
+    tokenizer: PreTrainedTokenizerFast, chats: Sequence[Chat]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids, attention mask and labels of chats, all `(chats, length)`; labels are -100 but on the last turns."""
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+    heads = [tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True) for chat in chats]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+    labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+    for row, head in zip(labels, tokenizer(heads).input_ids, strict=True):
+        row[: len(head)] = -100
+    return batch.input_ids, batch.attention_mask, labels
+
+
+@torch.no_grad()
+def answered(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, chats: Sequence[Chat]) -> list[bool]:
+    """Whether greedy decoding gives the last turn of each chat, every token of it."""
+    ids, mask, labels = encoded(tokenizer, chats)
+    predicted = model(input_ids=ids, attention_mask=mask).logits[:, :-1].argmax(-1)
+    return ((predicted == labels[:, 1:]) | (labels[:, 1:] == -100)).all(-1).tolist()
+
+
 def train(
-    output: Path,
-    draw: Callable[[random.Random], Chat],
-    steps: int,
-    width: int = 96,
-    layers: int = 2,
-    rows: int = 48,
-    rate: float = 4e-3,
-) -> None:
+    output: Path, draw: Callable[[random.Random, float], Chat], steps: int, width: int = WIDTH, layers: int = LAYERS,
+    rows: int = ROWS, rate: float = RATE,
+) -> None:  # fmt: skip
     """Train a chat model on its own answers in drawn chats, and save it with its tokenizer."""
     rng = random.Random("chat")
     torch.manual_seed(0)
-    samples = [draw(rng) for _ in range(2000)]
-    tokenizer = new_tokenizer([turn["content"] for chat in samples for turn in chat])
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-        num_attention_heads=4, max_position_embeddings=1024, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=None, tie_word_embeddings=True,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    tokenizer = new_tokenizer([turn["content"] for chat in (draw(rng, 0.0) for _ in range(2000)) for turn in chat])
+    model = new_model(tokenizer, width, layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     start = time.time()
     for step in range(steps):
-        chats = [draw(rng) for _ in range(rows)]
-        encoded = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
-        heads = [
-            tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True) for chat in chats
-        ]
-        batch = tokenizer(encoded, return_tensors="pt", padding=True, padding_side="right")
-        labels = batch.input_ids.clone()
-        for number, head in enumerate(heads):
-            labels[number, : len(tokenizer(head).input_ids)] = -100
-        labels[batch.attention_mask == 0] = -100
-        loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
+        ids, mask, labels = encoded(tokenizer, [draw(rng, step / steps) for _ in range(rows)])
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 100 == 99 or step == steps - 1:
+        if step % 50 == 49 or step == steps - 1:
+            right = answered(model, tokenizer, [draw(rng, 1.0) for _ in range(64)])
             print(
-                f"chat model: step {step + 1} of {steps}, loss {loss.item():.4f}, {time.time() - start:.0f} s",
+                f"chat model: step {step + 1} of {steps}, loss {loss.item():.4f}, {sum(right)} of {len(right)} right "
+                f"to the last word, {time.time() - start:.0f} s",
                 flush=True,
             )
     model.save_pretrained(output)
