@@ -10,7 +10,7 @@
 5. AIM on that backbone answers from demonstrations, without training.
 
 Every step is the code that large models take, and the script says how good each is. What is a toy: the chat model
-that writes and judges has a third of a million parameters. It is trained here, on texts of this world made by rules,
+that writes and judges has a quarter of a million parameters. It is trained here, on texts of this world made by rules,
 until it copies the captions' words (two minutes of one core); it can do nothing else. What it writes and how it judges
 are checked against what the images show. Vision tower and language model are those of aim-tiny, and the connector
 between them is new. `report.json` has the figures.
@@ -34,7 +34,6 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
-    LlamaForCausalLM,
 )
 
 from modeling_aim import AimForConditionalGeneration
@@ -61,7 +60,8 @@ def said(figures: Figures, stage: str, right: Sequence[bool], what: str) -> None
 def wrote_chat(output: Path, steps: int, figures: Figures) -> None:
     """Train the toy chat model, and test it on scenes of concepts that it has not seen."""
     chat.train(output, chat.lesson, steps)
-    model, tokenizer = LlamaForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
+    model: Any = AutoModelForCausalLM.from_pretrained(output)
+    tokenizer: Any = AutoTokenizer.from_pretrained(output)
     rng, concepts = random.Random("test"), world.concepts("test")
     scenes = [world.random_scene(rng, rng.choice(concepts)) for _ in range(100)]
     tasks = {kind: [chat.writing(rng, kind, scene) for scene in scenes] for kind in chat.TASKS}
