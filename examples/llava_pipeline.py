@@ -165,7 +165,7 @@ def judged(output: Path, images: Path, model: Any, chat_model: Path, count: int,
             reference=write_lines(output / "right.jsonl", right),
             context=write_lines(output / "context.jsonl", context), rules=chat.rules(output / "rule.json"),
             output=output / "judge", model=str(chat_model), swap=True,
-            answer_tokens=24, temperature=0.0,
+            answer_tokens=32, temperature=0.0,
         )
     )  # fmt: skip
     assert summary is not None
@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("build/pipeline"))
     parser.add_argument("--images", type=int, default=120)
     parser.add_argument("--asked", type=int, default=40, help="images of which instruction data is made")
-    parser.add_argument("--chat-steps", type=int, default=700)
+    parser.add_argument("--chat-steps", type=int, default=300)
     parser.add_argument("--steps", type=int, nargs=2, default=(120, 80), help="of stages 1 and 2")
     parser.add_argument("--judged", type=int, default=12, help="new images about which the backbone is asked")
     args = parser.parse_args()
