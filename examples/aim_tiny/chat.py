@@ -122,8 +122,8 @@ def judgement(rng: random.Random, scene: world.Scene) -> Chat:
 
 
 def thought(text: str) -> str:
-    """A text in special tokens, which decoding drops. The model repeats each answer so before its score: that the two
-    scores come first, as the published form asks, a model of this size does not learn otherwise."""
+    """A text in special tokens, which decoding drops: the model repeats each answer so before its score. It still
+    judges little better than by chance after 300 steps (docs/LOG.md)."""
     return " ".join(f"<{word}>" for word in text.split())
 
 
