@@ -10,10 +10,10 @@
 5. AIM on that backbone answers from demonstrations, without training.
 
 Every step is the code that large models take, and the script says how good each is. What is a toy: the chat model
-that writes and judges has a quarter of a million parameters. It is trained here, on texts of this world made by rules,
+that writes and judges has a third of a million parameters. It is trained here, on texts of this world made by rules,
 until it copies the captions' words (a minute of one core). It has not learned to judge: its scores say little. What it
-writes and how it judges are checked against what the images show. Vision tower and language model are those of aim-tiny, and the connector
-between them is new. `report.json` has the figures.
+writes and how it judges are checked against what the images show. Vision tower and language model are those of
+aim-tiny, and the connector between them is new. `report.json` has the figures.
 """
 
 from __future__ import annotations
