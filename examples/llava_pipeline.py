@@ -9,10 +9,11 @@
    (`aim eval judge`);
 5. AIM on that backbone answers from demonstrations, without training.
 
-Every step is the code that large models take. What is a toy: the chat model that writes and judges has some hundred
-thousand parameters and is trained here, on texts of this world made by rules. It learns the form of its answers
-at once, and what the captions say late, if at all: what it writes may be wrong, and its judgements are checked against
-the facts. Vision tower and language model are those of aim-tiny, and the connector between them is new.
+Every step is the code that large models take, and the script says how good each is. What is a toy: the chat model
+that writes and judges has a third of a million parameters. It is trained here, on texts of this world made by rules,
+until it copies the captions' words (a minute of one core). It has not learned to judge: its scores say little. What it
+writes and how it judges are checked against what the images show. Vision tower and language model are those of
+aim-tiny, and the connector between them is new. `report.json` has the figures.
 """
 
 from __future__ import annotations
@@ -21,13 +22,19 @@ import argparse
 import json
 import random
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lesson import AIM_TINY, ask, shapes
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
 
 from modeling_aim import AimForConditionalGeneration
 from modeling_aim.llava import BackboneSettings, build_backbone
@@ -40,7 +47,27 @@ import chat
 import world
 
 CAPTION = "<image>\nDescribe the image concisely."
-JUDGED = 6  # images
+SCORE = 5  # from which on a score says that an answer is right
+Figures = dict[str, list[int]]  # what is right, of how many
+
+
+def said(figures: Figures, stage: str, right: Sequence[bool], what: str) -> None:
+    """Print how much of a stage is right, and keep it."""
+    figures[stage] = [sum(right), len(right)]
+    print(f"{stage}: {sum(right)} of {len(right)} {what}", flush=True)
+
+
+def wrote_chat(output: Path, steps: int, figures: Figures) -> None:
+    """Train the toy chat model, and test it on scenes of concepts that it has not seen."""
+    chat.train(output, chat.lesson, steps)
+    model: Any = AutoModelForCausalLM.from_pretrained(output)
+    tokenizer: Any = AutoTokenizer.from_pretrained(output)
+    rng, concepts = random.Random("test"), world.concepts("test")
+    scenes = [world.random_scene(rng, rng.choice(concepts)) for _ in range(100)]
+    tasks = {kind: [chat.writing(rng, kind, scene) for scene in scenes] for kind in chat.TASKS}
+    for task, chats in {**tasks, "judgement": [chat.judgement(rng, scene) for scene in scenes]}.items():
+        right = chat.answered(model, tokenizer, chats)
+        said(figures, f"chat model, {task}", right, "texts about unseen scenes are right to the last word")
 
 
 def drawn(folder: Path, name: str, count: int, split: str) -> list[tuple[dict[str, Any], world.Scene]]:
@@ -74,8 +101,11 @@ def parts(folder: Path) -> tuple[Path, Path]:
     return folder / "tower", folder / "language"
 
 
-def instruction_data(output: Path, images: Path, rows: list[dict[str, Any]], chat_model: Path) -> Path:
-    """Instruction data from captions and boxes, written by the chat model."""
+def instruction_data(
+    output: Path, images: Path, seen: list[tuple[dict[str, Any], world.Scene]], chat_model: Path, figures: Figures
+) -> Path:
+    """Instruction data from captions and boxes, written by the chat model and compared with the scenes."""
+    rows = [row for row, _ in seen]
     made = make_instructions(
         InstructSettings(
             source=write_lines(output / "captions_and_boxes.jsonl", rows), images=images,
@@ -85,6 +115,18 @@ def instruction_data(output: Path, images: Path, rows: list[dict[str, Any]], cha
     )  # fmt: skip
     assert made is not None
     print(f"instruction data: {made.counts}, {made.pairs} questions, {len(made.unparsable)} answers did not parse")
+    right = []
+    for kind in chat.TASKS:
+        records = {row["id"]: row for row in json.loads((output / "instructions" / f"{kind}.json").read_text())}
+        for row, scene in seen:
+            turns = records.get(row["id"], {"conversations": []})["conversations"]
+            values = [turn["value"].replace("<image>", "").strip() for turn in turns]
+            pairs = list(zip(values[::2], values[1::2], strict=True))
+            if kind == "detail":  # its question is drawn from a list
+                right.append([answer for _, answer in pairs] == [chat.written(kind, scene)])
+            else:
+                right += [pair in pairs for pair in chat.pairs(kind, scene)]
+    said(figures, "instruction data", right, "answers that were asked for are there and agree with the scenes")
     return output / "instructions" / "instructions.json"
 
 
@@ -107,10 +149,10 @@ def trained_backbone(output: Path, images: Path, rows: list[dict[str, Any]], dat
     )  # fmt: skip
 
 
-def judged(output: Path, images: Path, model: Any, chat_model: Path) -> None:
+def judged(output: Path, images: Path, model: Any, chat_model: Path, count: int, figures: Figures) -> None:
     """Let the chat model compare the backbone's answers with right ones, and say how far it can be trusted."""
     questions, context, right = [], [], []
-    for row, scene in drawn(images, "new", JUDGED, "test"):
+    for row, scene in drawn(images, "new", count, "test"):
         context.append({"image": row["image"], "caption": row["captions"][0]})
         for question, answer in chat.facts(scene).values():
             number = len(questions)
@@ -123,7 +165,7 @@ def judged(output: Path, images: Path, model: Any, chat_model: Path) -> None:
             reference=write_lines(output / "right.jsonl", right),
             context=write_lines(output / "context.jsonl", context), rules=chat.rules(output / "rule.json"),
             output=output / "judge", model=str(chat_model), swap=True,
-            answer_tokens=12, temperature=0.0,
+            answer_tokens=32, temperature=0.0,
         )
     )  # fmt: skip
     assert summary is not None
@@ -131,11 +173,22 @@ def judged(output: Path, images: Path, model: Any, chat_model: Path) -> None:
     print(f"judge, honest summary, both orders: {summary['both_orders']['all']}")
     given = [json.loads(line)["text"] for line in (output / "answers.jsonl").read_text().splitlines()]
     is_right = [text == answer["text"] for text, answer in zip(given, right, strict=True)]
-    reviews = [json.loads(line) for line in (output / "judge" / "reviews.jsonl").read_text().splitlines()]
-    agreed = sum((row["tuple"][1] > 5) == fine for row, fine in zip(reviews, is_right, strict=True))
-    print(
-        f"the facts: {sum(is_right)} of {len(right)} answers are right; the judge agrees with {agreed} of {len(right)}"
-    )
+    said(figures, "backbone", is_right, "answers about new images are right (colour, shape, count; by chance a fifth)")
+    for order, place in (("reviews.jsonl", 1), ("reviews_swapped.jsonl", 0)):
+        reviews = [json.loads(line) for line in (output / "judge" / order).read_text().splitlines()]
+        agrees = [(row["tuple"][place] > SCORE) == fine for row, fine in zip(reviews, is_right, strict=True)]
+        said(figures, f"judge, {order}", agrees, "judgements of the backbone's answers agree with the facts")
+
+
+def aim_answers(model: Any, figures: Figures) -> None:
+    """AIM on the backbone: names of new images from demonstrations, and without them."""
+    demos, queries = shapes(ways=2, shots=2, asked=5)
+    names = [name for _, name in queries]
+    for stage, options in (("AIM", {"demos": demos}), ("without demonstrations", {})):
+        answers = [ask(model, model.processor, image, **options) for image, _ in queries]
+        right = [answer == name for answer, name in zip(answers, names, strict=True)]
+        said(figures, stage, right, f"names of new images are right: {answers[:2]} ... for {names[:2]} ...")
+    print(f"AIM from {len(demos)} demonstrations, without training: see above; by chance half")
 
 
 def main() -> None:
@@ -143,22 +196,33 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("build/pipeline"))
     parser.add_argument("--images", type=int, default=120)
     parser.add_argument("--asked", type=int, default=40, help="images of which instruction data is made")
-    parser.add_argument("--chat-steps", type=int, default=600)
+    parser.add_argument("--chat-steps", type=int, default=300)
     parser.add_argument("--steps", type=int, nargs=2, default=(120, 80), help="of stages 1 and 2")
+    parser.add_argument("--judged", type=int, default=12, help="new images about which the backbone is asked")
     args = parser.parse_args()
     torch.manual_seed(0)
     output, images, chat_model = args.output, args.output / "images", args.output / "chat"
-    rows = [row for row, _ in drawn(images, "seen", args.images, "train")]
+    figures: Figures = {}
+    start = time.time()
+
+    def stage(name: str) -> None:
+        print(f"\n--- {name} ({time.time() - start:.0f} s)", flush=True)
+
+    seen = drawn(images, "seen", args.images, "train")
+    stage("the toy chat model")
     if not (chat_model / "config.json").exists():
-        chat.train(chat_model, chat.lesson, args.chat_steps)
-    data = instruction_data(output, images, rows[: args.asked], chat_model)
-    backbone = trained_backbone(output, images, rows, data, args.steps)
+        wrote_chat(chat_model, args.chat_steps, figures)
+    stage("instruction data")
+    data = instruction_data(output, images, seen[: args.asked], chat_model, figures)
+    stage("backbone")
+    backbone = trained_backbone(output, images, [row for row, _ in seen], data, args.steps)
     model = AimForConditionalGeneration.from_backbone(str(backbone))
-    judged(output, images, model, chat_model)
-    demos, queries = shapes(ways=2, shots=2)
-    answers = [ask(model, model.processor, image, demos=demos) for image, _ in queries]
-    names = [name for _, name in queries]
-    print(f"AIM from {len(demos)} demonstrations, without training: {answers}; the names are {names}")
+    stage("answers, and the judge")
+    judged(output, images, model, chat_model, args.judged, figures)
+    stage("AIM")
+    aim_answers(model, figures)
+    stage("end")
+    (output / "report.json").write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ EXAMPLES = {  # script: (arguments, what it prints)
         "results.md",
     ),
     "llava_pipeline.py": (
-        "--output {folder}/pipeline --images 10 --asked 6 --chat-steps 150 --steps 3 3",
+        "--output {folder}/pipeline --images 8 --asked 4 --chat-steps 60 --steps 2 2 --judged 1",
         "AIM from 4 demonstrations, without training",
     ),
     "train_projector.py": ("--steps 2 --batch-size 2 --output {folder}/out", "right on held-out"),
@@ -37,6 +38,22 @@ def test_an_example_runs(script: str, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert printed in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_llava_pipeline_learns(tmp_path: Path) -> None:
+    """At its own settings; how much of each stage is right is what the script writes."""
+    command = [sys.executable, str(ROOT / "examples" / "llava_pipeline.py"), "--output", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    figures = json.loads((tmp_path / "report.json").read_text())
+    shares = {stage: right / count for stage, (right, count) in figures.items()}
+    assert shares["instruction data"] > 0.9, shares
+    assert {"judge, reviews.jsonl", "judge, reviews_swapped.jsonl"} <= set(shares)  # the toy has not learned to judge
+    assert shares["backbone"] > 0.6, shares  # by chance a fifth
+    assert shares["AIM"] > 0.6 > shares["without demonstrations"], shares  # by chance half
 
 
 def test_no_example_is_left_out() -> None:
