@@ -256,9 +256,13 @@ def load_backbone(name: str, **kwargs: Any) -> Any:
         The backbone; where `output_loading_info=True` is among the arguments, the library's report of its files too.
 
     Raises:
-        ValueError: its files are damaged; or weights are missing in them. The library draws these at random and
-            prints a report, but answers of such a backbone mean nothing.
+        ValueError: `dtype` is unknown; its files are damaged; or weights are missing in them. The library draws these
+            at random and prints a report, but answers of such a backbone mean nothing.
     """
+    for option in ("dtype", "torch_dtype"):
+        dtype = kwargs.get(option)
+        if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"{option}={dtype!r:.40}: expected auto, float32, bfloat16 or float16.")
     kwargs.setdefault("trust_remote_code", False)  # trusting this repository does not imply trusting the backbone's
     quantization = kwargs.get("quantization_config")
     if quantization is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -22,6 +23,9 @@ from .images_aim import ImageRules, open_image
 
 FUSED_FILE = "aim_fused.safetensors"
 FUSED_FORMAT = "aim_fused 1"
+READ_LINES = (
+    "To read a file of one JSON object a line: demos = [json.loads(line) for line in open({!r:.80})]"  # for messages
+)
 DEMONSTRATION_KEYS = {"image", "images", "text", "label", "question", "answer"}
 
 
@@ -44,7 +48,7 @@ class Demonstration:
     is_label: bool = False
 
     @classmethod
-    def of(cls, value: Any, rules: ImageRules | None = None) -> Demonstration:
+    def of(cls, value: Any, rules: ImageRules | None = None, number: int | None = None) -> Demonstration:
         """Make a demonstration from any of the raw forms.
 
         Args:
@@ -52,6 +56,7 @@ class Demonstration:
                 (or `images`) and `text`, `label`, or `question` and `answer`. An image is a PIL image, a path, a URL
                 or an array `(height, width[, 3])`, uint8 or float in 0..1.
             rules: which images may be opened; those of the processor in the model's own calls.
+            number: its position in a list, from 0, for messages.
 
         Raises:
             ValueError: the example has no text or has unknown keys, its words are not valid Unicode, or an image
@@ -59,6 +64,7 @@ class Demonstration:
         """
         if isinstance(value, cls):
             return value
+        name = "A demonstration" if number is None else f"Demonstration {number}"
         if kind_of(value) == "demonstration" and hasattr(
             value, "is_label"
         ):  # the same class, loaded from another repository's code
@@ -75,10 +81,11 @@ class Demonstration:
         unknown = set(fields) - DEMONSTRATION_KEYS
         if unknown:
             raise ValueError(
-                f"A demonstration has the unknown keys {sorted(unknown)}; known are {sorted(DEMONSTRATION_KEYS)}."
+                f"{name} has the unknown keys {sorted(unknown, key=str)}; known are {sorted(DEMONSTRATION_KEYS)}."
+                f"{_closest_keys(unknown)}"
             )
         if fields.get("image") is not None and fields.get("images") is not None:
-            raise ValueError("A demonstration takes 'image' or 'images', not both.")
+            raise ValueError(f"{name} has both 'image' and 'images'; give one of them.")
         images = fields.get("image") if fields.get("images") is None else fields["images"]
         if images is None:
             images = []
@@ -86,15 +93,12 @@ class Demonstration:
             images = [images]
         given = [key for key in ("text", "label", "answer") if _has_words(fields.get(key))]
         if not given:
-            raise ValueError(
-                "A demonstration needs words: give it 'text', 'label', or 'question' and 'answer'. "
-                f"Got { ({k: v for k, v in fields.items() if k not in ('image', 'images')}) }."
-            )
+            raise ValueError(f"{name}{_paths(images)} {_without_words(fields)}")
         if len(given) > 1:
-            raise ValueError(f"A demonstration takes one of 'text', 'label' and 'answer'; got {given}.")
+            raise ValueError(f"{name} has {' and '.join(given)}; give one of text, label and answer.")
         question = fields.get("question")
         if not isinstance(question, str | None):
-            raise ValueError(f"The question of a demonstration is {question!r:.60}; expected text.")
+            raise ValueError(f"{name}: question is {_described(question)}; expected a string.")
         for words in (fields[given[0]], question or ""):
             if not _is_unicode(words):
                 raise ValueError(
@@ -130,6 +134,33 @@ RawDemonstration = Demonstration | Mapping[str, Any] | Sequence[Any]
 Demos = Sequence[Any] | ReadDemonstrations | None  # what `generate` takes as `demos`: `parse_demos` checks it
 Part = tuple[Demonstration, ...] | ReadDemonstrations  # what one row, or all rows, are given
 Selection = str | Sequence[int] | Sequence[str] | Mapping[str, Any] | None  # what it takes as `select`
+
+
+def _closest_keys(unknown: set[Any]) -> str:
+    """A question for each misspelt key, such as " Did you mean 'label'?"."""
+    closest = [difflib.get_close_matches(str(key), sorted(DEMONSTRATION_KEYS), 1) for key in sorted(unknown, key=str)]
+    return "".join(f" Did you mean {keys[0]!r}?" for keys in closest if keys)
+
+
+def _paths(images: Sequence[Any]) -> str:
+    """Which file or URL a demonstration names, for a message; empty for images in memory."""
+    paths = [os.fspath(image) for image in images if isinstance(image, (str, os.PathLike))]
+    return f" (image {paths[0]!r:.120})" if paths else ""
+
+
+def _without_words(fields: Mapping[str, Any]) -> str:
+    """What is wrong with a demonstration that has no words."""
+    for key in ("text", "label", "answer"):
+        if fields.get(key) is not None and not isinstance(fields[key], str):
+            return f"has no words: {key} is {_described(fields[key])}; expected a string."
+    if _has_words(fields.get("question")):
+        return f"has the question {fields['question']!r:.60} but no words to answer it; give answer too."
+    return "has no words; give text, label, or question and answer."
+
+
+def _described(value: object) -> str:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return f"the number {value}" if is_number else f"{value!r:.60}"
 
 
 def _has_words(value: object) -> bool:
@@ -172,6 +203,8 @@ def parse_demos(demos: Demos, rules: ImageRules | None = None) -> Part | list[Pa
     """
     kind = kind_of(demos)
     if kind == "demonstration":
+        if isinstance(demos, (list, tuple)):  # demonstrations with a text behind them look like (image, text)
+            _check_no_text(demos)
         raise ValueError("demos takes a list of demonstrations; put the single one in a list.")
     if demos is None:
         return None
@@ -181,13 +214,25 @@ def parse_demos(demos: Demos, rules: ImageRules | None = None) -> Part | list[Pa
         raise _unknown(demos)
     raw = [kind_of(entry) == "demonstration" for entry in demos]
     if all(raw):
-        return tuple(Demonstration.of(entry, rules) for entry in demos) or None
+        return tuple(Demonstration.of(entry, rules, number) for number, entry in enumerate(demos)) or None
     if any(raw):
+        _check_no_text(demos)
         _parse_row(demos[raw.index(False)], rules)  # raises where it is of no known kind
         raise ValueError(
             "demos mixes demonstrations with other things; give one list of demonstrations, or one a row."
         )
     return [_parse_row(entry, rules) for entry in demos]
+
+
+def _check_no_text(demos: Sequence[Any]) -> None:
+    """Raise `ValueError` for a bare text among demonstrations."""
+    if any(kind_of(entry) == "demonstration" for entry in demos):
+        for number, entry in enumerate(demos):
+            if isinstance(entry, str):
+                raise ValueError(
+                    f"Entry {number} of demos is {entry!r:.80}; expected (image, text), (image, question, answer) or a "
+                    "dict with these."
+                )
 
 
 def _parse_row(entry: Any, rules: ImageRules | None) -> Part | None:
@@ -199,6 +244,10 @@ def _parse_row(entry: Any, rules: ImageRules | None) -> Part | None:
 
 
 def _unknown(value: object, where: str = "") -> ValueError:
+    if isinstance(value, (str, os.PathLike)) and not where:
+        return ValueError(
+            f"demos is {value!r:.80}; expected a list of demonstrations. {READ_LINES.format(os.fspath(value))}"
+        )
     return ValueError(
         f"demos has {value!r:.80}{where}. It takes a list of demonstrations, each (image, text), (image, question, "
         "answer) or a dict with these; what read() or prefill() returned; a DemonstrationBank; or a list with one of "

@@ -250,8 +250,9 @@ def _of_array(image: object, rules: ImageRules) -> Image.Image:
     pixels = np.asarray(image)
     if pixels.ndim == 3 and pixels.shape[-1] not in (1, 3, 4) and pixels.shape[0] in (1, 3, 4):
         pixels = np.moveaxis(pixels, 0, -1)
-    if pixels.ndim >= 2:
-        rules.check_size((pixels.shape[1], pixels.shape[0]))
+    if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[-1] not in (1, 3, 4)):
+        raise ValueError(f"an image array must be (height, width, 3), got shape {tuple(np.shape(image))}")
+    rules.check_size((pixels.shape[1], pixels.shape[0]))
     _check_finite(pixels)
     top = 1 if pixels.dtype.kind in "fb" else 255
     if pixels.size == 0 or pixels.min() < 0 or pixels.max() > top:
@@ -272,13 +273,17 @@ def _file(image: object, rules: ImageRules) -> Any:
         return io.BytesIO(fetched(path, rules))
     if rules.sources == "any" and os.path.isfile(path):
         return path
+    if rules.sources == "any" and os.path.isdir(path):
+        raise IsADirectoryError(f"{os.path.abspath(path)} is a folder")
     try:
         text = path.split(",", 1)[1] if path.startswith("data:") else path
         return io.BytesIO(base64.b64decode("".join(text.split()), validate=True))
     except (binascii.Error, ValueError, IndexError):
         if rules.sources != "any":
             raise ValueError(f"image_sources={rules.sources!r}: no file of this machine is opened") from None
-        raise FileNotFoundError("there is no such file, and it is neither a URL nor base64") from None
+        raise FileNotFoundError(
+            f"there is no file {os.path.abspath(path)!s:.200}, and it is neither a URL nor base64"
+        ) from None
 
 
 # --- URLs

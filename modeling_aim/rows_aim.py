@@ -62,8 +62,10 @@ class RowsMixin:
         """For each row of the batch, what `shots` and `select` select from the bank of that row."""
         banks: dict[int, Any] = {id(part): part for part in rows if part is not None}
         if not banks or not all(kind_of(bank) == "bank" for bank in banks.values()):
+            count = len(rows[0]) if isinstance(rows[0], tuple) else 0
+            given = f"a list of {count} demonstrations" if count else f"{rows[0]!r:.80}"
             raise ValueError(
-                f"shots={shots} and select={select!r} choose from a DemonstrationBank, but demos is {rows[0]!r:.80}. "
+                f"shots={shots} and select={select!r} choose from a DemonstrationBank, but demos is {given}. "
                 "Build one with DemonstrationBank.build(model, demos, folder)."
             )
         selected = list(rows)

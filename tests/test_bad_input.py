@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -112,15 +113,23 @@ def test_a_projector_that_is_not_finite_or_of_another_width(saved: Path) -> None
 # --- demonstrations
 
 WRONG_DEMONSTRATIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "no text": ({"image": picture(0)}, ("needs words", "'text'", "'label'", "'answer'")),
-    "empty text": ((picture(0), "  "), ("needs words", "'text'")),
-    "a text that is a number": ({"image": picture(0), "text": 3}, ("needs words", "3")),
-    "a question without answer": ({"image": picture(0), "question": "What?"}, ("needs words", "'answer'", r"What\?")),
-    "two texts": ({"text": "a", "label": "b"}, ("one of", "text", "label")),
+    "no text": ({"image": picture(0)}, ("no words", "text", "label", "answer")),
+    "no text for a file": ({"image": "a.png"}, (r" \(image 'a\.png'\) has no words; give text",)),
+    "empty text": ((picture(0), "  "), ("no words", "text")),
+    "a text that is a number": (
+        {"image": picture(0), "text": 3},
+        ("no words: text is the number 3; expected a string",),
+    ),
+    "a question without answer": ({"image": picture(0), "question": "What?"}, ("no words", "answer", r"What\?")),
+    "a misspelt key": ({"image": picture(0), "lable": "a"}, ("lable", "known are", "Did you mean 'label'")),
+    "two texts": ({"text": "a", "label": "b"}, ("text and label; give one of",)),
     "unknown keys": ({"img": picture(0), "text": "a"}, ("img", "known are", "'image'")),
     "one thing": ("a dax", (r"\(image, text\)", "a dax")),
     "four things": ((picture(0), "a", "b", "c"), (r"\(image, question, answer\)",)),
-    "a missing file": (("nowhere.png", "dax"), ("nowhere.png", "image file")),
+    "a missing file": (("nowhere.png", "dax"), (re.escape(os.path.abspath("nowhere.png")), "image file")),
+    "a folder as an image": ((".", "dax"), (re.escape(os.path.abspath(".")) + " is a folder",)),
+    "a row of pixels": ((np.zeros(3), "dax"), (r"must be \(height, width, 3\), got shape \(3,\)",)),
+    "an array of five channels": ((np.zeros((8, 9, 5)), "dax"), (r"\(height, width, 3\), got shape \(8, 9, 5\)",)),
     "an image that is a number": ((7, "dax"), ("7", "PIL image", "URL")),
     "an array of another shape": ((np.zeros((3, 4, 5, 6)), "dax"), ("array", r"\(height, width, 3\)")),
     "an image that is a list of lists": (([[1, 2]], "dax"), ("image", "PIL image")),
@@ -135,6 +144,19 @@ def test_a_wrong_demonstration(llava: Plugin, case: str) -> None:
     fails(lambda: llava.model.read(demos), *words)
     fails(lambda: llava.processor(images=picture(9), text=llava.processor.prompt("?"), demos=demos), *words)
     fails(lambda: llava.model.generate(**inputs, demos=demos), *words)
+
+
+def test_the_demonstration_that_is_wrong_is_named(llava: Plugin) -> None:
+    for wrong in ({"image": "a.png"}, {"lable": "dax"}, {"text": "a", "label": "b"}, {"question": "What?"}):
+        for demos in ([*DEMOS[:2], wrong], [[*DEMOS[:2], wrong]]):
+            fails(lambda demos=demos: llava.model.generate(**llava.query(), demos=demos), "^Demonstration 2 ")
+    for demos in ([{"text": "a dax"}, "x"], [*DEMOS[:1], "x", *DEMOS[1:]]):
+        fails(lambda demos=demos: llava.model.read(demos), r"^Entry 1 of demos is 'x'; expected \(image, text\)")
+    fails(
+        lambda: llava.model.read("demos.jsonl"), r"demos = \[json\.loads\(line\) for line in open\('demos\.jsonl'\)\]"
+    )
+    words = "demos is a list of 3 demonstrations", "DemonstrationBank.build"
+    fails(lambda: llava.model.generate(**llava.query(), demos=DEMOS[:3], shots=2), *words)
 
 
 def test_a_file_that_is_no_image(llava: Plugin, tmp_path: Path) -> None:
@@ -309,6 +331,16 @@ def test_no_backbone_to_build_or_load(saved: Path, listing: Any) -> None:
     before = listing(saved)
     fails(lambda: AimForConditionalGeneration.from_pretrained(saved), "names no backbone", "backbone=model")
     assert listing(saved) == before
+
+
+def test_a_backbone_where_a_repository_belongs(saved: Path) -> None:
+    words = "backbone is a backbone, not an AIM repository", "model_type is llava", "from_backbone", "aim init"
+    fails(lambda: AimForConditionalGeneration.from_pretrained(saved / "backbone"), *words)
+    for load, folder in (
+        (AimForConditionalGeneration.from_backbone, saved / "backbone"),
+        (AimForConditionalGeneration.from_pretrained, saved),
+    ):
+        fails(lambda load=load, folder=folder: load(folder, dtype="bfloat16x"), "bfloat16x", "expected auto, float32")
 
 
 def test_no_processor_for_raw_demonstrations() -> None:

@@ -292,7 +292,7 @@ def test_a_model_in_training_stays_as_it_is(family: str) -> None:
         backbone.model(**inputs, labels=inputs["input_ids"]).loss.backward()
     for one, two in zip(stock.model.parameters(), other.model.parameters(), strict=True):
         assert one.grad is two.grad is None or torch.equal(one.grad, two.grad)
-    with pytest.raises(ValueError, match="A demonstration needs words"):
+    with pytest.raises(ValueError, match="Demonstration 0 has no words"):
         answer(stock, inputs, [{"image": picture(0)}])
     with pytest.raises(ValueError, match="positions"):
         answer(stock, inputs, [{"text": "word " * 2000 + "."}])

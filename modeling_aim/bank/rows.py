@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from transformers.utils import logging
 
-from ..demonstrations_aim import DEMONSTRATION_KEYS, Demonstration
+from ..demonstrations_aim import DEMONSTRATION_KEYS, READ_LINES, Demonstration
 from ..images_aim import ImageRules, is_address
 
 logger = logging.get_logger(__name__)
@@ -93,7 +93,8 @@ def open_rows(
             one; the message says which.
     """
     if isinstance(demos, (str, bytes, Mapping)):
-        raise ValueError(f"A bank is built from a stream of demonstrations; got {demos!r:.80}.")
+        how = f" {READ_LINES.format(demos)}" if isinstance(demos, str) else ""
+        raise ValueError(f"A bank is built from a stream of demonstrations; got {demos!r:.80}.{how}")
     kinds = getattr(demos, "features", None)
     kinds = kinds if isinstance(kinds, Mapping) else {}
     if columns is None and kinds:

@@ -16,6 +16,8 @@ def read_demonstrations(path: Path) -> Iterator[dict[str, Any]]:
         ValueError: a line is not a JSON object; the message names file and line.
         FileNotFoundError: there is no such file.
     """
+    if not path.exists():
+        raise FileNotFoundError(f'{path} was not found; it has one object a line: {{"image": ..., "label": ...}}')
     for number, demo in numbered_json(path):
         if not isinstance(demo, dict):
             raise ValueError(f"{path}, line {number}: expected an object such as {{'image': ..., 'label': ...}}.")

@@ -114,7 +114,8 @@ def class_folders(
         raise FileNotFoundError(f"There is no folder of classes at {root}.")
     folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if len(folders) < 2:
-        raise ValueError(f"{root} has {len(folders)} class folders; link-context episodes need at least two.")
+        count = "1 folder" if folders else "no folders"
+        raise ValueError(f"{root} has {count} of images; expected {root}/LABEL/*.png with at least two labels.")
     if isinstance(names, (str, os.PathLike)):
         try:
             names = json.loads(Path(names).read_text(encoding="utf-8"))
