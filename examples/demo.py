@@ -102,7 +102,7 @@ def draw(demos: list[dict[str, Any]], rows: list[dict[str, Any]], read_ms: float
                 for name in METHODS]  # fmt: skip
         line(number, [("", "black", "normal"), (row["name"], "black", "bold"), *said])
     figure.text(
-        0.02, 0.005, f"AIM read the {len(demos)} demonstrations once, in {read_ms:.0f} ms. The backbone of aim-tiny, CPU.",
+        0.02, 0.005, f"AIM read the {len(demos)} demonstrations once, in {read_ms:.0f} ms. aim-tiny, on a CPU.",
         fontsize=8, color="dimgray",
     )  # fmt: skip
     figure.savefig(output)
