@@ -230,8 +230,8 @@ def _check_no_text(demos: Sequence[Any]) -> None:
         for number, entry in enumerate(demos):
             if isinstance(entry, str):
                 raise ValueError(
-                    f"Entry {number} of demos is {entry!r:.80}; expected (image, text), (image, question, answer) or a "
-                    "dict with these."
+                    f"Entry {number} of demos is {entry!r:.80}; expected (image, text), (image, question, answer) or "
+                    "a dict with these."
                 )
 
 

@@ -75,7 +75,7 @@ def backbone_place(config: PreTrainedConfig, name: str, hub: Mapping[str, Any]) 
         return config.backbone_name_or_path, {**hub, "revision": config.backbone_revision, "subfolder": folder}
     if config.backbone_subfolder is None:
         kind = PreTrainedConfig.get_config_dict(name, **hub)[0].get("model_type")
-        if kind is not None and kind != config.model_type:
+        if kind is not None and kind != type(config).model_type:
             raise ValueError(
                 f"{name} is a backbone, not an AIM repository (its model_type is {kind}). In Python: "
                 f"AimForConditionalGeneration.from_backbone({name!r}); on the command line: "

@@ -248,10 +248,11 @@ def _check_array(pixels: np.ndarray | torch.Tensor, rules: ImageRules) -> None:
 
 def _of_array(image: object, rules: ImageRules) -> Image.Image:
     pixels = np.asarray(image)
+    shape = pixels.shape
     if pixels.ndim == 3 and pixels.shape[-1] not in (1, 3, 4) and pixels.shape[0] in (1, 3, 4):
         pixels = np.moveaxis(pixels, 0, -1)
     if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[-1] not in (1, 3, 4)):
-        raise ValueError(f"an image array must be (height, width, 3), got shape {tuple(np.shape(image))}")
+        raise ValueError(f"an image array must be (height, width, 3), got shape {shape}")
     rules.check_size((pixels.shape[1], pixels.shape[0]))
     _check_finite(pixels)
     top = 1 if pixels.dtype.kind in "fb" else 255

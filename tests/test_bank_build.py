@@ -115,7 +115,7 @@ def test_a_bad_demonstration_is_named_and_what_came_before_is_kept(tmp_path: Pat
         with pytest.raises(ValueError, match=message):
             DemonstrationBank.build(llava.model, MANY[:3], tmp_path / "none", **wrong_setting)
     assert not (tmp_path / "none").exists()
-    with pytest.raises(ValueError, match="built from a stream of demonstrations; got 'demos.*json.loads"):
+    with pytest.raises(ValueError, match=r"built from a stream of demonstrations; got 'demos.*json\.loads"):
         DemonstrationBank.build(llava.model, "demos.jsonl", tmp_path / "other")
 
 

@@ -323,7 +323,7 @@ def test_errors_say_what_to_do(folder: Path, tmp_path: Path, features: ClassFeat
             LinkContext(path, **{"neighbours": "random", **settings})
 
     (tmp_path / "one" / "cat").mkdir(parents=True)
-    fails("has 1 folders of images; expected .*one/LABEL/\*\.png with at least two labels", tmp_path / "one")
+    fails(r"has 1 folder of images; expected .*one/LABEL/\*\.png with at least two labels", tmp_path / "one")
     fails("policy='3-way' is unknown; choose one of", policy="3-way")
     for old, new in (("2-way", "2way_weight"), ("2-way-weight", "2way_random_shot"), ("2-way-random", "2way_uniform")):
         fails(f"policy='{old}' is an old name.*it is '{new}'", policy=old)
