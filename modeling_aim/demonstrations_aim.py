@@ -65,9 +65,8 @@ class Demonstration:
         if isinstance(value, cls):
             return value
         name = "A demonstration" if number is None else f"Demonstration {number}"
-        if kind_of(value) == "demonstration" and hasattr(
-            value, "is_label"
-        ):  # the same class, loaded from another repository's code
+        # the same class may be loaded from another repository's code
+        if kind_of(value) == "demonstration" and hasattr(value, "is_label"):
             return cls(tuple(value.images), value.text, value.question, value.is_label)
         if isinstance(value, Mapping):
             fields = dict(value)
@@ -87,10 +86,8 @@ class Demonstration:
         if fields.get("image") is not None and fields.get("images") is not None:
             raise ValueError(f"{name} has both 'image' and 'images'; give one of them.")
         images = fields.get("image") if fields.get("images") is None else fields["images"]
-        if images is None:
-            images = []
-        elif not isinstance(images, (list, tuple)):
-            images = [images]
+        if not isinstance(images, (list, tuple)):
+            images = [] if images is None else [images]
         given = [key for key in ("text", "label", "answer") if _has_words(fields.get(key))]
         if not given:
             raise ValueError(f"{name}{_paths(images)} {_without_words(fields)}")
@@ -229,10 +226,7 @@ def _check_no_text(demos: Sequence[Any]) -> None:
     if any(kind_of(entry) == "demonstration" for entry in demos):
         for number, entry in enumerate(demos):
             if isinstance(entry, str):
-                raise ValueError(
-                    f"Entry {number} of demos is {entry!r:.80}; expected (image, text), (image, question, answer) or "
-                    "a dict with these."
-                )
+                raise ValueError(f"Entry {number} of demos is {entry!r:.80}; expected (image, text) or a dict.")
 
 
 def _parse_row(entry: Any, rules: ImageRules | None) -> Part | None:

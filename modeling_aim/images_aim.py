@@ -260,7 +260,7 @@ def _of_array(image: object, rules: ImageRules) -> Image.Image:
         value_range = "none" if pixels.size == 0 else f"{pixels.min()}..{pixels.max()}"
         raise ValueError(f"pixels of type {pixels.dtype} must lie in 0..{top}, found {value_range}")
     pixels = (pixels * (255 // top)).round().astype(np.uint8) if top == 1 else pixels.astype(np.uint8)
-    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).convert("RGB")
+    return Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels).convert("RGB")
 
 
 def _file(image: object, rules: ImageRules) -> Any:
