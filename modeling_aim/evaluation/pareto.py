@@ -9,8 +9,8 @@ from typing import Any
 Figures = Mapping[str, Any]
 COSTS_SHOWN = {
     "prompt_tokens": "prompt tokens",
-    "kv_bytes": "KV behind the prompt, KiB",
-    "first_token_milliseconds": "first token behind what was read, ms",
+    "kv_bytes": "KV of the prompt, KiB",
+    "first_token_milliseconds": "first token after reading, ms",
 }
 UNITS = {"kv_bytes": 1024}
 CONTROLS = ("aim-random", "-shuffled")  # methods that must fail are on no front
