@@ -160,7 +160,7 @@ def picture(rows: Sequence[dict[str, Any]], banks: Sequence[dict[str, Any]], tit
         left.plot(shots, [row["flops"] / 1e12 for row in own], label=name, **style)
         middle.plot(shots, [row["kv_bytes"] / 2**20 for row in own], **style)
     left.set(ylabel="TFLOPs to the first token", xlabel="demonstrations")
-    middle.set(ylabel="KV behind the prompt, MiB", xlabel="demonstrations")
+    middle.set(ylabel="KV of the prompt, MiB", xlabel="demonstrations")
     for name, label in (("whole_kv_gb", "KV of images and words"), ("word_kv_gb", "KV of words"), ("bank_gb", "bank")):
         right.plot([row["demonstrations"] for row in banks], [row[name] for row in banks], marker="o", label=label)
     right.set(ylabel="GB on disk", xlabel="demonstrations")
