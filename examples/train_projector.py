@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=300, help="episodes that are written, of two queries each")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--asked", type=int, default=20, help="episodes that are answered at the end")
     args = parser.parse_args()
 
     data = Path(args.output).with_name(f"{Path(args.output).name}-data")
@@ -55,7 +56,7 @@ def main() -> None:
         )
     )
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
-    print(f"right on held-out concepts, 2-way, 8 demonstrations: {right(model, model.processor, 20):.2f}")
+    print(f"right on held-out concepts, 2-way, 8 demonstrations: {right(model, model.processor, args.asked):.2f}")
     print(f"{args.output} is a Hub repository now; its README.md has the curves.")
 
 

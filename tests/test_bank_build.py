@@ -171,7 +171,9 @@ def test_columns_name_the_parts_of_a_demonstration(llava: Plugin, tmp_path: Path
     assert bank.labels() == ["dax", "wug"] and bank.texts() == ["This is dax.", "This is wug."]
     with pytest.raises(ValueError, match=r"Row 0: It has no column 'image'; it has \['img', 'kind', 'split'\]"):
         list(open_rows(rows, {"image": "image"}))
-    with pytest.raises(ValueError, match=r"Row 0: A demonstration needs .*\{'image': 'img'\} were taken; columns="):
+    with pytest.raises(
+        ValueError, match=r"Row 0: A demonstration has no words.*\{'image': 'img'\} were taken; columns="
+    ):
         list(open_rows(rows, {"image": "img"}))
 
 

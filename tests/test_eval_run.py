@@ -381,6 +381,7 @@ def test_a_killed_run_goes_on_to_the_same_results(tmp_path: Path) -> None:
     assert (tmp_path / "run/predictions.jsonl").read_bytes() == before_again
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_results_of_one(tmp_path: Path) -> None:
     task = episode_file(tmp_path, 5)
     alone = settings(tmp_path, tasks=(f"episodes:{task}",), shots=(0, 2), batch_size=3)

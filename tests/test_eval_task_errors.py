@@ -27,7 +27,7 @@ from modeling_aim.evaluation.tasks.registry import open_task
         ("jsonl:{root}/rows.jsonl,match=fuzzy", ValueError, r"match='fuzzy' is unknown; choose one of \('exact'"),
         ("captions:{root}/rows.jsonl,tokenizer=nltk", ValueError, "tokenizer='nltk' is unknown"),
         ("isekai-10:{root},wording=loud", ValueError, "wording='loud' is unknown"),
-        ("folder:{root}", ValueError, "has 0 class folders"),
+        ("folder:{root}", ValueError, "has no folders of images"),
         ("flickr30k:{root},karpathy={root}/no.csv", FileNotFoundError, "no.csv was not found"),
     ],
 )

@@ -117,7 +117,7 @@ class Client(threading.Thread):
             time.sleep(self.random.random() / 20)
 
 
-@pytest.mark.parametrize("seconds", [10, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [5, pytest.param(60, marks=pytest.mark.slow)])
 def test_eight_clients_with_bad_requests_among_them(model: Any, bank: Path, seconds: int) -> None:
     """Every answer is right, memory does not grow, and SIGTERM under load lets what is at work end."""
     asked = Asked(model)

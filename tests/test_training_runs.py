@@ -108,6 +108,7 @@ if run.args.process_index == 0:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_learns_of_the_doubled_batch(tmp_path: Path) -> None:
     script = tmp_path / "process.py"
     script.write_text(PROCESS)
