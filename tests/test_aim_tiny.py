@@ -92,7 +92,9 @@ PLACES = {  # read layers, entry layers, and how large a random projector is mad
 }
 
 
-@pytest.mark.parametrize("places", PLACES)
+@pytest.mark.parametrize(
+    "places", [pytest.param(p, marks=pytest.mark.slow) if p in ("at a depth", "at two depths") else p for p in PLACES]
+)
 def test_evaluation_of_a_projector_says_what_generate_says(untrained, evaluation, places, tmp_path, monkeypatch):
     """Wherever its states enter."""
     evaluate, world, bench = evaluation

@@ -302,7 +302,9 @@ def test_help_names_every_baseline(method: str) -> None:
     assert method in (BenchSettings.__doc__ or "") and method in (EvalSettings.__doc__ or "")
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "idefics3", "smolvlm"])
+@pytest.mark.parametrize(
+    "family", ["llava", "idefics3", *(pytest.param(f, marks=pytest.mark.slow) for f in ("qwen2_5_vl", "smolvlm"))]
+)
 def test_methods_of_others_cost_what_is_counted(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With what may be read before the query and without: same KV, same FLOPs; and both give the same answer."""
     shots = 3

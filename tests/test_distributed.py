@@ -64,6 +64,7 @@ os._exit(0)  # torch ends its threads in an order that now and then aborts the p
 """
 
 
+@pytest.mark.slow
 def test_a_sharded_model_gives_the_same_loss_gradients_and_step_of_muon(tmp_path: Path) -> None:
     script = tmp_path / "process.py"
     script.write_text(PROCESS)
@@ -82,6 +83,7 @@ def test_a_sharded_model_gives_the_same_loss_gradients_and_step_of_muon(tmp_path
             assert other == pytest.approx(one, rel=0, abs=1e-2)  # of a rate of 0.1; Muon's iteration is in bfloat16
 
 
+@pytest.mark.slow
 def test_processes_that_do_not_know_of_each_other_do_not_train(tmp_path: Path) -> None:
     arguments = ["--backbone", BACKBONE, "--data", f"episodes:{_one_episode(tmp_path)}", "--output", "out"]
     command = [sys.executable, "-m", "modeling_aim", "train", *arguments, "--set", "use_cpu=false"]

@@ -22,6 +22,7 @@ def own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TASKS, "pictures", Pictures)
 
 
+@pytest.mark.slow
 def test_exact_methods_answer_as_full_does(tmp_path: Path) -> None:
     """Of one run: the same examples with the same demonstrations, written and chosen; KV is what the cache holds."""
     tasks = ("naming:,count=4", "pictures:,count=2,options=cat|a dog|bird")

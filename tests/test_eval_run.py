@@ -53,6 +53,7 @@ def repositories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 # --- methods
 
 
+@pytest.mark.slow
 def test_aim_tiny_tells_the_methods_apart(tmp_path: Path) -> None:
     results = evaluate(settings(tmp_path, tasks=("naming:,count=12",)))
     cells = figures(results)
