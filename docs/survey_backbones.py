@@ -1,6 +1,6 @@
 """Which backbones AIM works with, for every class that AutoModelForImageTextToText maps; writes docs/BACKBONES.md.
 
-    python docs/survey_backbones.py --results survey.jsonl              # all of them; again, it goes on where it ended
+    python docs/survey_backbones.py --results survey.jsonl              # all of them; rerun to resume
     python docs/survey_backbones.py internvl kosmos-2 --dtype bfloat16  # some, printed only
 
 A model type "works" when a tiny random model of its real class, with its real processor, has passed the properties

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Before huggingface_hub is imported, which reads them once. Tests with a Hub server turn to it by themselves.
 HOME = tempfile.mkdtemp(prefix="aim-tests-")
@@ -29,6 +29,9 @@ import hub_server  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+if TYPE_CHECKING:
+    from modeling_aim.llava.text_model import LocalModel
 
 SEED = int(os.environ.get("AIM_TEST_SEED", "0"))
 torch.set_num_threads(1)
@@ -112,3 +115,20 @@ def pytest_runtest_makereport() -> Iterator[Any]:
     report = yield
     report.sections = [(title, text.encode("utf-8", "backslashreplace").decode()) for title, text in report.sections]
     return report
+
+
+@pytest.fixture
+def loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let endpoints on this machine be asked, which huggingface_hub does not offline, and retry after short waits."""
+    from modeling_aim.llava import asking
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(asking, "FIRST_WAIT", 0.01)
+
+
+@pytest.fixture(scope="session")
+def chat_model() -> LocalModel:
+    """Writes questions, answers and scores of the small world."""
+    from endpoints import tiny_chat
+
+    return tiny_chat()

@@ -177,7 +177,7 @@ def with_content(content: object) -> bytes:
 
 Fault = Callable[[BaseHTTPRequestHandler], None]
 FAULTS: dict[str, Fault] = {  # that pass
-    "closed without a word": closed,
+    "closed without a response": closed,
     "429": lambda h: send(h, 429, error("slow down")),
     "429, retry after 0 seconds": lambda h: send(h, 429, error("slow down"), Retry_After="0.05"),
     "429, retry after a date": lambda h: send(h, 429, Retry_After=formatdate(time.time() + 0.1, usegmt=True)),

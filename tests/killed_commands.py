@@ -9,11 +9,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
-def killed_command(event: str, number: int, how: int, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+def killed_command(
+    event: str, number: int, how: int, arguments: Sequence[str], environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run `aim` with `arguments` until the `number`-th event, where the process sends itself the signal `how`.
 
     Args:
@@ -21,9 +23,10 @@ def killed_command(event: str, number: int, how: int, arguments: Sequence[str]) 
         number: from 1.
         how: the signal.
         arguments: of the command.
+        environment: variables of the process; by default those of this one.
     """
     command = [sys.executable, __file__, event, str(number), str(int(how)), *arguments]
-    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment)
 
 
 def main() -> None:

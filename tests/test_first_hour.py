@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 from backbones import picture, run_without_package
 from hub_server import HubServer
+from killed_commands import killed_command
 from small_real import small_backbone
 from typer.testing import CliRunner
 
 from modeling_aim.cli import app
 
 STEPS = 30
+SAVE_EVERY = 3
 SOMEBODY_ELSE = """
 import torch
 from PIL import Image
@@ -57,26 +56,18 @@ print(json.dumps(found))
 
 
 def aim(*arguments: object) -> str:
-    done = CliRunner().invoke(app, [str(one) for one in arguments], env={"COLUMNS": "200"})
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
     assert done.exit_code == 0, f"aim {' '.join(map(str, arguments))}\n{done.output}"
     return done.output
 
 
-def interrupt(command: list[str], hub: HubServer, output: Path) -> None:
+def interrupt(command: list[str], hub: HubServer) -> None:
     """Begin a run in a process of its own and press Ctrl-C after its first checkpoint."""
     environment = {**hub.env(), "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "modeling_aim", *command],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    end = time.monotonic() + 300
-    while not list(output.glob("checkpoint-*/trainer_state.json")):
-        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == 130, said
-    assert "stopped" in said and "Traceback" not in said
+    interrupted = killed_command("step", SAVE_EVERY + 2, signal.SIGINT, command, environment)
+    output = interrupted.stdout + interrupted.stderr
+    assert interrupted.returncode == 130, output
+    assert "stopped" in output and "Traceback" not in output
 
 
 @pytest.mark.slow
@@ -90,19 +81,20 @@ def test_the_first_hour(hub: HubServer, tmp_path: Path, monkeypatch: pytest.Monk
         picture(number, (50, 40)).save(tmp_path / f"{number}.png")
     rows = [{"image": f"{number}.png", "label": ("dax", "wug")[number % 2]} for number in range(8)]
     (tmp_path / "demos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    asked = [{"image": row["image"], "question": "What is this?", "answer": row["label"]} for row in rows]
-    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    questions = [{"image": row["image"], "question": "What is this?", "answer": row["label"]} for row in rows]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
 
     aim("check", backbone)  # ends with an error where a property does not hold
     assert "tuned" in aim("tune", "--backbone", backbone, "--demos", "demos.jsonl", "--output", "tuned")
     command = [
         "train", "--backbone", "tuned", "--data", f"pairs:{tmp_path / 'demos.jsonl'}", "--output", "trained",
-        "--steps", str(STEPS), "--batch-size", "1", "--shots", "2", "--save-every", "3", "--eval-episodes", "2",
+        "--steps", str(STEPS), "--batch-size", "1", "--shots", "2", "--save-every", str(SAVE_EVERY),
+        "--eval-episodes", "2",
     ]  # fmt: skip
-    interrupt(command, hub, tmp_path / "trained")
+    interrupt(command, hub)
     assert not json.loads((tmp_path / "trained" / "aim_training.json").read_text())["finished"]
-    reached = max(int(one.name.rpartition("-")[2]) for one in (tmp_path / "trained").glob("checkpoint-*"))
-    assert 0 < reached < STEPS
+    reached = max(int(folder.name.rpartition("-")[2]) for folder in (tmp_path / "trained").glob("checkpoint-*"))
+    assert SAVE_EVERY <= reached < STEPS
     assert f"trained for {STEPS} steps" in aim(*command)  # the same command
     with pytest.raises(AssertionError, match="is finished"):
         aim(*command)

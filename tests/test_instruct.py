@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from endpoints import FAULTS, NAME, REFUSALS, ROOT, SLOW, Endpoint, chat, listening_endpoint, rows_in, tiny_chat
+from endpoints import FAULTS, NAME, REFUSALS, ROOT, SLOW, Endpoint, chat, listening_endpoint, rows_in
 from PIL import Image
 from served import MODEL, loaded, served
 from typer.testing import CliRunner, Result
 
 from modeling_aim.cli import app
-from modeling_aim.llava import asking
 from modeling_aim.llava.asking import Asking, AskingSettings, Ledger, Outcome
 from modeling_aim.llava.captioned import read_captioned
 from modeling_aim.llava.instructions import InstructSettings, make_instructions
@@ -28,16 +27,11 @@ from modeling_aim.training import open_source
 KEY = "sk-a-key-that-is-written-nowhere"
 
 
-@pytest.fixture(scope="module")
-def model() -> LocalModel:
-    return tiny_chat()
+pytestmark = pytest.mark.usefixtures("loopback")
 
 
 @pytest.fixture(autouse=True)
-def online(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Offline, huggingface_hub asks no address at all; loopback is the only one here."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(asking, "FIRST_WAIT", 0.01)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AIM_ENDPOINT_KEY", KEY)
 
 
@@ -60,9 +54,9 @@ def ask(endpoint: Endpoint | str, path: Path, requests: dict[str, Request], **se
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_that_passes_loses_nothing(model: LocalModel, tmp_path: Path, fault: str) -> None:
+def test_a_fault_that_passes_loses_nothing(chat_model: LocalModel, tmp_path: Path, fault: str) -> None:
     requests = some_requests(4)
-    with listening_endpoint(model, [fault, "", fault, fault]) as endpoint:
+    with listening_endpoint(chat_model, [fault, "", fault, fault]) as endpoint:
         outcome = ask(endpoint, tmp_path / "a.jsonl", requests, timeout=SLOW / 2 if fault == "slow" else 30)
         assert set(outcome.answers) == set(requests) and not outcome.unanswered and outcome.stopped is None
         assert endpoint.requests == 7 and set(endpoint.answered.values()) == {1}
@@ -73,9 +67,9 @@ def test_a_fault_that_passes_loses_nothing(model: LocalModel, tmp_path: Path, fa
 
 
 @pytest.mark.parametrize("fault", REFUSALS)
-def test_a_fault_that_stays_says_what_to_do(model: LocalModel, tmp_path: Path, fault: str) -> None:
+def test_a_fault_that_stays_says_what_to_do(chat_model: LocalModel, tmp_path: Path, fault: str) -> None:
     requests = some_requests(3)
-    with listening_endpoint(model, ["", fault]) as endpoint:
+    with listening_endpoint(chat_model, ["", fault]) as endpoint:
         outcome = ask(endpoint, tmp_path / "a.jsonl", requests, concurrency=1)
         if fault == "400":  # of one request alone: the others go on
             assert outcome.stopped is None and len(outcome.answers) == 2 and endpoint.requests == 3
@@ -90,8 +84,8 @@ def test_a_fault_that_stays_says_what_to_do(model: LocalModel, tmp_path: Path, f
     assert KEY not in (tmp_path / "a.jsonl").read_text()
 
 
-def test_an_endpoint_that_is_down_ends_the_run_and_comes_back(model: LocalModel, tmp_path: Path) -> None:
-    with listening_endpoint(model) as endpoint:
+def test_an_endpoint_that_is_down_ends_the_run_and_comes_back(chat_model: LocalModel, tmp_path: Path) -> None:
+    with listening_endpoint(chat_model) as endpoint:
         nowhere = endpoint.url
     outcome = ask(nowhere, tmp_path / "a.jsonl", some_requests(3), retries=2)
     assert (
@@ -100,16 +94,16 @@ def test_an_endpoint_that_is_down_ends_the_run_and_comes_back(model: LocalModel,
         and "3 times in a row" in outcome.stopped
         and nowhere in outcome.stopped
     )
-    with listening_endpoint(model, ["500"] * 30) as endpoint:
+    with listening_endpoint(chat_model, ["500"] * 30) as endpoint:
         assert "500" in str(ask(endpoint, tmp_path / "a.jsonl", some_requests(3), retries=1, concurrency=1).stopped)
         assert endpoint.requests == 4 or endpoint.requests == 2
-    with listening_endpoint(model) as endpoint:
+    with listening_endpoint(chat_model) as endpoint:
         assert len(ask(endpoint, tmp_path / "a.jsonl", some_requests(3)).answers) == 3
 
 
-def test_the_budget_stops_before_it_is_passed(model: LocalModel, tmp_path: Path) -> None:
+def test_the_budget_stops_before_it_is_passed(chat_model: LocalModel, tmp_path: Path) -> None:
     requests = some_requests(6)
-    with listening_endpoint(model, ["500"]) as endpoint:
+    with listening_endpoint(chat_model, ["500"]) as endpoint:
         outcome = ask(endpoint, tmp_path / "a.jsonl", requests, max_requests=4)
         assert endpoint.requests == 4 and len(outcome.answers) == 3  # the failure counts
         assert "--max-requests 4" in str(outcome.stopped) and outcome.reasons()["not asked"] == 3
@@ -123,7 +117,7 @@ def test_the_budget_stops_before_it_is_passed(model: LocalModel, tmp_path: Path)
         assert set(endpoint.answered.values()) == {1}
 
 
-def test_a_kill_in_the_middle_asks_nothing_twice(model: LocalModel, tmp_path: Path) -> None:
+def test_a_kill_in_the_middle_asks_nothing_twice(chat_model: LocalModel, tmp_path: Path) -> None:
     """SIGKILL at the seventh request: what was answered before it is not asked again, also behind a torn line."""
     code = """
 import sys
@@ -142,7 +136,7 @@ Asking(settings.opened(), Ledger(Path(sys.argv[2])), settings).run(requests, "as
             process[0].kill()
             process[0].wait()
 
-    with listening_endpoint(model, before=kill) as endpoint:
+    with listening_endpoint(chat_model, before=kill) as endpoint:
         command = [sys.executable, "-c", code, endpoint.url, str(path)]
         env = {**os.environ, "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)}
         process.append(subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL))
@@ -166,9 +160,9 @@ def test_a_damaged_ledger_is_named(tmp_path: Path) -> None:
             Ledger(tmp_path / "a.jsonl")
 
 
-def test_equal_requests_are_asked_once_and_concurrency_is_bounded(model: LocalModel, tmp_path: Path) -> None:
+def test_equal_requests_are_asked_once_and_concurrency_is_bounded(chat_model: LocalModel, tmp_path: Path) -> None:
     requests = some_requests(9) | {"again": some_requests(1)["r0"]}
-    with listening_endpoint(model) as endpoint:
+    with listening_endpoint(chat_model) as endpoint:
         outcome = ask(endpoint, tmp_path / "a.jsonl", requests, concurrency=3, timeout=30)
     assert endpoint.requests == 9 and 1 < endpoint.most_under_way <= 3
     assert outcome.answers["again"] == outcome.answers["r0"] and len(outcome.answers) == 10
@@ -177,10 +171,12 @@ def test_equal_requests_are_asked_once_and_concurrency_is_bounded(model: LocalMo
 # --- the key and the address
 
 
-def test_the_key_of_the_hub_goes_nowhere(model: LocalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_of_the_hub_goes_nowhere(
+    chat_model: LocalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("AIM_ENDPOINT_KEY")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    with listening_endpoint(model) as endpoint:
+    with listening_endpoint(chat_model) as endpoint:
         ask(endpoint, tmp_path / "a.jsonl", some_requests(1))
         assert endpoint.keys == {"Bearer none"}
         monkeypatch.setenv("OTHER_KEY", "another")
@@ -204,9 +200,9 @@ def test_an_address_that_is_none_is_refused(url: str) -> None:
     assert "pw" not in str(refused.value)
 
 
-def test_offline_is_said(model: LocalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_is_said(chat_model: LocalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with listening_endpoint(model) as endpoint:
+    with listening_endpoint(chat_model) as endpoint:
         assert "HF_HUB_OFFLINE" in str(ask(endpoint, tmp_path / "a.jsonl", some_requests(1)).stopped)
 
 
@@ -222,15 +218,15 @@ def test_a_served_transformers_model_is_an_endpoint(tmp_path: Path) -> None:
             wrong.answer(Request(request.messages, "other", 0.0, 6))
 
 
-def test_local_models_that_cannot_be_asked_are_refused(model: LocalModel, tmp_path: Path) -> None:
+def test_local_models_that_cannot_be_asked_are_refused(chat_model: LocalModel, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--dtype 'int3'"):
-        LocalModel(model.name, dtype="int3")
-    model.tokenizer.save_pretrained(tmp_path / "base")
+        LocalModel(chat_model.name, dtype="int3")
+    chat_model.tokenizer.save_pretrained(tmp_path / "base")
     (tmp_path / "base" / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="no chat template"):
         LocalModel(str(tmp_path / "base"))
     with pytest.raises(Failed, match=r"--answer-tokens"):
-        model.answer(Request(({"role": "user", "content": "one"},), NAME, 0.0, 5000))
+        chat_model.answer(Request(({"role": "user", "content": "one"},), NAME, 0.0, 5000))
 
 
 # --- what is written
@@ -240,7 +236,7 @@ def instruct(*arguments: Any) -> Result:
     return CliRunner().invoke(app, ["data", "instruct", *map(str, arguments)], env={"COLUMNS": "300"})
 
 
-def test_what_is_made_trains(model: LocalModel, tmp_path: Path) -> None:
+def test_what_is_made_trains(chat_model: LocalModel, tmp_path: Path) -> None:
     source, images, output = rows_in(tmp_path / "s.jsonl", 24), tmp_path / "images", tmp_path / "out"
     images.mkdir()
     for number in range(23):  # one is missing
@@ -257,7 +253,7 @@ def test_what_is_made_trains(model: LocalModel, tmp_path: Path) -> None:
         "conversation,detail,complex,episodes",
     ]
     common += ["--answer-tokens", 48, "--episodes", 5, "--shots", 2, "--temperature", 0, "--output", output]
-    with listening_endpoint(model) as endpoint:
+    with listening_endpoint(chat_model) as endpoint:
         common += ["--endpoint", endpoint.url, "--model", NAME]
         dry = instruct(*common, "--dry-run")
         assert dry.exit_code == 0 and not endpoint.requests and "92 requests" in dry.output, dry.output
@@ -281,7 +277,7 @@ def test_what_is_made_trains(model: LocalModel, tmp_path: Path) -> None:
         assert KEY.encode() not in path.read_bytes()
 
 
-def test_episodes_hold_what_they_hide(model: LocalModel, tmp_path: Path) -> None:
+def test_episodes_hold_what_they_hide(chat_model: LocalModel, tmp_path: Path) -> None:
     rows = rows_in(tmp_path / "s.jsonl", 40)
     settings = InstructSettings(
         source=rows, output=tmp_path / "out", kinds=("episodes",), episode_kinds=("naming", "rule"), episodes=20

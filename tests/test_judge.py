@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from endpoints import NAME, chat, listening_endpoint, tiny_chat
+from endpoints import NAME, chat, listening_endpoint
 from PIL import Image
 from served import AIM_TINY, IMAGES
 from typer.testing import CliRunner, Result
 
 from modeling_aim.cli import app
-from modeling_aim.llava import asking
 from modeling_aim.llava.judge import JudgeSettings, read_comparisons
 from modeling_aim.llava.rules import OWN_RULES, SYSTEM, read_rules
 from modeling_aim.llava.scores import FAILED, honest_scores, honest_summary, published_scores, published_summary
@@ -24,15 +23,7 @@ GOLDEN = Path(__file__).with_name("golden_reviews.json")
 SHAPES = json.loads(GOLDEN.read_text(encoding="utf-8"))
 
 
-@pytest.fixture(scope="module")
-def model() -> LocalModel:
-    return tiny_chat()
-
-
-@pytest.fixture(autouse=True)
-def online(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(asking, "FIRST_WAIT", 0.01)
+pytestmark = pytest.mark.usefixtures("loopback")
 
 
 # --- scores
@@ -146,9 +137,9 @@ def judge(files: dict[str, Path], output: Path, *more: Any) -> Result:
     return CliRunner().invoke(app, list(map(str, words)), env={"COLUMNS": "300"})
 
 
-def test_a_judge_that_is_served(model: LocalModel, tmp_path: Path) -> None:
+def test_a_judge_that_is_served(chat_model: LocalModel, tmp_path: Path) -> None:
     files = {**bench(tmp_path), "rules": chat.rules(tmp_path / "rule.json")}
-    with listening_endpoint(model, ["500", "", "429, retry after 0 seconds"]) as endpoint:
+    with listening_endpoint(chat_model, ["500", "", "429, retry after 0 seconds"]) as endpoint:
         common = ["--endpoint", endpoint.url, "--model", NAME]
         dry = judge(files, tmp_path / "o", *common, "--dry-run", "--swap")
         assert dry.exit_code == 0 and "2 requests" in dry.output and not endpoint.requests  # equal ones count once
@@ -172,9 +163,9 @@ def test_a_judge_that_is_served(model: LocalModel, tmp_path: Path) -> None:
     assert summary["honest"]["first"]["all"]["reviews"] == 4 and summary["both_orders"]["all"]["reviews"] == 4
 
 
-def test_a_local_judge(model: LocalModel, tmp_path: Path) -> None:
+def test_a_local_judge(chat_model: LocalModel, tmp_path: Path) -> None:
     files = {**bench(tmp_path, 1), "rules": chat.rules(tmp_path / "rule.json")}
-    done = judge(files, tmp_path / "o", "--model", model.name)
+    done = judge(files, tmp_path / "o", "--model", chat_model.name)
     assert done.exit_code == 0 and "llava_bench_conv" in done.output, done.output
 
 

@@ -25,6 +25,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 import typer
 from rich.markup import escape
 
+from ..bounds import as_option, check_least_options
 from .terminal import reported
 
 Function = TypeVar("Function", bound=Callable[..., None])
@@ -107,7 +108,7 @@ def command(
 
 def option_name(field_name: str) -> str:
     """`--batch-size` of `batch_size`."""
-    return "--" + OPTION_NAMES.get(field_name, field_name).replace("_", "-")
+    return as_option(OPTION_NAMES.get(field_name, field_name))
 
 
 def field_help(settings_class: type) -> dict[str, str]:
@@ -129,10 +130,7 @@ def field_help(settings_class: type) -> dict[str, str]:
 
 def check_least(settings: object, least: int, *names: str) -> None:
     """Raise `ValueError` for a field that is below its least value; `None` counts as no value."""
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise ValueError(f"{option_name(name)} {value}: expected at least {least}.")
+    check_least_options(settings, least, *names, option=option_name)
 
 
 def parsed(given: Any, hint: Any, option: str) -> Any:

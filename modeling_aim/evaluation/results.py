@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from ..data.jsonl import numbered_json
+from ..data.jsonl import append_lines, cut_torn_line, json_lines, numbered_json
 from ..files_aim import write_whole
 from .metrics import vl_icl_summary
 from .task import Example, Prediction, Task
 
 PREDICTIONS = "predictions.jsonl"
 RESULTS = "results.json"
-AS_JSON = ("utf-8", "backslashreplace")  # a lone surrogate becomes the escape that JSON has for it
 LEFT_OUT = "left_out"  # in a row that is kept: why there is no answer
 RESAMPLES = 2000  # of examples, where a metric is a mean over them
 COSTLY_RESAMPLES = 500  # where it is recomputed for each sample
@@ -64,10 +62,7 @@ class Kept:
     def repair(self) -> None:
         """Cut off lines that a kill left unfinished, in all files. No other process may be writing."""
         for path in self.folder.glob("*.jsonl"):
-            data = path.read_bytes()
-            whole = data[: data.rfind(b"\n") + 1]
-            if len(whole) < len(data):
-                write_whole(path, whole)
+            cut_torn_line(path)
 
     def rows(self) -> dict[Key, PredictionRow]:
         """All that was kept."""
@@ -80,11 +75,7 @@ class Kept:
 
     def add(self, rows: Iterable[PredictionRow]) -> None:
         """Append predictions; they are safe when this returns."""
-        payload = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(*AS_JSON)
-        with self.path.open("ab") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
+        append_lines(self.path, rows)
 
     def remove(self) -> None:
         """Forget all, after it was written elsewhere."""
@@ -95,7 +86,7 @@ class Kept:
 
 def write_rows(path: Path, rows: Iterable[PredictionRow]) -> None:
     """Write predictions to one file."""
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(*AS_JSON))
+    write_whole(path, json_lines(rows))
 
 
 def read_rows(path: Path) -> list[PredictionRow]:

@@ -103,7 +103,7 @@ def own_figures(problems: Problems, answers: Answers) -> dict[str, Any]:
         `total`, `correct`, `failed` (no letter found, or no answer), `missing`, `parts`, and `results`: the number of
         the chosen option of each question, -1 where there is none.
     """
-    _known(problems, answers, "answers")
+    _known(problems, answers)
     results, failed = {}, 0
     for name, problem in problems.items():
         letter = scienceqa_choice(answers.get(name, MISSING))
@@ -142,7 +142,7 @@ def gpt4_figures(problems: Problems, answers: Answers, gpt4: Answers, seed: int 
     Returns:
         `total`, `correct`, `upper` (either is right), `gpt4_failed`, `our_failed`, `missing`.
     """
-    _known(problems, answers, "answers")
+    _known(problems, answers)
     rng = random.Random(seed)
     asked = {name: problem for name, problem in problems.items() if name in answers and name in gpt4}
     counts = dict.fromkeys(("correct", "upper", "gpt4_failed", "our_failed"), 0)
@@ -179,7 +179,7 @@ def requery_figures(
     Raises:
         ValueError: ours or GPT-4's lack a question.
     """
-    _known(problems, answers, "answers")
+    _known(problems, answers)
     for texts, whose in ((answers, "our answers"), (gpt4, "GPT-4's answers")):
         lacking = [name for name in problems if name not in texts]
         if lacking:
@@ -234,12 +234,12 @@ def _correct(problems: Problems, results: Mapping[str, int]) -> int:
     return sum(results[name] == problem["answer"] for name, problem in problems.items())
 
 
-def _known(problems: Problems, answers: Answers, what: str) -> None:
+def _known(problems: Problems, answers: Answers) -> None:
     """Raise `ValueError` where no answer is to any of these questions: ids of another dataset."""
     if not set(problems) & set(answers):
         examples: Sequence[str] = list(answers)[:3]
         raise ValueError(
-            f"None of the {len(answers)} {what} is to one of the {len(problems)} questions: their ids are such as "
+            f"None of the {len(answers)} answers is to one of the {len(problems)} questions: their ids are such as "
             f"{examples}, those of the questions such as {list(problems)[:3]}. Answers of aim eval have the official "
             "ids where the task is scienceqa:FOLDER with problems.json."
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..bounds import check_least
 from ..runs import PRECISIONS
 from .choosing import Choice
 from .methods import BY_DEFAULT, METHODS, PROMPTS, check_methods, method_of
@@ -81,10 +82,8 @@ class EvalSettings:
             raise ValueError(f"tasks={self.tasks}: expected one or more, each once.")
         if not self.shots or min(self.shots) < 0 or len(set(self.shots)) < len(self.shots):
             raise ValueError(f"shots={self.shots}: expected numbers from 0 up, each once.")
-        for name, least in (("seeds", 1), ("batch_size", 1), ("images_at_once", 1), ("limit", 1), ("memory", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value}: expected at least {least}.")
+        check_least(self, 1, "seeds", "batch_size", "images_at_once", "limit")
+        check_least(self, 0, "memory")
         for name, known in (("dtype", (None, *PRECISIONS)), ("prompts", PROMPTS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {known}.")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data.jsonl import numbered_json
+from ..data.jsonl import append_lines, cut_torn_line, numbered_json
 from ..images_aim import open_image
 from ..progress import tracked
 
@@ -58,10 +56,7 @@ def write_answers(
             "answer_id": f"{model_id}-{row['question_id']}", "model_id": model_id,
             "metadata": {"demonstrations": len(demos)},
         }  # fmt: skip
-        with output.open("ab") as file:
-            file.write((json.dumps(entry) + "\n").encode())
-            file.flush()
-            os.fsync(file.fileno())
+        append_lines(output, [entry])
     return len(left)
 
 
@@ -69,8 +64,7 @@ def _answered(output: Path) -> set[Any]:
     """Questions that a file answers; a last line that a kill cut off is taken away."""
     if not output.exists():
         return set()
-    with output.open("rb+") as file:
-        file.truncate(file.read().rfind(b"\n") + 1)
+    cut_torn_line(output)
     rows = [row for _, row in numbered_json(output)]
     if not all(isinstance(row, dict) and "question_id" in row for row in rows):
         raise ValueError(f"{output} is no file of answers: a line lacks its question_id. Give another --output.")

@@ -6,8 +6,6 @@ Answers are kept in a jsonl file, each on disk before the next step; after a kil
 from __future__ import annotations
 
 import heapq
-import json
-import os
 import random
 import time
 from collections import Counter
@@ -16,7 +14,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ..data.jsonl import numbered_json
+from ..bounds import check_least_options
+from ..data.jsonl import append_lines, cut_torn_line, numbered_json
 from ..progress import show_progress
 from .text_model import Answer, EndpointModel, Failed, LocalModel, Request, TextModel
 
@@ -63,11 +62,8 @@ class AskingSettings:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
-        least = {"concurrency": 1, "retries": 0, "max_requests": 1, "max_total_tokens": 1, "answer_tokens": 1}
-        for name, lowest in least.items():
-            value = getattr(self, name)
-            if value is not None and value < lowest:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least {lowest}.")
+        check_least_options(self, 1, "concurrency", "max_requests", "max_total_tokens", "answer_tokens")
+        check_least_options(self, 0, "retries")
         if not self.timeout > 0:
             raise ValueError(f"--timeout {self.timeout}: expected seconds above 0.")
         if not 0 <= self.temperature <= 2:
@@ -102,14 +98,9 @@ class Ledger:
         self.answers: dict[str, Answer] = {}
         self.requests = self.tokens = 0
         if path.exists():
-            self._cut_off()
+            cut_torn_line(path)
             for number, row in numbered_json(path):
                 self._count(row, number)
-
-    def _cut_off(self) -> None:
-        with self.path.open("rb+") as file:
-            whole = file.read().rfind(b"\n") + 1
-            file.truncate(whole)
 
     def _count(self, row: object, number: int) -> None:
         try:
@@ -136,10 +127,7 @@ class Ledger:
 
     def _write(self, row: Mapping[str, object]) -> None:
         self.requests += 1
-        with self.path.open("ab") as file:
-            file.write((json.dumps(row) + "\n").encode())
-            file.flush()
-            os.fsync(file.fileno())
+        append_lines(self.path, [row])
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..data.rows import is_hub_id
 from ..publishing import base_names
-from ..training.report import hub_datasets
+from ..training.report import LossLine, draw_lines, hub_datasets, logged
 from .parts import Joined
 from .settings import BackboneSettings
 from .stages import Stage
@@ -18,34 +18,17 @@ TITLES = {1: "stage 1: connector", 2: "stage 2: connector and language model"}
 
 
 def draw_losses(logs: Mapping[int, Mapping[str, Any]], path: Path) -> Path | None:
-    """Draw the loss of each stage over its steps.
+    """Draw the loss of each stage over its steps; see `draw_lines`.
 
     Args:
         logs: of each stage, by its number; `history` is Trainer's.
         path: of the PNG file.
-
-    Returns:
-        `path`, or `None` where nothing was logged or matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    lines = {n: [(row["step"], row["loss"]) for row in log["history"] if "loss" in row] for n, log in logs.items()}
-    drawn = {number: line for number, line in lines.items() if line}
-    if not drawn:
-        return None
-    figure = Figure(figsize=(4.5 * len(drawn), 3.2), layout="constrained")
-    panels = figure.subplots(1, len(drawn), squeeze=False)[0]
-    for axes, (number, line) in zip(panels, drawn.items(), strict=True):
-        steps, values = zip(*line, strict=True)
-        axes.plot(steps, values, marker="o" if len(steps) < 20 else None, markersize=3)
-        axes.set_title(TITLES[number], fontsize=10)
-        axes.set_xlabel("step")
-        axes.set_ylabel("loss a token of an answer (nats)")
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
-    return path
+    panels = []
+    for number, log in logs.items():
+        points = logged(log["history"], "loss")
+        panels.append([LossLine(TITLES[number], points, len(points) < 20)])
+    return draw_lines(panels, "loss a token of an answer (nats)", 4.5, path, titled=True)
 
 
 def backbone_card(

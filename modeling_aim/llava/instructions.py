@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..bounds import check_least_options
+from ..data.jsonl import json_lines
 from .asking import ANSWERS, Asking, AskingSettings, Ledger, Outcome, Stopped, check_output, costs_of
 from .captioned import CaptionedImage, read_captioned
 from .few_shot import SORTS, Episode, naming_episodes, rule_episodes, style_episodes
@@ -67,9 +69,8 @@ class InstructSettings(AskingSettings):
             wrong = [name for name in given if name not in known]
             if wrong or not given:
                 raise ValueError(f"--{option} {','.join(given) or 'of nothing'}: expected some of {', '.join(known)}.")
-        for name, value, least in (("limit", self.limit, 1), ("episodes", self.episodes, 1), ("shots", self.shots, 2)):
-            if value is not None and value < least:
-                raise ValueError(f"--{name} {value}: expected at least {least}.")
+        check_least_options(self, 1, "limit", "episodes")
+        check_least_options(self, 2, "shots")
 
     @property
     def asks(self) -> tuple[str, ...]:
@@ -200,7 +201,7 @@ def _write(settings: InstructSettings, rows: list[CaptionedImage], answers: Mapp
         _write_lines(settings.output / EPISODES, _episodes(settings, rows, styled, made), made)
     _write_lines(settings.output / UNPARSABLE, made.unparsable, made)
     report = {"written": made.counts, "pairs": made.pairs, "left_out": dict(made.left_out), "stopped": made.stopped}
-    _save(settings.output / REPORT, json.dumps(report, indent=1))
+    _save(settings.output / REPORT, json.dumps(report, indent=1).encode())
 
 
 def _new(
@@ -264,16 +265,16 @@ def _plain(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_json(path: Path, records: list[dict[str, Any]], made: Made) -> None:
     made.counts[path.name] = len(records)
-    _save(path, json.dumps(records, ensure_ascii=False, indent=1))
+    _save(path, json.dumps(records, ensure_ascii=False, indent=1).encode("utf-8", "backslashreplace"))
 
 
 def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]], made: Made) -> None:
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    made.counts[path.name] = len(lines)
-    _save(path, "".join(lines))
+    listed = list(rows)
+    made.counts[path.name] = len(listed)
+    _save(path, json_lines(listed))
 
 
-def _save(path: Path, text: str) -> None:
+def _save(path: Path, content: bytes) -> None:
     from ..files_aim import write_whole
 
-    write_whole(path, text.encode("utf-8", "backslashreplace"))
+    write_whole(path, content)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.jsonl import numbered_json
+from ..data.jsonl import json_lines, numbered_json
 from ..files_aim import only_one, write_whole
 from .asking import ANSWERS, Asking, AskingSettings, Ledger, Outcome, Stopped, check_output, costs_of
 from .rules import IN_THE_WILD, OWN_RULES, SYSTEM, Rule, read_rules
@@ -153,7 +153,7 @@ def _written(output: Path, comparisons: list[Comparison], orders: list[str], out
                 unparsable.append({"order": order, **review})
             scores[order, comparison.number] = pair if pair is None or order == "first" else (pair[1], pair[0])
             reviews.append(review)
-        _write_lines(output / ORDERS[order], reviews)
+        write_whole(output / ORDERS[order], json_lines(reviews))
         turned = [{**row, "tuple": row["tuple"][::-1]} if order == "swapped" else row for row in reviews]
         published[order] = {
             name: {key: value if math.isfinite(value) else None for key, value in figures.items()}
@@ -167,7 +167,7 @@ def _written(output: Path, comparisons: list[Comparison], orders: list[str], out
     if len(orders) > 1:
         summary |= _both_orders(categories, scores)
     summary |= {"unanswered": dict(outcome.reasons()), "stopped": outcome.stopped}
-    _write_lines(output / UNPARSABLE, unparsable)
+    write_whole(output / UNPARSABLE, json_lines(unparsable))
     write_whole(output / SUMMARY, json.dumps(summary, indent=1).encode())
     return summary
 
@@ -239,8 +239,7 @@ def _in_words(context: Row, path: Path, by_character: bool) -> tuple[str, bool]:
         return "\n".join(caption), True
     raise ValueError(
         f"{path}: the context of {context['image']!r} has {sorted(context)}; expected caption (in the wild), or "
-        f"captions "
-        "and instances (COCO)."
+        "captions and instances (COCO)."
     )
 
 
@@ -264,7 +263,3 @@ def _rows(path: Path, keys: tuple[str, ...]) -> list[Row]:
     if not rows:
         raise ValueError(f"{path} is empty.")
     return rows
-
-
-def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

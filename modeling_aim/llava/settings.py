@@ -6,9 +6,9 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import TrainingArguments
-
+from ..bounds import check_least
 from ..runs import PRECISIONS
+from ..training.settings import check_arguments
 
 CONNECTOR_RATE = 1e-3  # of stage 1, LLaVA-1.5
 FULL_RATE, LORA_RATE = (
@@ -105,15 +105,8 @@ class BackboneSettings:
         if self.dtype not in PRECISIONS:
             raise ValueError(f"dtype={self.dtype!r} is unknown; choose one of {tuple(PRECISIONS)}.")
         counts = ("stage1_batch_size", "stage2_batch_size", "batch_size", "save_every", "log_every", "max_length")
-        for name, least in (
-            *((name, 1) for name in counts),
-            ("lora_rank", 0),
-            ("stage1_steps", 1),
-            ("stage2_steps", 1),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value}: expected at least {least}.")
+        check_least(self, 1, *counts, "stage1_steps", "stage2_steps")
+        check_least(self, 0, "lora_rank")
         for name in ("stage1_epochs", "stage2_epochs", "stage1_learning_rate", "stage2_learning_rate"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -125,6 +118,4 @@ class BackboneSettings:
                 "load_in_4bit (--load-in-4bit) is for LoRA: 4-bit weights are not trained. Give lora_rank too "
                 "(--lora-rank 64)."
             )
-        unknown = set(self.arguments) - set(TrainingArguments.__dataclass_fields__)
-        if unknown:
-            raise ValueError(f"TrainingArguments of transformers has no {sorted(unknown)}; see its documentation.")
+        check_arguments(self.arguments)

@@ -16,10 +16,11 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from ..files_aim import read_safetensors, write_whole
-from ..progress import has_bars, write_line
+from ..progress import write_line
 from ..runs import PRECISIONS
 from ..training.checkpoints import last_checkpoint
 from ..training.pace import LogLines
+from ..training.settings import shared_arguments
 from ..training.trainer import NotFinite
 from .data import Collator, Examples
 from .parts import Joined
@@ -292,19 +293,12 @@ def _estimate(trainer: StageTrainer, stage: Stage, examples: Examples, collator:
 
 def _arguments(settings: BackboneSettings, stage: Stage, examples: int) -> TrainingArguments:
     """The stage as HF `TrainingArguments`; what the user names there wins."""
-    known = TrainingArguments.__dataclass_fields__
-    checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     has_device = torch.accelerator.is_available()
     values: dict[str, Any] = {
+        **shared_arguments(settings),
         "output_dir": str(stage.folder(Path(settings.output))),
-        checkpointing: settings.gradient_checkpointing,
         "learning_rate": stage.connector_rate if stage.language_rate is None else stage.language_rate,
-        "lr_scheduler_type": "cosine",
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
-        "save_steps": settings.save_every,
         "save_total_limit": 1,
-        "logging_steps": settings.log_every,
         "logging_first_step": True,
         "remove_unused_columns": False,
         "label_names": ["labels"],
@@ -312,9 +306,6 @@ def _arguments(settings: BackboneSettings, stage: Stage, examples: int) -> Train
         "bf16": PRECISIONS[settings.dtype] is torch.bfloat16,
         "fp16": PRECISIONS[settings.dtype] is torch.float16 and has_device,
         "seed": settings.seed + stage.number,
-        "report_to": "none",
-        "disable_tqdm": not has_bars(),
-        "use_cpu": not has_device,
         **settings.arguments,
     }
     processes = TrainingArguments(**{**values, "bf16": False, "fp16": False}).world_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,37 @@ SHOWN = (
 )  # fmt: skip
 
 
-def curves(history: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
-    """Draw loss and held-out loss over steps.
+@dataclass(frozen=True)
+class LossLine:
+    """A logged loss over steps.
 
     Args:
-        history: `trainer.state.log_history`.
+        label: what it is.
+        points: steps and losses.
+        marked: each point is marked.
+    """
+
+    label: str
+    points: Sequence[tuple[int, float]]
+    marked: bool
+
+
+def logged(history: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
+    """Steps and values of what `trainer.state.log_history` has under a name."""
+    return [(row["step"], row[name]) for row in history if name in row]
+
+
+def draw_lines(
+    panels: Sequence[Sequence[LossLine]], ylabel: str, width: float, path: Path, titled: bool = False
+) -> Path | None:
+    """Draw losses in panels side by side.
+
+    Args:
+        panels: lines of each; those without points are left out.
+        ylabel: of all panels.
+        width: of a panel, in inches.
         path: of the PNG file.
+        titled: the label of a panel's line is its title; otherwise a legend has the labels.
 
     Returns:
         `path`, or `None` where nothing was logged or matplotlib is not installed.
@@ -34,21 +60,32 @@ def curves(history: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    lines = {name: [(row["step"], row[name]) for row in history if name in row] for name in ("loss", "eval_loss")}
-    if not any(lines.values()):
+    drawn = [lines for lines in ([line for line in panel if line.points] for panel in panels) if lines]
+    if not drawn:
         return None
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
-    axes = figure.subplots()
-    for name, label in (("loss", "training"), ("eval_loss", "held-out episodes")):
-        if lines[name]:
-            steps, values = zip(*lines[name], strict=True)
-            axes.plot(steps, values, label=label, marker="o" if name == "eval_loss" else None, markersize=3)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss a target token (nats)")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    figure = Figure(figsize=(width * len(drawn), 3.2), layout="constrained")
+    for axes, lines in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
+        for line in lines:
+            steps, values = zip(*line.points, strict=True)
+            axes.plot(steps, values, label=line.label, marker="o" if line.marked else None, markersize=3)
+        axes.set_xlabel("step")
+        axes.set_ylabel(ylabel)
+        axes.grid(alpha=0.3)
+        if titled:
+            axes.set_title(lines[0].label, fontsize=10)
+        else:
+            axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
     return path
+
+
+def curves(history: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
+    """Draw loss and held-out loss over steps, of `trainer.state.log_history`; see `draw_lines`."""
+    lines = [
+        LossLine("training", logged(history, "loss"), False),
+        LossLine("held-out episodes", logged(history, "eval_loss"), True),
+    ]
+    return draw_lines([lines], "loss a target token (nats)", 6, path)
 
 
 def hub_datasets(specs: Sequence[str]) -> list[str]:

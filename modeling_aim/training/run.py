@@ -25,7 +25,6 @@ from ..backbone_aim import laptop_quantization_config
 from ..configuration_aim import PRESETS, preset_settings
 from ..files_aim import model_card, only_one
 from ..image_settings import check_readable, set_image_settings
-from ..progress import has_bars
 from ..publishing import publish
 from ..runs import PRECISIONS, RunRecord
 from .checkpoints import last_checkpoint, stored_scale
@@ -34,7 +33,7 @@ from .kept_states import KeptStates
 from .optimizer import usual_rate
 from .pace import MEASURED, WARM_UP, LogLines
 from .report import curves, hub_datasets, training_section
-from .settings import TrainSettings
+from .settings import TrainSettings, shared_arguments
 from .sources import open_source
 from .trainer import AimTrainer
 
@@ -358,23 +357,16 @@ def _reader(model: AimForConditionalGeneration, settings: TrainSettings) -> dict
 
 def _arguments(settings: TrainSettings, evaluates: bool) -> TrainingArguments:
     """The run as HF `TrainingArguments`; what the user names there wins."""
-    new_name = "activation_checkpointing" in TrainingArguments.__dataclass_fields__  # of transformers 6
-    checkpointing = "activation_checkpointing" if new_name else "gradient_checkpointing"
     values: dict[str, Any] = {
+        **shared_arguments(settings),
         "output_dir": settings.output,
         "max_steps": settings.steps,
         "per_device_train_batch_size": settings.batch_size,
         "per_device_eval_batch_size": settings.batch_size,
         "gradient_accumulation_steps": settings.accumulation,
-        checkpointing: settings.gradient_checkpointing,
         "learning_rate": settings.learning_rate or 0.0,
-        "lr_scheduler_type": "cosine",
         "warmup_steps": int(settings.warmup * settings.steps),
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
-        "save_steps": settings.save_every,
         "save_total_limit": 2,
-        "logging_steps": settings.log_every,
         "eval_strategy": "steps" if evaluates else "no",
         "eval_steps": settings.save_every,
         "eval_on_start": evaluates,
@@ -383,8 +375,5 @@ def _arguments(settings: TrainSettings, evaluates: bool) -> TrainingArguments:
         "greater_is_better": True if evaluates else None,
         "ddp_find_unused_parameters": False,
         "seed": settings.seed,
-        "report_to": "none",
-        "disable_tqdm": not has_bars(),
-        "use_cpu": not torch.accelerator.is_available(),  # without it, several processes on CPUs train each alone
     }
     return TrainingArguments(**{**values, **settings.arguments})

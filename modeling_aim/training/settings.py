@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from transformers import TrainingArguments
 
+from ..bounds import check_least
+from ..progress import has_bars
 from ..runs import PRECISIONS
 from .optimizer import OPTIMIZERS
 from .targets import PROMPTS, TEACHERS
@@ -114,9 +118,8 @@ class TrainSettings:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {known}.")
         counts = ("steps", "batch_size", "accumulation", "shots", "eval_episodes", "save_every", "log_every")
-        for name, least in (*((name, 1) for name in counts), ("memory", 0), ("disk", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: expected at least {least}.")
+        check_least(self, 1, *counts)
+        check_least(self, 0, "memory", "disk")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out={self.held_out}: expected a share of the documents, from 0 to less than 1.")
         if not 0 <= self.distillation <= 1:
@@ -125,15 +128,50 @@ class TrainSettings:
             raise ValueError(
                 f"optim={self.arguments['optim']!r} is for optimizer='adamw' (--optimizer adamw): muon is set."
             )
-        unknown = set(self.arguments) - set(TrainingArguments.__dataclass_fields__)
-        if unknown:
-            raise ValueError(f"TrainingArguments of transformers has no {sorted(unknown)}; see its documentation.")
-        for name, value in self.arguments.items():
-            usual = TrainingArguments.__dataclass_fields__[name].default
-            if isinstance(usual, (int, float)) and not isinstance(usual, bool) and isinstance(value, str):
-                raise ValueError(f"{name}={value!r}: expected a number, such as {usual}.")
+        check_arguments(self.arguments)
         if self.push_to_hub is not None and os.path.isdir(self.backbone):
             raise ValueError(
                 f"The backbone is the local folder {self.backbone}, which others do not have, so the result cannot be "
                 "pushed by itself. Train without push_to_hub, then model.push_to_hub(..., include_backbone=True)."
             )
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for what transformers' `TrainingArguments` does not know, or has as a number."""
+    known = TrainingArguments.__dataclass_fields__
+    unknown = set(arguments) - set(known)
+    if unknown:
+        raise ValueError(f"TrainingArguments of transformers has no {sorted(unknown)}; see its documentation.")
+    for name, value in arguments.items():
+        usual = known[name].default
+        if isinstance(usual, (int, float)) and not isinstance(usual, bool) and isinstance(value, str):
+            raise ValueError(f"{name}={value!r}: expected a number, such as {usual}.")
+
+
+class LongRun(Protocol):
+    """Settings of a run that saves and logs."""
+
+    @property
+    def gradient_checkpointing(self) -> bool: ...
+
+    @property
+    def save_every(self) -> int: ...
+
+    @property
+    def log_every(self) -> int: ...
+
+
+def shared_arguments(settings: LongRun) -> dict[str, Any]:
+    """What runs of `aim train` and `aim backbone` have in common as `TrainingArguments`."""
+    new_name = "activation_checkpointing" in TrainingArguments.__dataclass_fields__  # of transformers 6
+    return {
+        "activation_checkpointing" if new_name else "gradient_checkpointing": settings.gradient_checkpointing,
+        "lr_scheduler_type": "cosine",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "save_steps": settings.save_every,
+        "logging_steps": settings.log_every,
+        "report_to": "none",
+        "disable_tqdm": not has_bars(),
+        "use_cpu": not torch.accelerator.is_available(),  # without it, several processes on CPUs train each alone
+    }
