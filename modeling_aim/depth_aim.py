@@ -88,7 +88,7 @@ class DepthMixin:
         for number, read, _ in self._read_batches(used, layers=candidates):
             states[number] = read.cpu().unflatten(-1, (len(candidates), -1))
             computed(1)
-        words = self.word_ids(used)
+        words = self.text_token_ids(used)
         sources = [None, 0, *candidates]
         scores: dict[int | None, list[float]] = {source: [] for source in sources}
         right: dict[int | None, list[bool]] = {source: [] for source in sources}
@@ -200,7 +200,7 @@ def _encoded(
     texts, spans = [], []
     for demo, known in queries:
         front = processor.front(len(demo.images))
-        words, start, end = processor.word(demo)
+        words, start, end = processor.apply_template(demo)
         question = words[: start + known]
         if demo.question is not None and prompts == "chat" and processor.chat_template is not None:
             front, question = "", processor.prompt(demo.question, images=len(demo.images))

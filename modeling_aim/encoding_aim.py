@@ -28,8 +28,8 @@ TOKENIZING = RLock()  # a fast tokenizer keeps its padding as state and refuses 
 class EncodingMixin:
     """What `AimProcessor` does with demonstrations; `self` is the processor."""
 
-    def word(self: Any, demonstration: Demonstration) -> tuple[str, int, int]:
-        """The words of a demonstration as the backbone reads them, and where its answer starts and ends in them."""
+    def apply_template(self: Any, demonstration: Demonstration) -> tuple[str, int, int]:
+        """The templated text of a demonstration, and where its answer starts and ends in it (in characters)."""
         text = demonstration.text
         if demonstration.question is not None:
             before, after = self.question_template.split("{answer}", 1)
@@ -57,8 +57,8 @@ class EncodingMixin:
             **({"begins with": begin} if (begin := processor.front(0)) else {}),
         }
 
-    def words_of(self: Any, ids: Sequence[int]) -> str:
-        """The words of a prompt, from its ids without images, without those that the chat template adds."""
+    def query_text(self: Any, ids: Sequence[int]) -> str:
+        """The text of a query, from the ids of its prompt without images, without what the chat template adds."""
         words = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
         with TOKENIZING:
             frame = self.tokenizer(self.prompt(SENTINEL, images=0))["input_ids"]
@@ -76,7 +76,7 @@ class EncodingMixin:
 
     def why_unreadable(self: Any, demonstration: Demonstration) -> str | None:
         """Why a backbone cannot read a demonstration, in a few words; `None` where it can."""
-        words = self.word(demonstration)[0]
+        words = self.apply_template(demonstration)[0]
         for token in {self._image_token, self.image_text.strip(), getattr(self.processor, "video_token", None)}:
             if isinstance(token, str) and token and token in words:
                 return f"text that holds the placeholder {token}"
@@ -99,7 +99,7 @@ class EncodingMixin:
             with suppress(TypeError):  # LLaVA's looks for a crop size, which SigLIP's image processor has not
                 counts = self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens or counts
         remaining = iter(counts)
-        return [len(self.word(d)[0]) + sum(next(remaining) for _ in d.images) for d in demonstrations]
+        return [len(self.apply_template(d)[0]) + sum(next(remaining) for _ in d.images) for d in demonstrations]
 
     def encode_demonstrations(
         self: Any, demonstrations: Sequence[Demonstration], read_span: str = "text"
@@ -131,7 +131,7 @@ class EncodingMixin:
             if reason is not None:
                 raise ValueError(f"A demonstration cannot be read: {reason}. Its text is {demonstration.text!r:.80}.")
             front = self.front(len(demonstration.images))
-            words, *answer = self.word(demonstration)
+            words, *answer = self.apply_template(demonstration)
             prompts.append(front + words)
             start, end = answer if read_span == "answer" else (0, len(words))
             spans.append((len(front) + start, len(front) + end))

@@ -106,7 +106,7 @@ class FeaturesMixin:
                     features = image_features(self.backbone, given)[rows]
                 empty = [row for row, feature in zip(rows, features, strict=True) if not bool(feature.any())]
             elif kind == "text":
-                texts = [self.processor.words_of(ids[row][words[row]].tolist()) for row in rows]
+                texts = [self.processor.query_text(ids[row][words[row]].tolist()) for row in rows]
                 empty = [row for row, text in zip(rows, texts, strict=True) if not text]
                 features = ids if empty else self.text_features([Demonstration((), text) for text in texts])
             elif kind == "fused":

@@ -266,7 +266,7 @@ def _check_ids(ids: torch.Tensor, embedding: Any) -> None:
     least, most = (int(value) for value in torch.aminmax(ids))
     if least < 0 or most >= known:
         raise ValueError(
-            f"Fused demonstrations have the word id {least if least < 0 else most}, but the backbone knows the ids "
+            f"Fused demonstrations have the token id {least if least < 0 else most}, but the backbone knows the ids "
             f"0..{known - 1}: they are damaged, or another backbone's. Read the demonstrations again: "
             "model.read(demos)."
         )

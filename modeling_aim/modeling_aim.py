@@ -139,7 +139,7 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
             check_source(part.source, self.source)
             return part
         raw: list[Demonstration] = list(part or ())
-        texts = tuple(self.processor.word(demo)[0] for demo in raw)
+        texts = tuple(self.processor.apply_template(demo)[0] for demo in raw)
         return replace(self._read_and_project(raw, batch_size, use_cache=False), texts=texts, source=self.source)
 
     @torch.no_grad()
@@ -193,8 +193,8 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         """Fused tokens `(tokens, entry layers x hidden size)` of states `(tokens, read layers x hidden size)`."""
         return self.projector(states)
 
-    def word_ids(self, demos: Sequence[Demonstration]) -> list[torch.Tensor]:
-        """Word ids under the fused tokens of each demonstration, `(tokens,)`; of averaged ones the last."""
+    def text_token_ids(self, demos: Sequence[Demonstration]) -> list[torch.Tensor]:
+        """Ids of the text tokens that each demonstration keeps, `(tokens,)`; of averaged ones the last."""
         budget, kept_ids = self.config.max_fused_tokens, []
         for ids in self.processor.kept_ids(demos, self.config.read_span):
             if budget is not None and len(ids) > budget:
@@ -223,19 +223,19 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
             states[key] = read
             if use_cache:
                 self.read_cache.put((key, reader), read, read.numel() * read.element_size())
-        words = dict(zip(unique, self.word_ids(list(unique.values())), strict=True))
-        return self.fuse([states[key] for key in keys], [words[key] for key in keys], keys)
+        token_ids = dict(zip(unique, self.text_token_ids(list(unique.values())), strict=True))
+        return self.fuse([states[key] for key in keys], [token_ids[key] for key in keys], keys)
 
     def fuse(
-        self, states: Sequence[torch.Tensor], words: Sequence[torch.Tensor], keys: tuple[str, ...] = ()
+        self, states: Sequence[torch.Tensor], token_ids: Sequence[torch.Tensor], keys: tuple[str, ...] = ()
     ) -> FusedDemonstrations:
-        """Fused demonstrations from the results of `read_states` and `word_ids`; gradient reaches the projector.
+        """Fused demonstrations from the results of `read_states` and `text_token_ids`; gradient reaches the projector.
 
         They have no source: only `read` binds its result to this model.
         """
         width = self.config.hidden_size * len(self.config.read_layers)
         joined = torch.cat(list(states)) if states else torch.empty(0, width, device=self.device, dtype=self.dtype)
-        ids = torch.cat(list(words)) if words else torch.empty(0, dtype=torch.long)
+        ids = torch.cat(list(token_ids)) if token_ids else torch.empty(0, dtype=torch.long)
         return FusedDemonstrations(self.projector(joined), tuple(len(state) for state in states), ids, keys)
 
     def _backbone_state(self) -> int:
@@ -420,7 +420,7 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         if isinstance(parsed, list):
             raise ValueError(f"prefill takes one list of demonstrations; got one for each of {len(parsed)} rows.")
         if isinstance(parsed, tuple):  # counted before anything is read
-            self._check_prefix(sum(len(ids) for ids in self.word_ids(parsed)))
+            self._check_prefix(sum(len(ids) for ids in self.text_token_ids(parsed)))
         prefix: Any = parsed if kind_of(parsed) == "prefix" else FusedPrefix(self.read(parsed))
         check_source(prefix.fused.source, self.source)
         check_finite(prefix.fused)

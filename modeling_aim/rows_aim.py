@@ -87,7 +87,7 @@ class RowsMixin:
         parts: dict[int, Any] = {id(part): part for row in rows for part in row}
         raw_parts = {part_id: part for part_id, part in parts.items() if kind_of(part) is None}
         for part in raw_parts.values():  # counted before anything is read
-            self._check_room([len(ids) for ids in self.word_ids(part)], length)
+            self._check_room([len(ids) for ids in self.text_token_ids(part)], length)
         fused = {part_id: self.read(part) for part_id, part in parts.items() if part_id not in raw_parts}
         # one part may serve several rows: read it once
         read = self._read_and_project([demo for part in raw_parts.values() for demo in part]) if raw_parts else None

@@ -345,7 +345,7 @@ def test_fused_places_take_no_part_in_the_loss(aim: Plugin) -> None:
     ],
 )
 def test_bare_labels_are_worded_and_statements_are_not(llava: Plugin, demo: Any, words: str) -> None:
-    assert llava.processor.word(Demonstration.of(demo))[0] == words
+    assert llava.processor.apply_template(Demonstration.of(demo))[0] == words
 
 
 def test_the_wording_is_a_setting() -> None:

@@ -305,10 +305,10 @@ class _Builder:
         columns: dict[str, torch.Tensor] = {
             "vectors": torch.cat(reading["fused"]),
             "lengths": torch.tensor([len(part) for part in reading["fused"]], dtype=torch.int32),
-            "ids": torch.cat(model.word_ids(demos)).int(),
+            "ids": torch.cat(model.text_token_ids(demos)).int(),
             "keys": key_column(key for _, key, _ in batch),
         }
-        words = [model.processor.word(demo)[0] for demo in demos]
+        words = [model.processor.apply_template(demo)[0] for demo in demos]
         columns["texts"], columns["text_lengths"] = blob([text.encode() for text in words])
         labels = [demo.text if model.processor.is_label(demo) else "" for demo in demos]
         columns["labels"], columns["label_lengths"] = blob([label.encode() for label in labels])

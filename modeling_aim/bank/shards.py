@@ -214,7 +214,7 @@ class Shard:
         return parts
 
     def ids(self, index: Sequence[int]) -> list[torch.Tensor]:
-        """The word under each fused token of the demonstrations at `index`."""
+        """The token id under each fused token of the demonstrations at `index`."""
         parts = [part.long() for part in self.rows("ids", index)]
         for i, part in zip(index, parts, strict=True):
             if bool((part < 0).any()):

@@ -216,7 +216,10 @@ class Run:
         examples = self.task_runs[cell.task].examples[cell.seed]
         prompts = [self.prompt(cell, example) for example in examples]
         sizes = [
-            (len(p.images), len(p.text) + sum(len(self.subject.processor.word(demo.words)[0]) for demo in p.fused))
+            (
+                len(p.images),
+                len(p.text) + sum(len(self.subject.processor.apply_template(demo.words)[0]) for demo in p.fused),
+            )
             for p in prompts
         ]
         batches: list[list[int]] = []

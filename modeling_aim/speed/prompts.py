@@ -112,7 +112,7 @@ class RandomPrompts:
         """A prompt is made of ids, whatever is asked."""
         return question
 
-    def word(self, demo: Demonstration) -> tuple[str, int]:
+    def apply_template(self, demo: Demonstration) -> tuple[str, int]:
         """The words of a demonstration, and where its answer begins."""
         return demo.text, 0
 
