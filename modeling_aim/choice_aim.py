@@ -130,7 +130,7 @@ def _bare(demo: RawDemonstration) -> Demonstration:
     """A raw demonstration without its images, which are not opened."""
     if isinstance(demo, Mapping):
         return Demonstration.of({key: value for key, value in demo.items() if key not in ("image", "images")})
-    return Demonstration.of((None, *demo[1:]) if isinstance(demo, (list, tuple)) else demo)
+    return Demonstration.of(([], *demo[1:]) if isinstance(demo, (list, tuple)) else demo)
 
 
 def drawn_demonstrations(

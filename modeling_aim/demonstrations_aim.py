@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +27,7 @@ FUSED_FORMAT = "aim_fused 1"
 READ_LINES = (
     "To read a file of one JSON object a line: demos = [json.loads(line) for line in open({!r:.80})]"  # for messages
 )
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 DEMONSTRATION_KEYS = {"image", "images", "text", "label", "question", "answer"}
 
 
@@ -54,13 +56,13 @@ class Demonstration:
         Args:
             value: a `Demonstration`, a tuple `(image, text)` or `(image, question, answer)`, or a dict with `image`
                 (or `images`) and `text`, `label`, or `question` and `answer`. An image is a PIL image, a path, a URL
-                or an array `(height, width[, 3])`, uint8 or float in 0..1.
+                or an array `(height, width[, 3])`, uint8 or float in 0..1. Text alone is a dict without `image`.
             rules: which images may be opened; those of the processor in the model's own calls.
             number: its position in a list, from 0, for messages.
 
         Raises:
             ValueError: the example has no text or has unknown keys, its words are not valid Unicode, or an image
-                cannot be read.
+                is `None` or cannot be read.
         """
         if isinstance(value, cls):
             return value
@@ -83,24 +85,29 @@ class Demonstration:
                 f"{name} has the unknown keys {sorted(unknown, key=str)}; known are {sorted(DEMONSTRATION_KEYS)}."
                 f"{_closest_keys(unknown)}"
             )
-        if fields.get("image") is not None and fields.get("images") is not None:
+        image_fields = [fields[key] for key in ("image", "images") if fields.get(key) is not None]
+        if len(image_fields) > 1:
             raise ValueError(f"{name} has both 'image' and 'images'; give one of them.")
-        images = fields.get("image") if fields.get("images") is None else fields["images"]
-        if not isinstance(images, (list, tuple)):
-            images = [] if images is None else [images]
+        images = image_fields[0] if image_fields else []
+        images = images if isinstance(images, (list, tuple)) else [images]
         given = [key for key in ("text", "label", "answer") if _has_words(fields.get(key))]
         if not given:
             raise ValueError(f"{name}{_paths(images)} {_without_words(fields)}")
         if len(given) > 1:
             raise ValueError(f"{name} has {' and '.join(given)}; give one of text, label and answer.")
+        if not image_fields and not {"image", "images"}.isdisjoint(fields):
+            raise ValueError(
+                f"{name} ({fields[given[0]]!r:.60}) has None for its image. Give its image, or make it a dict without "
+                "'image' (or with images=[]) if it is text alone."
+            )
         question = fields.get("question")
         if not isinstance(question, str | None):
             raise ValueError(f"{name}: question is {_described(question)}; expected a string.")
-        for words in (fields[given[0]], question or ""):
-            if not _is_unicode(words):
-                raise ValueError(
-                    f"The words of a demonstration hold a lone surrogate, which no tokenizer takes: {words!r:.80}."
-                )
+        words = f"{question or ''} {fields[given[0]]}".strip()
+        if LONE_SURROGATE.search(words):
+            raise ValueError(
+                f"The words of a demonstration hold a lone surrogate, which no tokenizer takes: {words!r:.80}."
+            )
         return cls(
             images=tuple(open_image(image, rules) for image in images),
             text=fields[given[0]].strip(),
@@ -162,14 +169,6 @@ def _described(value: object) -> str:
 
 def _has_words(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
-
-
-def _is_unicode(words: str) -> bool:
-    try:
-        words.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def kind_of(value: object) -> str | None:

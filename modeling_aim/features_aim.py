@@ -68,7 +68,7 @@ class FeaturesMixin:
         else:
             fields = dict(query) if isinstance(query, Mapping) else {"image": query}
         words = fields.get("question") or fields.get("text") or ""
-        images = {k: v for k, v in fields.items() if k in ("image", "images")}
+        images = {k: v for k, v in fields.items() if k in ("image", "images") and v is not None}
         pictures = list(Demonstration.of({**images, "text": "query"}, self.image_rules).images)
         prompt = self.processor.prompt(words, images=len(pictures))
         inputs = self.processor(images=[pictures] if pictures else None, text=[prompt], return_tensors="pt")
