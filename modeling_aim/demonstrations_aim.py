@@ -172,7 +172,7 @@ def _has_words(value: object) -> bool:
 
 
 def kind_of(value: object) -> str | None:
-    """The kind of `value` as a part of `demos`: `"demonstration"`, `"fused"`, `"bank"`, `"prefix"`, or `None`.
+    """What `value` is in `demos`: `"demonstration"`, `"fused"`, `"bank"`, `"choice"`, `"prefix"`, or `None`.
 
     Classes have it as an attribute (`aim_kind`), since a class loaded as remote code is not the installed one.
     """
@@ -220,6 +220,27 @@ def parse_demos(demos: Demos, rules: ImageRules | None = None) -> Part | list[Pa
     return [_parse_row(entry, rules) for entry in demos]
 
 
+def with_selection(demos: Demos, shots: int | None, select: Selection) -> Any:
+    """`demos` with `shots` and `select` bound to each bank in it; `demos` itself where both are `None`.
+
+    Raises:
+        ValueError: `demos` holds something else than banks.
+    """
+    if shots is None and select is None:
+        return demos
+    parts: list[Any] = list(demos) if isinstance(demos, (list, tuple)) else [demos]
+    banks = [part for part in parts if part is not None]
+    if not banks or not all(kind_of(bank) == "bank" and len(bank) for bank in banks):
+        count = len(parts) if parts and kind_of(parts[0]) == "demonstration" else 0
+        given = f"a list of {count} demonstrations" if count else f"{demos!r:.80}"
+        raise ValueError(
+            f"shots={shots} and select={select!r} choose from a DemonstrationBank, but demos is {given}. "
+            "Build one with DemonstrationBank.build(model, demos, folder)."
+        )
+    choices = [None if part is None else part.choice(shots, select) for part in parts]
+    return choices if isinstance(demos, (list, tuple)) else choices[0]
+
+
 def _check_no_text(demos: Sequence[Any]) -> None:
     """Raise `ValueError` for a bare text among demonstrations."""
     if any(kind_of(entry) == "demonstration" for entry in demos):
@@ -246,22 +267,6 @@ def _unknown(value: object, where: str = "") -> ValueError:
         "answer) or a dict with these; what read() or prefill() returned; a DemonstrationBank; or a list with one of "
         "these for each row."
     )
-
-
-def demos_by_row(parsed: Part | list[Part | None] | None, batch: int) -> list[Part | None]:
-    """The part, or `None`, of each of `batch` rows, from what `parse_demos` returns.
-
-    Raises:
-        ValueError: there are entries for another number of rows.
-    """
-    if not isinstance(parsed, list):
-        return [parsed] * batch
-    if len(parsed) != batch:
-        raise ValueError(
-            f"demos has demonstrations for {len(parsed)} rows, but the batch has {batch} rows. Give one list of "
-            "demonstrations for all rows, or exactly one entry (a list, what read() returned, or None) a row."
-        )
-    return parsed
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -420,18 +425,6 @@ def concatenated(parts: Sequence[FusedDemonstrations]) -> FusedDemonstrations:
         texts=texts if len(texts) == count else (),
         source=first.source,
     )
-
-
-def check_finite(fused: FusedDemonstrations) -> None:
-    """Raise `ValueError` for fused tokens that are NaN or infinite: answers from them would be empty or random."""
-    finite = torch.isfinite(fused.vectors).all(dim=1)
-    if not bool(finite.all()):
-        number = next(i for i, part in enumerate(finite.split(fused.lengths)) if not bool(part.all()))
-        words = f" ({fused.texts[number]!r:.60})" if fused.texts else ""
-        raise ValueError(
-            f"Fused tokens of demonstration {number}{words} are not finite (NaN or infinite). Check the weights of "
-            "the projector, or load the backbone in bfloat16 or float32."
-        )
 
 
 def check_source(given: Mapping[str, str], expected: Mapping[str, str]) -> None:

@@ -24,7 +24,6 @@ from .demonstrations_aim import (
     Demos,
     FusedDemonstrations,
     Selection,
-    check_finite,
     check_source,
     kind_of,
     parse_demos,
@@ -38,7 +37,7 @@ from .pretrained_aim import AimPreTrainedModel
 from .processing_aim import AimProcessor
 from .projector_aim import AimProjector
 from .reading_aim import decoder_inputs, read_hidden_states, read_with_images, watch_layers
-from .rows_aim import RowsMixin
+from .rows_aim import RowsMixin, check_finite
 from .state_aim import answering, continues_after_kv, one_at_a_time, weights_state
 
 if TYPE_CHECKING:  # never imported here: transformers 5.5 copies only files that this file's import lines name
@@ -133,7 +132,7 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         part: Any = parsed
         if kind_of(part) == "bank":
             self._check_bank(part)
-        if kind_of(part) in ("bank", "prefix"):
+        if kind_of(part) in ("bank", "choice", "prefix"):
             part = part.fused
         if kind_of(part) == "fused":
             check_source(part.source, self.source)
@@ -294,7 +293,8 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
             check_continued(kwargs, whole_prompt=True)
             with answering(self.backbone), injected(None):
                 return self.backbone.generate(**kwargs)
-        reused = prefilled(self, rows, given)
+        has_prefix = any(kind_of(part) == "prefix" for row in rows for part in row)
+        reused = prefilled(self, rows, given) if has_prefix else None
         prompt, kv = reused or (self._fused_prompt(given, self._fused_rows(rows, input_ids.shape[1])), None)
         options = own_tokens_only(prompt, input_ids, self.backbone.generation_config)
         if kv is not None:
