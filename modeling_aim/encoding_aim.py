@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from threading import RLock
@@ -15,11 +13,6 @@ from transformers import BatchFeature
 from .demonstrations_aim import Demonstration
 from .images_aim import ImageRules, block_images
 
-IMAGE_SETTINGS = (
-    "size", "crop_size", "do_resize", "do_center_crop", "do_rescale", "rescale_factor", "do_normalize", "image_mean",
-    "image_std", "do_pad", "do_image_splitting", "max_image_size", "image_grid_pinpoints", "min_pixels", "max_pixels",
-    "crop_to_patches", "min_patches", "max_patches", "patch_size", "merge_size",
-)  # fmt: skip
 UNKNOWN_IMAGE = 1024  # positions of an image whose number of tokens is not known before it is encoded
 SENTINEL = "aimtextgoeshere"
 TOKENIZING = RLock()  # a fast tokenizer keeps its padding as state and refuses two threads at once
@@ -43,19 +36,6 @@ class EncodingMixin:
     def is_label(self: Any, demonstration: Demonstration) -> bool:
         """Whether the text of a demonstration is a bare name."""
         return demonstration.question is None and (demonstration.is_label or self._is_bare_label(demonstration.text))
-
-    @property
-    def reading_settings(self) -> dict[str, str]:
-        """The settings that decide how a demonstration is read; fused tokens are bound to them."""
-        processor: Any = self
-        images = {name: _plain(getattr(processor.image_processor, name, None)) for name in IMAGE_SETTINGS}
-        return {
-            "label template": processor.label_template,
-            "question template": processor.question_template,
-            "image prompt": processor.image_text,
-            "image settings": hashlib.sha256(json.dumps(images, sort_keys=True).encode()).hexdigest()[:12],
-            **({"begins with": begin} if (begin := processor.front(0)) else {}),
-        }
 
     def query_text(self: Any, ids: Sequence[int]) -> str:
         """The text of a query, from the ids of its prompt without images, without what the chat template adds."""
@@ -193,15 +173,6 @@ class EncodingMixin:
         tokens = zip(plain["offset_mapping"][row], plain["special_tokens_mask"][row], strict=True)
         start, end = span
         return [i for i, ((a, b), special) in enumerate(tokens) if b > start and a < end and b > a and not special]
-
-
-def _plain(value: object) -> Any:
-    """A setting of an image processor in a form that saving and loading does not change."""
-    if isinstance(value, Mapping) or hasattr(value, "items"):
-        return {str(k): _plain(v) for k, v in value.items() if v is not None}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return float(value) if isinstance(value, (int, float)) else None if value is None else str(value)
 
 
 def split_few_shot_chat(

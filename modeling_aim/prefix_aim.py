@@ -90,12 +90,9 @@ def prefilled(
 ) -> tuple[FusedPrompt, Cache] | None:
     """The prompt with a shared prefix first, and the prefix KV for each row.
 
-    `None` without a prefix or where its KV cannot be used. In the second case the log gives the reason, once for each
-    reason.
+    `None` where the KV cannot be used; the log gives the reason, once for each reason.
     """
     prefixes: list[Any] = [parts[0] for parts in rows if len(parts) == 1 and kind_of(parts[0]) == "prefix"]
-    if not any(kind_of(part) == "prefix" for parts in rows for part in parts):
-        return None
     result = _prefilled(model, prefixes, len(rows), options)
     if isinstance(result, str):
         logger.warning_once(f"The KV of prefilled demonstrations is not used: {result}. Their fused tokens are.")
