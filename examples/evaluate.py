@@ -8,7 +8,7 @@
 A task named `5-way` is `link_context` with five names.
 
 The tasks (`examples/aim_tiny/tasks.py`) are drawn from the test split of aim-tiny's world and written as episode
-files, other ones for each seed; then `aim eval`'s own function runs over them. Interrupted, the same command goes on.
+files, other ones for each seed; then `aim eval`'s own function runs over them. Rerun the same command to resume.
 """
 
 from __future__ import annotations

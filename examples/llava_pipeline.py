@@ -1,4 +1,4 @@
-"""LLaVA's whole way on one laptop, in small: instruction data, a backbone, a judge, and AIM on top without training.
+"""LLaVA's whole pipeline as a toy: instruction data, a backbone, a judge, and AIM on top without training.
 
     python examples/llava_pipeline.py --output build/pipeline
 

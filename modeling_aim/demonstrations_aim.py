@@ -213,7 +213,7 @@ def parse_demos(demos: Demos, rules: ImageRules | None = None) -> Part | list[Pa
         return tuple(Demonstration.of(entry, rules, number) for number, entry in enumerate(demos)) or None
     if any(raw):
         _check_no_text(demos)
-        _parse_row(demos[raw.index(False)], rules)  # raises where it is of no known kind
+        _parse_row(demos[raw.index(False)], rules)  # raises for an unknown kind
         raise ValueError(
             "demos mixes demonstrations with other things; give one list of demonstrations, or one a row."
         )

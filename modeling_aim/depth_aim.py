@@ -1,6 +1,6 @@
 """Choose the depth at which states enter, on the user's own demonstrations: leave each one out and score its answer.
 
-Whatever uses a model's hooks is a method of the model, since a class loaded as remote code has its own context
+Everything that uses a model's hooks is a method of the model, since a class loaded as remote code has its own context
 variables.
 """
 

@@ -36,7 +36,7 @@ class _InjectionPass:
 
     Args:
         shape: rows and length of the pass.
-        rows, columns: where each fused token stands in it.
+        rows, columns: the position of each fused token in it.
         chosen: which of the prompt's fused tokens they are, one entry a place.
         seen_before: how much of the prompt earlier passes have held.
         entered_at: for each depth the decoder layer before which its states have entered.

@@ -42,7 +42,7 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
         image_prompt: the placeholder of one image in a prompt of this backbone. `None`: found in its chat template, or
             its image token.
         few_shot_chats: whether earlier (user with image, assistant) turns of a chat become demonstrations.
-        max_image_pixels, image_sources: which images may be opened; see `ImageRules`. A service for others sets
+        max_image_pixels, image_sources: which images may be opened; see `ImageRules`. A public service sets
             `image_sources="given"`, or `"public"` to take URLs.
 
     Raises:

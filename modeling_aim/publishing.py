@@ -1,4 +1,4 @@
-"""Publishing a repository: what of a run's folder is for others, without local paths, checked, then uploaded."""
+"""Publishing a repository: the files that are shared, without local paths, checked, then uploaded."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ the same for all methods and wordings. Where a prompt has more tokens than the b
 accuracy (`null`; "too long" in the table).
 
 `aim` is the projector of `--repo`, wherever its states enter; `aim_untrained` has none: the states of `--depth` are
-put back at that depth. All AIM methods read what the configuration of `--repo` says of a demonstration (`read_span`).
+put back at that depth. All AIM methods read the part of a demonstration that `read_span` of `--repo` names.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def prompt(method: str, t: Task) -> tuple[list[int], list[tuple[int, int]], int]
 
 
 class Bench:
-    """The frozen backbone, the projectors, and what the vision tower says of every pool image."""
+    """The frozen backbone, the projectors, and the output of the vision tower for every pool image."""
 
     def __init__(
         self, split: str, load_in_4bit: bool = False, methods: tuple[str, ...] = METHODS, repo: Path = OUT,

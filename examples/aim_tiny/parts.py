@@ -1,6 +1,6 @@
 """aim-tiny's two LLaVA stages by `aim backbone`: tower and language model as folders, its corpus as LLaVA's JSON.
 
-    python examples/aim_tiny/parts.py                         # behind the stages vision and llm of build.py
+    python examples/aim_tiny/parts.py                         # after the stages vision and llm of build.py
     python examples/aim_tiny/parts.py --shipped --batches 20 --folder build/short  # on the shipped parts
     python examples/aim_tiny/parts.py --adopt                 # the result becomes the backbone of the later stages
 

@@ -2,7 +2,7 @@
 
 What is read lies in the bank's folder at once, as a small part a batch; parts become a shard when there are enough of
 them. A part is written whole or not at all, its name is its number, and the manifest says how many have gone into
-shards: so a bank that was killed at any moment goes on from there and ends in the same files.
+shards. So a build that is killed at any moment is resumed from there and ends with the same files.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def _batches(demos: Iterable[tuple[int, Demonstration]], builder: _Builder, batc
 
 
 class _Builder:
-    """A bank on its way: finished shards, parts that wait to become one, and what is known of both."""
+    """A bank in progress: finished shards, parts not yet in a shard, and the record of both."""
 
     def __init__(
         self,

@@ -37,7 +37,7 @@ def text_kv(reading: Reading, ratio: float = 1.0) -> Ready:
     """Demonstrations read one by one; KV of their words side by side, at the positions where they were read.
 
     After MPIC (arXiv 2502.01960) and APE (arXiv 2502.05431), which join KV that was computed apart; without APE's
-    temperature and scale. Positions overlap, and the query goes on behind the longest demonstration.
+    temperature and scale. Positions overlap, and the query continues after the longest demonstration.
 
     Args:
         reading: the prompt.

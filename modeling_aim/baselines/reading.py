@@ -335,7 +335,7 @@ class Answering:
 
     Attributes:
         logits: of the next token, `(vocabulary,)` in float32.
-        kv_bytes: keys and values behind the prompt, of all experts.
+        kv_bytes: keys and values after the prompt, of all experts.
         tokens: rows of these, mean over layers.
     """
 
@@ -365,7 +365,7 @@ class Answering:
         return own
 
     def push(self, ids: Sequence[int]) -> torch.Tensor:
-        """Go on with some tokens; gives the logits behind each of them, `(tokens, vocabulary)`."""
+        """Continue with some tokens; returns the logits after each of them, `(tokens, vocabulary)`."""
         tokens = torch.tensor([list(ids)], device=self.logits.device)
         logits = []
         for number, cache in enumerate(self.caches):

@@ -25,7 +25,7 @@ def attention_of(layer: nn.Module) -> Any:
     """The self-attention of a decoder layer.
 
     Raises:
-        CannotServe: there is none that knows its layer and its configuration.
+        CannotServe: no function knows its layer and its configuration.
     """
     for module in layer.modules():
         if module is not layer and isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "config"):

@@ -112,7 +112,7 @@ def option_name(field_name: str) -> str:
 
 
 def field_help(settings_class: type) -> dict[str, str]:
-    """What the `Args:` section of a dataclass and of its parents says of each field.
+    """The text of each field in the `Args:` sections of a dataclass and its parents.
 
     Raises:
         TypeError: a field has no entry of its own.

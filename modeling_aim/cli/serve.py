@@ -35,7 +35,7 @@ class ServeSettings(LoadingSettings, ServingLimits):
         name: what clients call the model; by default the repository as it was given.
         host: address to listen on.
         port: its port; 0 takes a free one.
-        stop_seconds: time for requests that are at work when the server is told to stop.
+        stop_seconds: time for requests in progress when the server is stopped.
     """
 
     repo: str

@@ -34,7 +34,7 @@ DEFAULTS = {"max_new_tokens": 256, "do_sample": False, "num_beams": 1}
 
 
 def manifest() -> Any:
-    """What lmms-eval is told of `--model aim`."""
+    """What lmms-eval knows about `--model aim`."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(
@@ -51,7 +51,7 @@ class Query:
     Args:
         text: the prompt, with the backbone's placeholder for each image.
         images: in the order of their placeholders.
-        behind: what is scored behind the prompt; empty where an answer is written.
+        behind: the continuation that is scored; empty where an answer is written.
     """
 
     text: str

@@ -45,7 +45,7 @@ def read_answers(path: Path, method: str | None = None, shots: int | None = None
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is of neither kind, or the rows are of several methods or numbers of demonstrations.
+        ValueError: a line has neither form, or the rows are of several methods or numbers of demonstrations.
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no file of answers at {path}.")
@@ -225,7 +225,7 @@ def _place(letter: str | None, problem: Mapping[str, Any]) -> int:
 
 
 def _drawn(letter: str | None, problem: Mapping[str, Any], rng: random.Random) -> int:
-    """The number of a chosen option; any, where the letter is none of them."""
+    """The number of a chosen option; a random one if the letter is not among them."""
     place = _place(letter, problem)
     return rng.choice(range(len(problem["choices"]))) if place < 0 else place
 

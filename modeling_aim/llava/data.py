@@ -54,7 +54,7 @@ class Examples(Dataset):
         seed: of the order in which pairs are read.
 
     Raises:
-        ValueError: a source is of another kind, or gives nothing; or too many of its images are not there.
+        ValueError: a source has another kind, or yields nothing; or too many of its images are not there.
     """
 
     def __init__(self, specs: Sequence[str], option: str, seed: int) -> None:

@@ -1,6 +1,6 @@
 """Few-shot episodes from captions and boxes: made-up names, hidden rules, styles. They train and evaluate AIM.
 
-Each episode is a line `{"demos": [...], "queries": [...]}`; what its demonstrations share can only be told from them:
+Each episode is a line `{"demos": [...], "queries": [...]}`; what they share must be inferred from the demonstrations:
 a *name* stands for a category, a *rule* gives the answer from the boxes, a *style* is how an image is described.
 """
 
@@ -60,7 +60,7 @@ def _with_first_only(images: Sequence[CaptionedImage], other: str) -> list[Capti
 
 
 def rule_episodes(images: Sequence[CaptionedImage], count: int, shots: int, rng: random.Random) -> Iterator[Episode]:
-    """Episodes in which the answer follows from the boxes by a rule that is not told; arguments as above."""
+    """Episodes in which the answer follows from the boxes by a rule that is not stated; arguments as above."""
     usable = [image for image in images if image.boxes]
     categories = sorted({box.category for image in usable for box in image.boxes})
     for _ in range(count if len(usable) > shots else 0):

@@ -99,7 +99,7 @@ class Made:
 
 
 def make_instructions(settings: InstructSettings, show: Callable[[str], None] = print) -> Made | None:
-    """Ask the text model, and write what comes of its answers.
+    """Ask the text model, and write the records made from its answers.
 
     Args:
         settings: source, kinds, model, output.
@@ -174,7 +174,7 @@ def _style(number: int) -> str:
 
 
 def _write(settings: InstructSettings, rows: list[CaptionedImage], answers: Mapping[str, Answer], made: Made) -> None:
-    """Write the files of all kinds, anew from all answers."""
+    """Write the files of all kinds from all answers, replacing earlier ones."""
     records: list[dict[str, Any]] = []
     styled: dict[str, list[tuple[CaptionedImage, str]]] = {}
     seen: set[tuple[str, ...]] = set()

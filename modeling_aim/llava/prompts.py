@@ -16,7 +16,7 @@ class Prompts:
     """What stands before the words of an image.
 
     Args:
-        system: what the text model is told to do.
+        system: the instructions of the text model.
         examples: captions (with boxes) and what is to be written of them.
     """
 

@@ -33,7 +33,7 @@ def published_scores(review: str) -> list[float]:
 
 
 def honest_scores(review: str) -> tuple[float, float] | None:
-    """The two scores of a review, both from 1 to 10; `None` where they cannot be told.
+    """The two scores of a review, both from 1 to 10; `None` where they cannot be parsed.
 
     They are looked for in the first three lines that are not empty: two numbers on a line, or one on each of two lines
     in a row. Names such as "Assistant 1:" and "/10" are no numbers, nor are marks of Markdown.

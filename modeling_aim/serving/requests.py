@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-IMAGES_AT_ONCE = 16  # that are open at the same time: of a turn, and of all that stand in the prompt
+IMAGES_AT_ONCE = 16  # that are open at the same time: of a turn, and in the whole prompt
 STOPS, STOP_CHARACTERS = 4, 64
 ROLES = ("system", "user", "assistant")
 # fields of the OpenAI schema that change nothing here

@@ -44,7 +44,7 @@ def split(name: str) -> tuple[Baseline, str, bool]:
 
 
 class Counts(Protocol):
-    """What is asked of a backbone without weights; `Twin` in `counting.py`."""
+    """The interface of a backbone without weights; `Twin` in `counting.py`."""
 
     config: Any
     backbone: Any
@@ -59,7 +59,7 @@ class Counts(Protocol):
 def baseline_counts(
     twin: Counts, name: str, shots: int, demo_tokens: int, query_tokens: int
 ) -> tuple[int, int, float, int]:
-    """Rows of KV behind the prompt (mean over layers), tokens that are computed in the call, FLOPs, and bytes of KV.
+    """Rows of KV after the prompt (mean over layers), tokens that are computed in the call, FLOPs, and bytes of KV.
 
     Args:
         twin: the backbone.

@@ -43,7 +43,7 @@ REFERENCES = 3  # of each class at least, where images have names of their own
 RENAMES = ("positive", "both")
 NEIGHBOURS = ("similar", "random")
 SHOTS = 16  # of each class, in the paper
-SPARES = 16  # images of a class that may stand in the place of broken ones
+SPARES = 16  # images of a class that may replace broken ones
 
 
 @dataclass(frozen=True)
@@ -301,7 +301,7 @@ def check_policy(policy: str) -> None:
 
 
 def _drawn(images: Sequence[str], count: int, rng: random.Random) -> list[Any]:
-    """Some of the images of a class; the others may stand in their places."""
+    """Some of the images of a class; the others may replace them."""
     order = rng.sample(images, len(images))
     spares = order[count : count + SPARES]
     return [Replaceable(image, spares) for image in order[:count]]

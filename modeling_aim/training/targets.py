@@ -1,4 +1,4 @@
-"""What the backbone is to say: targets behind their prompts, as batches with labels.
+"""Training targets: prompts with the texts to learn after them, as batches with labels.
 
 A target is templated like a query: its question through the backbone's chat template or plainly, or its
 images alone for a caption, and behind it the answer and the token that ends an answer. Only these two are scored.

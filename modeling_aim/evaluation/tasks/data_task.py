@@ -25,7 +25,7 @@ class DataTask(Task):
         self.name, self.left_out = name, Counter[str]()
 
     def found(self, folder: Path, value: object, what: str = "example") -> tuple[Any, ...] | None:
-        """Images where they are, unopened; `None`, and counted, if one is not there or is none.
+        """Images where they are, unopened; `None`, and counted, if a file is missing or is not an image.
 
         Args:
             folder: what paths are relative to.

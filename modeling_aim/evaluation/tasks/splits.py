@@ -91,7 +91,7 @@ class SplitTask(DataTask):
             what: for counting: an example or a demonstration.
 
         Raises:
-            ValueError: a cell is of another kind than the column should have.
+            ValueError: a cell has another type than its column.
         """
         raise NotImplementedError
 
@@ -103,7 +103,7 @@ class SplitTask(DataTask):
         """The raw demonstration of an example that serves as one."""
         return as_pair(example)
 
-    # --- what comes of it
+    # --- results
 
     def examples(self, seed: int) -> Sequence[Example]:
         return self._sides[0]
