@@ -90,29 +90,29 @@ class Demonstration:
             raise ValueError(f"{name} has both 'image' and 'images'; give one of them.")
         images = image_fields[0] if image_fields else []
         images = images if isinstance(images, (list, tuple)) else [images]
-        given = [key for key in ("text", "label", "answer") if _has_words(fields.get(key))]
-        if not given:
+        text_keys = [key for key in ("text", "label", "answer") if _has_words(fields.get(key))]
+        if not text_keys:
             raise ValueError(f"{name}{_paths(images)} {_without_words(fields)}")
-        if len(given) > 1:
-            raise ValueError(f"{name} has {' and '.join(given)}; give one of text, label and answer.")
+        if len(text_keys) > 1:
+            raise ValueError(f"{name} has {' and '.join(text_keys)}; give one of text, label and answer.")
         if not image_fields and not {"image", "images"}.isdisjoint(fields):
             raise ValueError(
-                f"{name} ({fields[given[0]]!r:.60}) has None for its image. Give its image, or make it a dict without "
-                "'image' (or with images=[]) if it is text alone."
+                f"{name} ({fields[text_keys[0]]!r:.60}) has None for its image. Give its image, or make it a "
+                "dict without 'image' (or with images=[]) if it is text alone."
             )
         question = fields.get("question")
         if not isinstance(question, str | None):
             raise ValueError(f"{name}: question is {_described(question)}; expected a string.")
-        words = f"{question or ''} {fields[given[0]]}".strip()
+        words = f"{question or ''} {fields[text_keys[0]]}".strip()
         if LONE_SURROGATE.search(words):
             raise ValueError(
                 f"The words of a demonstration hold a lone surrogate, which no tokenizer takes: {words!r:.80}."
             )
         return cls(
             images=tuple(open_image(image, rules) for image in images),
-            text=fields[given[0]].strip(),
+            text=fields[text_keys[0]].strip(),
             question=question.strip() if isinstance(question, str) and question.strip() else None,
-            is_label=given[0] == "label",
+            is_label=text_keys[0] == "label",
         )
 
     @property
@@ -232,9 +232,9 @@ def with_selection(demos: Demos, shots: int | None, select: Selection) -> Any:
     banks = [part for part in parts if part is not None]
     if not banks or not all(kind_of(bank) == "bank" and len(bank) for bank in banks):
         count = len(parts) if parts and kind_of(parts[0]) == "demonstration" else 0
-        given = f"a list of {count} demonstrations" if count else f"{demos!r:.80}"
+        described = f"a list of {count} demonstrations" if count else f"{demos!r:.80}"
         raise ValueError(
-            f"shots={shots} and select={select!r} choose from a DemonstrationBank, but demos is {given}. "
+            f"shots={shots} and select={select!r} choose from a DemonstrationBank, but demos is {described}. "
             "Build one with DemonstrationBank.build(model, demos, folder)."
         )
     choices = [None if part is None else part.choice(shots, select) for part in parts]
@@ -427,12 +427,12 @@ def concatenated(parts: Sequence[FusedDemonstrations]) -> FusedDemonstrations:
     )
 
 
-def check_source(given: Mapping[str, str], expected: Mapping[str, str]) -> None:
+def check_source(source: Mapping[str, str], expected: Mapping[str, str]) -> None:
     """Raise `ValueError` naming every difference between the plug-in that read and the one that is to answer."""
     wrong = [
-        f"{k} {given.get(k, 'unknown'):.60} (this model: {expected[k]:.60})"
+        f"{k} {source.get(k, 'unknown'):.60} (this model: {expected[k]:.60})"
         for k in expected
-        if given.get(k) != expected[k]
+        if source.get(k) != expected[k]
     ]
     if wrong:
         raise ValueError(

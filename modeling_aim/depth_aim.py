@@ -270,16 +270,16 @@ def _answer_scores(
         fused: demonstrations of each row.
         depth: where they enter, `None` where there are none.
     """
-    given, prompt = dict(inputs), None
+    prompt_inputs, prompt = dict(inputs), None
     if depth is not None:
         bos = getattr(model.config.get_text_config(), "bos_token_id", None)
-        prompt = FusedPrompt(given, fused, bos, model.backbone, (depth,))
-        given = prompt.inputs
+        prompt = FusedPrompt(prompt_inputs, fused, bos, model.backbone, (depth,))
+        prompt_inputs = prompt.inputs
     kept = mask.shape[1] - int(mask.int().argmax(dim=1).min()) + 1  # from the token before the first answer
     if "logits_to_keep" in inspect.signature(model.backbone.forward).parameters:
-        given["logits_to_keep"] = kept
+        prompt_inputs["logits_to_keep"] = kept
     with preserved_state(model.backbone), injected(prompt):
-        logits = model.backbone(**given, use_cache=False, return_dict=True).logits
+        logits = model.backbone(**prompt_inputs, use_cache=False, return_dict=True).logits
     logits = logits[:, -kept:-1].float().log_softmax(dim=-1)
     ids, here = (tensor[:, 1 - kept :].to(logits.device) for tensor in (inputs["input_ids"], mask))
     token_scores = logits.gather(-1, ids[..., None])[..., 0]

@@ -251,10 +251,10 @@ def shape_of(value: object) -> Any:
 
 def check_mask(inputs: Mapping[str, Any]) -> None:
     """Raise `ValueError` for an `attention_mask` that is not `(batch, length)`, as `input_ids` are."""
-    given, expected = (shape_of(inputs.get(name)) for name in ("attention_mask", "input_ids"))
-    if inputs.get("attention_mask") is not None and given != expected:
+    mask_shape, expected = (shape_of(inputs.get(name)) for name in ("attention_mask", "input_ids"))
+    if inputs.get("attention_mask") is not None and mask_shape != expected:
         raise ValueError(
-            f"attention_mask is {given}; expected (batch, length) like input_ids, {expected}. Leave it out where "
+            f"attention_mask is {mask_shape}; expected (batch, length) like input_ids, {expected}. Leave it out where "
             "nothing is padded."
         )
 

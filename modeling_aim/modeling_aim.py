@@ -283,10 +283,10 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         input_ids = kwargs.pop("input_ids", inputs)
         if generation_config is not None:
             kwargs["generation_config"] = generation_config
-        given = {**kwargs, "input_ids": input_ids}
-        rows = self._parts(given, demos, chat_demos, shots, select)
+        call_inputs = {**kwargs, "input_ids": input_ids}
+        rows = self._parts(call_inputs, demos, chat_demos, shots, select)
         if input_ids is not None and kwargs.get("past_key_values") is None:
-            check_mask(given)
+            check_mask(call_inputs)
         if not any(rows):
             if input_ids is not None:
                 kwargs["input_ids"] = input_ids
@@ -294,8 +294,8 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
             with answering(self.backbone), injected(None):
                 return self.backbone.generate(**kwargs)
         has_prefix = any(kind_of(part) == "prefix" for row in rows for part in row)
-        reused = prefilled(self, rows, given) if has_prefix else None
-        prompt, kv = reused or (self._fused_prompt(given, self._fused_rows(rows, input_ids.shape[1])), None)
+        reused = prefilled(self, rows, call_inputs) if has_prefix else None
+        prompt, kv = reused or (self._fused_prompt(call_inputs, self._fused_rows(rows, input_ids.shape[1])), None)
         options = own_tokens_only(prompt, input_ids, self.backbone.generation_config)
         if kv is not None:
             options["past_key_values"] = kv
@@ -332,15 +332,15 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         """
         if torch.is_grad_enabled() and getattr(self.backbone, "is_quantized", False):
             never_repack(self.backbone)
-        given = {"input_ids": input_ids, **({} if labels is None else {"labels": labels}), **kwargs}
-        rows = self._parts(given, demos)
+        call_inputs = {"input_ids": input_ids, **({} if labels is None else {"labels": labels}), **kwargs}
+        rows = self._parts(call_inputs, demos)
         if not any(rows):
-            check_continued(given, whole_prompt=False)
+            check_continued(call_inputs, whole_prompt=False)
             with one_at_a_time(self.backbone), injected(None):
-                return self.backbone(**given)
-        return_dict = given.pop("return_dict", None)
-        fused = self._fused_rows(rows, given["input_ids"].shape[1], finite=labels is None)
-        prompt = self._fused_prompt({**given, "return_dict": True}, fused)
+                return self.backbone(**call_inputs)
+        return_dict = call_inputs.pop("return_dict", None)
+        fused = self._fused_rows(rows, call_inputs["input_ids"].shape[1], finite=labels is None)
+        prompt = self._fused_prompt({**call_inputs, "return_dict": True}, fused)
         labels = prompt.inputs.pop("labels", None)
         with one_at_a_time(self.backbone), injected(prompt):
             output = self.backbone(**prompt.inputs)
@@ -378,18 +378,18 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         Raises:
             ValueError: the decoder needs more than embeddings; the message says what.
         """
-        given = {**inputs}
-        given["attention_mask"] = given.get("attention_mask", torch.ones_like(given["input_ids"]))
-        rows = self._parts(given, demos)
+        call_inputs = {**inputs}
+        call_inputs["attention_mask"] = call_inputs.get("attention_mask", torch.ones_like(call_inputs["input_ids"]))
+        rows = self._parts(call_inputs, demos)
         if any(rows) and self.config.entry_layers != [0]:
             raise ValueError(
                 f"These fused tokens enter at the depths {self.config.entry_layers} of the decoder, and prompt "
                 "embeddings reach its input alone. Use generate() here, or train a projector for the input: aim train "
                 "--entry-layers 0."
             )
-        length = given["input_ids"].shape[1]
-        prompt = self._fused_prompt(given, self._fused_rows(rows, length)) if any(rows) else None
-        whole = given if prompt is None else prompt.inputs
+        length = call_inputs["input_ids"].shape[1]
+        prompt = self._fused_prompt(call_inputs, self._fused_rows(rows, length)) if any(rows) else None
+        whole = call_inputs if prompt is None else prompt.inputs
         with injected(prompt):
             embeddings = decoder_inputs(self.backbone, whole)
         return [row[mask.bool()] for row, mask in zip(embeddings, whole["attention_mask"], strict=True)]

@@ -107,8 +107,8 @@ def _prefilled(
     ids, config = options["input_ids"], options.get("generation_config")
 
     def setting(name: str) -> Any:
-        given = [options.get(name), getattr(config, name, None), getattr(model.generation_config, name, None)]
-        return next((value for value in given if value is not None), None)
+        values = [options.get(name), getattr(config, name, None), getattr(model.generation_config, name, None)]
+        return next((value for value in values if value is not None), None)
 
     if len(prefixes) < batch or len({prefix.prefix_key for prefix in prefixes}) > 1:
         return "a row has other demonstrations than one prefix, or the rows have different prefixes"

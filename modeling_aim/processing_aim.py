@@ -208,11 +208,11 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
         counts = [(sum(t.count(token) for t in texts), len(_flat(images)))]
         if isinstance(images, (list, tuple)) and len(images) == len(texts) and isinstance(images[0], (list, tuple)):
             counts = [(t.count(token), len(_flat(row))) for t, row in zip(texts, images, strict=True)]
-        for placeholders, given in counts:
-            if placeholders != given and (placeholders or self._needs_placeholders(token)):
+        for placeholders, image_count in counts:
+            if placeholders != image_count and (placeholders or self._needs_placeholders(token)):
                 raise ValueError(
-                    f"The prompt has {placeholders} image placeholders ({token!r}) for {given} images. Write one "
-                    f"placeholder for each image, for example {self.image_text + 'What is this?'!r}, or use "
+                    f"The prompt has {placeholders} image placeholders ({token!r}) for {image_count} images. Write "
+                    f"one placeholder for each image, for example {self.image_text + 'What is this?'!r}, or use "
                     "processor.prompt(question)."
                 )
 

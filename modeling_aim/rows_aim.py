@@ -43,9 +43,9 @@ class RowsMixin:
                 'least, as processor(images=..., text=..., return_tensors="pt") makes it.'
             )
         demos = with_selection(demos, shots, select)
-        for given in () if ids is None else (demos, chat_demos):
-            self._check_count(given, ids.shape[1])
-        parsed, parsed_chats = (parse_demos(given, self.image_rules) for given in (demos, chat_demos))
+        for value in () if ids is None else (demos, chat_demos):
+            self._check_count(value, ids.shape[1])
+        parsed, parsed_chats = (parse_demos(value, self.image_rules) for value in (demos, chat_demos))
         if ids is None:
             if parsed is None and parsed_chats is None:
                 return []

@@ -137,10 +137,10 @@ def build_bank(
 
 
 def _progress(
-    demos: Iterator[tuple[int, Demonstration]], given: Iterable[Any], total: int | None
+    demos: Iterator[tuple[int, Demonstration]], stream: Iterable[Any], total: int | None
 ) -> Iterable[tuple[int, Demonstration]]:
-    if total is None and isinstance(given, Sized):
-        total = len(given)
+    if total is None and isinstance(stream, Sized):
+        total = len(stream)
     if not has_bars() and logging.is_progress_bar_enabled():
         return tracked(demos, "read", "demonstrations", total)
     return logging.tqdm(demos, total=total, desc="Reading demonstrations", unit="demo")

@@ -189,13 +189,13 @@ def baseline_of(name: str) -> Baseline:
     Raises:
         ValueError: there is no such method, or it has no such setting, or that has another type or bounds.
     """
-    plain, *given = name.split(":")
+    plain, *setting_parts = name.split(":")
     if plain not in BASELINES:
         raise ValueError(f"There is no method {plain}; choose of {', '.join(BASELINES)}.")
     baseline = BASELINES[plain]
     known = {n: p.default for n, p in inspect.signature(baseline.make).parameters.items() if n != "reading"}
     settings: dict[str, Any] = {}
-    for part in given:
+    for part in setting_parts:
         key, equals, value = part.partition("=")
         if key not in known or not equals:
             has = ", ".join(f"{n}={v}" for n, v in known.items()) or "none"

@@ -283,21 +283,21 @@ def forward(
     Returns:
         Logits `(batch, logits, vocabulary)`; `None` where none are wanted.
     """
-    given = dict(inputs)
-    batch, new = given["input_ids"].shape
-    if "inputs_embeds" in given:
-        given.pop("input_ids")
+    call_inputs = dict(inputs)
+    batch, new = call_inputs["input_ids"].shape
+    if "inputs_embeds" in call_inputs:
+        call_inputs.pop("input_ids")
     past = cache.get_seq_length()
-    given["attention_mask"] = torch.ones(batch, past + new, dtype=torch.long, device=places.device)
-    given["position_ids"] = places.expand(-1, batch, -1) if len(places) > 1 else places[0].expand(batch, -1)
-    given |= {"past_key_values": cache, "use_cache": True, "return_dict": True}
+    call_inputs["attention_mask"] = torch.ones(batch, past + new, dtype=torch.long, device=places.device)
+    call_inputs["position_ids"] = places.expand(-1, batch, -1) if len(places) > 1 else places[0].expand(batch, -1)
+    call_inputs |= {"past_key_values": cache, "use_cache": True, "return_dict": True}
     with preserved_state(backbone), fitted_masks(backbone, cache):
         if not logits:
-            backbone.base_model(**given)
+            backbone.base_model(**call_inputs)
             return None
         if "logits_to_keep" in inspect.signature(backbone.forward).parameters:
-            given["logits_to_keep"] = logits
-        return backbone(**given).logits[:, -logits:]
+            call_inputs["logits_to_keep"] = logits
+        return backbone(**call_inputs).logits[:, -logits:]
 
 
 @contextmanager

@@ -104,8 +104,8 @@ def watched_attention(
     seen = {} if seen is None else seen
 
     def watch(number: int, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-        given = {**kwargs, **({"hidden_states": args[0]} if args else {})}
-        seen[number] = window_attention(module, given, window)
+        arguments = {**kwargs, **({"hidden_states": args[0]} if args else {})}
+        seen[number] = window_attention(module, arguments, window)
 
     with ExitStack() as hooks:
         for number, layer in enumerate(decoder_layers(backbone)):

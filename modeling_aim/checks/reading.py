@@ -32,7 +32,7 @@ def reading_under_rounding(case: Case, demos: Sequence[Any]) -> float:
     """How far the states of demonstrations, each read alone, go when what enters the backbone is rounded once more."""
     parsed = [Demonstration.of(demo) for demo in demos]
     encoded = [case.processor.encode_demonstrations([demo], case.model.config.read_span)[0] for demo in parsed]
-    inputs = [dict(one.to(case.model.device, case.model.dtype)) for one in encoded]
+    inputs = [dict(encoding.to(case.model.device, case.model.dtype)) for encoding in encoded]
     return under_rounding(case, inputs, case.model.config.read_layers)
 
 

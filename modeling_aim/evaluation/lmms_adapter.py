@@ -309,10 +309,10 @@ class AimChat(Aim):
         return Query(self.processor.rendered(bare_turns), images)
 
 
-def generation_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+def generation_settings(requested: Mapping[str, Any]) -> dict[str, Any]:
     """A task's `generation_kwargs` as `generate` takes them: greedy unless a temperature above 0 is given."""
-    known, temperature = GenerationConfig().to_dict(), given.get("temperature")
-    settings = {**DEFAULTS, **{k: v for k, v in given.items() if k in known and v is not None}}
+    known, temperature = GenerationConfig().to_dict(), requested.get("temperature")
+    settings = {**DEFAULTS, **{k: v for k, v in requested.items() if k in known and v is not None}}
     settings["do_sample"] = bool(settings["do_sample"] if temperature is None else temperature)
     greedy = () if settings["do_sample"] else ("temperature", "top_p", "top_k")
     return {name: value for name, value in settings.items() if name not in greedy}

@@ -47,8 +47,8 @@ class ShownShot:
     def images(self) -> tuple[Any, ...]:
         """Its images, unopened."""
         pair = self.images_of.pair
-        given = pair["images"] if pair.get("images") is not None else pair.get("image")
-        return () if given is None else tuple(given) if isinstance(given, (list, tuple)) else (given,)
+        image = pair["images"] if pair.get("images") is not None else pair.get("image")
+        return () if image is None else tuple(image) if isinstance(image, (list, tuple)) else (image,)
 
 
 @dataclass(frozen=True)

@@ -144,9 +144,9 @@ def gpt4_figures(problems: Problems, answers: Answers, gpt4: Answers, seed: int 
     """
     _known(problems, answers)
     rng = random.Random(seed)
-    asked = {name: problem for name, problem in problems.items() if name in answers and name in gpt4}
+    common_problems = {name: problem for name, problem in problems.items() if name in answers and name in gpt4}
     counts = dict.fromkeys(("correct", "upper", "gpt4_failed", "our_failed"), 0)
-    for name, problem in asked.items():
+    for name, problem in common_problems.items():
         ours, theirs = stated_letter(answers[name]), stated_letter(gpt4[name])
         our_place, their_place = _drawn(ours, problem, rng), _drawn(theirs, problem, rng)
         place = our_place if theirs is None else their_place
@@ -154,9 +154,9 @@ def gpt4_figures(problems: Problems, answers: Answers, gpt4: Answers, seed: int 
         counts["our_failed"] += ours is None
         counts["correct"] += place == problem["answer"]
         counts["upper"] += problem["answer"] in (place, our_place)
-    if not asked:
+    if not common_problems:
         raise ValueError("The two files share no question.")
-    return {"total": len(asked), **counts, "missing": len(problems) - len(asked)}
+    return {"total": len(common_problems), **counts, "missing": len(problems) - len(common_problems)}
 
 
 def requery_figures(

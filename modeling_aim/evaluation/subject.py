@@ -310,8 +310,8 @@ class Subject:
             raise ValueError(f"The tokenizer finds no token in one of the options {options_cut[:4]}.")
         inputs = inputs.to(self.device, self.model.dtype)
         kept = mask.shape[1] - int(mask.int().argmax(dim=1).min()) + 1
-        given = {"logits_to_keep": kept} if self._keeps_logits else {}
-        output = self.model(**inputs, **demos, **given)
+        logit_options = {"logits_to_keep": kept} if self._keeps_logits else {}
+        output = self.model(**inputs, **demos, **logit_options)
         if clock is not None:
             clock.cache = getattr(output, "past_key_values", None)
         logits = output.logits[:, -kept:-1].float().log_softmax(dim=-1)

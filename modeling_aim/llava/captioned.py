@@ -117,8 +117,10 @@ def _made(row: Any, boxes: Counter[str]) -> CaptionedImage | str:
     """An image in words, or why a row gives none; its boxes are counted by whether they can be used."""
     if not isinstance(row, Mapping) or not isinstance(row.get("image"), str) or not row["image"]:
         return "row without an image"
-    given = row.get("captions", row.get("caption"))
-    texts = [given] if isinstance(given, str) else given if isinstance(given, list) else []
+    texts_or_text = row.get("captions", row.get("caption"))
+    texts = (
+        [texts_or_text] if isinstance(texts_or_text, str) else texts_or_text if isinstance(texts_or_text, list) else []
+    )
     captions = tuple(" ".join(text.split()) for text in texts if isinstance(text, str) and text.strip())
     if not captions:
         return "row without captions"

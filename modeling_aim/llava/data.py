@@ -167,10 +167,10 @@ class Collator:
     def _encoded(self, example: Example, skipped: Counter[str]) -> tuple[list[int], list[int], tuple[Any, ...]] | None:
         """Tokens, labels and opened images; `None` for what cannot be used."""
         token, answers = self.writer.image_token, [answer for _, answer in example.turns]
-        shown = sum(asked.count(IMAGE) for asked, _ in example.turns)
+        image_count = sum(asked.count(IMAGE) for asked, _ in example.turns)
         if not all(answers):
             skipped[NO_ANSWER] += 1
-        elif shown != len(example.images) or any(IMAGE in a or token in a for a in answers):
+        elif image_count != len(example.images) or any(IMAGE in a or token in a for a in answers):
             skipped[OTHER_IMAGES] += 1
         else:
             images: tuple[Any, ...] = ()

@@ -205,8 +205,8 @@ def read_comparisons(settings: JudgeSettings) -> list[Comparison]:
     questions = _rows(settings.questions, ("question_id", "image", "text", "category"))
     contexts = {row["image"]: row for row in _rows(settings.context, ("image",))}
     answers = [_by_question(path) for path in (settings.reference, settings.candidate)]
-    for path, given in zip((settings.reference, settings.candidate), answers, strict=True):
-        missing = [row["question_id"] for row in questions if row["question_id"] not in given]
+    for path, answers_of_path in zip((settings.reference, settings.candidate), answers, strict=True):
+        missing = [row["question_id"] for row in questions if row["question_id"] not in answers_of_path]
         if missing:
             raise ValueError(
                 f"{path} has no answer to {len(missing)} of {len(questions)} questions, such as question_id "

@@ -42,12 +42,18 @@ def honest_scores(review: str) -> tuple[float, float] | None:
     numbers = [
         [float(text) for text in NUMBER.findall(LABELS.sub(" ", re.sub(r"[*_`#|]", " ", line)))] for line in lines
     ]
-    for place, found in enumerate(numbers):
+    for place, line_numbers in enumerate(numbers):
         following = numbers[place + 1] if place + 1 < len(numbers) else []
-        pair = found if len(found) == 2 else [*found, *following] if len(found) == len(following) == 1 else []
+        pair = (
+            line_numbers
+            if len(line_numbers) == 2
+            else [*line_numbers, *following]
+            if len(line_numbers) == len(following) == 1
+            else []
+        )
         if pair:
             return (pair[0], pair[1]) if all(LEAST <= value <= MOST for value in pair) else None
-        if found:
+        if line_numbers:
             return None
     return None
 

@@ -238,19 +238,22 @@ class LinkedClasses(Source):
         those of the query's own.
         """
         target, taken = rng.randrange(self.ways), set(self._taken)
-        shown: list[tuple[Pair, str, bool]] = []
+        labelled_pairs: list[tuple[Pair, str, bool]] = []
         for place, (_, images) in enumerate(self._pools(positive, rng)):
             drawn = _drawn(images, shots + (place == target), rng)
             for image in drawn[:shots]:
                 name = random_name(rng, taken)
                 taken.add(name)
                 pair = {"image": image, "question": REFERENCE_QUESTION, "answer": REFERENCE.format(name=name)}
-                shown.append((pair, name, place == target))
+                labelled_pairs.append((pair, name, place == target))
             if place == target:
                 query_image = drawn[-1]
-        rng.shuffle(shown)
-        names = ", ".join(name for _, name, same in shown if same)
-        return [*(pair for pair, _, _ in shown), {"image": query_image, "question": SAME_CLASS, "answer": names}]
+        rng.shuffle(labelled_pairs)
+        names = ", ".join(name for _, name, same in labelled_pairs if same)
+        return [
+            *(pair for pair, _, _ in labelled_pairs),
+            {"image": query_image, "question": SAME_CLASS, "answer": names},
+        ]
 
     def _pools(self, positive: int, rng: random.Random) -> list[tuple[str, tuple[str, ...]]]:
         """Name and images of a class, and of each of the classes beside it."""

@@ -142,17 +142,17 @@ class EpisodeCollator:
         self.budget = model.config.max_fused_tokens
         self.open = Opener(self.processor.why_unreadable, ShrinkFor(self.processor))
 
-    def __call__(self, given: Sequence[Episode | None]) -> dict[str, Any]:
+    def __call__(self, loaded: Sequence[Episode | None]) -> dict[str, Any]:
         """Inputs, `labels`, `demos` (a list for each row), and the teacher's inputs.
 
         Beside them `sources`, what was `skipped`, and `counts` of episodes, images and tokens of the targets' prompts.
 
         Args:
-            given: episodes, or `None` for each that a resumed run has behind it; of these alone comes an empty batch.
+            loaded: episodes, or `None` for each that a resumed run has behind it; of these alone comes an empty batch.
         """
-        if all(episode is None for episode in given):
+        if all(episode is None for episode in loaded):
             return {}
-        episodes = [self.open(episode) for episode in given if episode is not None]
+        episodes = [self.open(episode) for episode in loaded if episode is not None]
         skipped: Counter[str] = sum((episode.skipped for episode in episodes), Counter())
         rows: list[Any] = [
             (episode.pairs[:place], episode.pairs[place]) for episode in episodes for place in episode.targets if place

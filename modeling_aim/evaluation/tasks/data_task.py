@@ -33,7 +33,7 @@ class DataTask(Task):
             what: is left out without it.
         """
         images = value if isinstance(value, (list, tuple)) else [value]
-        places = tuple(one if isinstance(one, Unopened) else located(folder, one) for one in images)
+        places = tuple(image if isinstance(image, Unopened) else located(folder, image) for image in images)
         if places and all(map(is_image, places)):
             return places
         self.left_out[f"{what} with an image that is missing or cannot be opened"] += 1
