@@ -210,7 +210,7 @@ def _setting(name: str, key: str, value: str, default: Any) -> Any:
     try:
         number = kind(value)
     except ValueError as error:
-        raise ValueError(f"Method {name!r}: {key}={value} is no {kind.__name__}.") from error
+        raise ValueError(f"Method {name!r}: {key}={value}, expected {kind.__name__}.") from error
     if (
         (key == "ratio" and not 0 <= number <= 1)
         or (kind is int and number < 1)
