@@ -171,8 +171,8 @@ def judged(output: Path, images: Path, model: Any, chat_model: Path, count: int,
     assert summary is not None
     print(f"judge, published summary: {summary['published']['first']['all']}")
     print(f"judge, honest summary, both orders: {summary['both_orders']['all']}")
-    given = [json.loads(line)["text"] for line in (output / "answers.jsonl").read_text().splitlines()]
-    is_right = [text == answer["text"] for text, answer in zip(given, right, strict=True)]
+    answer_texts = [json.loads(line)["text"] for line in (output / "answers.jsonl").read_text().splitlines()]
+    is_right = [text == answer["text"] for text, answer in zip(answer_texts, right, strict=True)]
     said(figures, "backbone", is_right, "answers about new images are right (colour, shape, count; by chance a fifth)")
     for order, place in (("reviews.jsonl", 1), ("reviews_swapped.jsonl", 0)):
         reviews = [json.loads(line) for line in (output / "judge" / order).read_text().splitlines()]

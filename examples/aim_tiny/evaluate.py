@@ -238,8 +238,8 @@ class Bench:
         hidden = run(model.model.language_model, vectors, positions, places=holes, entering=entering)
         verdicts = []
         for row, ((p, _, _), gold) in enumerate(zip(prompts, golds, strict=True)):
-            said = model.lm_head(hidden[row, len(p) - 1 : len(p) + len(gold) - 1]).argmax(-1).tolist()
-            verdicts.append(said == gold)
+            predicted_ids = model.lm_head(hidden[row, len(p) - 1 : len(p) + len(gold) - 1]).argmax(-1).tolist()
+            verdicts.append(predicted_ids == gold)
         return verdicts
 
     def states(self, method: str, tasks: list[Task]) -> torch.Tensor:
@@ -318,18 +318,18 @@ def verdicts(bench: Bench, methods: list[str], tasks: list[Task]) -> dict[str, l
     groups = [[m] for m in methods if not m.startswith("aim")]
     groups.append([m for m in methods if m.startswith("aim") and not m.endswith(SHUFFLED)])
     groups.append([m for m in methods if m.endswith(SHUFFLED)])
-    found: dict[str, list[bool]] = {m: [] for m in methods}
+    right_by_method: dict[str, list[bool]] = {m: [] for m in methods}
     for group in filter(None, groups):
         size = max(
             1, TOKENS // (len(prompt(group[0], tasks[0])[0]) + (12 * len(tasks[0].demos) if "aim" in group[0] else 0))
         )
         for start in range(0, len(tasks), size):
             for method in group:
-                found[method] += bench.right(method, tasks[start : start + size])
+                right_by_method[method] += bench.right(method, tasks[start : start + size])
     for method, answers in written.items():
         if None not in answers:
-            found[method] = [words == ids(t.query.answer) for words, t in zip(answers, tasks, strict=True)]
-    return found
+            right_by_method[method] = [words == ids(t.query.answer) for words, t in zip(answers, tasks, strict=True)]
+    return right_by_method
 
 
 def evaluate(
@@ -345,9 +345,11 @@ def evaluate(
     lengths: dict = defaultdict(lambda: defaultdict(list))
     for cell, wording, seed in progress(work, "evaluate"):
         tasks = tasks_of(cell, bench.split, wording, seed, episodes, bench.span)
-        found = verdicts(bench, methods, tasks)
+        right_by_method = verdicts(bench, methods, tasks)
         for method in methods:
-            scores[cell, method, wording, seed] = sum(found[method]) / len(tasks) if method in found else None
+            scores[cell, method, wording, seed] = (
+                sum(right_by_method[method]) / len(tasks) if method in right_by_method else None
+            )
             own = bench.rows.pop(method) if is_baseline(method) else [len(prompt(method, t)[0]) for t in tasks[:20]]
             lengths[cell][method] += own
     for cell in cells:
