@@ -127,7 +127,7 @@ def lm_head(backbone: PreTrainedModel) -> nn.Module | None:
 
 
 def image_positions(config: PreTrainedConfig, ids: torch.Tensor) -> torch.Tensor:
-    """Where in `ids` an image stands."""
+    """Mask of the image tokens in `ids`."""
     for name in ("image_token_id", "image_token_index"):
         token = getattr(config, name, None)
         if isinstance(token, int):

@@ -127,7 +127,7 @@ class Demonstration:
 
 
 class ReadDemonstrations(Protocol):
-    """Demonstrations that were read: fused ones, a prefix or a bank; `kind_of` tells which."""
+    """Demonstrations that were read: fused ones, a prefix, a bank or a choice from one; `kind_of` has which."""
 
     aim_kind: ClassVar[str]
 

@@ -1,4 +1,4 @@
-"""Demonstrations as the backbone reads them: found in a chat, put into words, encoded with the words that are kept."""
+"""Demonstrations as the backbone reads them: taken from a chat, templated, and tokenized with a mask of kept tokens."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class EncodingMixin:
         return name and not (worded and text.lower().startswith(worded))
 
     def why_unreadable(self: Any, demonstration: Demonstration) -> str | None:
-        """Why a backbone cannot read a demonstration, in a few words; `None` where it can."""
+        """Why a backbone cannot read a demonstration, in a few words; `None` if it can."""
         words = self.apply_template(demonstration)[0]
         for token in {self._image_token, self.image_text.strip(), getattr(self.processor, "video_token", None)}:
             if isinstance(token, str) and token and token in words:

@@ -275,7 +275,7 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
         return prompt.removeprefix(bos) if twice else prompt
 
     def front(self, images: int) -> str:
-        """What stands before the words of a prompt that no chat template renders: BOS, and `images` images.
+        """The beginning of a prompt that no chat template renders: BOS, and placeholders of `images` images.
 
         BOS is left to the tokenizer, except where only the chat template writes it (SmolVLM, PaddleOCR-VL). There it
         is written here, so that a demonstration is read after BOS, as in a prompt.
