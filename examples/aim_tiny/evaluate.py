@@ -337,17 +337,20 @@ def evaluate(
 ) -> dict:
     """`{cell: {method: accuracy, "tokens": {method: mean prompt tokens}, "by_wording": {...}, "by_seed": {...}}}`.
 
-    An accuracy is `None` where prompts are too long.
+    `right` has a digit for each episode, 1 where it is answered right, in one order for all methods. An accuracy is
+    `None` where prompts are too long.
     """
     report: dict = {}
     work = [(cell, wording, seed) for cell in cells for wording in wordings for seed in range(seeds)]
     scores: dict = {}
     lengths: dict = defaultdict(lambda: defaultdict(list))
+    digits: dict = defaultdict(str)
     for cell, wording, seed in progress(work, "evaluate"):
         tasks = tasks_of(cell, bench.split, wording, seed, episodes, bench.span)
         found = verdicts(bench, methods, tasks)
         for method in methods:
             scores[cell, method, wording, seed] = sum(found[method]) / len(tasks) if method in found else None
+            digits[cell, method] += "".join(str(int(right)) for right in found.get(method, ()))
             own = bench.rows.pop(method) if is_baseline(method) else [len(prompt(method, t)[0]) for t in tasks[:20]]
             lengths[cell][method] += own
     for cell in cells:
@@ -355,6 +358,7 @@ def evaluate(
         entry = report[cell] = {m: mean(by[m].values()) for m in methods}
         entry["tokens"] = {m: mean(lengths[cell][m]) for m in methods}
         entry["by_wording"] = {m: {w: mean(by[m][w, s] for s in range(seeds)) for w in wordings} for m in methods}
+        entry["right"] = {m: digits[cell, m] for m in methods}
         entry["by_seed"] = {m: [mean(by[m][w, s] for w in wordings) for s in range(seeds)] for m in methods}
     return report
 
