@@ -48,24 +48,6 @@ bench: $(VENV)/.installed-demo  ## all methods counted at all shapes and measure
 	$(BIN)/python -m modeling_aim.speed.training
 	$(BIN)/python -m modeling_aim.speed.training_data
 
-space: $(VENV)-space/.installed-test  ## examples/space in a browser: chromium, which Debian has (apt-get install chromium)
-	$(VENV)-space/bin/python -m pytest tests/test_space.py
-
-style: $(VENV)/.installed-dev  ## what CI checks beside the tests
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-
-docs: $(VENV)/.installed-dev  ## the docs site, in build/site; broken links are errors
-	$(BIN)/mkdocs build --quiet
-
-bench: $(VENV)/.installed-demo  ## a bank of 100 000 demonstrations (2 GB of disk for a minute), training, and answers: ten minutes
-	$(BIN)/python -m modeling_aim.speed.bank
-	$(BIN)/python -m modeling_aim.speed.training
-	$(BIN)/python -m modeling_aim.speed.training_data
-	$(BIN)/aim bench --shape cpu-576 --shots 4,8,16 --repeats 3 \
-		--methods zero,overhead,full,prefix-kv,cold,cold-half,bank,bank-kv,depth-cold,depth-bank,depth-bank-kv
-
 space: $(VENV)-space/.installed  ## the Gradio Space on hub_configs/aim-tiny, at http://127.0.0.1:7860
 	$(VENV)-space/bin/python examples/space/app.py
 

@@ -154,15 +154,15 @@ def picture(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     for place, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         own = [row for row in rows if row["method"] == method and not row.get("failed")]
         values = [_time(row) / 1000 if timed else row["flops"] / 1e12 for row in own]
-        shots, line = [row["shots"] for row in own], mark(method, place)
-        axes[0].plot(shots, values, line, marker="o", markersize=3, label=method)
+        shots, line, sign = [row["shots"] for row in own], mark(method, place), "osDv^<>PX"[place % 9]
+        axes[0].plot(shots, values, line, marker=sign, markersize=4, label=method)
         if timed:
             low, high = ([row["ttft_ms"][name] / 1000 for row in own] for name in ("low", "high"))
             axes[0].fill_between(shots, low, high, color=axes[0].lines[-1].get_color(), alpha=0.2, linewidth=0)
             peaks = [row["peak_bytes"] / 2**20 if row["peak_bytes"] else float("nan") for row in own]
-            axes[2].plot(shots, peaks, line, marker="o", markersize=3)
+            axes[2].plot(shots, peaks, line, marker=sign, markersize=4)
             axes[2].set_ylabel("peak memory above the models, MiB")
-        axes[1].plot(shots, [row["kv_bytes"] / 2**20 for row in own], line, marker="o", markersize=3)
+        axes[1].plot(shots, [row["kv_bytes"] / 2**20 for row in own], line, marker=sign, markersize=4)
     axes[0].set_ylabel("first token, seconds" if timed else "first token, TFLOPs")
     axes[1].set_ylabel("KV in bfloat16, MiB")
     for axis in axes:
