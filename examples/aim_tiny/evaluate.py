@@ -337,12 +337,14 @@ def evaluate(
 ) -> dict:
     """`{cell: {method: accuracy, "tokens": {method: mean prompt tokens}, "by_wording": {...}, "by_seed": {...}}}`.
 
-    An accuracy is `None` where prompts are too long.
+    `right` has a digit for each episode, 1 where it is answered right, in one order for all methods. An accuracy is
+    `None` where prompts are too long.
     """
     report: dict = {}
     work = [(cell, wording, seed) for cell in cells for wording in wordings for seed in range(seeds)]
     scores: dict = {}
     lengths: dict = defaultdict(lambda: defaultdict(list))
+    digits: dict = defaultdict(str)
     for cell, wording, seed in progress(work, "evaluate"):
         tasks = tasks_of(cell, bench.split, wording, seed, episodes, bench.span)
         right_by_method = verdicts(bench, methods, tasks)
@@ -350,6 +352,7 @@ def evaluate(
             scores[cell, method, wording, seed] = (
                 sum(right_by_method[method]) / len(tasks) if method in right_by_method else None
             )
+            digits[cell, method] += "".join(str(int(right)) for right in right_by_method.get(method, ()))
             own = bench.rows.pop(method) if is_baseline(method) else [len(prompt(method, t)[0]) for t in tasks[:20]]
             lengths[cell][method] += own
     for cell in cells:
@@ -357,6 +360,7 @@ def evaluate(
         entry = report[cell] = {m: mean(by[m].values()) for m in methods}
         entry["tokens"] = {m: mean(lengths[cell][m]) for m in methods}
         entry["by_wording"] = {m: {w: mean(by[m][w, s] for s in range(seeds)) for w in wordings} for m in methods}
+        entry["right"] = {m: digits[cell, m] for m in methods}
         entry["by_seed"] = {m: [mean(by[m][w, s] for w in wordings) for s in range(seeds)] for m in methods}
     return report
 
