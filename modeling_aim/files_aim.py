@@ -39,12 +39,17 @@ NO_LOCKS = "{folder} cannot be locked ({error}): let only one process write ther
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
-def check_place(name_or_path: str | os.PathLike[str]) -> None:
-    """Raise `FileNotFoundError` for what is neither a local folder nor a possible Hub id."""
+def check_place(name_or_path: str | os.PathLike[str], before: str = "") -> None:
+    """Raise `FileNotFoundError` for what is neither a local folder nor a possible Hub id.
+
+    Args:
+        name_or_path: what is checked.
+        before: begins the message.
+    """
     name = str(name_or_path)
     if not os.path.isdir(name) and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
         what = "is a file" if os.path.exists(name) else "does not exist"
-        raise FileNotFoundError(f"{name} {what}. Give a folder, or a Hub id such as owner/name.")
+        raise FileNotFoundError(f"{before}{name} {what}. Give a folder, or a Hub id such as owner/name.")
 
 
 def check_subfolder(subfolder: str) -> None:
@@ -72,6 +77,7 @@ def backbone_place(config: PreTrainedConfig, name: str, hub: Mapping[str, Any]) 
     folder = config.backbone_subfolder or ""
     check_subfolder(folder)
     if elsewhere:
+        check_place(config.backbone_name_or_path, f"The config.json of {name} names the backbone ")
         return config.backbone_name_or_path, {**hub, "revision": config.backbone_revision, "subfolder": folder}
     if config.backbone_subfolder is None:
         kind = PreTrainedConfig.get_config_dict(name, **hub)[0].get("model_type")

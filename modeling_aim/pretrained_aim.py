@@ -419,6 +419,8 @@ class AimPreTrainedModel(PreTrainedModel):
             if not (os.path.isdir(name) and os.path.isdir(target) and os.path.samefile(name, target)):
                 config.backbone_name_or_path = os.path.abspath(name) if os.path.isdir(name) else name
                 config.backbone_revision = hub.get("revision")
+        elif config.backbone_name_or_path is not None and os.path.isdir(config.backbone_name_or_path):
+            config.backbone_name_or_path = os.path.abspath(config.backbone_name_or_path)
         elif config.backbone_name_or_path is None:
             logger.warning(
                 "The backbone has no name to load it by: pass include_backbone=True, or give it again when loading "

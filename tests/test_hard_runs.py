@@ -287,7 +287,7 @@ def test_a_damaged_run_to_compare_is_named(tmp_path: Path) -> None:
 
 
 def test_json_that_cannot_be_read_names_file_and_line(tmp_path: Path) -> None:
-    from modeling_aim.data.jsonl import read_demonstrations
+    from modeling_aim.data.demonstrations import read_demonstrations
 
     path = tmp_path / "demos.jsonl"
     good = json.dumps({"text": "a dax"}).encode()

@@ -133,6 +133,12 @@ def build_bank(
         for batch in _batches(_progress(rows, demos, total), builder, batch_size):
             builder.add(batch)
         builder.finish()
+        others = len(builder.known) - len(builder.known & builder.walked)
+        if others:
+            logger.warning(
+                f"{folder} holds {others} demonstrations of earlier builds that are not among those given now; they "
+                "stay. For a bank without them, build in a new folder."
+            )
     return sorted(bad.rows)
 
 
@@ -149,7 +155,7 @@ def _progress(
 def _batches(demos: Iterable[tuple[int, Demonstration]], builder: _Builder, batch_size: int) -> Iterator[list[Row]]:
     """Those that are new to the bank, in batches, in the order in which they first come."""
     batch: list[Row] = []
-    walked: set[str] = set()
+    walked = builder.walked
     for number, demo in demos:
         key = demo.key
         builder.duplicates += key in walked
@@ -179,6 +185,7 @@ class _Builder:
         self.model, self.folder, self.settings, self.shard_bytes, self.bad = model, folder, settings, shard_bytes, bad
         self.parts_folder = parts_folder(folder)
         self.duplicates = 0
+        self.walked: set[str] = set()  # keys of the stream so far
         self.manifest = self._begun()
         shards = [open_shard(folder / listed["file"], listed) for listed in self.manifest["shards"]]
         self.parts = self._open_parts()

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from rich.table import Table
 
-from ..data.jsonl import read_demonstrations
+from ..data.demonstrations import read_demonstrations
 from .loading import LoadingSettings
 from .options import check_least, command
 from .terminal import print_json, safe, wide_console
@@ -24,7 +24,8 @@ class AnswerSettings(LoadingSettings):
 
     Args:
         repo: AIM repository: a folder or a Hub id.
-        demos: file with one demonstration a line: image, and text, label or question and answer.
+        demos: jsonl file with a demonstration a line (image, and text, label or question and answer), or a folder with
+            a folder of images for each label.
         question: question about the query.
         image: image of the query: a file or a URL. Without it the question is asked as text alone.
         max_new_tokens: most tokens of the answer.

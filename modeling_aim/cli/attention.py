@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ..data.jsonl import read_demonstrations
+from ..data.demonstrations import read_demonstrations
 from ..evaluation.attention import PARTS, picture, study
 from ..evaluation.choosing import Choice, check_pool, choose_all, own_shots, read_chosen
 from ..evaluation.methods import ShownShot

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.table import Table
 
-from ..data.jsonl import read_demonstrations
+from ..data.demonstrations import read_demonstrations
 from .loading import LoadingSettings
 from .options import check_least, command
 from .terminal import errors, print_json, safe, wide_console
@@ -38,7 +38,8 @@ class BuildSettings(LoadingSettings):
     Args:
         repo: AIM repository: a folder or a Hub id.
         output: folder of the bank; an interrupted build is resumed.
-        demos: file with one demonstration a line: image, and text, label or question and answer.
+        demos: jsonl file with a demonstration a line (image, and text, label or question and answer), or a folder with
+            a folder of images for each label.
         dataset: instead of --demos, a dataset of the Hub, streamed.
         split: split of the dataset.
         columns: columns of the dataset, such as image=img,label=fine_label.

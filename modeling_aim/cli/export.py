@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from ..data.jsonl import read_demonstrations
+from ..data.demonstrations import read_demonstrations
 from .loading import LoadingSettings
 from .options import check_least, command
 from .terminal import safe, wide_console

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from ..data.jsonl import numbered_json, read_demonstrations
+from ..data.demonstrations import read_demonstrations
+from ..data.jsonl import numbered_json
 from ..llava.answers import write_answers
 from ..llava.asking import Stopped
 from ..llava.judge import REVIEWS, SUMMARY, UNPARSABLE, JudgeSettings

@@ -18,7 +18,8 @@ import typer
 from rich.table import Table
 
 from ..choice_aim import DepthChoice
-from ..data.jsonl import read_demonstrations, read_json
+from ..data.demonstrations import read_demonstrations
+from ..data.jsonl import read_json
 from ..files_aim import write_whole
 from ..image_settings import tokens_line
 from ..progress import show_progress
@@ -74,9 +75,11 @@ def tune(settings: TuneSettings) -> None:
     """Find the depth at which states should enter: leave each demonstration out, and ask the others for its answer."""
     repo, output = settings.repo, settings.output
     _check(repo, settings.backbone, settings.revision, output, settings.picture, settings.dry_run)
-    tasks = [_demonstrations(path) for path in settings.demos]
+    tasks = [list(read_demonstrations(path)) for path in settings.demos]
     model = _load(settings)
     errors.print(tokens_line(model.processor), soft_wrap=True, highlight=False)
+    if settings.backbone is not None and output is None and not settings.dry_run:
+        errors.print("Nothing will be written: --output DIR makes a repository with the depth.", highlight=False)
     before = model.config.read_layers
     with _progress() as report:
         choice = model.choose_depth(
@@ -119,19 +122,6 @@ def _check(
         if not has_aim(repo, revision):
             raise ValueError(f"{repo} is not an AIM repository. Choose a depth for a backbone with --backbone {repo}.")
         check_weightless(AimConfig.from_pretrained(repo, revision=revision or "main"))
-
-
-def _demonstrations(path: Path) -> list[dict[str, Any]]:
-    """Those of a jsonl file, or of a folder with images in a folder a label."""
-    if not path.is_dir():
-        return list(read_demonstrations(path))
-    from ..data.link_context import class_folders
-
-    return [
-        {"image": image, "label": image_class.name}
-        for image_class in class_folders(path)
-        for image in image_class.images
-    ]
 
 
 def _load(settings: TuneSettings) -> Any:

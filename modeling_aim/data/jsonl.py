@@ -9,26 +9,6 @@ from pathlib import Path
 from typing import Any
 
 
-def read_demonstrations(path: Path) -> Iterator[dict[str, Any]]:
-    """Demonstrations of a jsonl file; image paths are relative to the file.
-
-    Raises:
-        ValueError: a line is not a JSON object; the message names file and line.
-        FileNotFoundError: there is no such file.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f'{path} was not found; it has one object a line: {{"image": ..., "label": ...}}')
-    for number, demo in numbered_json(path):
-        if not isinstance(demo, dict):
-            raise ValueError(f"{path}, line {number}: expected an object such as {{'image': ..., 'label': ...}}.")
-        for key in ("image", "images"):
-            if isinstance(demo.get(key), str):
-                demo[key] = beside(path, demo[key])
-            elif isinstance(demo.get(key), list):
-                demo[key] = [beside(path, name) for name in demo[key]]
-        yield demo
-
-
 def numbered_json(path: Path) -> Iterator[tuple[int, Any]]:
     """What the lines of a jsonl file hold, with their numbers; empty ones are passed by.
 
