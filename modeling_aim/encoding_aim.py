@@ -1,4 +1,4 @@
-"""Demonstrations as the backbone reads them: taken from a chat, templated, and tokenized with a mask of kept tokens."""
+"""Demonstrations as the backbone reads them: taken from a chat, templated, tokenized, with a mask of kept tokens."""
 
 from __future__ import annotations
 
