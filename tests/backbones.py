@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from families import FAMILIES, MORE_FAMILIES
+from forked import run_python
 from PIL import Image
 
 from modeling_aim import AimForConditionalGeneration, Demonstration
@@ -132,7 +131,6 @@ given = json.loads(sys.argv[1])
 
 def run_without_package(code: str, given: dict[str, Any], env: dict[str, str] | None = None) -> Any:
     """What `code` prints last, as JSON: a script that has `given` and cannot import the package."""
-    command = [sys.executable, "-c", WITHOUT_PACKAGE + code, json.dumps(given)]
-    done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    done = run_python(["-c", WITHOUT_PACKAGE + code, json.dumps(given)], env=env)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return json.loads(done.stdout.splitlines()[-1])
