@@ -14,6 +14,16 @@ from PIL import Image
 
 from modeling_aim import AimForConditionalGeneration, Demonstration
 
+# One family of each kind of architecture, for tests that would be the same on the others.
+KINDS = (*FAMILIES, "qwen3_vl", "qwen3_5_moe", "idefics", "idefics2")
+
+
+def slow_unless_of_its_kind(family: str, param: Any) -> Any:
+    """A parameter of a test; the test is slow for families other than `KINDS`."""
+    import pytest  # scripts without tests import this file too
+
+    return pytest.param(param, marks=() if family in KINDS else pytest.mark.slow)
+
 
 @dataclass
 class Backbone:

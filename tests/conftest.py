@@ -37,7 +37,7 @@ import torch  # noqa: E402
 if TYPE_CHECKING:
     from modeling_aim.llava.text_model import LocalModel
 
-LONG = {f"test_{name}.py" for name in ("notebook", "transformers_serve", "hub_configs", "examples", "serve_command",
+LONG = {f"test_{name}.py" for name in ("transformers_serve", "hub_configs", "examples", "serve_command",
         "distributed", "training_runs", "bank_fuzz", "training")}  # fmt: skip
 SEED = int(os.environ.get("AIM_TEST_SEED", "0"))
 torch.set_num_threads(1)

@@ -32,7 +32,7 @@ EXAMPLES = {  # script: (arguments, what it prints)
 SHARED = {"demo.py", "lesson.py"}  # run by make demo; imported by the others
 
 
-LONG = {"llava_pipeline.py", "train_projector.py"}  # CI runs them by name: .ci/run
+LONG = {"llava_pipeline.py", "train_projector.py", "evaluate.py"}  # CI runs them by name: .ci/run
 
 
 @pytest.mark.parametrize("script", [pytest.param(s, marks=pytest.mark.slow) if s in LONG else s for s in EXAMPLES])

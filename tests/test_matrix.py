@@ -1,11 +1,10 @@
 """Every property that `aim check` promises, on every family; each in bfloat16, some in float16; quantized; on disk."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from backbones import FAMILIES, MORE_FAMILIES, build
+from backbones import FAMILIES, MORE_FAMILIES, build, slow_unless_of_its_kind
 from more_families import BUILDERS
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
@@ -15,21 +14,13 @@ from modeling_aim.checks import PROPERTIES, Case, NotApplicable
 
 FOUR_BIT = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32")
 
-
-def in_a_kind(family: str, param: Any) -> Any:
-    """A parameter of a test that is slow for families other than `KINDS`."""
-    return pytest.param(param, marks=() if family in KINDS else pytest.mark.slow)
-
-
 # Those whose outcome rounding can change. All properties hold in low precision; the others compute nothing twice.
 ROUNDED = (
     "read_or_raw", "rows_of_a_batch", "without_cache", "beams", "kept_prefix", "attention_kinds", "batch_reading",
     "equal_images", "early_stop", "without_training", "words_at_depth", "gradients",
 )  # fmt: skip
-# One of each kind of architecture; further families are slow where what is tested is not the family's own.
-KINDS = (*FAMILIES, "qwen3_vl", "qwen3_5_moe", "idefics", "idefics2")
 LOW_PRECISION = [
-    *(in_a_kind(family, (family, torch.bfloat16)) for family in [*FAMILIES, *MORE_FAMILIES]),
+    *(slow_unless_of_its_kind(family, (family, torch.bfloat16)) for family in [*FAMILIES, *MORE_FAMILIES]),
     *((family, torch.float16) for family in FAMILIES),
 ]
 
@@ -74,7 +65,9 @@ def test_kv_of_a_prefix_with_windows_with_recurrence_and_with_cross_attention(
     PROPERTIES["kept_prefix"](Case(AimForConditionalGeneration.from_backbone(backbone.model, backbone.processor)))
 
 
-@pytest.fixture(scope="module", params=[in_a_kind(family, family) for family in [*FAMILIES, *MORE_FAMILIES]])
+@pytest.fixture(
+    scope="module", params=[slow_unless_of_its_kind(family, family) for family in [*FAMILIES, *MORE_FAMILIES]]
+)
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Case, Path]:
     """The plug-in of a family, and as files with its backbone."""
     backbone = build(request.param)
