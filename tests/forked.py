@@ -65,9 +65,17 @@ def _answered(requests: list[dict[str, Any]]) -> list[int]:
     """The return codes of processes that the forking process starts."""
     pipes = _server()
     assert pipes.stdin is not None and pipes.stdout is not None
-    pipes.stdin.write(json.dumps(requests) + "\n")
-    pipes.stdin.flush()
-    return json.loads(pipes.stdout.readline())
+    answer = ""
+    try:
+        pipes.stdin.write(json.dumps(requests) + "\n")
+        pipes.stdin.flush()
+        answer = pipes.stdout.readline()
+    finally:
+        if not answer:  # it ended, or the test has run out of time: the next one starts another
+            pipes.kill()
+            _server.cache_clear()
+    assert answer, "the process that forks has ended; its error is above"
+    return json.loads(answer)
 
 
 def _started(requests: list[dict[str, Any]]) -> list[int]:
