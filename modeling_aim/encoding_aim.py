@@ -54,17 +54,29 @@ class EncodingMixin:
         name = len(text.split()) <= 2 and text.isascii() and text[-1].isalnum()
         return name and not (worded and text.lower().startswith(worded))
 
-    def why_unreadable(self: Any, demonstration: Demonstration) -> str | None:
-        """Why a backbone cannot read a demonstration, in a few words; `None` if it can."""
+    def why_unreadable(self: Any, demonstration: Demonstration, images: bool = True) -> str | None:
+        """Why a backbone cannot read a demonstration, in a few words; `None` where it can.
+
+        Args:
+            demonstration: with open images.
+            images: also ask the processor whether it takes images of their size, which costs most of the time.
+        """
         words = self.apply_template(demonstration)[0]
         for token in {self._image_token, self.image_text.strip(), getattr(self.processor, "video_token", None)}:
             if isinstance(token, str) and token and token in words:
                 return f"text that holds the placeholder {token}"
         try:
-            self.reading_lengths([demonstration])
+            if images:
+                self.reading_lengths([demonstration])
         except Exception as error:  # of the backbone's processor, for an image of an extreme shape
             return f"image that the processor refuses ({type(error).__name__})"
         return None
+
+    def check_readable(self: Any, demonstration: Demonstration, images: bool = True) -> None:
+        """Raise ValueError where `why_unreadable` gives a reason."""
+        reason = self.why_unreadable(demonstration, images)
+        if reason is not None:
+            raise ValueError(f"A demonstration cannot be read: {reason}. Its text is {demonstration.text!r:.80}.")
 
     def reading_lengths(self: Any, demonstrations: Sequence[Demonstration]) -> list[int]:
         """An estimate of the positions that each demonstration takes when it is read, rather too high than too low.
@@ -102,14 +114,15 @@ class EncodingMixin:
         return inputs, mask
 
     def _reading_prompts(
-        self: Any, demonstrations: Sequence[Demonstration], read_span: str
+        self: Any, demonstrations: Sequence[Demonstration], read_span: str, images: bool = True
     ) -> tuple[list[str], list[tuple[int, int]]]:
-        """The prompt of each demonstration when it is read, and the characters of it that are kept."""
+        """The prompt of each demonstration when it is read, and the characters of it that are kept.
+
+        Without `images`, the words alone are checked: the images have been read before, or are read elsewhere.
+        """
         prompts, spans = [], []
         for demonstration in demonstrations:
-            reason = self.why_unreadable(demonstration)
-            if reason is not None:
-                raise ValueError(f"A demonstration cannot be read: {reason}. Its text is {demonstration.text!r:.80}.")
+            self.check_readable(demonstration, images)
             front = self.front(len(demonstration.images))
             words, *answer = self.apply_template(demonstration)
             prompts.append(front + words)
@@ -119,7 +132,7 @@ class EncodingMixin:
 
     def kept_ids(self: Any, demonstrations: Sequence[Demonstration], read_span: str = "text") -> list[torch.Tensor]:
         """Ids `(tokens,)` of the words that are kept of each demonstration; images are not encoded."""
-        prompts, spans = self._reading_prompts(demonstrations, read_span)
+        prompts, spans = self._reading_prompts(demonstrations, read_span, images=False)
         plain = self._tokenized(prompts) if prompts else {"input_ids": []}
         kept = [self._kept_places(plain, row, span) for row, span in enumerate(spans)]
         return [torch.tensor(ids)[places] for ids, places in zip(plain["input_ids"], kept, strict=True)]

@@ -163,7 +163,12 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         `layers` replaces `config.read_layers`.
         """
         layers = self.config.read_layers if layers is None else layers
-        lengths = self.processor.reading_lengths(demos)
+        try:
+            lengths = self.processor.reading_lengths(demos)
+        except Exception:  # of the backbone's processor
+            for demo in demos:
+                self.processor.check_readable(demo)
+            raise
         max_tokens = CPU_PASS_TOKENS if self.device.type == "cpu" else PASS_TOKENS
         if family_of(self.backbone.config.model_type).read_alone:
             batch_size = 1

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from families import FAMILIES, MORE_FAMILIES
+from forked import run_python
 from PIL import Image
 
 from modeling_aim import AimForConditionalGeneration, Demonstration
+
+# One family of each kind of architecture, for tests that would be the same on the others.
+KINDS = (*FAMILIES, "qwen3_vl", "qwen3_5_moe", "idefics", "idefics2")
+
+
+def slow_unless_of_its_kind(family: str, param: Any) -> Any:
+    """A parameter of a test; the test is slow for families other than `KINDS`."""
+    import pytest  # scripts without tests import this file too
+
+    return pytest.param(param, marks=() if family in KINDS else pytest.mark.slow)
 
 
 @dataclass
@@ -132,7 +141,6 @@ given = json.loads(sys.argv[1])
 
 def run_without_package(code: str, given: dict[str, Any], env: dict[str, str] | None = None) -> Any:
     """What `code` prints last, as JSON: a script that has `given` and cannot import the package."""
-    command = [sys.executable, "-c", WITHOUT_PACKAGE + code, json.dumps(given)]
-    done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    done = run_python(["-c", WITHOUT_PACKAGE + code, json.dumps(given)], env=env)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return json.loads(done.stdout.splitlines()[-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import ipaddress
 import os
 import random
@@ -10,6 +11,7 @@ import shutil
 import socket
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,8 @@ for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING", "
     del os.environ[name]
 os.environ |= {"HF_HOME": HOME, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 os.environ |= {"HF_MODULES_CACHE": os.path.join(HOME, "modules"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else every script compiles the package again
+sys.dont_write_bytecode = False
 os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny: more threads only wait for one another, in scripts too
 sys.path.insert(0, str(Path(__file__).parent))  # subprocesses and workers import the helpers beside the tests
 
@@ -33,6 +37,8 @@ import torch  # noqa: E402
 if TYPE_CHECKING:
     from modeling_aim.llava.text_model import LocalModel
 
+LONG = {f"test_{name}.py" for name in ("transformers_serve", "hub_configs", "examples", "serve_command",
+        "distributed", "training_runs", "bank_fuzz", "training")}  # fmt: skip
 SEED = int(os.environ.get("AIM_TEST_SEED", "0"))
 torch.set_num_threads(1)
 hub = hub_server.hub  # the fixture: a Hub that this process uses too
@@ -44,6 +50,25 @@ def pytest_runtest_setup() -> None:
     random.seed(SEED)
     np.random.seed(SEED)
     torch.manual_seed(SEED)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In several processes, files with few but long tests begin first, so that the processes end together."""
+    if hasattr(config, "workerinput"):
+        counts = Counter(item.path for item in items)
+        items.sort(key=lambda item: (item.path.name not in LONG, -counts[item.path], item.path))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """What is imported stays: collections of garbage, of which `aim bench` makes many, need not visit it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -107,6 +132,13 @@ def listing() -> Any:
         return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
 
     return contents
+
+
+@pytest.fixture
+def without_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where matplotlib is not installed, but for tests marked `draws`: pictures take as long as a tiny run."""
+    if request.node.get_closest_marker("draws") is None:
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import forked
 import pytest
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".model")
@@ -211,8 +212,7 @@ def run_python(
     """
     hub.home.mkdir(parents=True, exist_ok=True)
     env = hub.env() | dict(extra_env or {})
-    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=hub.home, check=False, **streams)
+    done = forked.run_python(["-c", code], env=env, cwd=hub.home)
     if check and done.returncode:
         raise AssertionError(f"the script failed with {done.returncode}:\n{done.stdout}\n{done.stderr}")
     return done

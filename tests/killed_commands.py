@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from forked import run_python
+
 
 def killed_command(
     event: str, number: int, how: int, arguments: Sequence[str], environment: Mapping[str, str] | None = None
@@ -25,8 +27,7 @@ def killed_command(
         arguments: of the command.
         environment: variables of the process; by default those of this one.
     """
-    command = [sys.executable, __file__, event, str(number), str(int(how)), *arguments]
-    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment)
+    return run_python([__file__, event, str(number), str(int(how)), *arguments], env=environment)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from backbones import DEMOS, FAMILIES, Plugin, build, plugin
+from PIL import Image
 from test_bad_input import fails
 from test_reading import calls
 
@@ -163,3 +164,11 @@ def test_a_file_of_fused_tokens_that_are_not_finite_is_refused(llava: Plugin, tm
     planted = FusedDemonstrations(vectors, read.lengths, read.ids, read.keys, read.texts, read.source)
     planted.save_pretrained(tmp_path)
     fails(lambda: FusedDemonstrations.from_pretrained(tmp_path), FUSED_FILE, "not finite", "read the demonstrations")
+
+
+def test_an_image_that_the_processor_refuses_is_named() -> None:
+    aim = plugin("qwen2_5_vl")
+    demos = [(Image.new("RGB", (8000, 30)), "dax")]
+    ways = (lambda: aim.model.read(demos), lambda: aim.model.prefill(demos), lambda: aim.answer(aim.query(), demos))
+    for way in ways:
+        fails(way, "image that the processor refuses", "'dax'")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import resource
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from backbones import DEMOS, Plugin, plugin
+from forked import run_python
 from hub_server import HubServer
 from huggingface_hub import HfApi
 from safetensors import safe_open
@@ -442,7 +442,7 @@ try:
 except OSError as error:
     print("refused", error)
 """
-    done = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True, check=False)
+    done = run_python(["-c", code, str(saved)])
     assert "refused" in done.stdout, done.stderr
     assert listing(saved) == before
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 100_000

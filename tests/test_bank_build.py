@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import datasets
 import pytest
 import torch
 from backbones import Plugin, picture, plugin
+from forked import run_python
 from killed_builds import MANY, OPTIONS, UNIQUE, KilledBuilds
 
 from modeling_aim import DemonstrationBank
@@ -138,8 +137,7 @@ try:
 except OSError as error:
     print("refused", error)
 """
-    command = [sys.executable, "-c", code, str(tmp_path / "bank"), str(Path(__file__).parent)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_python(["-c", code, str(tmp_path / "bank"), str(Path(__file__).parent)])
     assert "demonstrations are safe there; make room" in done.stdout, done.stdout + done.stderr[-2000:]
     aim = plugin("llava")
     counted = reads(aim)

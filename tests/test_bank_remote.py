@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from backbones import DEMOS, Plugin, on_disk, plugin, run_without_package
+from forked import run_python
 from safetensors.torch import load_file, save_file
 
 from modeling_aim import DemonstrationBank, FusedDemonstrations
@@ -64,9 +63,7 @@ def repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_bank_serves_a_model_that_was_loaded_as_remote_code(repo: Path, tmp_path: Path, llava: Plugin) -> None:
     given = {"repo": str(repo), "bank": str(tmp_path / "bank"), **on_disk(tmp_path / "images")}
-    done = subprocess.run(
-        [sys.executable, "-c", REMOTE, json.dumps(given)], capture_output=True, text=True, check=False
-    )
+    done = run_python(["-c", REMOTE, json.dumps(given)])
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
 

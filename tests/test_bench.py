@@ -149,7 +149,10 @@ def countable(family: str, shots: int, monkeypatch: pytest.MonkeyPatch) -> tuple
     return model, twin, prompts, 2 * model.get_output_embeddings().weight.numel()
 
 
-@pytest.mark.parametrize("family", PICTURES)
+TWINS = ("qwen2_vl", "smolvlm", "vipllava")  # their images enter as those of qwen2_5_vl, idefics3 and llava
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, marks=pytest.mark.slow) if f in TWINS else f for f in PICTURES])
 def test_methods_cost_what_is_counted(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a real tiny model of each family: same KV, same FLOPs, and kept KV gives the same answer."""
     shots = 1
@@ -178,21 +181,20 @@ def test_methods_cost_what_is_counted(family: str, monkeypatch: pytest.MonkeyPat
     assert made.depth.config.enters_at_depth and not list(made.depth.projector.parameters())
 
 
-def test_shapes_of_every_kind_can_be_counted() -> None:
-    assert all(shape_picture(name).tokens > 0 for name in SHAPES)
-    for name in (
-        "cpu-576",
-        "cpu-64",
-        "tiny",
-        "smolvlm-256m-whole",
-        "qwen2.5-vl-7b",
-        "qwen3-vl-4b",
-    ):  # others: test_counted.py
-        twin = Twin(shape_config(name), picture=shape_picture(name))
-        if not can_see(twin):
-            continue
+LARGER = [pytest.param(name, marks=pytest.mark.slow) for name in ("cpu-576", "qwen2.5-vl-7b")]
+
+
+@pytest.mark.parametrize("name", ["cpu-64", "tiny", "smolvlm-256m-whole", "qwen3-vl-4b", *LARGER])
+def test_shapes_of_every_kind_can_be_counted(name: str) -> None:
+    """Others: test_counted.py."""
+    twin = Twin(shape_config(name), picture=shape_picture(name))
+    if can_see(twin):
         zero = count(twin, "zero", 0)
         assert zero.prompt_tokens == twin.picture.tokens + 40 and 0 < twin.image < zero.flops, name
+
+
+def test_an_image_of_every_shape_is_some_tokens() -> None:
+    assert all(shape_picture(name).tokens > 0 for name in SHAPES)
     whole, split = (shape_picture(name).tokens for name in ("idefics3-8b-whole", "idefics3-8b"))
     assert (whole, split) == (169, 2873)
 

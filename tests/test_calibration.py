@@ -15,6 +15,8 @@ from modeling_aim import AimConfig, AimForConditionalGeneration
 from modeling_aim.configuration_aim import PROJECTOR_FORMS
 from modeling_aim.projector_aim import PROJECTOR_WEIGHTS, SCALE_KEY, AimProjector, load_projector
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 WIDTH = 512
 OUTLIERS = torch.tensor([10.0, 13.0, 16.0, 19.0, 22.0, 25.0]) * 0.6745  # of the median size of the others
 INPUT_FORMS = [form for form in PROJECTOR_FORMS if form != "identity"]

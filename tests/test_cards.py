@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from backbones import DEMOS, Plugin, picture
+from forked import run_python
 from huggingface_hub import ModelCard
 
 from modeling_aim import AimForConditionalGeneration, DemonstrationBank
@@ -58,7 +56,7 @@ def test_the_card_of_a_bank_is_read_and_its_code_runs(llava: Plugin, tmp_path: P
     picture(9).save(tmp_path / "query.png")
     [code] = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     code = code.replace("this/repository", "bank").replace("the/plug-in", "repo")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ, capture_output=True, text=True)
+    done = run_python(["-c", code], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     inputs = llava.query()
     ids = model.generate(**inputs, demos=bank, shots=5, select="random", max_new_tokens=8)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from backbones import FAMILIES, MORE_FAMILIES, Plugin, picture, plugin
+from backbones import FAMILIES, MORE_FAMILIES, Plugin, picture, plugin, slow_unless_of_its_kind
 from torch import nn
 from transformers import AutoConfig, DynamicCache
 
@@ -96,7 +96,10 @@ AT_DEPTH = ("llava", "qwen2_5_vl", "idefics3")
 
 @pytest.fixture(
     scope="module",
-    params=[*((family, "paper") for family in (*FAMILIES, *MORE_FAMILIES)), *((f, "untrained") for f in AT_DEPTH)],
+    params=[
+        *(slow_unless_of_its_kind(family, (family, "paper")) for family in (*FAMILIES, *MORE_FAMILIES)),
+        *((family, "untrained") for family in AT_DEPTH),
+    ],
     ids="-".join,
 )
 def expected(request: pytest.FixtureRequest) -> Expected:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from forked import run_together
 from PIL import Image
 
 BACKBONE = str(Path(__file__).parents[1] / "hub_configs" / "aim-tiny" / "backbone")
@@ -98,12 +100,14 @@ def test_the_command_itself_takes_several_processes(tmp_path: Path) -> None:
     """Each would train alone, and write the same folder, where Trainer is not told that they are on CPUs."""
     arguments = ["--backbone", BACKBONE, "--data", f"episodes:{_one_episode(tmp_path)}", "--output", "out"]
     arguments += ["--steps", "2", "--batch-size", "1", "--shots", "1", "--prompts", "plain", "--dtype", "float32"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, "-m", "modeling_aim", "train", *arguments], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("trained for 2 steps") == 1
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"} for rank in range(2)]
+    # what torch.distributed.run sets, which test_eval_run.py starts
+    processes = run_together(["-m", "modeling_aim", "train", *arguments], ranks, tmp_path)
+    assert [done.returncode for done in processes] == [0, 0], processes
+    assert "".join(done.stdout for done in processes).count("trained for 2 steps") == 1
 
 
 def _one_episode(folder: Path) -> Path:

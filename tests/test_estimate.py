@@ -23,6 +23,8 @@ from modeling_aim.training import AimTrainer, Mixture, ShotLaw, TrainSettings, t
 from modeling_aim.training.pace import LogLines, Pace, StepTimes
 from modeling_aim.training.targets import logits_kept
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 saved_backbone, settings = training_runs.saved_backbone, training_runs.settings  # the fixtures
 PLANNED = TrainSettings("backbone", ("data",), "out", batch_size=4, dtype="float32", steps=100)
 

@@ -13,6 +13,8 @@ from modeling_aim.evaluation import evaluate
 from modeling_aim.evaluation.pareto import front
 from modeling_aim.evaluation.tasks.registry import TASKS
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 METHODS = ("zero", "full", "aim", "prefix-kv", "text-kv", "parallel-icl:chunks=1", "fastv:ratio=.9", "snapkv:ratio=0")
 
 
@@ -23,6 +25,7 @@ def own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.draws
 def test_exact_methods_answer_as_full_does(tmp_path: Path) -> None:
     """Of one run: the same examples with the same demonstrations, written and chosen; KV is what the cache holds."""
     tasks = ("naming:,count=4", "pictures:,count=2,options=cat|a dog|bird")

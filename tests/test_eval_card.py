@@ -47,6 +47,7 @@ def test_the_card_has_table_pictures_and_metadata_once(evaluated: tuple[Path, Pa
     assert "| colours | 2 |" in card.text and "long" in card.text and card.data.license == "mit"
     for name in ("eval_by_shots.png", "eval_by_tokens.png"):
         assert name in card.text and (repository / name).is_file()
+    assert (run / "by_cost.png").stat().st_size > 5000
     (two,) = [one for one in card.data.eval_results if one.dataset_args == {"shots": 2}]
     cells = json.loads((run / "results.json").read_text())["cells"]
     (cell,) = [one for one in cells if (one["method"], one["shots"]) == ("aim", 2)]

@@ -18,6 +18,8 @@ from modeling_aim.evaluation.report import eval_results
 from modeling_aim.evaluation.results import cell_figures
 from modeling_aim.evaluation.tasks.registry import TASKS
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 
 @pytest.fixture(autouse=True)
 def own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from backbones import picture
 from eval_tasks import AIM_TINY, UNTIMED, Naming, Pictures, episode_file, figures, predictions, settings, world
+from forked import run_python
 from killed_commands import killed_command
 from more_families import blip_2
 from typer.testing import CliRunner
@@ -28,6 +29,8 @@ from modeling_aim.evaluation.choosing import difference_hash
 from modeling_aim.evaluation.methods import BY_DEFAULT, Prompt, PromptBuilder, ShownShot
 from modeling_aim.evaluation.subject import load_subject
 from modeling_aim.evaluation.tasks.registry import TASKS
+
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
 SHAPES = ("llava", "qwen2_5_vl", "idefics", "idefics3")
 COMMAND = ["-m", "modeling_aim", "eval"]
@@ -54,6 +57,7 @@ def repositories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.draws
 def test_aim_tiny_tells_the_methods_apart(tmp_path: Path) -> None:
     results = evaluate(settings(tmp_path, tasks=("naming:,count=12",)))
     cells = figures(results)
@@ -372,9 +376,7 @@ def test_a_killed_run_goes_on_to_the_same_results(tmp_path: Path) -> None:
         assert before < answered < len(predictions(tmp_path / "run"))
         with partial.open("ab") as file:
             file.write(b'{"task": "nam')
-    done = subprocess.run(
-        [sys.executable, "-m", "modeling_aim", *arguments], capture_output=True, text=True, check=False
-    )
+    done = run_python(["-m", "modeling_aim", *arguments])
     assert done.returncode == 0, done.stderr
     _same_results(tmp_path / "killed", tmp_path / "run")
     before_again = (tmp_path / "run/predictions.jsonl").read_bytes()

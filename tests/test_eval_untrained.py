@@ -17,6 +17,8 @@ from modeling_aim.evaluation.methods import PromptBuilder, ShownShot, method_of
 from modeling_aim.evaluation.subject import load_subject
 from modeling_aim.evaluation.tasks.registry import TASKS
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 
 @pytest.fixture(autouse=True)
 def own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:

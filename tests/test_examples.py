@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import run_python
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = {  # script: (arguments, what it prints)
@@ -33,15 +32,15 @@ EXAMPLES = {  # script: (arguments, what it prints)
 SHARED = {"demo.py", "lesson.py"}  # run by make demo; imported by the others
 
 
-LONG = {"llava_pipeline.py", "train_projector.py"}  # CI runs them by name: .ci/run
+LONG = {"llava_pipeline.py", "train_projector.py", "evaluate.py"}  # CI runs them by name: .ci/run
 
 
 @pytest.mark.parametrize("script", [pytest.param(s, marks=pytest.mark.slow) if s in LONG else s for s in EXAMPLES])
 def test_an_example_runs(script: str, tmp_path: Path) -> None:
     arguments, printed = EXAMPLES[script]
-    command = [sys.executable, str(ROOT / "examples" / script), *arguments.format(folder=tmp_path).split()]
+    command = [str(ROOT / "examples" / script), *arguments.format(folder=tmp_path).split()]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = run_python(command, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert printed in done.stdout
 
@@ -50,9 +49,9 @@ def test_an_example_runs(script: str, tmp_path: Path) -> None:
 @pytest.mark.timeout(1800)
 def test_the_llava_pipeline_learns(tmp_path: Path) -> None:
     """At its own settings; how much of each stage is right is what the script writes."""
-    command = [sys.executable, str(ROOT / "examples" / "llava_pipeline.py"), "--output", str(tmp_path)]
+    command = [str(ROOT / "examples" / "llava_pipeline.py"), "--output", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = run_python(command, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     figures = json.loads((tmp_path / "report.json").read_text())
     shares = {stage: right / count for stage, (right, count) in figures.items()}

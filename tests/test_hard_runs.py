@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +16,7 @@ import torch
 from backbones import picture
 from eval_tasks import Naming, Pictures, predictions
 from eval_tasks import settings as eval_settings
+from forked import run_python
 from safetensors.torch import load_file, save_file
 from test_bad_input import fails
 from training_runs import WORDS, data_on_disk, saved_backbone, settings, trainer  # noqa: F401
@@ -31,6 +30,8 @@ from modeling_aim.training import Episode, EpisodeCollator, KeptStates, Mixture,
 from modeling_aim.training.checkpoints import why_damaged
 from modeling_aim.training.episodes import Opener
 from modeling_aim.training.run import RUN_FILE, last_checkpoint
+
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
 PLACEHOLDERS = {"llava": "<image>", "qwen2_5_vl": "<|image_pad|>", "idefics3": "<image>", "idefics": "<image>"}
 
@@ -267,7 +268,7 @@ def test_two_evaluations_in_one_folder_are_one(monkeypatch: pytest.MonkeyPatch, 
 def test_the_lock_of_a_killed_run_keeps_nobody_out(tmp_path: Path) -> None:
     script = "import sys, os\nfrom modeling_aim.files_aim import only_one\nwith only_one(sys.argv[1], 'aim train'):\n"
     script += "    open(sys.argv[1] + '/begun', 'w').close()\n    os.kill(os.getpid(), 9)\n"
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run")], check=False)
+    done = run_python(["-c", script, str(tmp_path / "run")])
     assert done.returncode == -9 and (tmp_path / "run/begun").exists()
     with only_one(tmp_path / "run", "aim train"):
         pass

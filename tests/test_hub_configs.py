@@ -5,8 +5,6 @@ The cards run with a tiny backbone of the same family in the place of the publis
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import pytest
 import torch
 import transformers
 from backbones import build, picture, run_without_package
+from forked import run_python
 from hub_server import HubServer
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
@@ -63,7 +62,7 @@ def test_the_folders_are_what_the_script_writes() -> None:
     if not transformers.__version__.startswith(WRITTEN_WITH):
         pytest.skip(f"written with transformers {WRITTEN_WITH}; others put other defaults into a config.json")
     script = HUB_CONFIGS / "make.py"
-    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True)
+    done = run_python([str(script), "--check"])
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from backbones import FAMILIES, MORE_FAMILIES, build
+from backbones import FAMILIES, MORE_FAMILIES, build, slow_unless_of_its_kind
 from more_families import BUILDERS
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
@@ -20,7 +20,7 @@ ROUNDED = (
     "equal_images", "early_stop", "without_training", "words_at_depth", "gradients",
 )  # fmt: skip
 LOW_PRECISION = [
-    *((family, torch.bfloat16) for family in [*FAMILIES, *MORE_FAMILIES]),
+    *(slow_unless_of_its_kind(family, (family, torch.bfloat16)) for family in [*FAMILIES, *MORE_FAMILIES]),
     *((family, torch.float16) for family in FAMILIES),
 ]
 
@@ -65,16 +65,20 @@ def test_kv_of_a_prefix_with_windows_with_recurrence_and_with_cross_attention(
     PROPERTIES["kept_prefix"](Case(AimForConditionalGeneration.from_backbone(backbone.model, backbone.processor)))
 
 
-@pytest.fixture(scope="module")
-def saved(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The plug-in of a family with its backbone, as files."""
+@pytest.fixture(
+    scope="module", params=[slow_unless_of_its_kind(family, family) for family in [*FAMILIES, *MORE_FAMILIES]]
+)
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Case, Path]:
+    """The plug-in of a family, and as files with its backbone."""
+    backbone = build(request.param)
+    model = AimForConditionalGeneration.from_backbone(backbone.model, backbone.processor)
     folder = tmp_path_factory.mktemp("family") / "repository"
-    case.model.save_pretrained(folder, include_backbone=True)
-    return folder
+    model.save_pretrained(folder, include_backbone=True)
+    return Case(model), folder
 
 
-def test_in_4_bit(case: Case, saved: Path) -> None:
-    quantized = AimForConditionalGeneration.from_pretrained(saved, quantization_config=FOUR_BIT)
+def test_in_4_bit(saved: tuple[Case, Path]) -> None:
+    quantized = AimForConditionalGeneration.from_pretrained(saved[1], quantization_config=FOUR_BIT)
     kinds = {type(m).__name__ for m in decoder_layers(quantized.backbone).modules() if hasattr(m, "in_features")}
     assert "Linear4bit" in kinds
     small = Case(quantized)
@@ -96,12 +100,13 @@ def test_in_4_bit(case: Case, saved: Path) -> None:
     PROPERTIES["gradients"](small)
 
 
-def test_partly_on_disk(case: Case, saved: Path, tmp_path: Path) -> None:
+def test_partly_on_disk(saved: tuple[Case, Path], tmp_path: Path) -> None:
+    case, folder = saved
     expected = case.answer(case.query(), case.demos)
     size = sum(p.numel() * p.element_size() for p in case.model.backbone.parameters())
     places = {"device_map": "auto", "max_memory": {"cpu": size // 2}, "offload_folder": str(tmp_path)}
     try:
-        host = AutoModelForImageTextToText.from_pretrained(saved / "backbone", **places)
+        host = AutoModelForImageTextToText.from_pretrained(folder / "backbone", **places)
     except Exception as error:
         pytest.skip(f"the backbone alone cannot be offloaded: {error}")
     if "disk" not in host.hf_device_map.values():
@@ -110,6 +115,6 @@ def test_partly_on_disk(case: Case, saved: Path, tmp_path: Path) -> None:
     alone = [some.generate(**queries, max_new_tokens=4, do_sample=False) for some in (host, case.model.backbone)]
     if not torch.equal(*alone):
         pytest.skip("offloaded, the backbone alone answers otherwise")
-    model = AimForConditionalGeneration.from_pretrained(saved, **places)
+    model = AimForConditionalGeneration.from_pretrained(folder, **places)
     assert "disk" in model.hf_device_map.values()
     assert torch.equal(Case(model).answer(case.query(), case.demos), expected)

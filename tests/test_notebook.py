@@ -37,6 +37,7 @@ def printed() -> list[str]:
     return ["".join(out["text"] for out in cell.outputs if out.output_type == "stream") for cell in cells]
 
 
+@pytest.mark.slow  # CI runs it by name: .ci/run
 def test_the_notebook_runs_and_demonstrations_help(printed: list[str]) -> None:
     text = "\n".join(printed)
     without, questions, with_demos = map(int, re.search(r"right: (\d+) of (\d+) without, (\d+) with", text).groups())

@@ -27,6 +27,8 @@ from modeling_aim.images_aim import open_image
 from modeling_aim.training import AimTrainer, Episode, EpisodeCollator, EpisodeStream, Mixture, ShotLaw, open_source
 from modeling_aim.training.episodes import FAILED_IN_A_ROW, Opener
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 
 @pytest.fixture
 def pages(tmp_path: Path) -> str:

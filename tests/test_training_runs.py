@@ -18,6 +18,7 @@ import pytest
 import torch
 import training_runs
 from backbones import picture
+from forked import run_python
 from hub_server import HubServer
 from killed_commands import killed_command
 from pyarrow import parquet
@@ -40,6 +41,8 @@ from modeling_aim.training import (
 )
 from modeling_aim.training.run import RUN_FILE, last_checkpoint
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 saved_backbone, settings = training_runs.saved_backbone, training_runs.settings  # the fixtures
 
 # --- interrupted, distributed
@@ -57,8 +60,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(settings: TrainSettings, tmp_p
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert last_checkpoint(tmp_path / "killed") == str(tmp_path / "killed/checkpoint-4")
     assert not (tmp_path / "killed" / PROJECTOR_WEIGHTS).exists()
-    command = [sys.executable, "-m", "modeling_aim", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_python(["-m", "modeling_aim", *arguments])
     assert done.returncode == 0, done.stderr
     whole, resumed = (load_file(folder / PROJECTOR_WEIGHTS) for folder in (Path(settings.output), tmp_path / "killed"))
     for name, value in whole.items():
@@ -169,6 +171,7 @@ def test_kept_states_are_bounded_and_damaged_ones_are_read_again(tmp_path: Path)
 # --- the command, and what it refuses
 
 
+@pytest.mark.draws
 def test_a_run_leaves_a_repository_that_answers(settings: TrainSettings, tmp_path: Path) -> None:
     held = data_on_disk(tmp_path / "held", 6)
     train(replace(settings, eval_data=(held,), eval_episodes=3))
@@ -186,6 +189,7 @@ def test_a_run_leaves_a_repository_that_answers(settings: TrainSettings, tmp_pat
     assert isinstance(found[0]["generated_text"], str)
 
 
+@pytest.mark.draws
 def test_a_run_pushes_what_it_leaves(settings: TrainSettings, hub: HubServer, monkeypatch: Any) -> None:
     """Backbone from the Hub, projector to the Hub: what is there loads by its id and answers, with its card."""
     monkeypatch.setenv("HF_TOKEN", hub.token)

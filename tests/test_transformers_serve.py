@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 
 import pytest
 from backbones import run_without_package
+from forked import run_python
 
 from modeling_aim.cli.serve import check_installed
 
@@ -45,10 +45,10 @@ def test_earlier_turns_are_demonstrations(url: str) -> None:
 def test_chat_talks_to_both_servers(request: pytest.FixtureRequest, own: bool) -> None:
     with served(loaded()) if own else nullcontext() as server:
         name, place = (MODEL, server.url) if server else (str(AIM_TINY), request.getfixturevalue("url"))
-        command = [sys.executable, "-c", WITHOUT, "chat", name, place, "do_sample=False", "max_new_tokens=3"]
+        command = ["-c", WITHOUT, "chat", name, place, "do_sample=False", "max_new_tokens=3"]
         online = {**os.environ, "HF_HUB_OFFLINE": "0"}  # offline, it does not even ask this host
         words = "what is this ?\nn\n!exit\n"  # n: it asks whether to go on behind the last token
-        done = subprocess.run(command, env=online, input=words, capture_output=True, text=True, timeout=100)
+        done = run_python(command, online, words=words)
     assert done.returncode == 0, done.stderr
     assert "this is" in done.stdout.split("Assistant")[-1].split(name)[-1], done.stdout
 

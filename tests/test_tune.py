@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from backbones import Plugin, build, on_disk, picture, plugin, run_without_package
+from forked import run_python
 from PIL import Image
 from test_depth import replaced_by_hand, start_of, with_words
 from typer.testing import CliRunner
@@ -407,9 +407,9 @@ def test_the_command_refuses_in_one_message(demos: Path, tmp_path: Path, tiny: P
 
 
 def test_the_depth_chosen_on_aim_tiny_is_within_a_point_of_the_best() -> None:
-    command = [sys.executable, str(ROOT / "examples" / "aim_tiny" / "tune.py"), "--cells", "2-way 8"]
+    command = [str(ROOT / "examples" / "aim_tiny" / "tune.py"), "--cells", "2-way 8"]
     command += ["--episodes", "3", "--queries", "20", "--json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_python(command, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["2-way 8"]
     assert found["pooled"]["accuracy"] >= found["best"] - 0.01 and found["by_episode"]["beats_words"] == 3
