@@ -35,15 +35,16 @@ docs: $(VENV)/.installed-dev  ## the docs site, in build/site; broken links are 
 
 BENCH ?= build/bench
 OWN = zero,overhead,full,prefix-kv,cold,cold-half,bank,bank-kv,depth-cold,depth-bank,depth-bank-kv
+CORE = zero,full,prefix-kv,text-kv,snapkv,depth-cold,depth-bank,depth-bank-kv
 OTHERS = text-kv,text-kv-together,parallel-icl,fastv,catp,snapkv,emloc,task-vector
-OTHERS_COLD = text-kv-cold,text-kv-together-cold,parallel-icl-cold,snapkv-cold,emloc-cold,task-vector-cold
+OTHERS_COLD = text-kv-cold,text-kv-together-cold,parallel-icl-cold,snapkv-cold,task-vector-cold
 
 bench: $(VENV)/.installed-demo  ## all methods counted at all shapes and measured at the CPU's; growth; a bank of 100 000; training
 	$(BIN)/python -m modeling_aim.speed.growth --shape all --shots 16 --output $(BENCH)
-	$(BIN)/aim bench --shape cpu-64 --shots 0,2,8 --repeats 3 --methods $(OWN),$(OTHERS),$(OTHERS_COLD) --output $(BENCH)/cpu-64
-	$(BIN)/aim bench --shape cpu-576 --shots 0,4 --repeats 3 --methods $(OWN) --output $(BENCH)/cpu-576
+	$(BIN)/aim bench --shape cpu-64 --shots 4 --repeats 2 --max-new-tokens 3 --methods $(OWN),$(OTHERS),$(OTHERS_COLD) --output $(BENCH)/cpu-64
 	$(BIN)/python -m modeling_aim.speed.growth --shape llava-1.5-7b --measured 1000 10000 100000 \
-		--bench $(BENCH)/cpu-576/bench.json --output $(BENCH)
+		--bench $(BENCH)/cpu-64/bench.json --output $(BENCH)
+	$(BIN)/aim bench --shape cpu-576 --shots 4 --repeats 2 --methods $(CORE) --output $(BENCH)/cpu-576
 	$(BIN)/python -m modeling_aim.speed.bank
 	$(BIN)/python -m modeling_aim.speed.training
 	$(BIN)/python -m modeling_aim.speed.training_data

@@ -24,6 +24,7 @@ from modeling_aim.speed.counting import COUNTED, Twin, analytic_kv, count, count
 from modeling_aim.speed.measure import Measuring, Memory
 from modeling_aim.speed.methods import METHODS, Bench, Clock, call_of
 from modeling_aim.speed.prompts import RandomPrompts
+from modeling_aim.speed.report import picture
 from modeling_aim.speed.shapes import PICTURES, SHAPES, random_backbone, shape_config, shape_picture
 from modeling_aim.state_aim import continues_after_kv
 
@@ -76,6 +77,15 @@ def test_table_and_picture_of_a_run(measured: tuple[str, Path]) -> None:
     assert "Without demonstrations, the plug-in adds" in output and "the plug-in adds" in written
     with Image.open(folder / "bench.png") as picture:
         assert len(picture.convert("RGB").getcolors(2**24)) > 100
+
+
+def test_picture_of_one_number_of_demonstrations(measured: tuple[str, Path], tmp_path: Path) -> None:
+    rows = [row for row in json.loads((measured[1] / "bench.json").read_text())["rows"] if row["shots"] == 2]
+    for name, shown in (("all", rows), ("one", [{**rows[0], "peak_bytes": None}])):
+        picture(shown, "title", tmp_path / f"{name}.png")
+        with Image.open(tmp_path / f"{name}.png") as drawn:
+            blue = [color for _, color in drawn.convert("RGB").getcolors(2**24) if color == (31, 119, 180)]
+        assert bool(blue) == (name == "all")  # bars of AIM's; rows[0] is the backbone alone
 
 
 def test_count_only(tmp_path: Path) -> None:

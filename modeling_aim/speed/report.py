@@ -23,6 +23,9 @@ MARKS = {
 }
 
 
+OWN = tuple(name for name in (*MARKS, "overhead") if name not in ("zero", "full", "prefix-kv"))
+
+
 def mark(method: str, place: int) -> str:
     """The line of a method; methods of others are dashed, in a colour by their place."""
     return MARKS.get(method, f"C{place % 10}" + ("--", "-.")[place // 10 % 2])
@@ -139,6 +142,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 def picture(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     """Cost against demonstrations: the first token (FLOPs where nothing was measured), KV, and peak memory.
 
+    With one number of demonstrations a bar for each method, AIM's in a colour of their own.
+
     Raises:
         ImportError: matplotlib is missing.
     """
@@ -150,29 +155,41 @@ def picture(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     except ImportError as error:
         raise ImportError('A picture needs matplotlib: pip install "modeling-aim[demo]"') from error
     timed = any("ttft_ms" in row for row in rows)
+    rows = [row for row in rows if not row.get("failed")]
+    shots = sorted({row["shots"] for row in rows})
     figure, axes = plt.subplots(1, 3 if timed else 2, figsize=(14 if timed else 11, 5), layout="constrained")
-    for place, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
-        own = [row for row in rows if row["method"] == method and not row.get("failed")]
-        values = [_time(row) / 1000 if timed else row["flops"] / 1e12 for row in own]
-        shots, line, sign = [row["shots"] for row in own], mark(method, place), "osDv^<>PX"[place % 9]
-        axes[0].plot(shots, values, line, marker=sign, markersize=4, label=method)
-        if timed:
-            low, high = ([row["ttft_ms"][name] / 1000 for row in own] for name in ("low", "high"))
-            axes[0].fill_between(shots, low, high, color=axes[0].lines[-1].get_color(), alpha=0.2, linewidth=0)
-            peaks = [row["peak_bytes"] / 2**20 if row["peak_bytes"] else float("nan") for row in own]
-            axes[2].plot(shots, peaks, line, marker=sign, markersize=4)
-            axes[2].set_ylabel("peak memory above the models, MiB")
-        axes[1].plot(shots, [row["kv_bytes"] / 2**20 for row in own], line, marker=sign, markersize=4)
-    axes[0].set_ylabel("first token, seconds" if timed else "first token, TFLOPs")
-    axes[1].set_ylabel("KV in bfloat16, MiB")
-    for axis in axes:
-        axis.set_xlabel("demonstrations")
-        axis.set_xticks(sorted({row["shots"] for row in rows}))
-        axis.set_yscale("log")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8, frameon=False)
-    figure.suptitle(title)
+    for axis, (label, values) in zip(axes, _panels(rows, timed).items(), strict=True):
+        if len(shots) == 1:
+            names = [row["method"] for row in rows]
+            axis.barh(names, values, color=["C0" if name in OWN else "C1" for name in names])
+            axis.invert_yaxis()
+            axis.set_xlabel(label)
+            continue
+        for place, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+            points = [
+                (row["shots"], value) for row, value in zip(rows, values, strict=True) if row["method"] == method
+            ]
+            axis.plot(*zip(*points, strict=True), mark(method, place), marker="osDv^<>PX"[place % 9], label=method)
+        axis.set(xlabel="demonstrations", ylabel=label, xticks=shots, yscale="log")
+    lines = axes[0].get_legend_handles_labels()
+    if lines[0]:
+        figure.legend(*lines, loc="outside lower center", ncols=7, fontsize=8, frameon=False)
+    figure.suptitle(title if len(shots) > 1 else f"{title}, {shots[0]} demonstrations")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _panels(rows: Sequence[dict[str, Any]], timed: bool) -> dict[str, list[float]]:
+    """What each panel shows of each row, by its label."""
+    if not timed:
+        kept = [row["kv_bytes"] / 2**20 for row in rows]
+        return {"first token, TFLOPs": [row["flops"] / 1e12 for row in rows], "KV in bfloat16, MiB": kept}
+    peaks = [row["peak_bytes"] / 2**20 if row["peak_bytes"] else float("nan") for row in rows]
+    return {
+        "first token, seconds (median)": [_time(row) / 1000 for row in rows],
+        "KV as measured, MiB": [row["measured_kv_bytes"] / 2**20 for row in rows],
+        "peak memory above the models, MiB": peaks,
+    }
 
 
 def save(folder: Path, about: dict[str, Any], rows: Sequence[dict[str, Any]], title: str) -> None:
