@@ -10,10 +10,10 @@
 5. AIM on that backbone answers from demonstrations, without training.
 
 Every step is the code that large models take, and the script says how good each is. What is a toy: the chat model
-that writes and judges has a million parameters. It begins as aim-tiny's language model and is trained here, on texts of
-this world made by rules (a minute or two of one core). What it writes and how it judges are checked against what the
-images show. Vision tower and language model of the backbone are those of aim-tiny, and the connector between them is
-new. `report.json` has the figures.
+that writes and judges has a million parameters. It begins as aim-tiny's language model and is trained here, on texts
+of this world made by rules (a minute or two of one core). What it writes and how it judges are checked against what
+the images show. Vision tower and language model of the backbone are those of aim-tiny, and the connector between them
+is new. `report.json` has the figures.
 """
 
 from __future__ import annotations
@@ -152,8 +152,8 @@ def trained_backbone(output: Path, images: Path, rows: list[dict[str, Any]], dat
 def judged(output: Path, images: Path, model: Any, chat_model: Path, count: int, figures: Figures) -> None:
     """Let the chat model compare the backbone's answers with right ones, and say how far it can be trusted.
 
-    Most of the backbone's answers are right, so a judge that praises everything would seem good: answers that were given
-    about other images, most of them wrong here, are judged too.
+    Most of the backbone's answers are right, so a judge that praises everything would seem good: answers that were
+    given about other images, most of them wrong here, are judged too.
     """
     questions, context, right = [], [], []
     for row, scene in drawn(images, "new", count, "test"):
@@ -173,7 +173,7 @@ def judged(output: Path, images: Path, model: Any, chat_model: Path, count: int,
         "context": write_lines(output / "context.jsonl", context),
         "rules": chat.rules(output / "rule.json"),
     }
-    for name, given in (("judge", texts), ("judge, answers about other images", texts[3:] + texts[:3])):
+    for name, given in (("judge", texts), ("judge of moved answers", texts[3:] + texts[:3])):
         rows = [{**row, "text": text} for row, text in zip(answers, given, strict=True)]
         summary = judge(
             JudgeSettings(
@@ -188,9 +188,8 @@ def judged(output: Path, images: Path, model: Any, chat_model: Path, count: int,
         for order, file, place in (("first", "reviews.jsonl", 1), ("swapped", "reviews_swapped.jsonl", 0)):
             reviews = [json.loads(line) for line in (output / name / file).read_text().splitlines()]
             agrees = [(row["tuple"][place] > SCORE) == good for row, good in zip(reviews, fine, strict=True)]
-            said(
-                figures, f"{name}, {order}", agrees, f"judgements agree with the facts; {sum(fine)} answers are right"
-            )
+            what = f"judgements agree with the facts ({sum(fine)} answers are right)"
+            said(figures, f"{name}, {order}", agrees, what)
 
 
 def aim_answers(model: Any, figures: Figures) -> None:
