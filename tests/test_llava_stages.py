@@ -110,7 +110,7 @@ def test_lengths_of_examples_are_about_their_tokens(settings: BackboneSettings, 
     [
         ({"optimizer": "sgd"}, r"optimizer='sgd' is unknown"),
         ({"stage2_format": "v1"}, r"stage2_format='v1' is unknown; choose one of \('chat', 'plain'\)"),
-        ({"optimizer": "muon", "stage2_learning_rate": None}, r"give another one \(--stage2-learning-rate\)"),
+        ({"optimizer": "muon", "stage2_learning_rate": None}, r"give stage 2 another \(--stage2-learning-rate\)"),
         ({"optimizer": "muon", "arguments": {"optim": "adafactor"}}, r"optim='adafactor' is for optimizer='adamw'"),
     ],
 )
