@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 STAGES = {  # name: (script and argument, result, what it does)
     "vision": (["vision.py"], "vision.pt", "vision tower: CLIP ViT, five attributes"),
     "llm": (["backbone.py", "llm"], "llm.pt", "language model: text only, copying first"),
-    "llava": (["llava.py"], "llava/README.md", "LLaVA stages 1 and 2, single images, by `aim backbone`; then frozen"),
+    "llava": (["llava.py"], "llava/README.md", "LLaVA stages 1 and 2 by `aim backbone`; then frozen"),
     "aim": (["projector.py", "aim"], "aim/README.md", "AIM projector, the shipped one, by `aim train`"),
     "aim_paper": (["projector.py", "aim_paper"], "aim_paper/README.md", "control: the paper's form"),
     "aim_generic": (["projector.py", "aim_generic"], "aim_generic/README.md", "control: captioned documents only"),
