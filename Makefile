@@ -33,12 +33,20 @@ style: $(VENV)/.installed-dev  ## what CI checks beside the tests
 docs: $(VENV)/.installed-dev  ## the docs site, in build/site; broken links are errors
 	$(BIN)/mkdocs build --quiet
 
-bench: $(VENV)/.installed-demo  ## a bank of 100 000 demonstrations (2 GB of disk for a minute), training, and answers: ten minutes
+BENCH ?= build/bench
+OWN = zero,overhead,full,prefix-kv,cold,cold-half,bank,bank-kv,depth-cold,depth-bank,depth-bank-kv
+OTHERS = text-kv,text-kv-together,parallel-icl,fastv,catp,snapkv,emloc,task-vector
+OTHERS_COLD = text-kv-cold,text-kv-together-cold,parallel-icl-cold,snapkv-cold,emloc-cold,task-vector-cold
+
+bench: $(VENV)/.installed-demo  ## all methods counted at all shapes and measured at the CPU's; growth; a bank of 100 000; training
+	$(BIN)/python -m modeling_aim.speed.growth --shape all --shots 16 --output $(BENCH)
+	$(BIN)/aim bench --shape cpu-64 --shots 0,2,8 --repeats 3 --methods $(OWN),$(OTHERS),$(OTHERS_COLD) --output $(BENCH)/cpu-64
+	$(BIN)/aim bench --shape cpu-576 --shots 0,4 --repeats 3 --methods $(OWN) --output $(BENCH)/cpu-576
+	$(BIN)/python -m modeling_aim.speed.growth --shape llava-1.5-7b --measured 1000 10000 100000 \
+		--bench $(BENCH)/cpu-576/bench.json --output $(BENCH)
 	$(BIN)/python -m modeling_aim.speed.bank
 	$(BIN)/python -m modeling_aim.speed.training
 	$(BIN)/python -m modeling_aim.speed.training_data
-	$(BIN)/aim bench --shape cpu-576 --shots 4,8,16 --repeats 3 \
-		--methods zero,overhead,full,prefix-kv,cold,cold-half,bank,bank-kv,depth-cold,depth-bank,depth-bank-kv
 
 space: $(VENV)-space/.installed  ## the Gradio Space on hub_configs/aim-tiny, at http://127.0.0.1:7860
 	$(VENV)-space/bin/python examples/space/app.py

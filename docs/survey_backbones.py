@@ -199,7 +199,7 @@ def answer_words(model: AimForConditionalGeneration, inputs: dict[str, torch.Ten
 
 
 def model_class(config: Any) -> Any:
-    """The class that AutoModelForImageTextToText makes of a configuration."""
+    """The class that AutoModelForImageTextToText builds from a configuration."""
     found = CLASSES[type(config)]
     return found[0] if isinstance(found, tuple) else found
 
@@ -288,7 +288,7 @@ def jobs_of(model_types: list[str], dtypes: Sequence[str]) -> list[tuple[str, st
 
 
 def add_result(path: Path | None, row: Row) -> None:
-    """Write what came of a model type in one precision, for a later run."""
+    """Store the result of a model type in one precision, for a later run."""
     if path is not None:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(row)) + "\n")

@@ -1,4 +1,4 @@
-"""The page docs/BACKBONES.md, from what docs/survey_backbones.py finds out about each model type."""
+"""The page docs/BACKBONES.md, from the results of docs/survey_backbones.py for each model type."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STATUS = {
 
 @dataclass
 class Row:
-    """What is known of a model type in one precision.
+    """The result of a model type in one precision.
 
     Args:
         model_type: of transformers.

@@ -30,13 +30,15 @@ def main() -> None:
         bank = DemonstrationBank.build(model, demos, folder)
         print(f"{len(bank)} demonstrations, {len(queries)} queries, {args.shots} shots")
         for by in ("random", "image", "fused"):  # "text" and "mmices" need questions that differ
-            shown = right = 0
+            named_in_selection = right = 0
             for image, name in queries:
                 chosen = bank.select({"image": image, "question": "this is"}, args.shots, by)
-                shown += any(name in text.split() for text in chosen.texts)
+                named_in_selection += any(name in text.split() for text in chosen.texts)
                 right += ask(model, processor, image, demos=bank, shots=args.shots, select=by) == name
             count = len(queries)
-            print(f"  {by:7} right {right / count:.2f}   a demonstration has the name {shown / count:.2f}")
+            print(
+                f"  {by:7} right {right / count:.2f}   a demonstration has the name {named_in_selection / count:.2f}"
+            )
 
 
 if __name__ == "__main__":

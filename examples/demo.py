@@ -98,9 +98,9 @@ def draw(demos: list[dict[str, Any]], rows: list[dict[str, Any]], read_ms: float
         axes = figure.add_subplot(grid[number, 0])
         axes.imshow(row["image"])
         axes.axis("off")
-        said = [(row[name][0] or "(nothing)", "green" if row[name][0] == row["name"] else "firebrick", "normal")
+        answers = [(row[name][0] or "(nothing)", "green" if row[name][0] == row["name"] else "firebrick", "normal")
                 for name in METHODS]  # fmt: skip
-        line(number, [("", "black", "normal"), (row["name"], "black", "bold"), *said])
+        line(number, [("", "black", "normal"), (row["name"], "black", "bold"), *answers])
     figure.text(
         0.02, 0.005, f"AIM read the {len(demos)} demonstrations once, in {read_ms:.0f} ms. aim-tiny, on a CPU.",
         fontsize=8, color="dimgray",
@@ -140,13 +140,13 @@ def main() -> None:
     table = Table("name", *METHODS, title="What is this? Answer, prompt tokens, milliseconds")
     rows = []
     for image, name in queries:
-        said = {method: ask(pipe, inputs) for method, inputs in prompts(demos, image, question, fused).items()}
+        answers = {method: ask(pipe, inputs) for method, inputs in prompts(demos, image, question, fused).items()}
         cells = [
             f"[{'green' if text == name else 'red'}]{text or '(nothing)'}[/]\n[dim]{tokens} tok, {ms:.0f} ms[/]"
-            for text, tokens, ms in said.values()
+            for text, tokens, ms in answers.values()
         ]
         table.add_row(name, *cells)
-        rows.append({"image": image, "name": name, **said})
+        rows.append({"image": image, "name": name, **answers})
     table.add_section()
     right = {method: sum(row[method][0] == row["name"] for row in rows) for method in METHODS}
     table.add_row("right", *(f"{right[method]} of {len(rows)}" for method in METHODS))

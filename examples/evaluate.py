@@ -8,7 +8,7 @@
 A task named `5-way` is `link_context` with five names.
 
 The tasks (`examples/aim_tiny/tasks.py`) are drawn from the test split of aim-tiny's world and written as episode
-files, other ones for each seed; then `aim eval`'s own function runs over them. Interrupted, the same command goes on.
+files, other ones for each seed; then `aim eval`'s own function runs over them. Rerun the same command to resume.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ def write_tasks(folder: Path, names: list[str], count: int, shots: int, seeds: i
                 part = path.with_suffix(".part")
                 task, ways = tasks.named(name)
                 tasks.write_episodes(part, tasks.episodes(task, "test", count, shots, seed, ways))
-                lines = [json.dumps(asked(json.loads(line))) + "\n" for line in part.read_text().splitlines()]
+                lines = [json.dumps(with_queries(json.loads(line))) + "\n" for line in part.read_text().splitlines()]
                 part.write_text("".join(lines))
                 part.rename(path)
     return [f"episodes:{folder / name}/episodes-{{seed}}.jsonl,name={name},match=vqa" for name in names]
 
 
-def asked(episode: dict[str, Any]) -> dict[str, Any]:
+def with_queries(episode: dict[str, Any]) -> dict[str, Any]:
     """An episode whose queries are questions with answers; of a caption nothing is asked."""
-    queries = [{"question": "", "answer": one.get("text"), **one} for one in episode["queries"]]
+    queries = [{"question": "", "answer": query.get("text"), **query} for query in episode["queries"]]
     return {**episode, "queries": queries}
 
 
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--methods", default="", help="with commas; AIM's and its controls by default; or 'published'")
     args = parser.parse_args()
 
-    shots = tuple(int(one) for one in args.shots.split(","))
+    shots = tuple(int(count) for count in args.shots.split(","))
     folder = args.output.with_name(f"{args.output.name}-tasks")
     specs = write_tasks(folder, args.tasks.split(","), args.episodes, max(shots), args.seeds)
     methods = PUBLISHED if args.methods == "published" else tuple(filter(None, args.methods.split(",")))

@@ -48,8 +48,8 @@ def main() -> None:
 
     with torch.no_grad():
         wanted = model(**inputs, demos=fused).logits[0, -1]
-        found = model.backbone(inputs_embeds=embeddings[None]).logits[0, -1]
-    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+        logits = model.backbone(inputs_embeds=embeddings[None]).logits[0, -1]
+    torch.testing.assert_close(logits, wanted, rtol=1e-3, atol=1e-3)
     print("transformers gives the same logits from the embeddings alone")
     if args.output is not None:
         save_file({"prompt_embeds": embeddings.contiguous()}, args.output)

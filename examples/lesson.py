@@ -26,10 +26,10 @@ def shapes(
     """Demonstrations of `ways` held-out concepts, `shots` of each, and `asked` new images of each with its name."""
     plan = world.plan_of(seed, ways, shots)
     demos = world.episode(seed, ways, shots).demos
-    shown = set(plan.demos)
+    demo_keys = set(plan.demos)
     queries = []
     for way in range(ways):
-        free = [i for i in range(world.IMAGES_PER_CONCEPT["test"]) if (way, i) not in shown][:asked]
+        free = [i for i in range(world.IMAGES_PER_CONCEPT["test"]) if (way, i) not in demo_keys][:asked]
         queries += [(world.pool_image("test", plan.concept_ids[way], i), plan.bindings[way]) for i in free]
     return demos, queries
 

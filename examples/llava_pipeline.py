@@ -1,4 +1,4 @@
-"""LLaVA's whole way on one laptop, in small: instruction data, a backbone, a judge, and AIM on top without training.
+"""LLaVA's whole pipeline as a toy: instruction data, a backbone, a judge, and AIM on top without training.
 
     python examples/llava_pipeline.py --output build/pipeline
 
@@ -173,8 +173,8 @@ def judged(output: Path, images: Path, model: Any, chat_model: Path, count: int,
         "context": write_lines(output / "context.jsonl", context),
         "rules": chat.rules(output / "rule.json"),
     }
-    for name, given in (("judge", texts), ("judge of moved answers", texts[3:] + texts[:3])):
-        rows = [{**row, "text": text} for row, text in zip(answers, given, strict=True)]
+    for name, judged_texts in (("judge", texts), ("judge of moved answers", texts[3:] + texts[:3])):
+        rows = [{**row, "text": text} for row, text in zip(answers, judged_texts, strict=True)]
         summary = judge(
             JudgeSettings(
                 **files, candidate=write_lines(output / f"{name}.jsonl", rows), output=output / name,
@@ -184,7 +184,7 @@ def judged(output: Path, images: Path, model: Any, chat_model: Path, count: int,
         assert summary is not None
         print(f"{name}, published summary: {summary['published']['first']['all']}")
         print(f"{name}, honest summary, both orders: {summary['both_orders']['all']}")
-        fine = [text == answer["text"] for text, answer in zip(given, right, strict=True)]
+        fine = [text == answer["text"] for text, answer in zip(judged_texts, right, strict=True)]
         for order, file, place in (("first", "reviews.jsonl", 1), ("swapped", "reviews_swapped.jsonl", 0)):
             reviews = [json.loads(line) for line in (output / name / file).read_text().splitlines()]
             agrees = [(row["tuple"][place] > SCORE) == good for row, good in zip(reviews, fine, strict=True)]

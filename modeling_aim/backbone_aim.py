@@ -107,7 +107,7 @@ def decoder_layers(backbone: PreTrainedModel) -> nn.ModuleList:
 def check_depth(backbone: PreTrainedModel) -> None:
     """Raise `ValueError` for a backbone in which no state can be read or enter at depth; the message has the way out.
 
-    Where a family's layers hand on something else is known in `families_aim.py`; of others, `layer_input` says so.
+    `families_aim.py` lists the families whose layers pass on something else; for others `layer_input` raises an error.
     """
     decoder_layers(backbone)
     if not family_of(backbone.config.model_type).states_at_depth:
@@ -127,7 +127,7 @@ def lm_head(backbone: PreTrainedModel) -> nn.Module | None:
 
 
 def image_positions(config: PreTrainedConfig, ids: torch.Tensor) -> torch.Tensor:
-    """Where in `ids` an image stands."""
+    """Mask of the image tokens in `ids`."""
     for name in ("image_token_id", "image_token_index"):
         token = getattr(config, name, None)
         if isinstance(token, int):

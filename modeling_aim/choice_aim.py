@@ -117,7 +117,7 @@ def raw_tasks(demos: Demos, rules: ImageRules | None = None) -> list[list[Any]]:
             return [list(demos)]
         if all(kind_of(task) is None and are_raw(task) for task in demos):
             return [list(task) for task in demos]
-    parsed = parse_demos(demos, rules)  # raises where it is of no known kind
+    parsed = parse_demos(demos, rules)  # raises for an unknown kind
     read = parsed if isinstance(parsed, list) else [parsed]
     kinds = sorted({str(kind_of(part)) for part in read})
     raise ValueError(
@@ -130,7 +130,7 @@ def _bare(demo: RawDemonstration) -> Demonstration:
     """A raw demonstration without its images, which are not opened."""
     if isinstance(demo, Mapping):
         return Demonstration.of({key: value for key, value in demo.items() if key not in ("image", "images")})
-    return Demonstration.of((None, *demo[1:]) if isinstance(demo, (list, tuple)) else demo)
+    return Demonstration.of(([], *demo[1:]) if isinstance(demo, (list, tuple)) else demo)
 
 
 def drawn_demonstrations(
@@ -227,7 +227,7 @@ def _nothing_left_out(used: Sequence[Demonstration], most: int) -> str:
         )
     return (
         f"Each of the {len(used)} demonstrations says something else ({', '.join(d.text[:20] for d in used[:4])}, "
-        "...), or has neither image nor question: when one is left out, no other tells its label, so leaving out "
+        "...), or has neither image nor question: when one is left out, no other one has its label, so leaving out "
         "cannot tell a depth. Give at least two demonstrations of a label."
     )
 

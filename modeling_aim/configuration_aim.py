@@ -91,9 +91,9 @@ def preset_settings(
     """
     if preset not in PRESETS:
         raise ValueError(f"preset={preset!r}: expected one of {', '.join(PRESETS)}.")
-    given = {"read_layers": read_layers, "entry_layers": entry_layers, "projector_form": projector_form}
-    given = {name: value for name, value in given.items() if value is not None}
-    return {**PRESETS[preset], **{k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}}
+    overrides = {"read_layers": read_layers, "entry_layers": entry_layers, "projector_form": projector_form}
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    return {**PRESETS[preset], **{k: list(v) if isinstance(v, tuple) else v for k, v in overrides.items()}}
 
 
 def deepest_entry(text: PreTrainedConfig) -> int:

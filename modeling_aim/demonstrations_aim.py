@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +27,7 @@ FUSED_FORMAT = "aim_fused 1"
 READ_LINES = (
     "To read a file of one JSON object a line: demos = [json.loads(line) for line in open({!r:.80})]"  # for messages
 )
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 DEMONSTRATION_KEYS = {"image", "images", "text", "label", "question", "answer"}
 
 
@@ -54,13 +56,13 @@ class Demonstration:
         Args:
             value: a `Demonstration`, a tuple `(image, text)` or `(image, question, answer)`, or a dict with `image`
                 (or `images`) and `text`, `label`, or `question` and `answer`. An image is a PIL image, a path, a URL
-                or an array `(height, width[, 3])`, uint8 or float in 0..1.
+                or an array `(height, width[, 3])`, uint8 or float in 0..1. Text alone is a dict without `image`.
             rules: which images may be opened; those of the processor in the model's own calls.
             number: its position in a list, from 0, for messages.
 
         Raises:
             ValueError: the example has no text or has unknown keys, its words are not valid Unicode, or an image
-                cannot be read.
+                is `None` or cannot be read.
         """
         if isinstance(value, cls):
             return value
@@ -83,29 +85,34 @@ class Demonstration:
                 f"{name} has the unknown keys {sorted(unknown, key=str)}; known are {sorted(DEMONSTRATION_KEYS)}."
                 f"{_closest_keys(unknown)}"
             )
-        if fields.get("image") is not None and fields.get("images") is not None:
+        image_fields = [fields[key] for key in ("image", "images") if fields.get(key) is not None]
+        if len(image_fields) > 1:
             raise ValueError(f"{name} has both 'image' and 'images'; give one of them.")
-        images = fields.get("image") if fields.get("images") is None else fields["images"]
-        if not isinstance(images, (list, tuple)):
-            images = [] if images is None else [images]
-        given = [key for key in ("text", "label", "answer") if _has_words(fields.get(key))]
-        if not given:
+        images = image_fields[0] if image_fields else []
+        images = images if isinstance(images, (list, tuple)) else [images]
+        text_keys = [key for key in ("text", "label", "answer") if _has_words(fields.get(key))]
+        if not text_keys:
             raise ValueError(f"{name}{_paths(images)} {_without_words(fields)}")
-        if len(given) > 1:
-            raise ValueError(f"{name} has {' and '.join(given)}; give one of text, label and answer.")
+        if len(text_keys) > 1:
+            raise ValueError(f"{name} has {' and '.join(text_keys)}; give one of text, label and answer.")
+        if not image_fields and not {"image", "images"}.isdisjoint(fields):
+            raise ValueError(
+                f"{name} ({fields[text_keys[0]]!r:.60}) has None for its image. Give its image, or make it a "
+                "dict without 'image' (or with images=[]) if it is text alone."
+            )
         question = fields.get("question")
         if not isinstance(question, str | None):
             raise ValueError(f"{name}: question is {_described(question)}; expected a string.")
-        for words in (fields[given[0]], question or ""):
-            if not _is_unicode(words):
-                raise ValueError(
-                    f"The words of a demonstration hold a lone surrogate, which no tokenizer takes: {words!r:.80}."
-                )
+        words = f"{question or ''} {fields[text_keys[0]]}".strip()
+        if LONE_SURROGATE.search(words):
+            raise ValueError(
+                f"The words of a demonstration hold a lone surrogate, which no tokenizer takes: {words!r:.80}."
+            )
         return cls(
             images=tuple(open_image(image, rules) for image in images),
-            text=fields[given[0]].strip(),
+            text=fields[text_keys[0]].strip(),
             question=question.strip() if isinstance(question, str) and question.strip() else None,
-            is_label=given[0] == "label",
+            is_label=text_keys[0] == "label",
         )
 
     @property
@@ -120,7 +127,7 @@ class Demonstration:
 
 
 class ReadDemonstrations(Protocol):
-    """Demonstrations that were read: fused ones, a prefix or a bank; `kind_of` tells which."""
+    """Demonstrations that were read: fused ones, a prefix, a bank or a choice from one; `kind_of` has which."""
 
     aim_kind: ClassVar[str]
 
@@ -164,16 +171,8 @@ def _has_words(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _is_unicode(words: str) -> bool:
-    try:
-        words.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def kind_of(value: object) -> str | None:
-    """The kind of `value` as a part of `demos`: `"demonstration"`, `"fused"`, `"bank"`, `"prefix"`, or `None`.
+    """What `value` is in `demos`: `"demonstration"`, `"fused"`, `"bank"`, `"choice"`, `"prefix"`, or `None`.
 
     Classes have it as an attribute (`aim_kind`), since a class loaded as remote code is not the installed one.
     """
@@ -214,11 +213,32 @@ def parse_demos(demos: Demos, rules: ImageRules | None = None) -> Part | list[Pa
         return tuple(Demonstration.of(entry, rules, number) for number, entry in enumerate(demos)) or None
     if any(raw):
         _check_no_text(demos)
-        _parse_row(demos[raw.index(False)], rules)  # raises where it is of no known kind
+        _parse_row(demos[raw.index(False)], rules)  # raises for an unknown kind
         raise ValueError(
             "demos mixes demonstrations with other things; give one list of demonstrations, or one a row."
         )
     return [_parse_row(entry, rules) for entry in demos]
+
+
+def with_selection(demos: Demos, shots: int | None, select: Selection) -> Any:
+    """`demos` with `shots` and `select` bound to each bank in it; `demos` itself where both are `None`.
+
+    Raises:
+        ValueError: `demos` holds something else than banks.
+    """
+    if shots is None and select is None:
+        return demos
+    parts: list[Any] = list(demos) if isinstance(demos, (list, tuple)) else [demos]
+    banks = [part for part in parts if part is not None]
+    if not banks or not all(kind_of(bank) == "bank" and len(bank) for bank in banks):
+        count = len(parts) if parts and kind_of(parts[0]) == "demonstration" else 0
+        described = f"a list of {count} demonstrations" if count else f"{demos!r:.80}"
+        raise ValueError(
+            f"shots={shots} and select={select!r} choose from a DemonstrationBank, but demos is {described}. "
+            "Build one with DemonstrationBank.build(model, demos, folder)."
+        )
+    choices = [None if part is None else part.choice(shots, select) for part in parts]
+    return choices if isinstance(demos, (list, tuple)) else choices[0]
 
 
 def _check_no_text(demos: Sequence[Any]) -> None:
@@ -247,22 +267,6 @@ def _unknown(value: object, where: str = "") -> ValueError:
         "answer) or a dict with these; what read() or prefill() returned; a DemonstrationBank; or a list with one of "
         "these for each row."
     )
-
-
-def demos_by_row(parsed: Part | list[Part | None] | None, batch: int) -> list[Part | None]:
-    """The part, or `None`, of each of `batch` rows, from what `parse_demos` returns.
-
-    Raises:
-        ValueError: there are entries for another number of rows.
-    """
-    if not isinstance(parsed, list):
-        return [parsed] * batch
-    if len(parsed) != batch:
-        raise ValueError(
-            f"demos has demonstrations for {len(parsed)} rows, but the batch has {batch} rows. Give one list of "
-            "demonstrations for all rows, or exactly one entry (a list, what read() returned, or None) a row."
-        )
-    return parsed
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -423,24 +427,12 @@ def concatenated(parts: Sequence[FusedDemonstrations]) -> FusedDemonstrations:
     )
 
 
-def check_finite(fused: FusedDemonstrations) -> None:
-    """Raise `ValueError` for fused tokens that are NaN or infinite: answers from them would be empty or random."""
-    finite = torch.isfinite(fused.vectors).all(dim=1)
-    if not bool(finite.all()):
-        number = next(i for i, part in enumerate(finite.split(fused.lengths)) if not bool(part.all()))
-        words = f" ({fused.texts[number]!r:.60})" if fused.texts else ""
-        raise ValueError(
-            f"Fused tokens of demonstration {number}{words} are not finite (NaN or infinite). Check the weights of "
-            "the projector, or load the backbone in bfloat16 or float32."
-        )
-
-
-def check_source(given: Mapping[str, str], expected: Mapping[str, str]) -> None:
+def check_source(source: Mapping[str, str], expected: Mapping[str, str]) -> None:
     """Raise `ValueError` naming every difference between the plug-in that read and the one that is to answer."""
     wrong = [
-        f"{k} {given.get(k, 'unknown'):.60} (this model: {expected[k]:.60})"
+        f"{k} {source.get(k, 'unknown'):.60} (this model: {expected[k]:.60})"
         for k in expected
-        if given.get(k) != expected[k]
+        if source.get(k) != expected[k]
     ]
     if wrong:
         raise ValueError(

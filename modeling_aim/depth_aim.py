@@ -1,6 +1,6 @@
 """Choose the depth at which states enter, on the user's own demonstrations: leave each one out and score its answer.
 
-Whatever uses a model's hooks is a method of the model, since a class loaded as remote code has its own context
+Everything that uses a model's hooks is a method of the model, since a class loaded as remote code has its own context
 variables.
 """
 
@@ -88,7 +88,7 @@ class DepthMixin:
         for number, read, _ in self._read_batches(used, layers=candidates):
             states[number] = read.cpu().unflatten(-1, (len(candidates), -1))
             computed(1)
-        words = self.word_ids(used)
+        words = self.text_token_ids(used)
         sources = [None, 0, *candidates]
         scores: dict[int | None, list[float]] = {source: [] for source in sources}
         right: dict[int | None, list[bool]] = {source: [] for source in sources}
@@ -200,7 +200,7 @@ def _encoded(
     texts, spans = [], []
     for demo, known in queries:
         front = processor.front(len(demo.images))
-        words, start, end = processor.word(demo)
+        words, start, end = processor.apply_template(demo)
         question = words[: start + known]
         if demo.question is not None and prompts == "chat" and processor.chat_template is not None:
             front, question = "", processor.prompt(demo.question, images=len(demo.images))
@@ -270,16 +270,16 @@ def _answer_scores(
         fused: demonstrations of each row.
         depth: where they enter, `None` where there are none.
     """
-    given, prompt = dict(inputs), None
+    prompt_inputs, prompt = dict(inputs), None
     if depth is not None:
         bos = getattr(model.config.get_text_config(), "bos_token_id", None)
-        prompt = FusedPrompt(given, fused, bos, model.backbone, (depth,))
-        given = prompt.inputs
+        prompt = FusedPrompt(prompt_inputs, fused, bos, model.backbone, (depth,))
+        prompt_inputs = prompt.inputs
     kept = mask.shape[1] - int(mask.int().argmax(dim=1).min()) + 1  # from the token before the first answer
     if "logits_to_keep" in inspect.signature(model.backbone.forward).parameters:
-        given["logits_to_keep"] = kept
+        prompt_inputs["logits_to_keep"] = kept
     with preserved_state(model.backbone), injected(prompt):
-        logits = model.backbone(**given, use_cache=False, return_dict=True).logits
+        logits = model.backbone(**prompt_inputs, use_cache=False, return_dict=True).logits
     logits = logits[:, -kept:-1].float().log_softmax(dim=-1)
     ids, here = (tensor[:, 1 - kept :].to(logits.device) for tensor in (inputs["input_ids"], mask))
     token_scores = logits.gather(-1, ids[..., None])[..., 0]

@@ -1,9 +1,7 @@
-"""Demonstrations as the backbone reads them: found in a chat, put into words, encoded with the words that are kept."""
+"""Demonstrations as the backbone reads them: taken from a chat, templated, and tokenized with a mask of kept tokens."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from threading import RLock
@@ -15,11 +13,6 @@ from transformers import BatchFeature
 from .demonstrations_aim import Demonstration
 from .images_aim import ImageRules, block_images
 
-IMAGE_SETTINGS = (
-    "size", "crop_size", "do_resize", "do_center_crop", "do_rescale", "rescale_factor", "do_normalize", "image_mean",
-    "image_std", "do_pad", "do_image_splitting", "max_image_size", "image_grid_pinpoints", "min_pixels", "max_pixels",
-    "crop_to_patches", "min_patches", "max_patches", "patch_size", "merge_size",
-)  # fmt: skip
 UNKNOWN_IMAGE = 1024  # positions of an image whose number of tokens is not known before it is encoded
 SENTINEL = "aimtextgoeshere"
 TOKENIZING = RLock()  # a fast tokenizer keeps its padding as state and refuses two threads at once
@@ -28,8 +21,8 @@ TOKENIZING = RLock()  # a fast tokenizer keeps its padding as state and refuses 
 class EncodingMixin:
     """What `AimProcessor` does with demonstrations; `self` is the processor."""
 
-    def word(self: Any, demonstration: Demonstration) -> tuple[str, int, int]:
-        """The words of a demonstration as the backbone reads them, and where its answer starts and ends in them."""
+    def apply_template(self: Any, demonstration: Demonstration) -> tuple[str, int, int]:
+        """The templated text of a demonstration, and where its answer starts and ends in it (in characters)."""
         text = demonstration.text
         if demonstration.question is not None:
             before, after = self.question_template.split("{answer}", 1)
@@ -44,21 +37,8 @@ class EncodingMixin:
         """Whether the text of a demonstration is a bare name."""
         return demonstration.question is None and (demonstration.is_label or self._is_bare_label(demonstration.text))
 
-    @property
-    def reading_settings(self) -> dict[str, str]:
-        """The settings that decide how a demonstration is read; fused tokens are bound to them."""
-        processor: Any = self
-        images = {name: _plain(getattr(processor.image_processor, name, None)) for name in IMAGE_SETTINGS}
-        return {
-            "label template": processor.label_template,
-            "question template": processor.question_template,
-            "image prompt": processor.image_text,
-            "image settings": hashlib.sha256(json.dumps(images, sort_keys=True).encode()).hexdigest()[:12],
-            **({"begins with": begin} if (begin := processor.front(0)) else {}),
-        }
-
-    def words_of(self: Any, ids: Sequence[int]) -> str:
-        """The words of a prompt, from its ids without images, without those that the chat template adds."""
+    def query_text(self: Any, ids: Sequence[int]) -> str:
+        """The text of a query, from the ids of its prompt without images, without what the chat template adds."""
         words = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
         with TOKENIZING:
             frame = self.tokenizer(self.prompt(SENTINEL, images=0))["input_ids"]
@@ -75,8 +55,8 @@ class EncodingMixin:
         return name and not (worded and text.lower().startswith(worded))
 
     def why_unreadable(self: Any, demonstration: Demonstration) -> str | None:
-        """Why a backbone cannot read a demonstration, in a few words; `None` where it can."""
-        words = self.word(demonstration)[0]
+        """Why a backbone cannot read a demonstration, in a few words; `None` if it can."""
+        words = self.apply_template(demonstration)[0]
         for token in {self._image_token, self.image_text.strip(), getattr(self.processor, "video_token", None)}:
             if isinstance(token, str) and token and token in words:
                 return f"text that holds the placeholder {token}"
@@ -99,7 +79,7 @@ class EncodingMixin:
             with suppress(TypeError):  # LLaVA's looks for a crop size, which SigLIP's image processor has not
                 counts = self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens or counts
         remaining = iter(counts)
-        return [len(self.word(d)[0]) + sum(next(remaining) for _ in d.images) for d in demonstrations]
+        return [len(self.apply_template(d)[0]) + sum(next(remaining) for _ in d.images) for d in demonstrations]
 
     def encode_demonstrations(
         self: Any, demonstrations: Sequence[Demonstration], read_span: str = "text"
@@ -131,7 +111,7 @@ class EncodingMixin:
             if reason is not None:
                 raise ValueError(f"A demonstration cannot be read: {reason}. Its text is {demonstration.text!r:.80}.")
             front = self.front(len(demonstration.images))
-            words, *answer = self.word(demonstration)
+            words, *answer = self.apply_template(demonstration)
             prompts.append(front + words)
             start, end = answer if read_span == "answer" else (0, len(words))
             spans.append((len(front) + start, len(front) + end))
@@ -193,15 +173,6 @@ class EncodingMixin:
         tokens = zip(plain["offset_mapping"][row], plain["special_tokens_mask"][row], strict=True)
         start, end = span
         return [i for i, ((a, b), special) in enumerate(tokens) if b > start and a < end and b > a and not special]
-
-
-def _plain(value: object) -> Any:
-    """A setting of an image processor in a form that saving and loading does not change."""
-    if isinstance(value, Mapping) or hasattr(value, "items"):
-        return {str(k): _plain(v) for k, v in value.items() if v is not None}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return float(value) if isinstance(value, (int, float)) else None if value is None else str(value)
 
 
 def split_few_shot_chat(

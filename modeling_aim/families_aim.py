@@ -24,7 +24,7 @@ class Family:
         prefix_kv: when a prompt can continue the KV of its prefix: `"always"`; `"unpadded"` where padding between the
             two counts as positions; `"never"` where words attend to later ones, positions are lost, or every prompt
             needs an image.
-        states_at_depth: its decoder layers hand on one state a word, `(batch, length, width)`. Where `False`, states
+        states_at_depth: its decoder layers pass on one state a token, `(batch, length, width)`. Where `False`, states
             are read after the last layer and enter at the input alone.
     """
 

@@ -68,7 +68,7 @@ class FeaturesMixin:
         else:
             fields = dict(query) if isinstance(query, Mapping) else {"image": query}
         words = fields.get("question") or fields.get("text") or ""
-        images = {k: v for k, v in fields.items() if k in ("image", "images")}
+        images = {k: v for k, v in fields.items() if k in ("image", "images") and v is not None}
         pictures = list(Demonstration.of({**images, "text": "query"}, self.image_rules).images)
         prompt = self.processor.prompt(words, images=len(pictures))
         inputs = self.processor(images=[pictures] if pictures else None, text=[prompt], return_tensors="pt")
@@ -91,27 +91,29 @@ class FeaturesMixin:
         Raises:
             ValueError: an unknown kind, or a query without an image, or without words, where these are compared.
         """
-        given = {
+        tensors = {
             k: v for k, v in inputs.items() if isinstance(v, torch.Tensor) and k not in ("labels", "position_ids")
         }
-        given = {k: v.to(self.device, self.dtype) if v.is_floating_point() else v for k, v in given.items()}
-        ids = given["input_ids"]
-        words = given.get("attention_mask", torch.ones_like(ids)).bool() & ~image_positions(self.backbone.config, ids)
+        tensors = {k: v.to(self.device, self.dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+        ids = tensors["input_ids"]
+        words = tensors.get("attention_mask", torch.ones_like(ids)).bool() & ~image_positions(
+            self.backbone.config, ids
+        )
         rows = list(range(len(ids)) if rows is None else rows)
         by_kind = {}
         for kind in kinds:
             empty: list[int] = []
             if kind == "image":
                 with injected(None):
-                    features = image_features(self.backbone, given)[rows]
+                    features = image_features(self.backbone, tensors)[rows]
                 empty = [row for row, feature in zip(rows, features, strict=True) if not bool(feature.any())]
             elif kind == "text":
-                texts = [self.processor.words_of(ids[row][words[row]].tolist()) for row in rows]
+                texts = [self.processor.query_text(ids[row][words[row]].tolist()) for row in rows]
                 empty = [row for row, text in zip(rows, texts, strict=True) if not text]
                 features = ids if empty else self.text_features([Demonstration((), text) for text in texts])
             elif kind == "fused":
                 with injected(None):
-                    hidden = read_hidden_states(self.backbone, given, self.config.read_layers)
+                    hidden = read_hidden_states(self.backbone, tensors, self.config.read_layers)
                 fused = [self.project(hidden[row][words[row]]) for row in rows]
                 features = torch.stack([part.float().mean(dim=0) for part in fused])
             else:

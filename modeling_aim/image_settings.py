@@ -99,7 +99,7 @@ def tokens_line(processor: AimProcessor) -> str:
 
 
 def _check_kind(name: str, value: Any, now: object) -> None:
-    """Raise `ValueError` for a value of another kind than the one that is there."""
+    """Raise `ValueError` for a value whose type is not that of the current one."""
     if name.startswith("do_") or isinstance(now, bool):
         expected, fits = "true or false", isinstance(value, bool)
     elif isinstance(now, (int, float)) or name in ("min_pixels", "max_pixels"):

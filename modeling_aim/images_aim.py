@@ -1,7 +1,7 @@
 """The only place where images are opened: from files, URLs, bytes and arrays, within bounds.
 
 A path, a URL or bytes may come from somebody else, who then chooses the input of an image decoder. So formats and
-pixels are bounded, and a service for others refuses paths and private addresses.
+pixels are bounded, and a public service refuses paths and private addresses.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class _InjectionPass:
 
     Args:
         shape: rows and length of the pass.
-        rows, columns: where each fused token stands in it.
+        rows, columns: the position of each fused token in it.
         chosen: which of the prompt's fused tokens they are, one entry a place.
         seen_before: how much of the prompt earlier passes have held.
         entered_at: for each depth the decoder layer before which its states have entered.
@@ -251,10 +251,10 @@ def shape_of(value: object) -> Any:
 
 def check_mask(inputs: Mapping[str, Any]) -> None:
     """Raise `ValueError` for an `attention_mask` that is not `(batch, length)`, as `input_ids` are."""
-    given, expected = (shape_of(inputs.get(name)) for name in ("attention_mask", "input_ids"))
-    if inputs.get("attention_mask") is not None and given != expected:
+    mask_shape, expected = (shape_of(inputs.get(name)) for name in ("attention_mask", "input_ids"))
+    if inputs.get("attention_mask") is not None and mask_shape != expected:
         raise ValueError(
-            f"attention_mask is {given}; expected (batch, length) like input_ids, {expected}. Leave it out where "
+            f"attention_mask is {mask_shape}; expected (batch, length) like input_ids, {expected}. Leave it out where "
             "nothing is padded."
         )
 
@@ -266,7 +266,7 @@ def _check_ids(ids: torch.Tensor, embedding: Any) -> None:
     least, most = (int(value) for value in torch.aminmax(ids))
     if least < 0 or most >= known:
         raise ValueError(
-            f"Fused demonstrations have the word id {least if least < 0 else most}, but the backbone knows the ids "
+            f"Fused demonstrations have the token id {least if least < 0 else most}, but the backbone knows the ids "
             f"0..{known - 1}: they are damaged, or another backbone's. Read the demonstrations again: "
             "model.read(demos)."
         )

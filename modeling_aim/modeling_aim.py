@@ -24,7 +24,6 @@ from .demonstrations_aim import (
     Demos,
     FusedDemonstrations,
     Selection,
-    check_finite,
     check_source,
     kind_of,
     parse_demos,
@@ -38,7 +37,7 @@ from .pretrained_aim import AimPreTrainedModel
 from .processing_aim import AimProcessor
 from .projector_aim import AimProjector
 from .reading_aim import decoder_inputs, read_hidden_states, read_with_images, watch_layers
-from .rows_aim import RowsMixin
+from .rows_aim import RowsMixin, check_finite
 from .state_aim import answering, continues_after_kv, one_at_a_time, weights_state
 
 if TYPE_CHECKING:  # never imported here: transformers 5.5 copies only files that this file's import lines name
@@ -133,13 +132,13 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         part: Any = parsed
         if kind_of(part) == "bank":
             self._check_bank(part)
-        if kind_of(part) in ("bank", "prefix"):
+        if kind_of(part) in ("bank", "choice", "prefix"):
             part = part.fused
         if kind_of(part) == "fused":
             check_source(part.source, self.source)
             return part
         raw: list[Demonstration] = list(part or ())
-        texts = tuple(self.processor.word(demo)[0] for demo in raw)
+        texts = tuple(self.processor.apply_template(demo)[0] for demo in raw)
         return replace(self._read_and_project(raw, batch_size, use_cache=False), texts=texts, source=self.source)
 
     @torch.no_grad()
@@ -193,8 +192,8 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         """Fused tokens `(tokens, entry layers x hidden size)` of states `(tokens, read layers x hidden size)`."""
         return self.projector(states)
 
-    def word_ids(self, demos: Sequence[Demonstration]) -> list[torch.Tensor]:
-        """Word ids under the fused tokens of each demonstration, `(tokens,)`; of averaged ones the last."""
+    def text_token_ids(self, demos: Sequence[Demonstration]) -> list[torch.Tensor]:
+        """Ids of the text tokens that each demonstration keeps, `(tokens,)`; of averaged ones the last."""
         budget, kept_ids = self.config.max_fused_tokens, []
         for ids in self.processor.kept_ids(demos, self.config.read_span):
             if budget is not None and len(ids) > budget:
@@ -223,19 +222,19 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
             states[key] = read
             if use_cache:
                 self.read_cache.put((key, reader), read, read.numel() * read.element_size())
-        words = dict(zip(unique, self.word_ids(list(unique.values())), strict=True))
-        return self.fuse([states[key] for key in keys], [words[key] for key in keys], keys)
+        token_ids = dict(zip(unique, self.text_token_ids(list(unique.values())), strict=True))
+        return self.fuse([states[key] for key in keys], [token_ids[key] for key in keys], keys)
 
     def fuse(
-        self, states: Sequence[torch.Tensor], words: Sequence[torch.Tensor], keys: tuple[str, ...] = ()
+        self, states: Sequence[torch.Tensor], token_ids: Sequence[torch.Tensor], keys: tuple[str, ...] = ()
     ) -> FusedDemonstrations:
-        """Fused demonstrations from the results of `read_states` and `word_ids`; gradient reaches the projector.
+        """Fused demonstrations from the results of `read_states` and `text_token_ids`; gradient reaches the projector.
 
         They have no source: only `read` binds its result to this model.
         """
         width = self.config.hidden_size * len(self.config.read_layers)
         joined = torch.cat(list(states)) if states else torch.empty(0, width, device=self.device, dtype=self.dtype)
-        ids = torch.cat(list(words)) if words else torch.empty(0, dtype=torch.long)
+        ids = torch.cat(list(token_ids)) if token_ids else torch.empty(0, dtype=torch.long)
         return FusedDemonstrations(self.projector(joined), tuple(len(state) for state in states), ids, keys)
 
     def _backbone_state(self) -> int:
@@ -284,18 +283,19 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         input_ids = kwargs.pop("input_ids", inputs)
         if generation_config is not None:
             kwargs["generation_config"] = generation_config
-        given = {**kwargs, "input_ids": input_ids}
-        rows = self._parts(given, demos, chat_demos, shots, select)
+        call_inputs = {**kwargs, "input_ids": input_ids}
+        rows = self._parts(call_inputs, demos, chat_demos, shots, select)
         if input_ids is not None and kwargs.get("past_key_values") is None:
-            check_mask(given)
+            check_mask(call_inputs)
         if not any(rows):
             if input_ids is not None:
                 kwargs["input_ids"] = input_ids
             check_continued(kwargs, whole_prompt=True)
             with answering(self.backbone), injected(None):
                 return self.backbone.generate(**kwargs)
-        reused = prefilled(self, rows, given)
-        prompt, kv = reused or (self._fused_prompt(given, self._fused_rows(rows, input_ids.shape[1])), None)
+        has_prefix = any(kind_of(part) == "prefix" for row in rows for part in row)
+        reused = prefilled(self, rows, call_inputs) if has_prefix else None
+        prompt, kv = reused or (self._fused_prompt(call_inputs, self._fused_rows(rows, input_ids.shape[1])), None)
         options = own_tokens_only(prompt, input_ids, self.backbone.generation_config)
         if kv is not None:
             options["past_key_values"] = kv
@@ -332,15 +332,15 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         """
         if torch.is_grad_enabled() and getattr(self.backbone, "is_quantized", False):
             never_repack(self.backbone)
-        given = {"input_ids": input_ids, **({} if labels is None else {"labels": labels}), **kwargs}
-        rows = self._parts(given, demos)
+        call_inputs = {"input_ids": input_ids, **({} if labels is None else {"labels": labels}), **kwargs}
+        rows = self._parts(call_inputs, demos)
         if not any(rows):
-            check_continued(given, whole_prompt=False)
+            check_continued(call_inputs, whole_prompt=False)
             with one_at_a_time(self.backbone), injected(None):
-                return self.backbone(**given)
-        return_dict = given.pop("return_dict", None)
-        fused = self._fused_rows(rows, given["input_ids"].shape[1], finite=labels is None)
-        prompt = self._fused_prompt({**given, "return_dict": True}, fused)
+                return self.backbone(**call_inputs)
+        return_dict = call_inputs.pop("return_dict", None)
+        fused = self._fused_rows(rows, call_inputs["input_ids"].shape[1], finite=labels is None)
+        prompt = self._fused_prompt({**call_inputs, "return_dict": True}, fused)
         labels = prompt.inputs.pop("labels", None)
         with one_at_a_time(self.backbone), injected(prompt):
             output = self.backbone(**prompt.inputs)
@@ -378,18 +378,18 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         Raises:
             ValueError: the decoder needs more than embeddings; the message says what.
         """
-        given = {**inputs}
-        given["attention_mask"] = given.get("attention_mask", torch.ones_like(given["input_ids"]))
-        rows = self._parts(given, demos)
+        call_inputs = {**inputs}
+        call_inputs["attention_mask"] = call_inputs.get("attention_mask", torch.ones_like(call_inputs["input_ids"]))
+        rows = self._parts(call_inputs, demos)
         if any(rows) and self.config.entry_layers != [0]:
             raise ValueError(
                 f"These fused tokens enter at the depths {self.config.entry_layers} of the decoder, and prompt "
                 "embeddings reach its input alone. Use generate() here, or train a projector for the input: aim train "
                 "--entry-layers 0."
             )
-        length = given["input_ids"].shape[1]
-        prompt = self._fused_prompt(given, self._fused_rows(rows, length)) if any(rows) else None
-        whole = given if prompt is None else prompt.inputs
+        length = call_inputs["input_ids"].shape[1]
+        prompt = self._fused_prompt(call_inputs, self._fused_rows(rows, length)) if any(rows) else None
+        whole = call_inputs if prompt is None else prompt.inputs
         with injected(prompt):
             embeddings = decoder_inputs(self.backbone, whole)
         return [row[mask.bool()] for row, mask in zip(embeddings, whole["attention_mask"], strict=True)]
@@ -420,7 +420,7 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         if isinstance(parsed, list):
             raise ValueError(f"prefill takes one list of demonstrations; got one for each of {len(parsed)} rows.")
         if isinstance(parsed, tuple):  # counted before anything is read
-            self._check_prefix(sum(len(ids) for ids in self.word_ids(parsed)))
+            self._check_prefix(sum(len(ids) for ids in self.text_token_ids(parsed)))
         prefix: Any = parsed if kind_of(parsed) == "prefix" else FusedPrefix(self.read(parsed))
         check_source(prefix.fused.source, self.source)
         check_finite(prefix.fused)

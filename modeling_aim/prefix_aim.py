@@ -90,12 +90,9 @@ def prefilled(
 ) -> tuple[FusedPrompt, Cache] | None:
     """The prompt with a shared prefix first, and the prefix KV for each row.
 
-    `None` without a prefix or where its KV cannot be used. In the second case the log gives the reason, once for each
-    reason.
+    `None` where the KV cannot be used; the log gives the reason, once for each reason.
     """
     prefixes: list[Any] = [parts[0] for parts in rows if len(parts) == 1 and kind_of(parts[0]) == "prefix"]
-    if not any(kind_of(part) == "prefix" for parts in rows for part in parts):
-        return None
     result = _prefilled(model, prefixes, len(rows), options)
     if isinstance(result, str):
         logger.warning_once(f"The KV of prefilled demonstrations is not used: {result}. Their fused tokens are.")
@@ -110,8 +107,8 @@ def _prefilled(
     ids, config = options["input_ids"], options.get("generation_config")
 
     def setting(name: str) -> Any:
-        given = [options.get(name), getattr(config, name, None), getattr(model.generation_config, name, None)]
-        return next((value for value in given if value is not None), None)
+        values = [options.get(name), getattr(config, name, None), getattr(model.generation_config, name, None)]
+        return next((value for value in values if value is not None), None)
 
     if len(prefixes) < batch or len({prefix.prefix_key for prefix in prefixes}) > 1:
         return "a row has other demonstrations than one prefix, or the rows have different prefixes"

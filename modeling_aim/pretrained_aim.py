@@ -261,12 +261,12 @@ class AimPreTrainedModel(PreTrainedModel):
         settings = preset_settings(preset, read_layers, entry_layers, projector_form)
         if isinstance(backbone, (str, os.PathLike)):
             check_place(backbone)
-            given = str(backbone)
-            backbone = loaded = load_backbone(given, **kwargs)
+            backbone_place = str(backbone)
+            backbone = loaded = load_backbone(backbone_place, **kwargs)
             if loaded.config.model_type == AimConfig.model_type:
                 raise ValueError(
-                    f"{given} is an AIM repository already. Load it with from_pretrained, train it further with "
-                    "`aim train --backbone`, or give the backbone itself for a new one."
+                    f"{backbone_place} is an AIM repository already. Load it with from_pretrained, train it further "
+                    "with `aim train --backbone`, or give the backbone itself for a new one."
                 )
         loaded = check_given(backbone)
         name = loaded.config.name_or_path or None

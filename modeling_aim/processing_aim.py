@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +14,7 @@ from PIL import Image
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
 from .configuration_aim import usable
-from .demonstrations_aim import Demos, parse_demos
+from .demonstrations_aim import Demos, Selection, parse_demos, with_selection
 from .encoding_aim import SENTINEL, TOKENIZING, EncodingMixin, split_few_shot_chat
 from .families_aim import family_of_processor
 from .files_aim import check_place, copy_shipped_files, staged_folder
@@ -21,6 +23,11 @@ from .images_aim import ImageRules, opened_chat, opened_images, opened_media
 PROCESSOR_FILE = "processor_config.json"
 SETTINGS = (
     "label_template", "question_template", "image_prompt", "few_shot_chats", "max_image_pixels", "image_sources",
+)  # fmt: skip
+IMAGE_SETTINGS = (
+    "size", "crop_size", "do_resize", "do_center_crop", "do_rescale", "rescale_factor", "do_normalize", "image_mean",
+    "image_std", "do_pad", "do_image_splitting", "max_image_size", "image_grid_pinpoints", "min_pixels", "max_pixels",
+    "crop_to_patches", "min_patches", "max_patches", "patch_size", "merge_size",
 )  # fmt: skip
 
 
@@ -35,7 +42,7 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
         image_prompt: the placeholder of one image in a prompt of this backbone. `None`: found in its chat template, or
             its image token.
         few_shot_chats: whether earlier (user with image, assistant) turns of a chat become demonstrations.
-        max_image_pixels, image_sources: which images may be opened; see `ImageRules`. A service for others sets
+        max_image_pixels, image_sources: which images may be opened; see `ImageRules`. A public service sets
             `image_sources="given"`, or `"public"` to take URLs.
 
     Raises:
@@ -92,6 +99,18 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
         return ImageRules(self.max_image_pixels, self.image_sources)
 
     @property
+    def reading_settings(self) -> dict[str, str]:
+        """The settings that decide how a demonstration is read; fused tokens are bound to them."""
+        images = {name: _plain(getattr(self.image_processor, name, None)) for name in IMAGE_SETTINGS}
+        return {
+            "label template": self.label_template,
+            "question template": self.question_template,
+            "image prompt": self.image_text,
+            "image settings": hashlib.sha256(json.dumps(images, sort_keys=True).encode()).hexdigest()[:12],
+            **({"begins with": begin} if (begin := self.front(0)) else {}),
+        }
+
+    @property
     def tokenizer(self) -> Any:
         """The backbone's tokenizer."""
         return self.processor.tokenizer
@@ -122,7 +141,13 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
     # --- queries
 
     def __call__(
-        self, images: object = None, text: str | list[str] | None = None, demos: Demos = None, **kwargs: Any
+        self,
+        images: object = None,
+        text: str | list[str] | None = None,
+        demos: Demos = None,
+        shots: int | None = None,
+        select: Selection = None,
+        **kwargs: Any,
     ) -> BatchFeature:
         """Prepare a query, or a batch of queries, as the backbone's processor does.
 
@@ -130,15 +155,18 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
             images: as for the backbone's processor.
             text: the prompt or prompts, with the backbone's placeholder for each image.
             demos: demonstrations for the queries, passed on to `generate`; see `AimForConditionalGeneration`.
+            shots, select: what `generate` is to select from a bank for each query, as its arguments of these names.
             **kwargs: as for the backbone's processor.
 
         Returns:
             The backbone's inputs, and `demos` where given.
 
         Raises:
-            ValueError: the number of image placeholders in the prompt is not the number of images.
+            ValueError: the number of image placeholders in the prompt is not the number of images, or `shots` or
+                `select` come with demonstrations that are no bank.
         """
         self._check_placeholders(images, text)
+        demos = with_selection(demos, shots, select)
         with TOKENIZING:
             inputs = self._encode(images, text, **kwargs)
         if demos is not None:
@@ -180,11 +208,11 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
         counts = [(sum(t.count(token) for t in texts), len(_flat(images)))]
         if isinstance(images, (list, tuple)) and len(images) == len(texts) and isinstance(images[0], (list, tuple)):
             counts = [(t.count(token), len(_flat(row))) for t, row in zip(texts, images, strict=True)]
-        for placeholders, given in counts:
-            if placeholders != given and (placeholders or self._needs_placeholders(token)):
+        for placeholders, image_count in counts:
+            if placeholders != image_count and (placeholders or self._needs_placeholders(token)):
                 raise ValueError(
-                    f"The prompt has {placeholders} image placeholders ({token!r}) for {given} images. Write one "
-                    f"placeholder for each image, for example {self.image_text + 'What is this?'!r}, or use "
+                    f"The prompt has {placeholders} image placeholders ({token!r}) for {image_count} images. Write "
+                    f"one placeholder for each image, for example {self.image_text + 'What is this?'!r}, or use "
                     "processor.prompt(question)."
                 )
 
@@ -247,7 +275,7 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
         return prompt.removeprefix(bos) if twice else prompt
 
     def front(self, images: int) -> str:
-        """What stands before the words of a prompt that no chat template renders: BOS, and `images` images.
+        """The beginning of a prompt that no chat template renders: BOS, and placeholders of `images` images.
 
         BOS is left to the tokenizer, except where only the chat template writes it (SmolVLM, PaddleOCR-VL). There it
         is written here, so that a demonstration is read after BOS, as in a prompt.
@@ -261,7 +289,15 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
 
     # --- chats
 
-    def apply_chat_template(self, conversation: Sequence[Any], *args: Any, demos: Demos = None, **kwargs: Any) -> Any:
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Any],
+        *args: Any,
+        demos: Demos = None,
+        shots: int | None = None,
+        select: Selection = None,
+        **kwargs: Any,
+    ) -> Any:
         """Render (and tokenize) a chat; earlier turns with images become demonstrations.
 
         With `tokenize=True, return_dict=True`, and unless `few_shot_chats=False` is given or set, a chat whose last
@@ -273,9 +309,11 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
             conversation: a chat, or a list of chats.
             *args: as for the backbone's processor.
             demos: demonstrations that do not come from the chat; they come before those of the chat.
+            shots, select: what to select from a bank; see `__call__`.
             **kwargs: as for the backbone's processor.
         """
         few_shot = kwargs.pop("few_shot_chats", self.few_shot_chats)
+        demos = with_selection(demos, shots, select)
         kwargs = opened_media(kwargs, self.image_rules)
         if not (kwargs.get("tokenize") and kwargs.get("return_dict")):
             if demos is not None:
@@ -370,3 +408,12 @@ def _flat(images: Any) -> list[Any]:
     if isinstance(images, (list, tuple)):
         return [image for nested in images for image in _flat(nested)]
     return list(images) if getattr(images, "ndim", 0) == 4 else [images]
+
+
+def _plain(value: object) -> Any:
+    """A setting of an image processor in a form that saving and loading does not change."""
+    if isinstance(value, Mapping) or hasattr(value, "items"):
+        return {str(k): _plain(v) for k, v in value.items() if v is not None}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return float(value) if isinstance(value, (int, float)) else None if value is None else str(value)

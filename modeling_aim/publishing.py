@@ -1,4 +1,4 @@
-"""Publishing a repository: what of a run's folder is for others, without local paths, checked, then uploaded."""
+"""Publishing a repository: the files that are shared, without local paths, checked, then uploaded."""
 
 from __future__ import annotations
 
@@ -205,8 +205,8 @@ def _hide_paths(target: Path, known: Mapping[str, str]) -> None:
             path.write_text(json.dumps(hidden, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if (target / CARD).is_file():
         text = (target / CARD).read_text(encoding="utf-8")
-        for given in sorted(words, key=len, reverse=True):  # those with spaces too, that no pattern finds
-            text = text.replace(given, words[given])
+        for path_text in sorted(words, key=len, reverse=True):  # those with spaces too, that no pattern finds
+            text = text.replace(path_text, words[path_text])
         (target / CARD).write_text(without_paths(text), encoding="utf-8")
 
 

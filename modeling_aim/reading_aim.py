@@ -97,8 +97,8 @@ def layer_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int | s
         ValueError: what it is called with has another shape.
     """
     named = [("hidden_states", kwargs["hidden_states"])] if "hidden_states" in kwargs else []
-    given: list[tuple[int | str, Any]] = [*named, *enumerate(args), *kwargs.items()]
-    states = [(place, value) for place, value in given if isinstance(value, torch.Tensor) and value.ndim >= 3]
+    arguments: list[tuple[int | str, Any]] = [*named, *enumerate(args), *kwargs.items()]
+    states = [(place, value) for place, value in arguments if isinstance(value, torch.Tensor) and value.ndim >= 3]
     states = [(place, value) for place, value in states if value.is_floating_point()]
     if states and states[0][1].ndim == 3:
         return states[0]

@@ -14,11 +14,10 @@ from .demonstrations_aim import (
     FusedDemonstrations,
     Part,
     Selection,
-    check_finite,
     concatenated,
-    demos_by_row,
     kind_of,
     parse_demos,
+    with_selection,
 )
 from .injection_aim import FusedPrompt, shape_of
 
@@ -43,36 +42,30 @@ class RowsMixin:
                 f"input_ids are {kind}{shape_of(ids)}; expected a tensor of whole numbers (batch, length), one at "
                 'least, as processor(images=..., text=..., return_tensors="pt") makes it.'
             )
-        for given in () if ids is None else (demos, chat_demos):
-            self._check_count(given, ids.shape[1])
-        parsed, parsed_chats = (parse_demos(given, self.image_rules) for given in (demos, chat_demos))
+        demos = with_selection(demos, shots, select)
+        for value in () if ids is None else (demos, chat_demos):
+            self._check_count(value, ids.shape[1])
+        parsed, parsed_chats = (parse_demos(value, self.image_rules) for value in (demos, chat_demos))
         if ids is None:
             if parsed is None and parsed_chats is None:
                 return []
             raise ValueError("demos are placed before input_ids; inputs_embeds cannot take them.")
-        rows = demos_by_row(parsed, len(ids))
-        if shots is not None or select is not None:
-            rows = self._select_from_banks(rows, inputs, shots, select)
+        rows = self._select_from_banks(demos_by_row(parsed, len(ids)), inputs)
         chats = demos_by_row(parsed_chats, len(ids))
         return [tuple(part for part in pair if part is not None) for pair in zip(rows, chats, strict=True)]
 
-    def _select_from_banks(
-        self: Any, rows: list[Part | None], inputs: Mapping[str, Any], shots: int | None, select: Selection
-    ) -> list[Part | None]:
-        """For each row of the batch, what `shots` and `select` select from the bank of that row."""
-        banks: dict[int, Any] = {id(part): part for part in rows if part is not None}
-        if not banks or not all(kind_of(bank) == "bank" for bank in banks.values()):
-            count = len(rows[0]) if isinstance(rows[0], tuple) else 0
-            given = f"a list of {count} demonstrations" if count else f"{rows[0]!r:.80}"
-            raise ValueError(
-                f"shots={shots} and select={select!r} choose from a DemonstrationBank, but demos is {given}. "
-                "Build one with DemonstrationBank.build(model, demos, folder)."
-            )
-        selected = list(rows)
-        for bank_id, bank in banks.items():
-            bank_rows = [row for row, part in enumerate(rows) if id(part) == bank_id]
-            chosen = bank.select_rows(self, inputs, shots, select, bank_rows)
-            for row, fused in zip(bank_rows, chosen, strict=True):
+    def _select_from_banks(self: Any, rows: list[Part | None], inputs: Mapping[str, Any]) -> list[Part | None]:
+        """For each row of the batch its part, or what is selected for it where the part is a choice from a bank."""
+        choices: dict[Any, list[int]] = {}  # rows with the same choice are compared with the bank together
+        for row, part in enumerate(rows):
+            if kind_of(part) == "choice":
+                choice: Any = part
+                choices.setdefault((id(choice.bank), choice.shots, id(choice.select)), []).append(row)
+        selected: list[Any] = list(rows)
+        for choice_rows in choices.values():
+            choice = rows[choice_rows[0]]
+            fused_rows = choice.bank.select_rows(self, inputs, choice.shots, choice.select, choice_rows)
+            for row, fused in zip(choice_rows, fused_rows, strict=True):
                 selected[row] = fused
         return selected
 
@@ -87,7 +80,7 @@ class RowsMixin:
         parts: dict[int, Any] = {id(part): part for row in rows for part in row}
         raw_parts = {part_id: part for part_id, part in parts.items() if kind_of(part) is None}
         for part in raw_parts.values():  # counted before anything is read
-            self._check_room([len(ids) for ids in self.word_ids(part)], length)
+            self._check_room([len(ids) for ids in self.text_token_ids(part)], length)
         fused = {part_id: self.read(part) for part_id, part in parts.items() if part_id not in raw_parts}
         # one part may serve several rows: read it once
         read = self._read_and_project([demo for part in raw_parts.values() for demo in part]) if raw_parts else None
@@ -178,3 +171,31 @@ class RowsMixin:
                 f"One of the demonstrations {[text[:40] for text in texts]} has {length} tokens with its images, but "
                 f"the backbone has {longest} positions. Shorten its text, or give it fewer or smaller images."
             )
+
+
+def demos_by_row(parsed: Part | list[Part | None] | None, batch: int) -> list[Part | None]:
+    """The part, or `None`, of each of `batch` rows, from what `parse_demos` returns.
+
+    Raises:
+        ValueError: there are entries for another number of rows.
+    """
+    if not isinstance(parsed, list):
+        return [parsed] * batch
+    if len(parsed) != batch:
+        raise ValueError(
+            f"demos has demonstrations for {len(parsed)} rows, but the batch has {batch} rows. Give one list of "
+            "demonstrations for all rows, or exactly one entry (a list, what read() returned, or None) a row."
+        )
+    return parsed
+
+
+def check_finite(fused: FusedDemonstrations) -> None:
+    """Raise `ValueError` for fused tokens that are NaN or infinite: answers from them would be empty or random."""
+    finite = torch.isfinite(fused.vectors).all(dim=1)
+    if not bool(finite.all()):
+        number = next(i for i, part in enumerate(finite.split(fused.lengths)) if not bool(part.all()))
+        words = f" ({fused.texts[number]!r:.60})" if fused.texts else ""
+        raise ValueError(
+            f"Fused tokens of demonstration {number}{words} are not finite (NaN or infinite). Check the weights of "
+            "the projector, or load the backbone in bfloat16 or float32."
+        )

@@ -1,4 +1,4 @@
-"""What long runs have in common: the record in their output folder, by which the same command goes on."""
+"""The record in the output folder of a long run, from which the same command resumes it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RunRecord:
     Args:
         command: that makes such runs, for messages.
         file: its name.
-        changeable: settings that may differ between an interrupted run and the one that goes on.
+        changeable: settings that may differ between an interrupted run and the run that resumes it.
     """
 
     command: str
@@ -30,11 +30,11 @@ class RunRecord:
     changeable: frozenset[str]
 
     def comparable(self, settings: Any) -> dict[str, Any]:
-        """What may not change while a run goes on, as JSON, of a settings dataclass."""
+        """The settings of a dataclass that must stay the same when a run is resumed, as JSON."""
         return json.loads(json.dumps({k: v for k, v in asdict(settings).items() if k not in self.changeable}))
 
     def read(self, output: Path) -> dict[str, Any]:
-        """What the run in a folder says of itself.
+        """The record of the run in a folder.
 
         Raises:
             ValueError: its record is damaged.
@@ -52,7 +52,7 @@ class RunRecord:
         return f"Choose another folder than {output}, or overwrite=True (--overwrite)."
 
     def write(self, output: Path, content: Mapping[str, Any]) -> None:
-        """Write what a run says of itself."""
+        """Write the record of a run."""
         write_whole(output / self.file, json.dumps(content, indent=1).encode())
 
     def earlier(self, settings: Any) -> dict[str, Any] | None:
@@ -82,5 +82,5 @@ class RunRecord:
         if other:
             raise ValueError(
                 f"The output folder {settings.output} holds another run: {'; '.join(other)}. Choose another folder, "
-                "give the same settings to go on, or overwrite=True (--overwrite)."
+                "give the same settings to resume it, or overwrite=True (--overwrite)."
             )

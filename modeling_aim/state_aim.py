@@ -108,9 +108,9 @@ class _InferenceMode:
         with self.lock:
             for module in modules:
                 if module in training:
-                    given = {name: value for name in DROPOUTS if type(value := vars(module).get(name)) is float}
-                    self.dropouts.setdefault(module, given)
-                    vars(module).update(dict.fromkeys(given, 0.0))
+                    dropouts = {name: value for name in DROPOUTS if type(value := vars(module).get(name)) is float}
+                    self.dropouts.setdefault(module, dropouts)
+                    vars(module).update(dict.fromkeys(dropouts, 0.0))
                 else:
                     vars(module).update(self.dropouts.pop(module, {}))
             self.suspended = WeakSet(training if self.answers else ())

@@ -82,7 +82,7 @@ def test_positions_are_what_they_are_called(family: str, prompts: str) -> None:
     model = subject(family, prompts)
     example, shown = asked(ANSWER_IN_A_ROLE)
     inputs, parts = encoded(model, example, shown)
-    words = "".join(model.processor.word(one.words)[0] for one in shown)
+    words = "".join(model.processor.apply_template(one.words)[0] for one in shown)
     assert said(model, inputs, parts, DEMO_TEXT) == "".join(words.split())
     assert said(model, inputs, parts, QUERY_TEXT) == "".join(QUESTION.split())
     is_image = inputs["input_ids"][0] == model.backbone.config.image_token_id

@@ -126,6 +126,12 @@ WRONG_DEMONSTRATIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "unknown keys": ({"img": picture(0), "text": "a"}, ("img", "known are", "'image'")),
     "one thing": ("a dax", (r"\(image, text\)", "a dax")),
     "four things": ((picture(0), "a", "b", "c"), (r"\(image, question, answer\)",)),
+    "no image in a dict": (
+        {"image": None, "label": "a dax"},
+        (r"\('a dax'\) has None for its image", "without 'image'"),
+    ),
+    "no image in a tuple": ((None, "Which?", "a dax"), (r"\('a dax'\) has None for its image", r"images=\[\]")),
+    "no image in a list": ({"images": [picture(0), None], "text": "a"}, ("Cannot read the image None",)),
     "a missing file": (("nowhere.png", "dax"), (re.escape(os.path.abspath("nowhere.png")), "image file")),
     "a folder as an image": ((".", "dax"), (re.escape(os.path.abspath(".")) + " is a folder",)),
     "a row of pixels": ((np.zeros(3), "dax"), (r"must be \(height, width, 3\), got shape \(3,\)",)),
@@ -147,7 +153,13 @@ def test_a_wrong_demonstration(llava: Plugin, case: str) -> None:
 
 
 def test_the_demonstration_that_is_wrong_is_named(llava: Plugin) -> None:
-    for wrong in ({"image": "a.png"}, {"lable": "dax"}, {"text": "a", "label": "b"}, {"question": "What?"}):
+    for wrong in (
+        {"image": "a.png"},
+        {"image": None, "label": "dax"},
+        {"lable": "dax"},
+        {"text": "a", "label": "b"},
+        {"question": "What?"},
+    ):
         for demos in ([*DEMOS[:2], wrong], [[*DEMOS[:2], wrong]]):
             fails(lambda demos=demos: llava.model.generate(**llava.query(), demos=demos), "^Demonstration 2 ")
     for demos in ([{"text": "a dax"}, "x"], [*DEMOS[:1], "x", *DEMOS[1:]]):

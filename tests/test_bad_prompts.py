@@ -128,22 +128,22 @@ def test_an_answer_from_what_is_not_finite_is_refused(broken: Plugin) -> None:
     assert not torch.isfinite(loss)  # training has an error of its own
 
 
-@pytest.mark.parametrize("word", [-1, 10**6, 2**31 - 1])
+@pytest.mark.parametrize("token_id", [-1, 10**6, 2**31 - 1])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_word_that_the_backbone_does_not_know_is_refused(family: str, word: int, tmp_path: Path) -> None:
+def test_a_token_id_that_the_backbone_does_not_know_is_refused(family: str, token_id: int, tmp_path: Path) -> None:
     """Of a foreign bank: on a GPU such an id would end the process."""
     aim = plugin(family)
     read = aim.model.read(DEMOS)
     ids = read.ids.clone()
-    ids[3] = word
+    ids[3] = token_id
     planted = FusedDemonstrations(read.vectors, read.lengths, ids, read.keys, read.texts, read.source)
     given = [planted]
-    if word >= 0:
+    if token_id >= 0:
         DemonstrationBank(planted).save_pretrained(tmp_path)
         given.append(DemonstrationBank.from_pretrained(tmp_path, aim.model))
     for demos in given:
         for use in uses(aim, demos):
-            fails(use, f"word id {word}", r"knows the ids 0\.\.\d+", "model.read")
+            fails(use, f"token id {token_id}", r"knows the ids 0\.\.\d+", "model.read")
     assert aim.answer(aim.query(), planted[1:]).shape == (1, 6)
 
 

@@ -103,6 +103,9 @@ def test_a_bad_demonstration_is_named_and_what_came_before_is_kept(tmp_path: Pat
     wrong = [*MANY[:5], (tmp_path / "missing.png", "a dax"), *MANY[5:]]
     with pytest.raises(ValueError, match=r"Row 5: Cannot read the image .*missing\.png.* kept in the bank"):
         DemonstrationBank.build(llava.model, wrong, tmp_path / "bank", **OPTIONS, on_bad_row="raise")
+    with pytest.raises(ValueError, match=r"Row 0: .*\('a dax'\) has None for its image"):
+        lost = [{"image": None, "label": "a dax"}]
+        DemonstrationBank.build(llava.model, lost, tmp_path / "lost", **OPTIONS, on_bad_row="raise")
     aim = plugin("llava")
     counted = reads(aim)
     assert len(DemonstrationBank.build(aim.model, MANY[:6], tmp_path / "bank", **OPTIONS)) == 6

@@ -198,7 +198,7 @@ def test_a_backbone_is_refused_with_the_reason(family: str, name: str, reason: s
     [
         ("snapkv:ratio=2", "expected 0 to 1"),
         ("snapkv:share=.5", "is not a setting of snapkv; it has ratio=0.5, window=32, kernel=5"),
-        ("snapkv:ratio=half", "is no float"),
+        ("snapkv:ratio=half", "expected float"),
         ("snapkv:kernel=4", "expected odd"),
         ("parallel-icl:chunks=0", "expected 1 or more"),
         ("prefix-kv:ratio=1", "it has none"),

@@ -361,3 +361,29 @@ def test_growth_is_counted_and_a_bank_is_measured(
     printed = capsys.readouterr().out
     assert "| `text-kv` |" in printed and "(extended)" in printed and "aim-bank" not in str(list(tmp_path.iterdir()))
     assert (tmp_path / "out" / "growth.png").stat().st_size > 5000
+
+
+def test_all_methods_at_all_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growth, "SHAPES", {name: SHAPES[name] for name in ("cpu-64", "tiny")})
+    monkeypatch.setattr("sys.argv", ["growth", "--shape", "all", "--shots", "4", "--output", str(tmp_path)])
+    growth.main()
+    rows = {row["method"]: row for row in json.loads((tmp_path / "shapes.json").read_text())["shapes"]}
+    assert set(NAMES) | {"zero", "full", "prefix-kv", "bank", "bank-kv", "cold", "depth-cold"} <= set(rows)
+    for name in NAMES:
+        if f"{name}-cold" in rows:
+            assert rows[f"{name}-cold"]["flops"] > rows[name]["flops"], name
+    written = (tmp_path / "shapes.md").read_text()
+    assert written.count("| `cpu-64` (64) |") == 3 and "`tiny`" not in written
+
+
+def test_the_share_of_selecting(measured: tuple[str, Path], tmp_path: Path) -> None:
+    file = measured[1] / "bench.json"
+    answer = next(row for row in json.loads(file.read_text())["rows"] if row["method"] == "depth-bank")["ttft_ms"]
+    assert growth.answer_time(file) == answer["median"]
+    row = {"demonstrations": 1000, "bank_gb": 1.0, "word_kv_gb": 1.0, "whole_kv_gb": 1.0, "read_pflops": 1.0,
+           "open_ms": 1.0, "select_ms": 5.0, "measured": True}  # fmt: skip
+    assert "| 20.0 % |" in growth.bank_table([row], answer_ms=20.0)
+    other = tmp_path / "bench.json"
+    other.write_text('{"rows": [{"method": "zero"}]}')
+    with pytest.raises(ValueError, match="has no measured depth-bank: run aim bench"):
+        growth.answer_time(other)

@@ -15,6 +15,7 @@ from rich.console import Console
 from training_runs import data_on_disk
 from typer.testing import CliRunner
 
+from modeling_aim import AimForConditionalGeneration
 from modeling_aim.cli import app
 from modeling_aim.cli.terminal import print_json, reported, safe
 
@@ -37,6 +38,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "deep.jsonl").write_text("[" * 100_000)
     (folder / "binary.jsonl").write_bytes(bytes(range(256)) * 4)
     (folder / "surrogate.jsonl").write_text('{"label": "a \\ud800"}')
+    (folder / "no_image.jsonl").write_text('{"image": "0.png", "label": "dax"}\n{"image": null, "label": "wug"}')
     (folder / "half").mkdir()
     (folder / "half" / "results.json").write_text('{"tasks"')
     (folder / "half" / "predictions.jsonl").write_text("{")
@@ -56,6 +58,7 @@ def train(files: Path, *more: Any) -> list[Any]:
 CASES: dict[str, Any] = {
     "a deep line": lambda f, o: answer(f, demos="deep.jsonl"),
     "a binary file": lambda f, o: answer(f, demos="binary.jsonl"),
+    "a demonstration that lost its image": lambda f, o: answer(f, demos="no_image.jsonl"),
     "a lone surrogate": lambda f, o: answer(f, demos="surrogate.jsonl"),
     "a missing file": lambda f, o: answer(f, demos="[/red]nowhere.jsonl"),
     "a missing file to tune with": lambda f, o: ["tune", "--repo", f / "repo", "--demos", f / "nowhere.jsonl"],
@@ -93,6 +96,25 @@ def test_whatever_fails_is_one_line(
     said = [line for line in done.stderr.splitlines() if line.startswith("aim ")]
     assert done.exit_code == 1 and isinstance(done.exception, SystemExit), (case, done.output, done.exception)
     assert len(said) == 1 and len(said[0]) > 30 and "Traceback" not in done.output, done.output
+
+
+def test_answer_names_the_demonstration_that_lost_its_image(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "5000")
+    done = CliRunner().invoke(app, [str(part) for part in answer(files, demos="no_image.jsonl")])
+    assert "Demonstration 1 ('wug') has None for its image" in done.stderr
+
+
+def test_answer_asks_a_question_without_an_image(files: Path) -> None:
+    done = CliRunner().invoke(app, [str(part) for part in answer(files, "--json", "--max-new-tokens", 4)])
+    assert done.exit_code == 0, done.output
+    model = AimForConditionalGeneration.from_pretrained(files / "repo")
+    inputs = model.processor(text=model.processor.prompt("What?", images=0), return_tensors="pt")
+    demos = [{"image": files / "0.png", "label": "dax"}]
+    ids = model.generate(**inputs, demos=demos, max_new_tokens=4, do_sample=False)
+    length = inputs["input_ids"].shape[1]
+    result = json.loads(done.stdout)
+    assert result["answer"] == model.processor.decode(ids[0, length:], skip_special_tokens=True).strip()
+    assert result["prompt_tokens"] == length + result["fused_tokens"] > length
 
 
 def test_paths_with_markup_are_shown_as_they_are(files: Path, tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_lengths_are_known_before_images_are_encoded(family: str) -> None:
     for demo, length in zip(demos, said, strict=True):
         ids = aim.processor.encode_demonstrations([demo])[0]["input_ids"]
         images = int(image_positions(aim.backbone.config, ids).sum())
-        assert images <= length - len(aim.processor.word(demo)[0])
+        assert images <= length - len(aim.processor.apply_template(demo)[0])
     assert aim.processor.reading_lengths([Demonstration((), "a wug")])[0] < min(said)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from backbones import FAMILIES, MORE_FAMILIES, Plugin, picture, plugin
 from torch import nn
-from transformers import DynamicCache
+from transformers import AutoConfig, DynamicCache
 
 from modeling_aim import Demonstration, FusedDemonstrations
 from modeling_aim.backbone_aim import decoder_layers
@@ -258,6 +258,35 @@ def test_real_sizes(shape: str) -> None:
         formula = analytic(twin.backbone, one.new_tokens, past)
         causal = formula.other + formula.attention * (past + one.new_tokens / 2) / one.prompt_tokens
         assert twin.decoder(one.new_tokens, past)[0] == pytest.approx(causal, rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", ["tiny", pytest.param("qwen2.5-vl-3b", marks=pytest.mark.slow)])
+def test_passes_of_any_length_follow_from_two_counts(shape: str) -> None:
+    twin = Twin(shape_config(shape), causal=False)
+    assert twin.cost is not None
+    for new, past in ((7, 0), (2100, 0), (39, 5003)):
+        counted, kept = twin.counted(new, past)
+        assert twin.decoder(new, past) == (pytest.approx(counted.total, rel=1e-9), kept)
+
+
+def test_a_decoder_whose_layers_look_at_a_window_is_counted_at_each_length() -> None:
+    config = shape_config("tiny")
+    text = {**config.text_config.to_dict(), "model_type": "mistral", "sliding_window": 32}
+    config.text_config = AutoConfig.for_model(**text)
+    twin = Twin(config)
+    assert twin.cost is None
+    kept = [twin.decoder(new)[1] for new in (16, 31, 62)]  # a cache holds one row less than the window
+    assert kept[1] > kept[0] and kept[2] == kept[1] == analytic_kv(twin.config.get_text_config(), 31)
+
+
+def test_positions_of_methods_that_drop_rows_or_share_positions() -> None:
+    twin = Twin(shape_config("tiny"))  # 4 visual tokens, BOS
+    whole = 1 + 8 * 34 + 43
+    found = {name: count(twin, name, 8).positions for name in ("full", "snapkv", "fastv:depth=1", "text-kv", "bank")}
+    assert found == {
+        "full": whole, "snapkv": whole, "fastv:depth=1": whole, "text-kv": 1 + 34 + 43, "bank": 1 + 8 * 30 + 43,
+    }  # fmt: skip
+    assert count(twin, "parallel-icl", 8).positions == 1 + 2 * 34 + 43 == count(twin, "parallel-icl", 7).positions
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def test_the_last_word_of_what_was_averaged_stands_under_it() -> None:
     aim = plugin("llava", preset="untrained", max_fused_tokens=3)
     demo = Demonstration.of({"text": "one two three four five six seven"})
     [whole] = aim.processor.kept_ids([demo])
-    [ids] = aim.model.word_ids([demo])
+    [ids] = aim.model.text_token_ids([demo])
     assert len(ids) == 3 and ids[-1] == whole[-1] and len(aim.model.read([demo]).vectors) == 3
     aim.answer(aim.query(), DEMOS)
 

@@ -133,3 +133,28 @@ def test_links_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             if not target.startswith(("http://", "https://")):
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def raised_messages() -> Iterator[tuple[str, str]]:
+    """File and text of each message of a `raise` in the package that is a sentence; values are `{}`."""
+    for path in sorted((ROOT / "modeling_aim").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            call = node.exc if isinstance(node, ast.Raise) else None
+            text = call.args[0] if isinstance(call, ast.Call) and call.args else None
+            parts = text.values if isinstance(text, ast.JoinedStr) else [text]
+            words = [part.value if isinstance(part, ast.Constant) else "{}" for part in parts]
+            message = "".join(word for word in words if isinstance(word, str))
+            if message.endswith((".", "!")) and re.search("[a-z]{3}", message):
+                yield path.name, message
+
+
+def test_every_message_is_covered_by_the_page_on_errors() -> None:
+    """The last table of docs/TROUBLESHOOTING.md has words of each message, with causes; and no word that none has."""
+    page = (ROOT / "docs" / "TROUBLESHOOTING.md").read_text(encoding="utf-8").split("## Any other message")[1]
+    phrases = [
+        phrase for row in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE) for phrase in re.findall("`(.*?)`", row)
+    ]
+    messages = list(raised_messages())
+    assert len(messages) > 400 and len(phrases) > 50
+    assert [(name, text) for name, text in messages if not any(phrase in text for phrase in phrases)] == []
+    assert [phrase for phrase in phrases if not any(phrase in text for _, text in messages)] == []

@@ -87,7 +87,7 @@ def test_answers_are_those_of_single_calls(tmp_path: Path) -> None:
     for row in found:
         example = task.examples(0)[int(row["example"].split(".")[1])]
         demos = [Demonstration.of(shot.pair) for shot in task.shots(example, row["shots"], 0)]
-        front = "".join("<image>" + model.processor.word(demo)[0] + "\n" for demo in demos)
+        front = "".join("<image>" + model.processor.apply_template(demo)[0] + "\n" for demo in demos)
         full = row["method"] == "full"
         pictures = [*(demo.images[0] for demo in demos), *example.images] if full else list(example.images)
         text = (front if full else "") + "<image>this is"
@@ -131,7 +131,7 @@ def test_a_full_prompt_has_the_words_that_aim_reads(family: str) -> None:
              "question": "Which?", "answer": "both"}), Shot("c", {"text": "no image"})]  # fmt: skip
     shown = [ShownShot(shot, shot) for shot in shots]
     example = Example("q", (picture(4),), "What?", ("x",))
-    words = [processor.word(Demonstration.of(shot.pair))[0] for shot in shots]
+    words = [processor.apply_template(Demonstration.of(shot.pair))[0] for shot in shots]
     builder = PromptBuilder(processor, separator=" | ")
     marks = [processor.image_text * count for count in (1, 2, 0)]
     fronts = "".join(mark + word + " | " for mark, word in zip(marks, words, strict=True))

@@ -299,7 +299,7 @@ def test_the_settings_are_saved_and_checked(llava: Plugin, tmp_path: Path) -> No
 
 
 def test_words_with_a_lone_surrogate_are_named(llava: Plugin) -> None:
-    for demo in ((None, "a \ud800 dax"), (None, "what \udfff?", "a dax"), {"label": "\udc80"}):
+    for demo in (([], "a \ud800 dax"), ([], "what \udfff?", "a dax"), {"label": "\udc80"}):
         fails(lambda demo=demo: Demonstration.of(demo), "lone surrogate")
         fails(lambda demo=demo: llava.model.read([*DEMOS, demo]), "lone surrogate")
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from types import FrameType
 
 import pytest
+from backbones import DEMOS, plugin
 
 import modeling_aim
 
@@ -89,6 +92,45 @@ def test_models_are_registered_wherever_the_package_loads_one() -> None:
     for name in MODULES:
         if not name.endswith(("_aim", ".registered")):
             assert ("modeling_aim.modeling_aim", "AimForConditionalGeneration") not in imports(name), name
+
+
+def package_file(frame: FrameType) -> str | None:
+    """The name of the package's file in which a frame runs; `None` for other code."""
+    path = Path(frame.f_code.co_filename)
+    return path.name if path.is_relative_to(PACKAGE) else None
+
+
+def test_generate_is_followed_through_the_eight_files_that_contributing_lists() -> None:
+    """Whatever else runs is a helper: it is called from these files, and calls back into none of them."""
+    guide = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    route = re.findall(r"^\d\. `(\w+\.py)`", guide, re.MULTILINE)
+    assert len(route) == 8
+    aim = plugin("llava")
+    inputs = aim.query()
+    running: set[str] = set()
+    calls_back: set[tuple[str, str]] = set()
+
+    def follow(frame: FrameType, event: str, arg: object) -> None:
+        called = package_file(frame)
+        if called is None:
+            return
+        running.add(called)
+        caller = frame.f_back
+        while caller is not None and package_file(caller) is None:  # code of torch or transformers in between
+            caller = caller.f_back
+        if caller is not None and called in route and package_file(caller) not in route:
+            calls_back.add((caller.f_code.co_name, frame.f_code.co_name))
+
+    tracer = sys.gettrace()
+    sys.settrace(follow)
+    try:
+        aim.model.generate(**inputs, demos=list(DEMOS), max_new_tokens=2, do_sample=False)
+    finally:
+        sys.settrace(tracer)
+    assert set(route) <= running
+    assert calls_back == set()
+    unnamed = {name for name in running - set(route) if f"`{name}`" not in guide.split("| shipped file |")[0]}
+    assert unnamed == set(), "CONTRIBUTING.md names every helper that runs"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["bank", "--help"], ["answer", "--help"]])

@@ -194,18 +194,18 @@ def test_the_papers_words_fit_the_processor(folder: Path, llava: Plugin) -> None
     episode = read(LinkContext(folder, neighbours="random", wording="paper", questions="one"), 1)[0]
     *demos, query = episode.pairs
     processor = llava.processor
-    assert {processor.word(demo)[0] for demo in demos} == {
+    assert {processor.apply_template(demo)[0] for demo in demos} == {
         f'What is in the image? there is "{name}" in the image.' for name in {d.text.split('"')[1] for d in demos}
     }
     assert query.question == "Based on the previous examples, what is in the image?"
     assert query.text in {demo.text for demo in demos}
     plain = read(LinkContext(folder, neighbours="random"), 1)[0]
-    worded = {processor.word(demo)[0] for demo in plain.pairs[:-1]}
+    worded = {processor.apply_template(demo)[0] for demo in plain.pairs[:-1]}
     assert worded == {f"This is {demo.text}." for demo in plain.pairs[:-1]}
     assert processor.prompt(plain.pairs[-1].question or "").count("What is this?") == 1
     own = link_context.Wording("Name it.", "It is {label}.", None, "Here: a {label}!")
     episode = read(LinkContext(folder, neighbours="random", wording=own), 1)[0]
-    assert {processor.word(demo)[0] for demo in episode.pairs[:-1]} == {d.text for d in episode.pairs[:-1]}
+    assert {processor.apply_template(demo)[0] for demo in episode.pairs[:-1]} == {d.text for d in episode.pairs[:-1]}
     assert episode.pairs[-1].text.startswith("It is ") and episode.pairs[-1].text.endswith(".")
 
 

@@ -58,7 +58,7 @@ def test_what_is_kept_of_a_demonstration_is_its_words(case: Case) -> None:
     for some in (*together, [demos[0]], [Demonstration.of({"text": "Words alone."})]):
         inputs, mask = case.processor.encode_demonstrations(some)
         for demo, ids, kept in zip(some, inputs["input_ids"], mask, strict=True):
-            assert case.processor.tokenizer.decode(ids[kept]).strip() == case.processor.word(demo)[0]
+            assert case.processor.tokenizer.decode(ids[kept]).strip() == case.processor.apply_template(demo)[0]
 
 
 @pytest.mark.parametrize("case", BUILDERS, indirect=True, scope="module")  # the matrix tries the others

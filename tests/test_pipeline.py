@@ -10,7 +10,7 @@ import torch
 from backbones import DEMOS, FAMILIES, Plugin, picture, plugin
 from transformers import pipeline
 
-from modeling_aim import Demonstration
+from modeling_aim import Demonstration, DemonstrationBank
 from modeling_aim.encoding_aim import split_few_shot_chat
 
 QUESTION = "What is this?"
@@ -66,6 +66,30 @@ def test_images_text_and_demonstrations(asked: Asked) -> None:
     assert asked(**call, demos=asked.model.read(DEMOS)) == [wanted]
     for demos in (asked.model.read(DEMOS), list(DEMOS)):
         assert asked(**call, generate_kwargs={"demos": demos}) == [wanted]
+
+
+def test_a_bank_is_chosen_from_for_each_query(asked: Asked) -> None:
+    """`shots` and `select` beside `demos`, as in `generate`; a batch of the pipeline has one choice a row."""
+    bank = DemonstrationBank(asked.model.read(DEMOS))
+    queries = [(9, QUESTION), (1, "Which of them is that?")]
+    for selection in ({"shots": 2, "select": "fused"}, {"select": [1, 0]}, {"shots": 1, "select": {"by": "fused"}}):
+        wanted = [
+            asked.text(asked.answer(asked.query(question, image=image), bank, **selection)[0])
+            for image, question in queries
+        ]
+        prompts = [asked.processor.prompt(question) for _, question in queries]
+        images = [picture(image) for image, _ in queries]
+        assert asked(images=images[0], text=prompts[0], demos=bank, **selection) == wanted[:1]
+        for size in (1, 2):
+            assert asked(images=images, text=prompts, demos=bank, batch_size=size, **selection) == wanted
+        assert asked(text=[user(QUESTION, 9)], demos=bank, **selection) == wanted[:1]
+    call = {"images": picture(9), "text": asked.processor.prompt(QUESTION)}
+    for demos in (list(DEMOS), None):
+        with pytest.raises(ValueError, match=r"shots=2 and select='fused' choose from a DemonstrationBank"):
+            asked(**call, demos=demos, shots=2, select="fused")
+    bound = asked.processor(**call, demos=bank, shots=2, select="fused", return_tensors="pt")["demos"]
+    with pytest.raises(ValueError, match=r"shots=2 and select='fused' choose for each query"):
+        asked.model.read(bound)
 
 
 def test_text_only(asked: Asked) -> None:

@@ -332,20 +332,20 @@ def test_fused_places_take_no_part_in_the_loss(aim: Plugin) -> None:
 @pytest.mark.parametrize(
     ("demo", "words"),
     [
-        ((None, "dax"), "This is dax."),
-        ((None, "two wugs"), "This is two wugs."),
-        ((None, "This is a dax"), "This is a dax"),
-        ((None, "It is a dax."), "It is a dax."),
-        ((None, "a dax lies on the left"), "a dax lies on the left"),
+        (([], "dax"), "This is dax."),
+        (([], "two wugs"), "This is two wugs."),
+        (([], "This is a dax"), "This is a dax"),
+        (([], "It is a dax."), "It is a dax."),
+        (([], "a dax lies on the left"), "a dax lies on the left"),
         ({"label": "a very long name for it"}, "This is a very long name for it."),
         ({"label": " dax "}, "This is dax."),
-        ((None, "What is it?", "dax"), "What is it? dax"),
+        (([], "What is it?", "dax"), "What is it? dax"),
         ({"question": "What is {label}?", "answer": "{question}"}, "What is {label}? {question}"),
         ({"text": "{label} is here, you see."}, "{label} is here, you see."),
     ],
 )
 def test_bare_labels_are_worded_and_statements_are_not(llava: Plugin, demo: Any, words: str) -> None:
-    assert llava.processor.word(Demonstration.of(demo))[0] == words
+    assert llava.processor.apply_template(Demonstration.of(demo))[0] == words
 
 
 def test_the_wording_is_a_setting() -> None:
@@ -354,6 +354,6 @@ def test_the_wording_is_a_setting() -> None:
         backbone.processor, label_template="Its name: {label}", question_template="Q {question} A {answer}!"
     )
     model = AimForConditionalGeneration.from_backbone(backbone.model, processor, read_span="answer")
-    fused = model.read([(None, "dax"), (None, "What?", "a wug")])
+    fused = model.read([([], "dax"), {"question": "What?", "answer": "a wug"}])
     assert fused.texts == ("Its name: dax", "Q What? A a wug!")
     assert fused.lengths == (3, 5)

@@ -164,7 +164,7 @@ def test_a_model_goes_through_pickle(trained: Plugin) -> None:
     torch.save(trained.model, file)
     file.seek(0)
     again = torch.load(file, weights_only=False)
-    inputs, demos = trained.query(), [(None, "a dax")]
+    inputs, demos = trained.query(), [([], "a dax")]
     assert torch.equal(
         again.generate(**inputs, demos=demos, max_new_tokens=4, do_sample=False),
         trained.model.generate(**inputs, demos=demos, max_new_tokens=4, do_sample=False),

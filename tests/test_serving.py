@@ -224,7 +224,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a large image": ({"messages": spoken([LARGE])}, "5000 x 4000 pixels, more than"),
     "ten thousand images": ({"messages": spoken([IMAGE] * 10_000)}, "has 10000 images; this server takes 64"),
     "images of a turn": ({"messages": spoken([IMAGE] * 30)}, "has 30 images; this server takes 16"),
-    "images of a long chat": ({"messages": spoken([IMAGE] * 9) * 2}, "18 images stand in the prompt; this server"),
+    "images of a long chat": ({"messages": spoken([IMAGE] * 9) * 2}, "18 images are in the prompt; this server"),
     "a bad demonstration": ({"messages": [*image_at("data:,AAAA"), *spoken("dax", "assistant"), *chat([])]}, "is no"),
     "no messages": ({"messages": []}, "at least one message"),
     "messages of another type": ({"messages": {"role": "user"}}, "must be a list"),

@@ -291,7 +291,7 @@ def test_as_many_as_fit_answer_and_none_is_refused_with_numbers() -> None:
     built = build("llava")
     model = AimForConditionalGeneration.from_backbone(built.model, built.processor)
     longer = [{"image": demo["image"], "text": demo["label"] + " it is" * 20} for demo in LABELLED]
-    words = [len(ids) for ids in model.word_ids([demonstrations_aim.Demonstration.of(demo) for demo in longer])]
+    words = [len(ids) for ids in model.text_token_ids([demonstrations_aim.Demonstration.of(demo) for demo in longer])]
     query = model.processor(images=[[longer[0]["image"]]], text=[model.processor.image_text + longer[0]["text"]])
     length = len(query["input_ids"][0])
     text_config = model.backbone.config.get_text_config()

@@ -56,9 +56,9 @@ def answered(
     """
 
     def encode(numbers: Sequence[int], begins: bool) -> dict[str, torch.Tensor]:
-        shown = [pieces[number] for number in numbers]
-        ids = torch.tensor([[*([token_id(BOS)] if begins else []), *(i for piece in shown for i in piece.ids)]])
-        return {"input_ids": ids, "inputs_embeds": embed(ids, [piece.image for piece in shown])}
+        demo_pieces = [pieces[number] for number in numbers]
+        ids = torch.tensor([[*([token_id(BOS)] if begins else []), *(i for piece in demo_pieces for i in piece.ids)]])
+        return {"input_ids": ids, "inputs_embeds": embed(ids, [piece.image for piece in demo_pieces])}
 
     reading = Reading(model, encode, len(pieces) - 1, [piece.answer_length for piece in pieces[:-1]], 1)
     longest = model.config.text_config.max_position_embeddings

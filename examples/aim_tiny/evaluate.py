@@ -11,7 +11,7 @@ the same for all methods and wordings. Where a prompt has more tokens than the b
 accuracy (`null`; "too long" in the table).
 
 `aim` is the projector of `--repo`, wherever its states enter; `aim_untrained` has none: the states of `--depth` are
-put back at that depth. All AIM methods read what the configuration of `--repo` says of a demonstration (`read_span`).
+put back at that depth. All AIM methods read the part of a demonstration that `read_span` of `--repo` names.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def prompt(method: str, t: Task) -> tuple[list[int], list[tuple[int, int]], int]
 
 
 class Bench:
-    """The frozen backbone, the projectors, and what the vision tower says of every pool image."""
+    """The frozen backbone, the projectors, and the output of the vision tower for every pool image."""
 
     def __init__(
         self, split: str, load_in_4bit: bool = False, methods: tuple[str, ...] = METHODS, repo: Path = OUT,
@@ -250,8 +250,8 @@ class Bench:
         hidden = run(model.model.language_model, vectors, positions, places=holes, entering=entering)
         verdicts = []
         for row, ((p, _, _), gold) in enumerate(zip(prompts, golds, strict=True)):
-            said = model.lm_head(hidden[row, len(p) - 1 : len(p) + len(gold) - 1]).argmax(-1).tolist()
-            verdicts.append(said == gold)
+            predicted_ids = model.lm_head(hidden[row, len(p) - 1 : len(p) + len(gold) - 1]).argmax(-1).tolist()
+            verdicts.append(predicted_ids == gold)
         return verdicts
 
     def states(self, method: str, tasks: list[Task]) -> torch.Tensor:
@@ -330,18 +330,18 @@ def verdicts(bench: Bench, methods: list[str], tasks: list[Task]) -> dict[str, l
     groups = [[m] for m in methods if not m.startswith("aim")]
     groups.append([m for m in methods if m.startswith("aim") and not m.endswith(SHUFFLED)])
     groups.append([m for m in methods if m.endswith(SHUFFLED)])
-    found: dict[str, list[bool]] = {m: [] for m in methods}
+    right_by_method: dict[str, list[bool]] = {m: [] for m in methods}
     for group in filter(None, groups):
         size = max(
             1, TOKENS // (len(prompt(group[0], tasks[0])[0]) + (12 * len(tasks[0].demos) if "aim" in group[0] else 0))
         )
         for start in range(0, len(tasks), size):
             for method in group:
-                found[method] += bench.right(method, tasks[start : start + size])
+                right_by_method[method] += bench.right(method, tasks[start : start + size])
     for method, answers in written.items():
         if None not in answers:
-            found[method] = [words == ids(t.query.answer) for words, t in zip(answers, tasks, strict=True)]
-    return found
+            right_by_method[method] = [words == ids(t.query.answer) for words, t in zip(answers, tasks, strict=True)]
+    return right_by_method
 
 
 def evaluate(
@@ -349,17 +349,22 @@ def evaluate(
 ) -> dict:
     """`{cell: {method: accuracy, "tokens": {method: mean prompt tokens}, "by_wording": {...}, "by_seed": {...}}}`.
 
-    An accuracy is `None` where prompts are too long.
+    `right` has a digit for each episode, 1 where it is answered right, in one order for all methods. An accuracy is
+    `None` where prompts are too long.
     """
     report: dict = {}
     work = [(cell, wording, seed) for cell in cells for wording in wordings for seed in range(seeds)]
     scores: dict = {}
     lengths: dict = defaultdict(lambda: defaultdict(list))
+    digits: dict = defaultdict(str)
     for cell, wording, seed in progress(work, "evaluate"):
         tasks = tasks_of(cell, bench.split, wording, seed, episodes, bench.span)
-        found = verdicts(bench, methods, tasks)
+        right_by_method = verdicts(bench, methods, tasks)
         for method in methods:
-            scores[cell, method, wording, seed] = sum(found[method]) / len(tasks) if method in found else None
+            scores[cell, method, wording, seed] = (
+                sum(right_by_method[method]) / len(tasks) if method in right_by_method else None
+            )
+            digits[cell, method] += "".join(str(int(right)) for right in right_by_method.get(method, ()))
             own = bench.rows.pop(method) if is_baseline(method) else [len(prompt(method, t)[0]) for t in tasks[:20]]
             lengths[cell][method] += own
     for cell in cells:
@@ -367,6 +372,7 @@ def evaluate(
         entry = report[cell] = {m: mean(by[m].values()) for m in methods}
         entry["tokens"] = {m: mean(lengths[cell][m]) for m in methods}
         entry["by_wording"] = {m: {w: mean(by[m][w, s] for s in range(seeds)) for w in wordings} for m in methods}
+        entry["right"] = {m: digits[cell, m] for m in methods}
         entry["by_seed"] = {m: [mean(by[m][w, s] for w in wordings) for s in range(seeds)] for m in methods}
     return report
 

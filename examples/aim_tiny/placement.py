@@ -60,8 +60,8 @@ def accuracy(bench: Bench, tasks: list[Task], place: str, reading: str) -> float
         positions, start = torch.arange(tokens.shape[1]).expand(tokens.shape), 1 + len(head)
         places = (positions >= start) & (positions < start + len(words))
         hidden = run(model.model.language_model, vectors, positions, places=places, entering=plugin.entering(states))
-        said = model.lm_head(hidden[0, -len(gold) - 1 : -1]).argmax(-1).tolist()
-        right += said == gold
+        predicted_ids = model.lm_head(hidden[0, -len(gold) - 1 : -1]).argmax(-1).tolist()
+        right += predicted_ids == gold
     return right / len(tasks)
 
 

@@ -55,10 +55,10 @@ def ship_aim(run: Path) -> None:
     path = OUT / "backbone" / "model.safetensors"
     weights = {name_of_every_version(name): weight for name, weight in load_file(path).items()}
     write(path, lambda p: save_file(weights, p, metadata={"format": "pt"}))
-    said = json.loads((run / "aim_training.json").read_text())["settings"]
+    settings = json.loads((run / "aim_training.json").read_text())["settings"]
     card = model_card(AimConfig.from_pretrained(OUT), model.projector)
-    told = CARD.format(**said, tasks=", ".join(MIX).replace("_", " "))
-    write(OUT / "README.md", lambda p: p.write_text(card + told))
+    training_section = CARD.format(**settings, tasks=", ".join(MIX).replace("_", " "))
+    write(OUT / "README.md", lambda p: p.write_text(card + training_section))
 
 
 def name_of_every_version(name: str) -> str:
@@ -73,8 +73,8 @@ def ship_control(kind: str, run: Path) -> None:
     form = json.loads((run / "config.json").read_text())
     weights = {name: weight.bfloat16() for name, weight in load_file(run / "aim_projector.safetensors").items()}
     write(CONTROLS / f"{kind}.safetensors", lambda p: save_file(weights, p))
-    shown = json.dumps({name: form[name] for name in FORM}, indent=2) + "\n"
-    write(CONTROLS / f"{kind}.json", lambda p: p.write_text(shown))
+    form_json = json.dumps({name: form[name] for name in FORM}, indent=2) + "\n"
+    write(CONTROLS / f"{kind}.json", lambda p: p.write_text(form_json))
 
 
 def ship_interleaved() -> None:

@@ -33,7 +33,7 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
 
 
 class Checkpoint:
-    """The state of a long stage, written every two minutes; `start` is the step to go on from."""
+    """The state of a long stage, written every two minutes; `start` is the step to resume from."""
 
     def __init__(self, stage: str, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
         self.path, self.model, self.optimizers = BUILD / f"{stage}.checkpoint", model, optimizers

@@ -137,12 +137,12 @@ def score(bench: Bench, repo: Path, span: str) -> dict[str, float]:
     """Accuracy by cell; demonstrations are read as the repository's projector was trained."""
     bench.plugins["aim"] = load_plugin("aim", bench.backbone, repo)
     bench.kept, bench.prefixes = (None, None), []  # of other layers
-    found = {}
+    results_by_cell = {}
     for cell in CELLS:
         tasks = tasks_of(cell, bench.split, "qa", 0, HELD_OUT, span)
         right = verdicts(bench, ["aim"], tasks)["aim"]
-        found[cell] = sum(right) / len(right)
-    return found
+        results_by_cell[cell] = sum(right) / len(right)
+    return results_by_cell
 
 
 def table(results: list[dict[str, Any]]) -> str:

@@ -173,9 +173,9 @@ def _naming(task: str, rng: random.Random, split: str, shots: int, queries: int,
         things = [[place for place, concept in enumerate(table) if concept[part] == value] for value in values]
     names = world.draw_names(rng, split, len(things))
     rounds = [way for _ in range(shots) for way in rng.sample(range(len(things)), len(things))][:shots]
-    told = [rng.choice(NAMING)] * (shots + queries)
+    wordings = [rng.choice(NAMING)] * (shots + queries)
     if split == "train" and rng.random() < 0.3:
-        told = rng.choices(NAMING, k=shots + queries)
+        wordings = rng.choices(NAMING, k=shots + queries)
     used: set[tuple[int, int]] = set()
 
     def shot(way: int, wording: world.Wording) -> Shot:
@@ -185,7 +185,7 @@ def _naming(task: str, rng: random.Random, split: str, shots: int, queries: int,
         return Shot(split, *pick, wording.question, wording.answer.format(names[way]))
 
     asked = [rng.randrange(len(things)) for _ in range(queries)]
-    made = [shot(way, wording) for way, wording in zip([*rounds, *asked], told, strict=True)]
+    made = [shot(way, wording) for way, wording in zip([*rounds, *asked], wordings, strict=True)]
     return Episode(task, rule, tuple(made[:shots]), tuple(made[shots:]))
 
 

@@ -59,8 +59,8 @@ def right_by_depth(backbone: Any, asked: Sequence[world.Episode]) -> dict[int, l
             new = one.generate(**inputs, demos=fused, max_new_tokens=3, do_sample=False)[
                 :, inputs["input_ids"].shape[1] :
             ]
-            said = processor.batch_decode(new, skip_special_tokens=True)
-            right[depth] += [text.split()[:1] == [row.name] for text, row in zip(said, rows, strict=True)]
+            answers = processor.batch_decode(new, skip_special_tokens=True)
+            right[depth] += [text.split()[:1] == [row.name] for text, row in zip(answers, rows, strict=True)]
     return right
 
 
@@ -126,11 +126,11 @@ def main() -> None:
     depths = next(iter(report.values()))["accuracy_by_depth"]
     lines = [["demonstrations", *(f"depth {k}" for k in depths), "chosen, pooled", "chosen by episode"]]
     lines.append(["---"] * len(lines[0]))
-    for cell, found in report.items():
-        pooled, each = found["pooled"], found["by_episode"]
+    for cell, figures in report.items():
+        pooled, each = figures["pooled"], figures["by_episode"]
         chosen = ", ".join(f"{depth}: {count}" for depth, count in each["depths"].items())
         lines.append(
-            [cell, *(f"{value:.3f}" for value in found["accuracy_by_depth"].values()),
+            [cell, *(f"{value:.3f}" for value in figures["accuracy_by_depth"].values()),
              f"{pooled['depth']} ({pooled['accuracy']:.3f})", f"{chosen} ({each['accuracy']:.3f})"]
         )  # fmt: skip
     print("\n".join(f"| {' | '.join(line)} |" for line in lines))

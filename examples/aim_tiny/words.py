@@ -130,6 +130,6 @@ def new_model(seed: int = 0) -> LlavaForConditionalGeneration:
 
 
 if __name__ == "__main__":
-    found = tokenizer()(" ".join(sys.argv[1:]) or "this is bako .")
-    print(tokenizer().convert_ids_to_tokens(found.input_ids))
-    print(tokenizer().decode(found.input_ids), "| vocabulary", len(tokenizer()))
+    encoded = tokenizer()(" ".join(sys.argv[1:]) or "this is bako .")
+    print(tokenizer().convert_ids_to_tokens(encoded.input_ids))
+    print(tokenizer().decode(encoded.input_ids), "| vocabulary", len(tokenizer()))

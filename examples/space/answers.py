@@ -209,7 +209,7 @@ def answers(model: Any, demos: Sequence[Labelled], image: Any, question: str) ->
     builder = PromptBuilder(model.processor, "chat" if model.processor.chat_template else "plain")
     query = Example(id="query", images=(image,), question=question, answers=())
     shots = [Shot(str(number), demo.raw) for number, demo in enumerate(done)]
-    shown = [ShownShot(shot, shot) for shot in shots]
+    shown_shots = [ShownShot(shot, shot) for shot in shots]
     by_method = {}
     for method in NAMES:
         if method != "zero" and not done:
@@ -217,7 +217,7 @@ def answers(model: Any, demos: Sequence[Labelled], image: Any, question: str) ->
         elif method == "full" and any(demo.image is None for demo in done):
             by_method[method] = Answer(problem="A bank keeps no full images, so there is nothing to show.")
         else:
-            prompt = METHODS[method].show(builder, query, shown, 0)
+            prompt = METHODS[method].show(builder, query, shown_shots, 0)
             by_method[method] = _answer(model, prompt.text, prompt.images, fused if prompt.fused else None)
     return Answers(by_method, done, count, milliseconds)
 
@@ -234,8 +234,8 @@ def _answer(model: Any, text: str, images: Sequence[Any], fused: FusedDemonstrat
         ids = model.generate(**inputs, demos=fused, max_new_tokens=NEW_TOKENS, do_sample=False)
     except (ValueError, RuntimeError, IndexError) as error:  # RuntimeError: out of memory
         return Answer(problem=f"{' '.join(str(error).split()).split('. ')[0]:.160}.")
-    said = model.processor.decode(ids[0, length:], skip_special_tokens=True).strip()
-    return Answer(said, tokens, 1000 * (time.perf_counter() - started))
+    answer_text = model.processor.decode(ids[0, length:], skip_special_tokens=True).strip()
+    return Answer(answer_text, tokens, 1000 * (time.perf_counter() - started))
 
 
 def set_offline_defaults() -> None:

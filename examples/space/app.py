@@ -193,8 +193,8 @@ def use_example(folder: str, session: Session) -> tuple[Any, ...]:
 @handler
 def choose_backbone(session: Session, name: str, projector: str) -> tuple[Session, str, Any]:
     chosen = Backbone(" ".join(name.split()) or AIM_TINY, projector == WITH)
-    told = description(chosen)
-    return replace(session, backbone=chosen), told, gr.Button(visible=False)
+    status = description(chosen)
+    return replace(session, backbone=chosen), status, gr.Button(visible=False)
 
 
 @handler
@@ -234,9 +234,9 @@ def find_depth(session: Session) -> tuple[Session, Any, str, Any]:
     path = Path(get_upload_folder()) / uuid.uuid4().hex / "depth.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     draw(choice, path)
-    told = " ".join([choice.verdict, *choice.notes])
+    status = " ".join([choice.verdict, *choice.notes])
     use = gr.Button(f"Answer at depth {choice.depth}", visible=choice.beats_words)
-    return replace(session, suggested=choice.depth), gr.Image(path, visible=True), told, use
+    return replace(session, suggested=choice.depth), gr.Image(path, visible=True), status, use
 
 
 @handler
@@ -289,7 +289,7 @@ def page() -> gr.Blocks:
         result = gr.HTML(cards(None), elem_id="answers", padding=False)
         with gr.Tabs():
             with gr.Tab("Backbone"):
-                told = gr.Markdown(elem_id="backbone-line")
+                status = gr.Markdown(elem_id="backbone-line")
                 with gr.Row():
                     name = gr.Textbox(
                         start.backbone.name, label="Backbone or AIM repository", elem_id="backbone", scale=2,
@@ -317,27 +317,29 @@ def page() -> gr.Blocks:
             with gr.Accordion(note, open=False):
                 gr.Markdown(body)
 
-        shown = [session, gallery, count, changing, new_label]
+        outputs = [session, gallery, count, changing, new_label]
         turn: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
         free: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         answer: dict[str, Any] = {"fn": ask, "inputs": [session, query, question], "outputs": [session, result]}
         for folder, button in starts.items():
-            example = button.click(functools.partial(use_example, folder), session, [*shown, query, question], **free)
+            example = button.click(
+                functools.partial(use_example, folder), session, [*outputs, query, question], **free
+            )
             example.success(**answer, **turn)
-        files.upload(add, [session, files, label], [*shown, label], **free).then(lambda: None, None, files, **free)
-        gallery.select(select, session, shown, **free)
-        gr.on([change.click, new_label.submit], rename, [session, new_label], shown, **free)
-        drop.click(remove, session, shown, **free)
-        clearing.click(clear, session, shown, **free)
+        files.upload(add, [session, files, label], [*outputs, label], **free).then(lambda: None, None, files, **free)
+        gallery.select(select, session, outputs, **free)
+        gr.on([change.click, new_label.submit], rename, [session, new_label], outputs, **free)
+        drop.click(remove, session, outputs, **free)
+        clearing.click(clear, session, outputs, **free)
         query.input(choose_query, [session, query], session, **free).failure(lambda: None, None, query, **free)
         gr.on([asking.click, question.submit], **answer, **turn)
-        chosen = {"fn": choose_backbone, "inputs": [session, name, projector], "outputs": [session, told, using]}
+        chosen = {"fn": choose_backbone, "inputs": [session, name, projector], "outputs": [session, status, using]}
         gr.on([loading.click, name.submit], **chosen, **turn)
-        blocks.load(describe, session, told, **turn)
+        blocks.load(describe, session, status, **turn)
         saving.click(save_bank, session, [session, saved], **turn)
-        bank.upload(load_bank, [session, bank], shown, **turn).then(lambda: None, None, bank, **free)
+        bank.upload(load_bank, [session, bank], outputs, **turn).then(lambda: None, None, bank, **free)
         finding.click(find_depth, session, [session, picture, verdict, using], **turn)
-        using.click(use_depth, session, [session, told], **turn)
+        using.click(use_depth, session, [session, status], **turn)
     return blocks
 
 

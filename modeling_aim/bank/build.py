@@ -2,7 +2,7 @@
 
 What is read lies in the bank's folder at once, as a small part a batch; parts become a shard when there are enough of
 them. A part is written whole or not at all, its name is its number, and the manifest says how many have gone into
-shards: so a bank that was killed at any moment goes on from there and ends in the same files.
+shards. So a build that is killed at any moment is resumed from there and ends with the same files.
 """
 
 from __future__ import annotations
@@ -137,10 +137,10 @@ def build_bank(
 
 
 def _progress(
-    demos: Iterator[tuple[int, Demonstration]], given: Iterable[Any], total: int | None
+    demos: Iterator[tuple[int, Demonstration]], stream: Iterable[Any], total: int | None
 ) -> Iterable[tuple[int, Demonstration]]:
-    if total is None and isinstance(given, Sized):
-        total = len(given)
+    if total is None and isinstance(stream, Sized):
+        total = len(stream)
     if not has_bars() and logging.is_progress_bar_enabled():
         return tracked(demos, "read", "demonstrations", total)
     return logging.tqdm(demos, total=total, desc="Reading demonstrations", unit="demo")
@@ -166,7 +166,7 @@ def _batches(demos: Iterable[tuple[int, Demonstration]], builder: _Builder, batc
 
 
 class _Builder:
-    """A bank on its way: finished shards, parts that wait to become one, and what is known of both."""
+    """A bank in progress: finished shards, parts not yet in a shard, and the record of both."""
 
     def __init__(
         self,
@@ -305,10 +305,10 @@ class _Builder:
         columns: dict[str, torch.Tensor] = {
             "vectors": torch.cat(reading["fused"]),
             "lengths": torch.tensor([len(part) for part in reading["fused"]], dtype=torch.int32),
-            "ids": torch.cat(model.word_ids(demos)).int(),
+            "ids": torch.cat(model.text_token_ids(demos)).int(),
             "keys": key_column(key for _, key, _ in batch),
         }
-        words = [model.processor.word(demo)[0] for demo in demos]
+        words = [model.processor.apply_template(demo)[0] for demo in demos]
         columns["texts"], columns["text_lengths"] = blob([text.encode() for text in words])
         labels = [demo.text if model.processor.is_label(demo) else "" for demo in demos]
         columns["labels"], columns["label_lengths"] = blob([label.encode() for label in labels])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -32,6 +33,34 @@ if TYPE_CHECKING:
     from ..registered import AimForConditionalGeneration
 
 SELECT_OPTIONS = {"balanced", "near_duplicate", "search", "seed"}
+
+
+@dataclass(frozen=True)
+class BankChoice:
+    """`shots` and `select` bound to a bank: what is chosen once the queries are known; goes where `demos=` is taken.
+
+    Args:
+        bank: the bank to choose from.
+        shots: how many for each row; see `ChoosingBank.select_rows`.
+        select: how they are selected.
+    """
+
+    aim_kind: ClassVar[str] = "choice"
+
+    bank: ChoosingBank
+    shots: int | None
+    select: Selection
+
+    def __len__(self) -> int:
+        return len(self.bank)
+
+    @property
+    def fused(self) -> FusedDemonstrations:
+        """Raise `ValueError`: nothing is chosen without a query."""
+        raise ValueError(
+            f"shots={self.shots} and select={self.select!r} choose for each query, which read() and prefill() do not "
+            "have. Give them to generate(), or choose beforehand: bank.select(query, k, by=...)."
+        )
 
 
 class ChoosingBank(BankContents):
@@ -226,6 +255,10 @@ class ChoosingBank(BankContents):
                     'bfloat16 or float32, or choose with by="random".'
                 )
         return {kind: sketched(features[kind], width) for kind, width in widths.items()}
+
+    def choice(self, shots: int | None = None, select: Selection = None) -> BankChoice:
+        """This bank with `shots` and `select` bound to it, as `select_rows` takes them."""
+        return BankChoice(self, shots, select)
 
     def select_rows(
         self,

@@ -111,7 +111,7 @@ def write_numbered(shard: Shard, folder: Path, number: int) -> dict[str, Any]:
     """Write a shard under a name that holds its number and a digest of its content: no other is overwritten.
 
     Returns:
-        What the manifest says of it.
+        Its entry in the manifest.
     """
     payload, listed = shard_content(shard)
     listed["file"] = f"aim_bank-{number:05d}-{listed['sha256'][:8]}.safetensors"

@@ -28,10 +28,10 @@ def shard_content(shard: Shard, **more: Any) -> tuple[bytes, dict[str, Any]]:
 
     Args:
         shard: the shard.
-        **more: what else is said of it.
+        **more: further metadata.
 
     Returns:
-        Its bytes, and what the manifest says of it, but for its name.
+        Its bytes, and its entry in the manifest without its name.
 
     Raises:
         ValueError: a column holds NaN or an infinity.
@@ -57,7 +57,7 @@ def open_shard(path: str | os.PathLike[str], listed: Mapping[str, Any] | None = 
 
     Args:
         path: the file.
-        listed: what the manifest says of it, where there is a manifest.
+        listed: its entry in the manifest, where there is a manifest.
 
     Raises:
         BankDamaged: the file is cut short, foreign, damaged, or another one than the manifest names.
@@ -98,7 +98,7 @@ def open_shard(path: str | os.PathLike[str], listed: Mapping[str, Any] | None = 
 
 
 def _seal(about: Mapping[str, Any], columns: Mapping[str, torch.Tensor]) -> str:
-    """Digest of all that a shard says of itself, so that one whose manifest is lost can be trusted as well."""
+    """Digest of a shard's metadata, so that it can be trusted also where its manifest is lost."""
     described = {name: value for name, value in about.items() if name != SEAL}
     layout = {name: [str(column.dtype), list(column.shape)] for name, column in columns.items()}
     return hashlib.sha256(json.dumps([described, layout], sort_keys=True).encode()).hexdigest()

@@ -32,7 +32,7 @@ RAGGED = {
 }
 NEEDED = ("keys", "lengths", "vectors", "ids", "texts", "text_lengths", "labels", "label_lengths")
 FEATURE = "feature."
-UNREADABLE = "unreadable"  # said of a part: keys of rows that the model could not read, and why
+UNREADABLE = "unreadable"  # of a part: keys of rows that the model could not read, and why
 HAS_QUESTION = "has_question"  # 1 where a demonstration answers a question; there with features of texts
 STORAGES = ("auto", "float32", "bfloat16", "float16", "int8")
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
@@ -78,7 +78,7 @@ class Shard:
 
     Args:
         columns: the tensors.
-        about: what is said of all of them: `source` (what read them) and `dtype` (of fused tokens when they are used).
+        about: metadata of all of them: `source` (what read them) and `dtype` (of fused tokens when they are used).
         name: the file, for messages.
 
     Raises:
@@ -125,7 +125,7 @@ class Shard:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What is said of the demonstrations, without the digests of a file."""
+        """Metadata of the demonstrations, without the digests of a file."""
         return {name: value for name, value in self.about.items() if name not in ("digests", SEAL, UNREADABLE)}
 
     @property
@@ -214,7 +214,7 @@ class Shard:
         return parts
 
     def ids(self, index: Sequence[int]) -> list[torch.Tensor]:
-        """The word under each fused token of the demonstrations at `index`."""
+        """The token id under each fused token of the demonstrations at `index`."""
         parts = [part.long() for part in self.rows("ids", index)]
         for i, part in zip(index, parts, strict=True):
             if bool((part < 0).any()):

@@ -90,7 +90,7 @@ def catp(reading: Reading, ratio: float = 0.778, depth: int | None = None) -> Re
 
 
 def _spans(reading: Reading) -> list[tuple[int, int]]:
-    """Where each demonstration stands in the whole prompt."""
+    """The positions of each demonstration in the whole prompt."""
     lengths = [reading.encode([number], False)["input_ids"].shape[1] for number in reading.numbers]
     ends = torch.tensor([reading.head, *lengths]).cumsum(0).tolist()
     return list(pairwise(ends))

@@ -37,7 +37,7 @@ def text_kv(reading: Reading, ratio: float = 1.0) -> Ready:
     """Demonstrations read one by one; KV of their words side by side, at the positions where they were read.
 
     After MPIC (arXiv 2502.01960) and APE (arXiv 2502.05431), which join KV that was computed apart; without APE's
-    temperature and scale. Positions overlap, and the query goes on behind the longest demonstration.
+    temperature and scale. Positions overlap, and the query continues after the longest demonstration.
 
     Args:
         reading: the prompt.
@@ -189,13 +189,13 @@ def baseline_of(name: str) -> Baseline:
     Raises:
         ValueError: there is no such method, or it has no such setting, or that has another type or bounds.
     """
-    plain, *given = name.split(":")
+    plain, *setting_parts = name.split(":")
     if plain not in BASELINES:
         raise ValueError(f"There is no method {plain}; choose of {', '.join(BASELINES)}.")
     baseline = BASELINES[plain]
     known = {n: p.default for n, p in inspect.signature(baseline.make).parameters.items() if n != "reading"}
     settings: dict[str, Any] = {}
-    for part in given:
+    for part in setting_parts:
         key, equals, value = part.partition("=")
         if key not in known or not equals:
             has = ", ".join(f"{n}={v}" for n, v in known.items()) or "none"
@@ -210,7 +210,7 @@ def _setting(name: str, key: str, value: str, default: Any) -> Any:
     try:
         number = kind(value)
     except ValueError as error:
-        raise ValueError(f"Method {name!r}: {key}={value} is no {kind.__name__}.") from error
+        raise ValueError(f"Method {name!r}: {key}={value}, expected {kind.__name__}.") from error
     if (
         (key == "ratio" and not 0 <= number <= 1)
         or (kind is int and number < 1)

@@ -283,21 +283,21 @@ def forward(
     Returns:
         Logits `(batch, logits, vocabulary)`; `None` where none are wanted.
     """
-    given = dict(inputs)
-    batch, new = given["input_ids"].shape
-    if "inputs_embeds" in given:
-        given.pop("input_ids")
+    call_inputs = dict(inputs)
+    batch, new = call_inputs["input_ids"].shape
+    if "inputs_embeds" in call_inputs:
+        call_inputs.pop("input_ids")
     past = cache.get_seq_length()
-    given["attention_mask"] = torch.ones(batch, past + new, dtype=torch.long, device=places.device)
-    given["position_ids"] = places.expand(-1, batch, -1) if len(places) > 1 else places[0].expand(batch, -1)
-    given |= {"past_key_values": cache, "use_cache": True, "return_dict": True}
+    call_inputs["attention_mask"] = torch.ones(batch, past + new, dtype=torch.long, device=places.device)
+    call_inputs["position_ids"] = places.expand(-1, batch, -1) if len(places) > 1 else places[0].expand(batch, -1)
+    call_inputs |= {"past_key_values": cache, "use_cache": True, "return_dict": True}
     with preserved_state(backbone), fitted_masks(backbone, cache):
         if not logits:
-            backbone.base_model(**given)
+            backbone.base_model(**call_inputs)
             return None
         if "logits_to_keep" in inspect.signature(backbone.forward).parameters:
-            given["logits_to_keep"] = logits
-        return backbone(**given).logits[:, -logits:]
+            call_inputs["logits_to_keep"] = logits
+        return backbone(**call_inputs).logits[:, -logits:]
 
 
 @contextmanager
@@ -335,7 +335,7 @@ class Answering:
 
     Attributes:
         logits: of the next token, `(vocabulary,)` in float32.
-        kv_bytes: keys and values behind the prompt, of all experts.
+        kv_bytes: keys and values after the prompt, of all experts.
         tokens: rows of these, mean over layers.
     """
 
@@ -365,7 +365,7 @@ class Answering:
         return own
 
     def push(self, ids: Sequence[int]) -> torch.Tensor:
-        """Go on with some tokens; gives the logits behind each of them, `(tokens, vocabulary)`."""
+        """Continue with some tokens; returns the logits after each of them, `(tokens, vocabulary)`."""
         tokens = torch.tensor([list(ids)], device=self.logits.device)
         logits = []
         for number, cache in enumerate(self.caches):

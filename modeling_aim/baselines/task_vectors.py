@@ -22,7 +22,7 @@ def task_vector(reading: Reading, depth: int | None = None, reads: int = 8) -> R
     """Nothing in the context: one state of the middle of the decoder, which holds the task, replaces the query's.
 
     Hendel et al., In-Context Learning Creates Task Vectors (arXiv 2310.15916): the state at the last token of a
-    demonstration's question behind the other demonstrations, mean over several of them. MTV (arXiv 2406.15334) is
+    demonstration's question after the other demonstrations, mean over several of them. MTV (arXiv 2406.15334) is
     its successor with attention heads, which it has to search for each task.
 
     Args:

@@ -25,7 +25,7 @@ def attention_of(layer: nn.Module) -> Any:
     """The self-attention of a decoder layer.
 
     Raises:
-        CannotServe: there is none that knows its layer and its configuration.
+        CannotServe: no function knows its layer and its configuration.
     """
     for module in layer.modules():
         if module is not layer and isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "config"):
@@ -104,8 +104,8 @@ def watched_attention(
     seen = {} if seen is None else seen
 
     def watch(number: int, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-        given = {**kwargs, **({"hidden_states": args[0]} if args else {})}
-        seen[number] = window_attention(module, given, window)
+        arguments = {**kwargs, **({"hidden_states": args[0]} if args else {})}
+        seen[number] = window_attention(module, arguments, window)
 
     with ExitStack() as hooks:
         for number, layer in enumerate(decoder_layers(backbone)):

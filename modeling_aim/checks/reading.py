@@ -32,7 +32,7 @@ def reading_under_rounding(case: Case, demos: Sequence[Any]) -> float:
     """How far the states of demonstrations, each read alone, go when what enters the backbone is rounded once more."""
     parsed = [Demonstration.of(demo) for demo in demos]
     encoded = [case.processor.encode_demonstrations([demo], case.model.config.read_span)[0] for demo in parsed]
-    inputs = [dict(one.to(case.model.device, case.model.dtype)) for one in encoded]
+    inputs = [dict(encoding.to(case.model.device, case.model.dtype)) for encoding in encoded]
     return under_rounding(case, inputs, case.model.config.read_layers)
 
 
@@ -82,9 +82,9 @@ def early_stop(case: Case) -> None:
     handles = [layer.register_forward_hook(lambda layer, *_: ran.append(layer)) for layer in layers[middle:]]
     try:
         actual = stopping.read_states(demos)
-        require(not ran, f"{len(ran)} layers ran behind the one that is read")
+        require(not ran, f"{len(ran)} layers ran after the one that is read")
         expected = whole.read_states(demos)
-        require(ran, "the whole pass ran no layer behind the one that is read")
+        require(ran, "the whole pass ran no layer after the one that is read")
     finally:
         for handle in handles:
             handle.remove()
@@ -140,7 +140,7 @@ def words_at_depth(case: Case) -> None:
 
 
 def _looks_ahead(case: Case, layers: list[int]) -> bool:
-    """Whether the states of words change with the words behind them: the backbone itself attends both ways."""
+    """Whether the states of words change with the words after them: the backbone itself attends both ways."""
     inputs = dict(case.query(images=0))
     length = inputs["input_ids"].shape[1]
     shorter = {
@@ -153,7 +153,7 @@ def _looks_ahead(case: Case, layers: list[int]) -> bool:
 
 
 def _sees_behind(case: Case, inputs: dict[str, Any], count: int, layers: list[int]) -> bool:
-    """Whether the states of the first `count` tokens change with an image behind them (Mllama's cross-attention)."""
+    """Whether the states of the first `count` tokens change with an image after them (Mllama's cross-attention)."""
     other = {k: -v if k.startswith("pixel_values") and v.is_floating_point() else v for k, v in inputs.items()}
     with preserved_state(case.model.backbone):
         states = [read_hidden_states(case.model.backbone, given, layers)[:, :count] for given in (inputs, other)]

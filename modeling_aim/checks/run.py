@@ -23,7 +23,7 @@ LARGEST_IMAGE = 2**20  # numbers in the pixels of an image of a check; one tile 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a property on a backbone: it holds where neither `problem` nor `beside` is given.
+    """The result of checking a property on a backbone: it holds where neither `problem` nor `beside` is given.
 
     Args:
         name: of the property.

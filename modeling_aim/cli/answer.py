@@ -26,7 +26,7 @@ class AnswerSettings(LoadingSettings):
         repo: AIM repository: a folder or a Hub id.
         demos: file with one demonstration a line: image, and text, label or question and answer.
         question: question about the query.
-        image: image of the query: a file or a URL.
+        image: image of the query: a file or a URL. Without it the question is asked as text alone.
         max_new_tokens: most tokens of the answer.
         as_json: print one JSON object instead of a table.
     """
@@ -44,7 +44,7 @@ class AnswerSettings(LoadingSettings):
 
 @command(app, "aim answer")
 def answer(settings: AnswerSettings) -> None:
-    """Answer a question about an image from demonstrations of your own."""
+    """Answer a question, about an image or as text alone, from demonstrations of your own."""
     result = answered(settings, list(read_demonstrations(settings.demos)))
     if settings.as_json:
         print_json(result)

@@ -47,7 +47,7 @@ class BuildSettings(LoadingSettings):
         storage: auto, float32, bfloat16, float16 or int8.
         keep_states: keep hidden states, to put another projector on them later.
         thumbnails: side of the small images that are kept, in pixels; 0 keeps none.
-        on_bad_row: what becomes of a bad row: skip (and name it) or raise.
+        on_bad_row: what to do with a bad row: skip (and name it) or raise.
         max_bad_rows: bad rows after which the build stops.
     """
 

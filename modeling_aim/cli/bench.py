@@ -77,8 +77,8 @@ class BenchSettings:
         if self.image_settings and self.backbone is None:
             raise ValueError("--image is for the image processor of a --backbone; a --shape has none.")
         if not self.shots or min(self.shots) < 0:
-            given = ",".join(map(str, self.shots))
-            raise ValueError(f"--shots {given!r}: expected numbers of demonstrations, as in 0,1,4,8.")
+            shots_text = ",".join(map(str, self.shots))
+            raise ValueError(f"--shots {shots_text!r}: expected numbers of demonstrations, as in 0,1,4,8.")
         known = COUNTED if self.count_only else tuple(METHODS)
         for name in self.methods:
             if is_baseline(name):

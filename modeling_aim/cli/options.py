@@ -112,7 +112,7 @@ def option_name(field_name: str) -> str:
 
 
 def field_help(settings_class: type) -> dict[str, str]:
-    """What the `Args:` section of a dataclass and of its parents says of each field.
+    """The text of each field in the `Args:` sections of a dataclass and its parents.
 
     Raises:
         TypeError: a field has no entry of its own.
@@ -187,10 +187,10 @@ def _shared(order: Sequence[str], hints: Mapping[str, Any]) -> dict[str, str]:
     return {n: named[option_name(n)] for n in order if named.get(option_name(n), n) != n}
 
 
-def _parted(given: Sequence[str], name: str, other: str) -> dict[str, Any]:
+def _parted(texts: Sequence[str], name: str, other: str) -> dict[str, Any]:
     """What was typed for an option that two fields share: one value for the first, `NAME=VALUE` for the other."""
-    named = [text for text in given if NAMED.match(text) and not Path(text).exists()]
-    single = [text for text in given if text not in named]
+    named = [text for text in texts if NAMED.match(text) and not Path(text).exists()]
+    single = [text for text in texts if text not in named]
     if len(single) > 1:
         raise ValueError(f"{option_name(name)} was given {len(single)} times without NAME=: {', '.join(single)}.")
     return {name: single[0] if single else None, other: named}

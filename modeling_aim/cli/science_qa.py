@@ -74,11 +74,11 @@ def science_qa(settings: ScienceQaSettings) -> None:
         last = figures["judge"] if "judge" in figures else figures["own"]
         texts = {} if "judge" in figures else {name: answers.get(name, "FAILED") for name in problems}
         _write(settings.output, last, texts)
-    shown = {name: {k: v for k, v in of.items() if k != "results"} for name, of in figures.items()}
+    printed = {name: {k: v for k, v in of.items() if k != "results"} for name, of in figures.items()}
     if settings.as_json:
-        print_json({**shown, "seed": settings.seed})
+        print_json({**printed, "seed": settings.seed})
     else:
-        _show(shown, settings.seed)
+        _show(printed, settings.seed)
 
 
 def _write(path: Path, figures: dict[str, Any], texts: dict[str, str]) -> None:

@@ -35,7 +35,7 @@ class ServeSettings(LoadingSettings, ServingLimits):
         name: what clients call the model; by default the repository as it was given.
         host: address to listen on.
         port: its port; 0 takes a free one.
-        stop_seconds: time for requests that are at work when the server is told to stop.
+        stop_seconds: time for requests in progress when the server is stopped.
     """
 
     repo: str
@@ -91,11 +91,11 @@ def _installed(name: str) -> bool:
 def _named(banks: tuple[str, ...]) -> dict[str, str]:
     """Places of banks by name; the last part of a place where no name was given."""
     named: dict[str, str] = {}
-    for given in banks:
-        name, equals, place = given.partition("=")
-        name, place = (name, place) if equals else (PurePath(given).name, given)
+    for bank in banks:
+        name, equals, place = bank.partition("=")
+        name, place = (name, place) if equals else (PurePath(bank).name, bank)
         if not name or not place or name in named:
-            raise ValueError(f"--bank {given!r}: expected PATH or NAME=PATH, each name once.")
+            raise ValueError(f"--bank {bank!r}: expected PATH or NAME=PATH, each name once.")
         named[name] = place
     return named
 

@@ -31,7 +31,7 @@ def wide_console() -> Console:
 
 @contextmanager
 def reported(command: str) -> Iterator[None]:
-    """Show whatever fails as one line, with a non-zero exit code; with AIM_TRACEBACK=1 set, as a traceback."""
+    """Show any failure as one line, with a non-zero exit code; with AIM_TRACEBACK=1 set, as a traceback."""
     try:
         yield
     except (typer.Exit, typer.Abort, CLICK):

@@ -72,7 +72,7 @@ class _Text:
         self._decode = json.JSONDecoder().raw_decode
 
     def take(self, count: int) -> None:
-        """Go on by so many characters."""
+        """Advance by so many characters."""
         self.place += len(self.text[self.at : self.at + count].encode())
         self.at += count
 

@@ -22,7 +22,7 @@ logger = logging.get_logger(__name__)
 
 SPLIT = re.compile(r"(train(ing|val)?|restval|val(id|idation)?|dev|test(ing)?)(\d{4})?", re.IGNORECASE)
 ANNOTATIONS = (".json", ".csv", ".tsv")
-PEEK = 2**20  # bytes of an annotation file that say of which kind it is
+PEEK = 2**20  # bytes of an annotation file that show its format
 
 
 def data_files(folder: Path, split: str | None = None) -> list[Path]:
@@ -60,10 +60,10 @@ def _is_index(path: Path) -> bool:
 
 
 def of_split(folder: Path, files: Sequence[Path], split: str | None) -> list[Path]:
-    """Those files that belong to a split, told by the names of files and folders.
+    """The files that belong to a split, judged by the names of files and folders.
 
     Raises:
-        ValueError: the files are of several splits and none was chosen, or none is of that split.
+        ValueError: the files belong to several splits and none was chosen, or no file belongs to that split.
     """
     named = {file: _words(file.relative_to(folder)) for file in files}
     known = {file: next((word for word in words if SPLIT.fullmatch(word)), None) for file, words in named.items()}
@@ -84,7 +84,7 @@ def of_split(folder: Path, files: Sequence[Path], split: str | None) -> list[Pat
 
 
 def _columns_to_choose(path: Path) -> str:
-    """What else has to be said of the files of a folder, so that one message asks for all of it."""
+    """The settings that the files of a folder still need, so that one message names all of them."""
     if not path.name.lower().endswith(".jsonl"):
         return ""
     with path.open("rb") as file:
@@ -105,7 +105,7 @@ def text_or_label(row: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def which_column(text: str, label: str) -> str:
-    """What is asked of such rows."""
+    """The question for such rows."""
     return (
         f"Its rows have a text ({text!r}) and a label ({label!r}): say what a demonstration shows, text={text} or "
         f"label={label}, or both: question={text},answer={label}."

@@ -190,7 +190,7 @@ def clip_features(
         kept, stored = _read(path)
         if stored == key:
             return kept.of(classes)
-        logger.warning(f"{path} is of another model, other names or other images; its features are recomputed.")
+        logger.warning(f"{path} belongs to another model, other names or other images; its features are recomputed.")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     encoder = _Encoder(clip, device, means)
     names = [image_class.name for image_class in classes]

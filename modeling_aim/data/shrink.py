@@ -1,4 +1,4 @@
-"""How far a large image may be shrunk when it is opened: to twice what the backbone's processor makes of it."""
+"""How far a large image may be shrunk when it is opened: to twice the size to which the processor resizes it."""
 
 from __future__ import annotations
 

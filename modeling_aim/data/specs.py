@@ -12,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 def split_spec(
     spec: str, kinds: Mapping[str, Callable[..., Any]], more: Mapping[str, Any], omitted: tuple[str, ...] = ()
 ) -> tuple[str, str, dict[str, Any]]:
-    """Kind, path and settings of a line of text; the path is empty if there is none.
+    """Kind, path and settings of a line of text; the path is empty if it has none.
 
     Args:
         spec: `KIND[:PATH][,name=value...]`; other commas belong to the path or to a value.
@@ -43,7 +43,7 @@ def split_spec(
 
 @contextmanager
 def spec_named(spec: str) -> Iterator[None]:
-    """Errors met on the way say of which line of text they speak."""
+    """Errors inside this block name the line of text that they are about."""
     try:
         yield
     except (ValueError, OSError, ImportError) as error:

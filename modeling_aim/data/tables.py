@@ -104,7 +104,7 @@ def open_table(path: str, split: str, config: str | None = None, images: str | N
     Raises:
         FileNotFoundError: there is no such file, folder or dataset.
         MissingSplit: there is no such split.
-        ValueError: a file is damaged or of another kind.
+        ValueError: a file is damaged or has another format.
         ImportError: `datasets` is missing.
     """
     place = Path(path).expanduser()
@@ -125,7 +125,7 @@ def file_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a jsonl, json or csv file, all of which must be whole.
 
     Raises:
-        ValueError: a line is not a JSON object, or the file is of another kind.
+        ValueError: a line is not a JSON object, or the file has another format.
     """
     name, broken = path.name.lower(), Counter[str]()
     if name.endswith(".jsonl"):
@@ -200,7 +200,7 @@ def _known_split(place: Path | str, split: str, splits: Sequence[str]) -> str:
     """A split by the name that it has, which `datasets` may have made "validation" of "val2014".
 
     Raises:
-        MissingSplit: there is none.
+        MissingSplit: there is no such split.
     """
     same = next((names for names in SAME_SPLITS if split in names), (split,))
     others = [name for name in splits if name in same]

@@ -66,7 +66,7 @@ def words_in(
 
 def _said(builder: PromptBuilder, demo: ShownShot) -> tuple[str, int]:
     """The words of a demonstration, and how many characters of them ask."""
-    words, start, _ = builder.processor.word(demo.words)
+    words, start, _ = builder.processor.apply_template(demo.words)
     return words, start if demo.words.question is not None else 0
 
 

@@ -85,7 +85,7 @@ def _by_token(name: str, value: Any, length: int) -> bool:
 
 @dataclass(frozen=True)
 class BaselineAnswer:
-    """What came of one prompt; times in milliseconds, `first` from the query on."""
+    """The result of one prompt; times in milliseconds, `first` from the query on."""
 
     prediction: Prediction
     tokens: int

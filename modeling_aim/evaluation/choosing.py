@@ -97,7 +97,7 @@ def choose_all(
         choice: how.
         path: of the file; what is there already is kept.
         bank_of: makes an opened bank of a stream of demonstrations, where they are compared.
-        told: is called with the number of examples that are done since its last call.
+        told: called with the number of examples finished since its last call.
     """
     if path.exists():
         return
@@ -105,10 +105,10 @@ def choose_all(
     lines, known = [], dict[tuple[int, int, str], list[str]]()
     first = next(iter(examples.values()))
     for seed, queries in examples.items():
-        drawn_anew = choice.by == "random" or queries != first
+        draws_each_time = choice.by == "random" or queries != first
         for example in queries:
             for count in counts:
-                key = (seed if drawn_anew else 0, count, example.id)
+                key = (seed if draws_each_time else 0, count, example.id)
                 if key not in known:
                     try:
                         places = finder.find(example, count, seed)

@@ -1,4 +1,4 @@
-"""The output folder of a run: whose it is, and whether a run may go on there."""
+"""The output folder of an evaluation run: which run it holds, and whether a run can be resumed there."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def claim(settings: EvalSettings) -> None:
 
 
 def begin(settings: EvalSettings, model: Mapping[str, str], examples: Mapping[str, str]) -> None:
-    """Make the output folder this run's, or see that model and data are still those of the run that goes on.
+    """Claim the output folder for this run, or check that model and data are those of the run that is resumed.
 
     Args:
         settings: of the run.

@@ -34,7 +34,7 @@ DEFAULTS = {"max_new_tokens": 256, "do_sample": False, "num_beams": 1}
 
 
 def manifest() -> Any:
-    """What lmms-eval is told of `--model aim`."""
+    """What lmms-eval knows about `--model aim`."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(
@@ -51,7 +51,7 @@ class Query:
     Args:
         text: the prompt, with the backbone's placeholder for each image.
         images: in the order of their placeholders.
-        behind: what is scored behind the prompt; empty where an answer is written.
+        behind: the continuation that is scored; empty where an answer is written.
     """
 
     text: str
@@ -309,10 +309,10 @@ class AimChat(Aim):
         return Query(self.processor.rendered(bare_turns), images)
 
 
-def generation_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+def generation_settings(requested: Mapping[str, Any]) -> dict[str, Any]:
     """A task's `generation_kwargs` as `generate` takes them: greedy unless a temperature above 0 is given."""
-    known, temperature = GenerationConfig().to_dict(), given.get("temperature")
-    settings = {**DEFAULTS, **{k: v for k, v in given.items() if k in known and v is not None}}
+    known, temperature = GenerationConfig().to_dict(), requested.get("temperature")
+    settings = {**DEFAULTS, **{k: v for k, v in requested.items() if k in known and v is not None}}
     settings["do_sample"] = bool(settings["do_sample"] if temperature is None else temperature)
     greedy = () if settings["do_sample"] else ("temperature", "top_p", "top_k")
     return {name: value for name, value in settings.items() if name not in greedy}

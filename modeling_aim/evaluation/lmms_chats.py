@@ -52,8 +52,8 @@ def pictures(visuals: Any) -> tuple[Image.Image, ...]:
     Raises:
         ValueError: one of them is not an image, or a file that cannot be opened.
     """
-    one = isinstance(visuals, Image.Image | str | os.PathLike)
-    return tuple(_opened(visual) for visual in ([visuals] if one else visuals or ()))
+    is_single = isinstance(visuals, Image.Image | str | os.PathLike)
+    return tuple(_opened(visual) for visual in ([visuals] if is_single else visuals or ()))
 
 
 def _opened(visual: Any) -> Image.Image:

@@ -47,8 +47,8 @@ class ShownShot:
     def images(self) -> tuple[Any, ...]:
         """Its images, unopened."""
         pair = self.images_of.pair
-        given = pair["images"] if pair.get("images") is not None else pair.get("image")
-        return () if given is None else tuple(given) if isinstance(given, (list, tuple)) else (given,)
+        image = pair["images"] if pair.get("images") is not None else pair.get("image")
+        return () if image is None else tuple(image) if isinstance(image, (list, tuple)) else (image,)
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Prompt:
 class PromptBuilder:
     """Makes the text of a prompt from a query and its demonstrations.
 
-    A demonstration stands in a prompt with the words that AIM reads of it (`AimProcessor.word`).
+    A demonstration stands in a prompt with the words that AIM reads of it (`AimProcessor.apply_template`).
 
     Args:
         processor: of the backbone.
@@ -136,7 +136,7 @@ class PromptBuilder:
         image, parts = self.processor.image_text, []
         for demo in demos:
             text = self._plain(demo, True) + self.separator
-            start = len(image) * len(demo.images) + self.processor.word(demo.words)[1]
+            start = len(image) * len(demo.images) + self.processor.apply_template(demo.words)[1]
             parts.append(Part(text, start, demo.images))
         parts.append(Part(image * len(example.images) + example.question, 0, example.images))
         front, first = self._front(example), parts[0]
@@ -158,12 +158,15 @@ class PromptBuilder:
         return f"{example.instruction}\n" if example.instruction else ""
 
     def _plain(self, demo: ShownShot, images: bool) -> str:
-        return self.processor.image_text * (len(demo.images) if images else 0) + self.processor.word(demo.words)[0]
+        return (
+            self.processor.image_text * (len(demo.images) if images else 0)
+            + self.processor.apply_template(demo.words)[0]
+        )
 
     def _turns(self, demo: ShownShot, images: bool) -> list[dict[str, Any]]:
         """A user turn with what is asked, where something is, and the assistant's with what is said."""
         demonstration = demo.words
-        words, start, _ = self.processor.word(demonstration)
+        words, start, _ = self.processor.apply_template(demonstration)
         question_words = words[:start] if demonstration.question is not None else ""
         count = len(demo.images) if images else 0
         question = question_words.strip() or (None if count else "")

@@ -141,24 +141,24 @@ def vqa_normalized(answer: str) -> str:
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
-def vqa_accuracy(answer: str, given: Sequence[str], always: bool = True) -> float:
+def vqa_accuracy(answer: str, references: Sequence[str], always: bool = True) -> float:
     """VQA accuracy (arXiv 1505.00468): over the annotators, the mean of min(1, matches among the others / 3).
 
     Args:
         answer: as written.
-        given: the answers of all annotators; of a single one, the answer must match it.
+        references: the answers of all annotators; of a single one, the answer must match it.
         always: normalise answers always, as lmms-eval does. The official scorer leaves answers as they are when all
             annotators agree to the letter.
     """
-    if always or len({reference.strip() for reference in given}) > 1:
-        answer, given = vqa_normalized(answer), [vqa_normalized(reference) for reference in given]
+    if always or len({reference.strip() for reference in references}) > 1:
+        answer, references = vqa_normalized(answer), [vqa_normalized(reference) for reference in references]
     else:
-        answer, given = (" ".join(answer.split()), [reference.strip() for reference in given])
-    matches = sum(reference == answer for reference in given)
-    if len(given) == 1:
+        answer, references = (" ".join(answer.split()), [reference.strip() for reference in references])
+    matches = sum(reference == answer for reference in references)
+    if len(references) == 1:
         return float(matches)
     # Without an annotator who said the same there is one match less.
-    return sum(min(1.0, (matches - (reference == answer)) / 3) for reference in given) / len(given)
+    return sum(min(1.0, (matches - (reference == answer)) / 3) for reference in references) / len(references)
 
 
 def openflamingo_answer(text: str) -> str:
@@ -171,7 +171,7 @@ def openflamingo_caption(text: str) -> str:
     return text.split("Output", 1)[0].replace('"', "")
 
 
-def openflamingo_accuracy(answer: str, given: Sequence[str], marks: Sequence[Hashable]) -> float:
+def openflamingo_accuracy(answer: str, references: Sequence[str], marks: Sequence[Hashable]) -> float:
     """VQA accuracy by OpenFlamingo's scorer (its `eval/vqa_metric.py`), which always normalises.
 
     It leaves out every annotation that equals the annotator's own. VizWiz's have no id, so all who said the same with
@@ -179,11 +179,11 @@ def openflamingo_accuracy(answer: str, given: Sequence[str], marks: Sequence[Has
 
     Args:
         answer: cut by `openflamingo_answer`.
-        given: the answers of all annotators.
+        references: the answers of all annotators.
         marks: what else an annotation holds: its id, or a confidence that others share.
     """
     own = vqa_normalized(answer)
-    notes = [(vqa_normalized(reference), mark) for reference, mark in zip(given, marks, strict=True)]
+    notes = [(vqa_normalized(reference), mark) for reference, mark in zip(references, marks, strict=True)]
     matches = [sum(other[0] == own for other in notes if other != note) for note in notes]
     return sum(min(1.0, count / 3) for count in matches) / len(matches)
 

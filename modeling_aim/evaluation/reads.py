@@ -105,7 +105,8 @@ class Reads:
             demos.append(demo)
         states = [states_of_demo.cpu() for states_of_demo in self.model.read_states(demos, max(len(batch), 1))]
         reads = {
-            shown_demo.key: read for shown_demo, *read in zip(batch, states, self.model.word_ids(demos), strict=True)
+            shown_demo.key: read
+            for shown_demo, *read in zip(batch, states, self.model.text_token_ids(demos), strict=True)
         }
         for key, (kept, ids) in reads.items():
             self.kept.put((self.task, self.layers, *key), (kept, ids), kept.numel() * kept.element_size())

@@ -119,8 +119,8 @@ def parts_table(results: Figures, task: Figures) -> str:
     for cell in results["cells"]:
         if cell["task"] == task["task"]:
             figures = [cell["metrics"].get(name) for name in (*task["parts"], task["metric"])]
-            shown = ["–" if figure is None else f"{100 * figure:.2f}" for figure in figures]
-            rows.append([f"`{cell['method']}`", str(cell["shots"]), *shown])
+            printed_figures = ["–" if figure is None else f"{100 * figure:.2f}" for figure in figures]
+            rows.append([f"`{cell['method']}`", str(cell["shots"]), *printed_figures])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

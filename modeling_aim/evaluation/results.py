@@ -1,4 +1,4 @@
-"""Predictions as they are kept while a run goes on, and the figures that come of them."""
+"""The predictions of a run on disk, and the figures computed from them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def row_key(row: PredictionRow) -> Key:
 
 
 class Kept:
-    """Predictions of a run that goes on: every process appends to a file of its own; all files are read.
+    """Predictions of a run in progress: every process appends to its own file; all files are read.
 
     Args:
         folder: of these files.

@@ -216,7 +216,10 @@ class Run:
         examples = self.task_runs[cell.task].examples[cell.seed]
         prompts = [self.prompt(cell, example) for example in examples]
         sizes = [
-            (len(p.images), len(p.text) + sum(len(self.subject.processor.word(demo.words)[0]) for demo in p.fused))
+            (
+                len(p.images),
+                len(p.text) + sum(len(self.subject.processor.apply_template(demo.words)[0]) for demo in p.fused),
+            )
             for p in prompts
         ]
         batches: list[list[int]] = []
@@ -356,7 +359,7 @@ class Run:
         return {layers: Reads(plugin, plan, size, self.states, name) for layers, (plugin, plan) in plans.items()}
 
     def _row(self, cell: Cell, example: Example, answer: Answer | str) -> PredictionRow:
-        """What is kept of an answer, or of the words why there is none."""
+        """What is stored of an answer, or of the reason why it is missing."""
         if isinstance(answer, str):
             return {**asdict(cell), "example": example.id, LEFT_OUT: answer}
         task = self.task_runs[cell.task].task

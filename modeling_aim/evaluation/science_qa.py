@@ -45,7 +45,7 @@ def read_answers(path: Path, method: str | None = None, shots: int | None = None
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is of neither kind, or the rows are of several methods or numbers of demonstrations.
+        ValueError: a line has neither form, or the rows are of several methods or numbers of demonstrations.
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no file of answers at {path}.")
@@ -144,9 +144,9 @@ def gpt4_figures(problems: Problems, answers: Answers, gpt4: Answers, seed: int 
     """
     _known(problems, answers)
     rng = random.Random(seed)
-    asked = {name: problem for name, problem in problems.items() if name in answers and name in gpt4}
+    common_problems = {name: problem for name, problem in problems.items() if name in answers and name in gpt4}
     counts = dict.fromkeys(("correct", "upper", "gpt4_failed", "our_failed"), 0)
-    for name, problem in asked.items():
+    for name, problem in common_problems.items():
         ours, theirs = stated_letter(answers[name]), stated_letter(gpt4[name])
         our_place, their_place = _drawn(ours, problem, rng), _drawn(theirs, problem, rng)
         place = our_place if theirs is None else their_place
@@ -154,9 +154,9 @@ def gpt4_figures(problems: Problems, answers: Answers, gpt4: Answers, seed: int 
         counts["our_failed"] += ours is None
         counts["correct"] += place == problem["answer"]
         counts["upper"] += problem["answer"] in (place, our_place)
-    if not asked:
+    if not common_problems:
         raise ValueError("The two files share no question.")
-    return {"total": len(asked), **counts, "missing": len(problems) - len(asked)}
+    return {"total": len(common_problems), **counts, "missing": len(problems) - len(common_problems)}
 
 
 def requery_figures(
@@ -225,7 +225,7 @@ def _place(letter: str | None, problem: Mapping[str, Any]) -> int:
 
 
 def _drawn(letter: str | None, problem: Mapping[str, Any], rng: random.Random) -> int:
-    """The number of a chosen option; any, where the letter is none of them."""
+    """The number of a chosen option; a random one if the letter is not among them."""
     place = _place(letter, problem)
     return rng.choice(range(len(problem["choices"]))) if place < 0 else place
 

@@ -16,7 +16,7 @@ class EvalSettings:
     """What `aim eval` takes.
 
     Args:
-        tasks: tasks to evaluate on, `KIND[:PATH][,name=value...]`; plain names may stand in one list with commas.
+        tasks: tasks to evaluate on, `KIND[:PATH][,name=value...]`; plain names may be given as one list with commas.
         output: folder for predictions, results, table and pictures.
         repo: AIM repository: a folder or a Hub id.
         backbone: instead of `repo`, a model to evaluate without AIM.

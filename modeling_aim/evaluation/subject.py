@@ -33,7 +33,7 @@ from .task import Prediction
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of one prompt.
+    """The result of one prompt.
 
     Args:
         prediction: for the task.
@@ -42,7 +42,7 @@ class Answer:
         milliseconds: its share of the time that its batch took to answer, reading demonstrations not counted.
         reading_milliseconds: its share of the time to read demonstrations that were not kept.
         first_token_milliseconds: of `milliseconds`, what passed until the first new token was known.
-        kv_bytes: keys and values behind the prompt.
+        kv_bytes: keys and values after the prompt.
     """
 
     prediction: Prediction
@@ -231,7 +231,7 @@ class Subject:
     ) -> list[Prediction]:
         """The option with the highest mean log-probability of its tokens after the prompt.
 
-        Where every option is one token, one pass over the prompt tells all. Otherwise each stands behind the prompt.
+        Where every option is one token, one pass over the prompt is enough. Otherwise each gets a row of its own.
         """
         texts = [prompt.text for prompt in batch.prompts]
         behind = [
@@ -296,7 +296,7 @@ class Subject:
 
         Args:
             images: of each row, opened.
-            texts: prompts with what stands behind them.
+            texts: prompts with their continuations.
             spans: of what is scored, in characters.
             demos: `demos` of the rows, where they have some.
             clock: gets the cache of the pass.
@@ -310,8 +310,8 @@ class Subject:
             raise ValueError(f"The tokenizer finds no token in one of the options {options_cut[:4]}.")
         inputs = inputs.to(self.device, self.model.dtype)
         kept = mask.shape[1] - int(mask.int().argmax(dim=1).min()) + 1
-        given = {"logits_to_keep": kept} if self._keeps_logits else {}
-        output = self.model(**inputs, **demos, **given)
+        logit_options = {"logits_to_keep": kept} if self._keeps_logits else {}
+        output = self.model(**inputs, **demos, **logit_options)
         if clock is not None:
             clock.cache = getattr(output, "past_key_values", None)
         logits = output.logits[:, -kept:-1].float().log_softmax(dim=-1)

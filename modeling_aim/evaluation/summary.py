@@ -1,4 +1,4 @@
-"""What `results.json` says of a run beside its figures: model, versions, tasks and notes."""
+"""What `results.json` holds besides figures: model, versions, tasks and notes."""
 
 from __future__ import annotations
 

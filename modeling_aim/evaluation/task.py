@@ -30,7 +30,7 @@ class Shot:
 
 @dataclass(frozen=True)
 class Example:
-    """One query and what is known of its answer.
+    """One query and its reference answers.
 
     Args:
         id: its name in the task's data, unique within the task.

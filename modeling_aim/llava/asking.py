@@ -166,7 +166,7 @@ def costs_of(requests: Mapping[str, Request], ledger: Ledger) -> Costs:
 
 @dataclass
 class Outcome:
-    """What came of a run.
+    """The result of a run.
 
     Args:
         answers: by the name of the request.
@@ -294,19 +294,19 @@ class Asking:
         if limits.max_requests is not None and self.ledger.requests + len(self._reserved) >= limits.max_requests:
             return (
                 f"Stopped at the budget of --max-requests {limits.max_requests}; {kept} answers are kept. Rerun with "
-                "a larger one to go on."
+                "a larger one to resume."
             )
         needed = request.estimated_tokens + request.max_tokens
         total = self.ledger.tokens + sum(self._reserved.values()) + needed
         if limits.max_total_tokens is not None and total > limits.max_total_tokens:
             return (
                 f"Stopped at the budget of --max-total-tokens {limits.max_total_tokens}: {self.ledger.tokens} are "
-                f"used, the next request may take {needed}; {kept} answers are kept. Rerun with a larger one to go on."
+                f"used, the next request may take {needed}; {kept} answers are kept. Rerun with more to resume."
             )
         return None
 
     def _keep(self, future: Future[Answer], turn: _Turn) -> Failed | None:
-        """Write down what came of a request; a failure is given back."""
+        """Store the result of a request; a failure is returned."""
         request = self._requests[turn.number]
         self._reserved.pop(turn.number, None)
         note = self._names[request.digest]

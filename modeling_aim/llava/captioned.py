@@ -76,7 +76,7 @@ def read_captioned(
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        ValueError: a file is of another kind, boxes are not shares of the image, or nothing can be used.
+        ValueError: a file has another format, boxes are not shares of the image, or nothing can be used.
     """
     for path in (source, instances, images):
         if path is not None and not path.exists():
@@ -117,8 +117,10 @@ def _made(row: Any, boxes: Counter[str]) -> CaptionedImage | str:
     """An image in words, or why a row gives none; its boxes are counted by whether they can be used."""
     if not isinstance(row, Mapping) or not isinstance(row.get("image"), str) or not row["image"]:
         return "row without an image"
-    given = row.get("captions", row.get("caption"))
-    texts = [given] if isinstance(given, str) else given if isinstance(given, list) else []
+    texts_or_text = row.get("captions", row.get("caption"))
+    texts = (
+        [texts_or_text] if isinstance(texts_or_text, str) else texts_or_text if isinstance(texts_or_text, list) else []
+    )
     captions = tuple(" ".join(text.split()) for text in texts if isinstance(text, str) and text.strip())
     if not captions:
         return "row without captions"
@@ -132,7 +134,7 @@ def _made(row: Any, boxes: Counter[str]) -> CaptionedImage | str:
 
 
 def _box(instance: Any) -> Box | str | None:
-    """A box; `None` if it is outside the image or empty, a word if it is none."""
+    """A box; `None` if it is outside the image or empty, a string if it is not a box."""
     corners = instance.get("bbox") if isinstance(instance, Mapping) else None
     category = instance.get("category") if isinstance(instance, Mapping) else None
     if not isinstance(category, str) or not category.strip() or not isinstance(corners, list) or len(corners) != 4:
@@ -181,7 +183,7 @@ def _coco(path: Path, needed: str) -> dict[str, Any]:
 
 
 def _shares(box: object, width: object, height: object) -> list[float] | None:
-    """A box in pixels as corners in shares of the image, three decimals; `None` if it is none."""
+    """A box in pixels as corners in shares of the image, three decimals; `None` if it is not a box."""
     if not isinstance(box, Sequence) or len(box) != 4 or not all(isinstance(value, (int, float)) for value in box):
         return None
     if not (isinstance(width, (int, float)) and isinstance(height, (int, float)) and width > 0 and height > 0):

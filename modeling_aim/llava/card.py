@@ -48,7 +48,7 @@ def backbone_card(
         picture: of the losses, beside the card.
     """
     parts = [settings.vision_tower, settings.language_model]
-    shown = [base_names(part) for part in parts]
+    part_names = [base_names(part) for part in parts]
     config = joined.model.config
     meta = {
         "library_name": "transformers",
@@ -65,7 +65,7 @@ def backbone_card(
 {front}
 ---
 
-# A LLaVA of {shown[0]} and {shown[1]}
+# A LLaVA of {part_names[0]} and {part_names[1]}
 
 A vision-language model of the stock class `LlavaForConditionalGeneration`, made by `aim backbone`: a connector (two
 linear layers, GELU between) takes the features of layer {config.vision_feature_layer} of the vision tower to the

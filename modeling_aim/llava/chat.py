@@ -166,8 +166,8 @@ class ChatWriter:
         """
         words: list[str] = []
         layouts = []
-        for asked, answer in turns:
-            pieces = [piece.strip("\n") for piece in re.split(f"({re.escape(self.image_token)})", asked)]
+        for question, answer in turns:
+            pieces = [piece.strip("\n") for piece in re.split(f"({re.escape(self.image_token)})", question)]
             pieces = [piece for piece in pieces if piece.strip()]
             layouts.append("".join("I" if piece == self.image_token else "T" for piece in pieces))
             words += [piece for piece in pieces if piece != self.image_token] + [answer]

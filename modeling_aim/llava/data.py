@@ -56,7 +56,7 @@ class Examples(Dataset):
         seed: of the order in which pairs are read.
 
     Raises:
-        ValueError: a source is of another kind, or gives nothing; or too many of its images are not there.
+        ValueError: a source has another kind, or yields nothing; or too many of its images are not there.
     """
 
     def __init__(self, specs: Sequence[str], option: str, seed: int) -> None:
@@ -223,10 +223,10 @@ class Collator:
     def _encoded(self, example: Example, skipped: Counter[str]) -> tuple[list[int], list[int], tuple[Any, ...]] | None:
         """Tokens, labels and opened images; `None` for what cannot be used."""
         token, answers = self.writer.image_token, [answer for _, answer in example.turns]
-        shown = sum(asked.count(IMAGE) for asked, _ in example.turns)
+        image_count = sum(asked.count(IMAGE) for asked, _ in example.turns)
         if not all(answers):
             skipped[NO_ANSWER] += 1
-        elif shown != len(example.images) or any(IMAGE in a or token in a for a in answers):
+        elif image_count != len(example.images) or any(IMAGE in a or token in a for a in answers):
             skipped[OTHER_IMAGES] += 1
         else:
             images: tuple[Any, ...] = ()

@@ -1,6 +1,6 @@
 """Few-shot episodes from captions and boxes: made-up names, hidden rules, styles. They train and evaluate AIM.
 
-Each episode is a line `{"demos": [...], "queries": [...]}`; what its demonstrations share can only be told from them:
+Each episode is a line `{"demos": [...], "queries": [...]}`; what they share must be inferred from the demonstrations:
 a *name* stands for a category, a *rule* gives the answer from the boxes, a *style* is how an image is described.
 """
 
@@ -37,22 +37,24 @@ def naming_episodes(images: Sequence[CaptionedImage], count: int, shots: int, rn
         for category in {box.category for box in image.boxes}:
             by_category.setdefault(category, []).append(image)
     each = max(1, shots // 2)
-    common = sorted(category for category, shown in by_category.items() if len(shown) > each)
+    common = sorted(category for category, demonstrated in by_category.items() if len(demonstrated) > each)
     for _ in range(count if len(common) > 1 else 0):
         for _ in range(TRIES):
-            asked, other = rng.sample(common, 2)
-            pools = [_with_first_only(by_category[a], b) for a, b in ((asked, other), (other, asked))]
+            asked_category, other = rng.sample(common, 2)
+            pools = [
+                _with_first_only(by_category[a], b) for a, b in ((asked_category, other), (other, asked_category))
+            ]
             if len(pools[0]) > each and len(pools[1]) >= each:
                 break
         else:
             return
         taken: set[str] = set()
-        names = {asked: random_name(rng, taken), other: random_name(rng, taken)}
+        names = {asked_category: random_name(rng, taken), other: random_name(rng, taken)}
         query, *first = rng.sample(pools[0], each + 1)
-        shown = [(image, names[asked]) for image in first]
-        shown += [(image, names[other]) for image in rng.sample(pools[1], each)]
-        rng.shuffle(shown)
-        yield _episode("naming", NAMING_QUESTION, [*shown, (query, names[asked])], {"names": names})
+        demonstrated = [(image, names[asked_category]) for image in first]
+        demonstrated += [(image, names[other]) for image in rng.sample(pools[1], each)]
+        rng.shuffle(demonstrated)
+        yield _episode("naming", NAMING_QUESTION, [*demonstrated, (query, names[asked_category])], {"names": names})
 
 
 def _with_first_only(images: Sequence[CaptionedImage], other: str) -> list[CaptionedImage]:
@@ -60,20 +62,20 @@ def _with_first_only(images: Sequence[CaptionedImage], other: str) -> list[Capti
 
 
 def rule_episodes(images: Sequence[CaptionedImage], count: int, shots: int, rng: random.Random) -> Iterator[Episode]:
-    """Episodes in which the answer follows from the boxes by a rule that is not told; arguments as above."""
+    """Episodes in which the answer follows from the boxes by a rule that is not stated; arguments as above."""
     usable = [image for image in images if image.boxes]
     categories = sorted({box.category for image in usable for box in image.boxes})
     for _ in range(count if len(usable) > shots else 0):
         for _ in range(TRIES):
             name, rule = _drawn_rule(rng, categories)
             chosen = rng.sample(usable, shots + 1)
-            shown = [(image, rule(image)) for image in chosen]
-            answers = [answer for _, answer in shown[:-1]]
-            if shown[-1][1] in answers and len(set(answers)) > 1:  # the answer is shown, and so is another one
+            demonstrated = [(image, rule(image)) for image in chosen]
+            answers = [answer for _, answer in demonstrated[:-1]]
+            if demonstrated[-1][1] in answers and len(set(answers)) > 1:  # the answer is shown, and so is another one
                 break
         else:
             return
-        yield _episode("rule", RULE_QUESTION, shown, {"rule": name})
+        yield _episode("rule", RULE_QUESTION, demonstrated, {"rule": name})
 
 
 def _drawn_rule(rng: random.Random, categories: Sequence[str]) -> tuple[str, Callable[[CaptionedImage], str]]:
@@ -118,8 +120,8 @@ def style_episodes(
 
 
 def _episode(
-    sort: str, question: str, shown: Sequence[tuple[CaptionedImage, str]], hidden: Mapping[str, Any]
+    sort: str, question: str, demonstrated: Sequence[tuple[CaptionedImage, str]], hidden: Mapping[str, Any]
 ) -> Episode:
     """The line of an episode: the last image is its query."""
-    pairs = [{"image": image.image, "question": question, "answer": answer} for image, answer in shown]
+    pairs = [{"image": image.image, "question": question, "answer": answer} for image, answer in demonstrated]
     return {"demos": pairs[:-1], "queries": pairs[-1:], "kind": sort, "hidden": dict(hidden)}

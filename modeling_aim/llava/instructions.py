@@ -99,7 +99,7 @@ class Made:
 
 
 def make_instructions(settings: InstructSettings, show: Callable[[str], None] = print) -> Made | None:
-    """Ask the text model, and write what comes of its answers.
+    """Ask the text model, and write the records made from its answers.
 
     Args:
         settings: source, kinds, model, output.
@@ -174,7 +174,7 @@ def _style(number: int) -> str:
 
 
 def _write(settings: InstructSettings, rows: list[CaptionedImage], answers: Mapping[str, Answer], made: Made) -> None:
-    """Write the files of all kinds, anew from all answers."""
+    """Write the files of all kinds from all answers, replacing earlier ones."""
     records: list[dict[str, Any]] = []
     styled: dict[str, list[tuple[CaptionedImage, str]]] = {}
     seen: set[tuple[str, ...]] = set()
@@ -228,10 +228,13 @@ def _record(row: CaptionedImage, pairs: list[tuple[str, str]]) -> dict[str, Any]
     """A conversation in LLaVA's JSON: the image before or after its first question."""
     turns: list[dict[str, str]] = []
     for place, (question, answer) in enumerate(pairs):
-        asked = question.replace("<image>", "").strip()
+        question_text = question.replace("<image>", "").strip()
         if not place:
-            asked = f"<image>\n{asked}" if _number(row) // 8 % 2 else f"{asked}\n<image>"
-        turns += [{"from": "human", "value": asked}, {"from": "gpt", "value": answer.replace("<image>", "").strip()}]
+            question_text = f"<image>\n{question_text}" if _number(row) // 8 % 2 else f"{question_text}\n<image>"
+        turns += [
+            {"from": "human", "value": question_text},
+            {"from": "gpt", "value": answer.replace("<image>", "").strip()},
+        ]
     return {"id": row.id, "image": row.image, "conversations": turns}
 
 

@@ -64,7 +64,7 @@ class Comparison:
         category: of its rule.
         shown: the words of the image.
         answers: rows of the reference and of the candidate.
-        rule: what the judge is told.
+        rule: the instructions of the judge.
     """
 
     number: int
@@ -106,7 +106,7 @@ def judge(settings: JudgeSettings, show: Callable[[str], None] = print) -> dict[
 
     Raises:
         FileNotFoundError: a file is not there.
-        ValueError: a file is of another form, answers or contexts are missing, or there is no rule for a category.
+        ValueError: a file has another form, answers or contexts are missing, or there is no rule for a category.
         Stopped: the run ended before the first review.
     """
     comparisons = read_comparisons(settings)
@@ -205,8 +205,8 @@ def read_comparisons(settings: JudgeSettings) -> list[Comparison]:
     questions = _rows(settings.questions, ("question_id", "image", "text", "category"))
     contexts = {row["image"]: row for row in _rows(settings.context, ("image",))}
     answers = [_by_question(path) for path in (settings.reference, settings.candidate)]
-    for path, given in zip((settings.reference, settings.candidate), answers, strict=True):
-        missing = [row["question_id"] for row in questions if row["question_id"] not in given]
+    for path, answers_of_path in zip((settings.reference, settings.candidate), answers, strict=True):
+        missing = [row["question_id"] for row in questions if row["question_id"] not in answers_of_path]
         if missing:
             raise ValueError(
                 f"{path} has no answer to {len(missing)} of {len(questions)} questions, such as question_id "
@@ -227,7 +227,7 @@ def read_comparisons(settings: JudgeSettings) -> list[Comparison]:
 
 
 def _in_words(context: Row, path: Path, by_character: bool) -> tuple[str, bool]:
-    """What a judge is shown of an image, and whether it is of LLaVA-Bench (in the wild)."""
+    """The description of an image that a judge sees, and whether it is of LLaVA-Bench (in the wild)."""
     captions, boxes = context.get("captions"), context.get("instances")
     if isinstance(captions, list) and isinstance(boxes, list):
         lines = "\n".join(f"{box['category']}: {box['bbox']}" for box in boxes)

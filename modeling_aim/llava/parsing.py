@@ -27,13 +27,15 @@ def questions_and_answers(text: str, is_cut: bool = False) -> list[tuple[str, st
     pairs: list[tuple[str, str]] = []
     question: str | None = None
     for number, block in enumerate(blocks, 1):
-        found = PART.match(block)
-        if not found or not found[2].strip():
+        marker = PART.match(block)
+        if not marker or not marker[2].strip():
             raise Unparsable(f"part {number} is neither 'Question:' nor 'Answer:' with words")
-        words = found[2].strip()
-        is_question = found[1].lower() == "question"
+        words = marker[2].strip()
+        is_question = marker[1].lower() == "question"
         if is_question == (question is not None):
-            raise Unparsable(f"part {number} is a second {found[1].lower()} in a row, or an answer without a question")
+            raise Unparsable(
+                f"part {number} is a second {marker[1].lower()} in a row, or an answer without a question"
+            )
         if is_question:
             question = words
         else:

@@ -1,7 +1,7 @@
 """A stock LLaVA from a vision tower and a causal language model that were never together.
 
-What a class says of itself is not trusted where it can be measured: a pass of the vision tower counts its tokens, one
-of the language model shows whether it is causal, and one of both together whether LLaVA's class computes the same.
+The attributes of a class are not trusted where a value can be measured: a pass of the vision tower counts its tokens,
+one of the language model shows whether it is causal, and one of both together whether LLaVA's class computes the same.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def _image_processor(settings: BackboneSettings) -> Any:
 
 @torch.no_grad()
 def _measured(settings: BackboneSettings, tower: PreTrainedModel, images: Any) -> TowerShape:
-    """How many tokens the tower makes of an image as the processor hands it over.
+    """How many tokens the tower returns for an image as the processor prepares it.
 
     Args:
         settings: name both.

@@ -16,7 +16,7 @@ class Prompts:
     """What stands before the words of an image.
 
     Args:
-        system: what the text model is told to do.
+        system: the instructions of the text model.
         examples: captions (with boxes) and what is to be written of them.
     """
 
@@ -26,8 +26,8 @@ class Prompts:
     def messages(self, words: str) -> tuple[dict[str, str], ...]:
         """The chat in which a text model is asked about an image in words."""
         turns = [{"role": "system", "content": self.system}]
-        for shown, written in self.examples:
-            turns += [{"role": "user", "content": shown}, {"role": "assistant", "content": written}]
+        for description, written in self.examples:
+            turns += [{"role": "user", "content": description}, {"role": "assistant", "content": written}]
         return (*turns, {"role": "user", "content": words})
 
 
@@ -50,13 +50,16 @@ def read_prompts(folder: Path, kind: str) -> Prompts:
         raise FileNotFoundError(
             f"{system} was not found: --prompts takes a folder with {FOLDERS[kind]}/ of that file."
         )
-    shown, written = ({path.name.removesuffix(end): path for path in inner.glob(f"*{end}")}
+    descriptions, answers = ({path.name.removesuffix(end): path for path in inner.glob(f"*{end}")}
                       for end in ("_caps.txt", "_conv.txt"))  # fmt: skip
-    single = sorted(set(shown) ^ set(written))
+    single = sorted(set(descriptions) ^ set(answers))
     if single:
         raise ValueError(f"{inner}: {single[0]} lacks its _caps.txt or its _conv.txt.")
     try:
-        pairs = [(shown[n].read_text(encoding="utf-8"), written[n].read_text(encoding="utf-8")) for n in sorted(shown)]
+        pairs = [
+            (descriptions[n].read_text(encoding="utf-8"), answers[n].read_text(encoding="utf-8"))
+            for n in sorted(descriptions)
+        ]
         return Prompts(system.read_text(encoding="utf-8"), tuple(pairs))
     except UnicodeDecodeError as error:
         raise ValueError(f"A prompt in {inner} is not UTF-8 ({error}).") from error

@@ -1,4 +1,4 @@
-"""What a judge is told, by category: in this project's own words, or a user's `rule.json` as it is."""
+"""The instructions of a judge, by category: this project's own, or a user's `rule.json` unchanged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SYSTEM = "You check the quality of answers. You are helpful and precise."
 
 @dataclass(frozen=True)
 class Rule:
-    """What a judge is told of the questions of one category.
+    """The instructions of a judge for the questions of one category.
 
     Args:
         role: what the two answers are called.
@@ -55,7 +55,7 @@ def read_rules(path: Path) -> dict[str, Rule]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is of another form.
+        ValueError: it has another form.
     """
     read = read_json(path)
     entries = read.items() if isinstance(read, dict) else ()

@@ -33,7 +33,7 @@ def published_scores(review: str) -> list[float]:
 
 
 def honest_scores(review: str) -> tuple[float, float] | None:
-    """The two scores of a review, both from 1 to 10; `None` where they cannot be told.
+    """The two scores of a review, both from 1 to 10; `None` where they cannot be parsed.
 
     They are looked for in the first three lines that are not empty: two numbers on a line, or one on each of two lines
     in a row. Names such as "Assistant 1:" and "/10" are no numbers, nor are marks of Markdown.
@@ -42,12 +42,18 @@ def honest_scores(review: str) -> tuple[float, float] | None:
     numbers = [
         [float(text) for text in NUMBER.findall(LABELS.sub(" ", re.sub(r"[*_`#|]", " ", line)))] for line in lines
     ]
-    for place, found in enumerate(numbers):
+    for place, line_numbers in enumerate(numbers):
         following = numbers[place + 1] if place + 1 < len(numbers) else []
-        pair = found if len(found) == 2 else [*found, *following] if len(found) == len(following) == 1 else []
+        pair = (
+            line_numbers
+            if len(line_numbers) == 2
+            else [*line_numbers, *following]
+            if len(line_numbers) == len(following) == 1
+            else []
+        )
         if pair:
             return (pair[0], pair[1]) if all(LEAST <= value <= MOST for value in pair) else None
-        if found:
+        if line_numbers:
             return None
     return None
 

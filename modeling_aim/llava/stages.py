@@ -252,7 +252,7 @@ def with_lora(model: Any, settings: BackboneSettings) -> Any:
 
 
 def run_stage(joined: Joined, stage: Stage, examples: Examples, settings: BackboneSettings) -> Any:
-    """Train one stage, or go on with it, and write its weights and its log.
+    """Train one stage, or resume it, and write its weights and its log.
 
     Returns:
         The model that was trained: LLaVA, or LLaVA with LoRA.
@@ -299,7 +299,7 @@ def _estimate(trainer: StageTrainer, stage: Stage, examples: Examples, collator:
     """What the stage trains and what a step is, in a line.
 
     Raises:
-        ValueError: none of the examples that were looked at can be used.
+        ValueError: none of the inspected examples can be used.
     """
     model: Any = trainer.model
     weights = list(model.parameters())

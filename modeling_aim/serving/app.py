@@ -80,7 +80,7 @@ def serve(app: ASGIApp, host: str, port: int, stop_seconds: int) -> None:
         app: what `build_app` made.
         host: address to listen on.
         port: its port; 0 takes a free one, and the log says which.
-        stop_seconds: for requests that are at work when the server is told to stop.
+        stop_seconds: for requests in progress when the server is stopped.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises the signal again after it has stopped
     uvicorn.run(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=stop_seconds)
@@ -155,7 +155,7 @@ class Admission:
                 self.metrics.seconds.observe(time.monotonic() - start)
 
     async def _admitted(self, scope: Scope, receive: Receive, send: Send, full: bool) -> None:
-        """Take the body of a request, whatever its size, and answer it or say why not."""
+        """Read the body of a request of any size, and answer it or return the reason for a refusal."""
         try:
             body = await asyncio.wait_for(self._body(receive, 0 if full else self.max_bytes), BODY_SECONDS)
         except asyncio.TimeoutError:

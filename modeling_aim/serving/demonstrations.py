@@ -81,11 +81,11 @@ class PromptBuilder:
             ValueError: something else in the request is of no use; the message says what.
         """
         raw, rest = raw_few_shot_chat(request.messages)
-        shown = sum(part["type"] == "image_url" for turn in rest for part in turn["content"])
-        if shown > IMAGES_AT_ONCE:
+        image_count = sum(part["type"] == "image_url" for turn in rest for part in turn["content"])
+        if image_count > IMAGES_AT_ONCE:
             raise Refused(
-                f"{shown} images stand in the prompt; this server takes {IMAGES_AT_ONCE}. Pairs of an image and its "
-                "answer, before a last message with an image, are demonstrations and stand outside of it."
+                f"{image_count} images are in the prompt; this server takes {IMAGES_AT_ONCE}. Pairs of an image and "
+                "its answer, before a last message with an image, are demonstrations and stand outside of it."
             )
         chat = [{**turn, "content": [self._opened(part) for part in turn["content"]]} for turn in rest]
         inputs = self._encoded(chat)
@@ -203,7 +203,7 @@ class PromptBuilder:
 
 
 def unreadable(error: ValueError) -> Refused:
-    """What a client is told of an image that cannot be opened: the reason, without the image."""
+    """The error that a client gets for an image that cannot be opened: the reason, without the image."""
     cause = error.__cause__
     if cause is None:
         return Refused(str(error))

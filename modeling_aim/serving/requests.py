@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-IMAGES_AT_ONCE = 16  # that are open at the same time: of a turn, and of all that stand in the prompt
+IMAGES_AT_ONCE = 16  # that are open at the same time: of a turn, and in the whole prompt
 STOPS, STOP_CHARACTERS = 4, 64
 ROLES = ("system", "user", "assistant")
 # fields of the OpenAI schema that change nothing here
@@ -130,16 +130,16 @@ def checked_request(body: Mapping[str, Any], limits: ServingLimits, banks: Seque
     )
 
 
-def _generation_config(given: Any) -> dict[str, Any]:
+def _generation_config(text: Any) -> dict[str, Any]:
     """What `transformers chat` sends beside the fields of OpenAI: the few settings that this server takes from it."""
-    if given is None:
+    if text is None:
         return {}
     try:
-        config = json.loads(given)
+        config = json.loads(text)
     except (TypeError, ValueError, RecursionError):
         config = None
     if not isinstance(config, dict) or not isinstance(config.get("do_sample"), bool | None):
-        raise Refused(f"generation_config={given!r:.60}: expected a JSON object as text.")
+        raise Refused(f"generation_config={text!r:.60}: expected a JSON object as text.")
     return {name: config[name] for name in GENERATION_CONFIG if config.get(name) is not None}
 
 

@@ -44,7 +44,7 @@ def split(name: str) -> tuple[Baseline, str, bool]:
 
 
 class Counts(Protocol):
-    """What is asked of a backbone without weights; `Twin` in `counting.py`."""
+    """The interface of a backbone without weights; `Twin` in `counting.py`."""
 
     config: Any
     backbone: Any
@@ -59,7 +59,7 @@ class Counts(Protocol):
 def baseline_counts(
     twin: Counts, name: str, shots: int, demo_tokens: int, query_tokens: int
 ) -> tuple[int, int, float, int]:
-    """Rows of KV behind the prompt (mean over layers), tokens that are computed in the call, FLOPs, and bytes of KV.
+    """Rows of KV after the prompt (mean over layers), tokens that are computed in the call, FLOPs, and bytes of KV.
 
     Args:
         twin: the backbone.
@@ -74,8 +74,23 @@ def baseline_counts(
     if shots < 1:
         raise ValueError(f"{name} with {shots} demonstrations: expected 1 or more.")
     baseline, plain, cold = split(name)
-    settings = {n: p.default for n, p in inspect.signature(baseline.make).parameters.items()} | dict(baseline.settings)
-    return _Count(twin, settings, shots, demo_tokens, query_tokens).of(plain, cold)
+    return _Count(twin, _settings(baseline), shots, demo_tokens, query_tokens).of(plain, cold)
+
+
+def _settings(baseline: Baseline) -> dict[str, Any]:
+    defaults = {n: p.default for n, p in inspect.signature(baseline.make).parameters.items()}
+    return defaults | dict(baseline.settings)
+
+
+def baseline_positions(twin: Counts, name: str, shots: int, demo_tokens: int, query_tokens: int) -> int:
+    """Positions that a prompt of one of these methods takes, dropped rows among them; arguments as above."""
+    baseline, plain, _ = split(name)
+    length = _Count(twin, _settings(baseline), shots, demo_tokens, query_tokens)
+    if plain == "text-kv":  # demonstrations lie side by side
+        shots = min(shots, 1)
+    elif plain == "parallel-icl":
+        shots = -(-shots // min(_settings(baseline)["chunks"], shots))
+    return length.bos + shots * length.demo + length.query
 
 
 class _Count:

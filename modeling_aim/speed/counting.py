@@ -1,8 +1,9 @@
 """FLOPs and KV of each way to answer from demonstrations, counted by torch on the real modules without weights.
 
 A `Twin` is a backbone on the meta device. Its vision tower and connector run on one image (`get_image_features`), its
-decoder runs on embeddings of the lengths in question, and torch's `FlopCounterMode` counts both. What a method costs
-is the sum of the passes that it makes: an image is seen alone, so n images cost n times one.
+decoder runs on embeddings, and torch's `FlopCounterMode` counts both. What a method costs is the sum of the passes
+that it makes: an image is seen alone, so n images cost n times one. A decoder is counted at two lengths, from which
+all others follow (`DecoderCost`); where they do not, each length is counted.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from transformers import AutoModelForImageTextToText, Cache, DynamicCache, PreTr
 from ..backbone_aim import decoder_layers
 from ..configuration_aim import PRESETS, AimConfig, default_depth
 from ..projector_aim import AimProjector
-from .baselines import COLD_NAMES, NAMES, baseline_counts, is_baseline
+from .baselines import COLD_NAMES, NAMES, baseline_counts, baseline_positions, is_baseline
 from .shapes import Picture, picture_of
 
 aten = torch.ops.aten
@@ -123,6 +124,42 @@ def kv_bytes(cache: Cache) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
 
 
+@dataclass(frozen=True)
+class DecoderCost:
+    """What passes of a decoder cost by their lengths, where all that it computes is linear in them but attention.
+
+    Args:
+        other: FLOPs of linear layers, a new token.
+        attention: FLOPs, a new token and token that it may look at.
+        kv: bytes of keys and values, a token.
+    """
+
+    other: float
+    attention: float
+    kv: float
+
+    @classmethod
+    def of(cls, counted: Callable[[int, int], tuple[Flops, int]]) -> DecoderCost | None:
+        """From the count of one pass, checked by a second one behind a million tokens.
+
+        Args:
+            counted: FLOPs of one pass and bytes of KV after it, by new tokens and tokens before them.
+
+        Returns:
+            The costs; `None` where the second count is another one, as with layers that look at a window.
+        """
+        flops, kept = counted(64, 0)
+        cost = cls(flops.other / 64, flops.attention / 64**2, kept / 64)
+        flops, kept = counted(96, 10**6)
+        law, law_kept = cost.at(96, 10**6)
+        pairs = ((flops.other, law.other), (flops.attention, law.attention), (kept, law_kept))
+        return cost if all(math.isclose(*pair, rel_tol=1e-9) for pair in pairs) else None
+
+    def at(self, new: int, past: int) -> tuple[Flops, int]:
+        """FLOPs of a pass, with the whole matrix of attention, and bytes of KV after it."""
+        return Flops(self.other * new, self.attention * new * (past + new)), round(self.kv * (past + new))
+
+
 class Twin:
     """A backbone without weights, in bfloat16.
 
@@ -141,7 +178,7 @@ class Twin:
         with torch.device("meta"):
             self.backbone = AutoModelForImageTextToText.from_config(self.config, dtype=torch.bfloat16).eval()
             self.projector = AimProjector(AimConfig(backbone_config=copy.deepcopy(config), **PRESETS["paper"]))
-        self.decoder = lru_cache(self._decoder)
+        self.counted = lru_cache(self._counted)
 
     @cached_property
     def image(self) -> float:
@@ -166,13 +203,24 @@ class Twin:
                 f"without weights, to count it ({str(error).partition(':')[0]}...). A newer release can."
             ) from error
 
-    def _decoder(self, new: int, past: int = 0) -> tuple[float, int]:
+    @cached_property
+    def cost(self) -> DecoderCost | None:
+        """What passes of the decoder cost by their lengths; `None` where each length has to be counted."""
+        return DecoderCost.of(self._counted)
+
+    def decoder(self, new: int, past: int = 0) -> tuple[float, int]:
         """One pass of the text decoder: FLOPs, and bytes of KV after it.
 
         Args:
             new: tokens that are computed.
             past: tokens whose KV is there.
         """
+        flops, kept = self.counted(new, past) if self.cost is None else self.cost.at(new, past)
+        part = (past + new / 2) / (past + new) if self.causal else 1.0
+        return flops.other + flops.attention * part, kept
+
+    def _counted(self, new: int, past: int = 0) -> tuple[Flops, int]:
+        """FLOPs of one pass that torch counts, and bytes of KV after it."""
         text, decoder = self.config.get_text_config(), self.backbone.get_decoder()
         cache = DynamicCache(config=text)
 
@@ -183,9 +231,7 @@ class Twin:
         with torch.no_grad():
             if past:
                 run(past)
-            flops = count_flops(lambda: run(new))
-        part = (past + new / 2) / (past + new) if self.causal else 1.0
-        return flops.other + flops.attention * part, kv_bytes(cache)
+            return count_flops(lambda: run(new)), kv_bytes(cache)
 
     def fuse(self, tokens: int) -> float:
         """FLOPs of the paper's projector for so many fused tokens."""
@@ -203,6 +249,8 @@ class Counted:
         new_tokens: of them, those that the decoder computes in this call; demonstrations that are read come on top.
         flops: of vision tower, connector, decoder and projector.
         kv_bytes: keys and values of the prompt.
+        positions: of the backbone that the prompt takes: rows of KV that were dropped count, and demonstrations that
+            share their positions count once.
     """
 
     method: str
@@ -211,6 +259,7 @@ class Counted:
     new_tokens: int
     flops: float
     kv_bytes: int
+    positions: int
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -230,7 +279,9 @@ def count(
         query_tokens: text tokens of the query.
     """
     if is_baseline(method):
-        return Counted(method, shots, *baseline_counts(twin, method, shots, demo_tokens, query_tokens))
+        lengths = shots, demo_tokens, query_tokens
+        costs, positions = baseline_counts(twin, method, *lengths), baseline_positions(twin, method, *lengths)
+        return Counted(method, shots, *costs, positions)
     if method not in COUNTED:
         raise ValueError(f"There is no method {method!r}; counted are {', '.join((*COUNTED, *NAMES, *COLD_NAMES))}.")
     kind, text = method.removeprefix("depth-"), twin.config.get_text_config()
@@ -251,7 +302,7 @@ def count(
         reads = shots * (twin.image + part * twin.decoder(bos + demo)[0])
         reads += 0 if method == "depth-cold" else twin.fuse(fused)
     flops, kept = twin.decoder(new, past)
-    return Counted(method, shots, new + past, new, reads + images * twin.image + flops, kept)
+    return Counted(method, shots, new + past, new, reads + images * twin.image + flops, kept, new + past)
 
 
 COUNTED = ("zero", "full", "prefix-kv", "cold", "cold-half", "bank", "bank-kv", "depth-cold", "depth-bank",

@@ -268,7 +268,7 @@ class Estimate:
         episodes = settings.steps * settings.batch_size * settings.accumulation * self.processes
         reads = episodes * self.sample.demonstrations
         line = (
-            f"Kept states: {_bytes(size)} a demonstration; --memory {settings.memory:g} GiB holds "
+            f"Hidden-state cache: {_bytes(size)} a demonstration; --memory {settings.memory:g} GiB holds "
             f"{settings.memory * GIB / size:,.0f} of them"
         )
         if settings.keep_states is not None:

@@ -1,12 +1,13 @@
 """How cost grows: from 1 to 256 demonstrations in a prompt, and from 1 000 to 1 000 000 in a bank.
 
-    python -m modeling_aim.speed.growth --shape llava-1.5-7b --output build/growth     # tables and a picture; minutes
-    python -m modeling_aim.speed.growth --shape all --shots 16                         # all methods, all shapes
+    python -m modeling_aim.speed.growth --shape llava-1.5-7b --output build/growth   # tables and a picture; a minute
+    python -m modeling_aim.speed.growth --shape all --shots 16 --output build/growth  # all methods and shapes; minutes
     python -m modeling_aim.speed.growth --shape tiny --bank 1000 --measured 1000       # seconds
 
 All figures of prompts are counted (`counting.py`). A bank's size follows from what it stores, its reading cost from
 the count; opening and selecting are measured on banks of random content of the sizes `--measured`, and beyond the
-largest of them extended in proportion to it, which is marked.
+largest of them extended in proportion to it, which is marked. With `--bench FOLDER/bench.json`, a file of `aim bench`,
+the table has the share of selecting in a first token.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ from .baselines import COLD_NAMES, NAMES
 from .counting import DEMO_TOKENS, Twin, analytic_kv, count
 from .shapes import SHAPES, shape_config, shape_picture
 
-GROWN = ("zero", "full", "prefix-kv", "text-kv", "parallel-icl", "fastv", "catp", "snapkv:ratio=.9", "task-vector",
-         "cold", "bank", "bank-kv")  # fmt: skip
-OTHERS = ("prefix-kv", *NAMES, *COLD_NAMES)  # emloc is counted as prefix-kv is: what it keeps follows from the data
-LEFT_OUT = ("emloc", "emloc-cold")
+AIM_READY, AIM_COLD = ("bank", "bank-kv"), ("cold", "depth-cold")
+READY = ("zero", "full", "prefix-kv", *NAMES, *AIM_READY)  # emloc with all rows: it keeps what the data say
+GROWN = (*(name.replace("snapkv", "snapkv:ratio=.9") for name in READY), *AIM_COLD)
+READ = tuple(name for name in COLD_NAMES if name != "emloc-cold")  # how often that one tries follows from the data
+READING = ("full", *READ, *AIM_COLD)
 POWERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 BANKS = (1_000, 10_000, 100_000, 1_000_000)
+WHOLE = 10_000  # demonstrations of a bank that is written with all of their tokens
 SELECTED = f"select {SHOTS} by image: median of the next 11, ms"
 
 
@@ -65,28 +68,37 @@ def grown_tables(rows: Sequence[dict[str, Any]], longest: int | None) -> str:
         lines = []
         for name in dict.fromkeys(row["method"] for row in rows):
             own = {row["shots"]: row for row in rows if row["method"] == name}
-            marks = {n: "*" if longest and own[n]["prompt_tokens"] > longest else "" for n in shots}
+            marks = {n: "*" if longest and own[n]["positions"] > longest else "" for n in shots}
             lines.append([f"`{name}`", *(number(own[n][key] / unit) + marks[n] for n in shots)])
         parts.append(table([title, *map(str, shots)], lines))
     return "\n".join(parts)
 
 
-def shapes_tables(shapes: Sequence[str], shots: int) -> str:
-    """All methods at each shape: TFLOPs and MiB of KV."""
-    methods = [
-        "zero",
-        "full",
-        *(name for name in OTHERS if name not in LEFT_OUT),
-        "cold",
-        "bank",
-        "bank-kv",
-        "depth-cold",
-    ]
-    by_shape = {shape: [count(twin_of(shape), m, 0 if m == "zero" else shots) for m in methods] for shape in shapes}
-    heads = ["shape", *(f"`{m}`" for m in methods)]
-    flops = [[f"`{shape}`", *(number(cost.flops / 1e12) for cost in row)] for shape, row in by_shape.items()]
-    kept = [[f"`{shape}`", *(number(cost.kv_bytes / 2**20) for cost in row)] for shape, row in by_shape.items()]
-    return f"TFLOPs\n\n{table(heads, flops)}\nKV, MiB\n\n{table(heads, kept)}"
+def by_shape(shapes: Sequence[str], shots: int) -> list[dict[str, Any]]:
+    """What each method costs at each shape, with what can be read before the query and without."""
+    rows = []
+    for shape in shapes:
+        twin = twin_of(shape)
+        for name in dict.fromkeys((*READY, *READING)):
+            cost = count(twin, name, 0 if name == "zero" else shots)
+            rows.append({"shape": shape, "visual_tokens": twin.picture.tokens, **cost.as_dict()})
+    return rows
+
+
+def shapes_tables(rows: Sequence[dict[str, Any]]) -> str:
+    """A row a shape, a column a method: TFLOPs, with demonstrations that were read before or not, and MiB of KV."""
+    parts = []
+    for title, methods, key, unit in (
+        ("TFLOPs to the first token", READY, "flops", 1e12),
+        ("the same, reading included", READING, "flops", 1e12),
+        ("KV in MiB (bfloat16)", READY, "kv_bytes", 2**20),
+    ):
+        lines = []
+        for shape, tokens in dict.fromkeys((row["shape"], row["visual_tokens"]) for row in rows):
+            own = {row["method"]: row[key] / unit for row in rows if row["shape"] == shape}
+            lines.append([f"`{shape}` ({tokens:,})", *(number(own[name]) for name in methods)])
+        parts.append(table([title, *(f"`{name}`" for name in methods)], lines))
+    return "\n".join(parts)
 
 
 def bank_rows(twin: Twin, sizes: Sequence[int], measured: Sequence[int], folder: Path | None) -> list[dict[str, Any]]:
@@ -119,17 +131,22 @@ def bank_rows(twin: Twin, sizes: Sequence[int], measured: Sequence[int], folder:
 
 
 def _measured(size: int, folder: Path | None) -> dict[str, float]:
-    """Open and select from a bank of random content."""
+    """Open and select from a bank of random content; large ones have a token a demonstration, to save disk."""
     place = Path(tempfile.mkdtemp(prefix="aim-bank-", dir=folder))
     try:
-        write(place, size, 1)
+        write(place, size, DEMO_TOKENS if size <= WHOLE else 1)
         return measure(place)
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def bank_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown."""
+def bank_table(rows: Sequence[dict[str, Any]], answer_ms: float | None = None) -> str:
+    """Markdown.
+
+    Args:
+        rows: of `bank_rows`.
+        answer_ms: of a first token from demonstrations that are chosen, to say how much selecting adds.
+    """
     heads = ["demonstrations", "bank, GB", "KV of their words, GB", "KV of images and words, GB", "reading, PFLOPs",
              "open, ms", f"select {SHOTS} by image, ms"]  # fmt: skip
     names = ("bank_gb", "word_kv_gb", "whole_kv_gb", "read_pflops", "open_ms", "select_ms")
@@ -139,36 +156,62 @@ def bank_table(rows: Sequence[dict[str, Any]]) -> str:
         marks = [extended if name.endswith("_ms") else "" for name in names]
         values = [number(row[name]) + mark for name, mark in zip(names, marks, strict=True)]
         lines.append([f"{row['demonstrations']:,}", *values])
+        if answer_ms is not None:
+            share = row["select_ms"] / (row["select_ms"] + answer_ms)
+            lines[-1].append(f"{100 * share:.1f} %{extended}")
+    if answer_ms is not None:
+        heads.append(f"selecting, of a first token ({number(answer_ms)} ms more)")
     return table(heads, lines)
 
 
+def answer_time(path: Path) -> float:
+    """Milliseconds to the first token of `depth-bank` with the most demonstrations, in a file of `aim bench`.
+
+    Raises:
+        ValueError: it was not measured.
+    """
+    rows = [
+        row for row in json.loads(path.read_text())["rows"] if row["method"] == "depth-bank" and row.get("ttft_ms")
+    ]
+    if not rows:
+        raise ValueError(f"{path} has no measured depth-bank: run aim bench --methods zero,depth-bank first.")
+    return float(max(rows, key=lambda row: row["shots"])["ttft_ms"]["median"])
+
+
 def picture(rows: Sequence[dict[str, Any]], banks: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """Three panels: FLOPs and KV against demonstrations, and bytes of a bank.
+    """FLOPs and KV against demonstrations; and bytes of a bank, where banks were asked for.
 
     Raises:
         ImportError: matplotlib is missing.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 4.6), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    for place, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
+    figure = Figure(figsize=(14 if banks else 10, 5), layout="constrained")
+    panels = figure.subplots(1, 3 if banks else 2)
+    left, middle = panels[:2]
+    curves: dict[Any, list[str]] = {}  # methods of the same cost are one line
+    for name in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == name]
+        points = tuple((row["shots"], float(f"{row['flops']:.3g}"), row["kv_bytes"]) for row in own)
+        curves.setdefault(points, []).append(name)
+    for place, (points, names) in enumerate(curves.items()):
+        shots, flops, kept = zip(*points, strict=True)
         style = {"marker": "osDv^<>"[place % 7], "markersize": 4, "color": f"C{place % 10}", "linewidth": 1.2}
         style["linestyle"] = "-" if place < 10 else "--"
-        shots = [row["shots"] for row in own]
-        left.plot(shots, [row["flops"] / 1e12 for row in own], label=name, **style)
-        middle.plot(shots, [row["kv_bytes"] / 2**20 for row in own], **style)
+        left.plot(shots, [value / 1e12 for value in flops], label=", ".join(names), **style)
+        middle.plot(shots, [value / 2**20 for value in kept], **style)
     left.set(ylabel="TFLOPs to the first token", xlabel="demonstrations")
     middle.set(ylabel="KV of the prompt, MiB", xlabel="demonstrations")
-    for name, label in (("whole_kv_gb", "KV of images and words"), ("word_kv_gb", "KV of words"), ("bank_gb", "bank")):
-        right.plot([row["demonstrations"] for row in banks], [row[name] for row in banks], marker="o", label=label)
-    right.set(ylabel="GB on disk", xlabel="demonstrations")
-    for axes in (left, middle, right):
+    if banks:
+        right = panels[2]
+        for name, label in (("whole_kv_gb", "KV, images and words"), ("word_kv_gb", "KV, words"), ("bank_gb", "bank")):
+            right.plot([row["demonstrations"] for row in banks], [row[name] for row in banks], marker="o", label=label)
+        right.set(ylabel="GB on disk", xlabel="demonstrations")
+        right.legend(fontsize=8)
+    for axes in panels:
         axes.set(xscale="log", yscale="log")
         axes.grid(alpha=0.3)
-    right.legend(fontsize=8)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
 
@@ -180,21 +223,29 @@ def main() -> None:
     parser.add_argument("--bank", type=int, nargs="*", default=list(BANKS), help="sizes of banks; none: no banks")
     parser.add_argument("--measured", type=int, nargs="+", default=[1_000, 10_000], help="banks that are written")
     parser.add_argument("--folder", type=Path, help="where these are put meanwhile")
-    parser.add_argument("--output", type=Path, help="folder for growth.md, growth.json and growth.png")
+    parser.add_argument("--bench", type=Path, help="bench.json of aim bench, with depth-bank measured")
+    parser.add_argument("--output", type=Path, help="folder for growth.md, growth.json and growth.png; or shapes.*")
     args = parser.parse_args()
+    name, rows = "growth", []
     if args.shape == "all":
-        print(shapes_tables([shape for shape in SHAPES if shape != "tiny"], args.shots[0]))
-        return
-    twin = twin_of(args.shape)
-    rows = by_shots(twin, args.shots, GROWN)
-    banks = bank_rows(twin, args.bank, args.measured, args.folder) if args.bank else []
-    report = grown_tables(rows, longest_prompt(twin.config)) + ("\n" + bank_table(banks) if banks else "")
+        name, rows = "shapes", by_shape([shape for shape in SHAPES if shape != "tiny"], args.shots[0])
+        report, found = shapes_tables(rows), {"shapes": rows}
+    else:
+        twin = twin_of(args.shape)
+        rows = by_shots(twin, args.shots, GROWN)
+        banks = bank_rows(twin, args.bank, args.measured, args.folder) if args.bank else []
+        answer_ms = None if args.bench is None else answer_time(args.bench)
+        report = grown_tables(rows, longest_prompt(twin.config))
+        report += "\n" + bank_table(banks, answer_ms) if banks else ""
+        found = {"prompts": rows, "banks": banks}
     print(report)
     if args.output is not None:
         args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / "growth.md").write_text(report)
-        (args.output / "growth.json").write_text(json.dumps({"prompts": rows, "banks": banks}, indent=1) + "\n")
-        picture(rows, banks, f"{args.shape}, {twin.picture.tokens} visual tokens an image", args.output / "growth.png")
+        (args.output / f"{name}.md").write_text(report)
+        (args.output / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+        if name == "growth":
+            title = f"{args.shape}, {twin.picture.tokens} visual tokens an image"
+            picture(rows, banks, title, args.output / "growth.png")
 
 
 if __name__ == "__main__":

@@ -212,7 +212,7 @@ class Measuring:
     def _check_room(self, row: Measurement) -> None:
         """What need not be tried; a system without memory ends a process instead of telling it."""
         longest = longest_prompt(self.bench.backbone.config)
-        if longest is not None and row.counted.prompt_tokens > longest:
+        if longest is not None and row.counted.positions > longest:
             row.positions = longest
             if row.method.startswith(("bank", "cold", "depth")):  # which the plug-in refuses
                 row.failed = f"{row.counted.prompt_tokens} tokens, but the backbone has {longest} positions"

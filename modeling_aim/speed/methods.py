@@ -201,15 +201,17 @@ class Bench:
             clock.put(whole["input_ids"])
             if answered := cache.get_seq_length() - past:
                 cache.crop(-answered)
-            given = dict(behind)
+            step_inputs = dict(behind)
             for step in range(tokens):
                 if places is not None:
-                    given["position_ids"] = places[:, :, past:] if not step else places[:, :, -1:].amax() + step
-                    given["position_ids"] = given["position_ids"].expand(3, 1, given["input_ids"].shape[1])
-                output = self.backbone(**given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                    step_inputs["position_ids"] = places[:, :, past:] if not step else places[:, :, -1:].amax() + step
+                    step_inputs["position_ids"] = step_inputs["position_ids"].expand(
+                        3, 1, step_inputs["input_ids"].shape[1]
+                    )
+                output = self.backbone(**step_inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
                 best = output.logits[:, -1:].argmax(dim=-1)
                 clock.put(best.cpu())
-                given = {"input_ids": best}
+                step_inputs = {"input_ids": best}
             return cache
 
         return call

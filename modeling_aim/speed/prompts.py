@@ -75,7 +75,7 @@ class RandomPrompts:
         return dict(self._inputs([self._parts[:shots]]))
 
     def behind(self) -> dict[str, Any]:
-        """What of `full` comes behind `before`: the query without BOS."""
+        """The part of `full` after `before`: the query without BOS."""
         return dict(self._inputs([[self._parts[-1]]], bos=[]))
 
     def pieces(self, numbers: Sequence[int], begins: bool) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class RandomPrompts:
         """A prompt is made of ids, whatever is asked."""
         return question
 
-    def word(self, demo: Demonstration) -> tuple[str, int]:
+    def apply_template(self, demo: Demonstration) -> tuple[str, int]:
         """The words of a demonstration, and where its answer begins."""
         return demo.text, 0
 

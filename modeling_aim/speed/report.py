@@ -23,6 +23,11 @@ MARKS = {
 }
 
 
+def mark(method: str, place: int) -> str:
+    """The line of a method; methods of others are dashed, in a colour by their place."""
+    return MARKS.get(method, f"C{place % 10}" + ("--", "-.")[place // 10 % 2])
+
+
 def with_ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows with what they cost beside `zero` and `full` of the same run: counted, and measured where that was done.
 
@@ -132,7 +137,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def picture(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """Cost against the number of demonstrations: the first token (FLOPs where nothing was measured), and KV.
+    """Cost against demonstrations: the first token (FLOPs where nothing was measured), KV, and peak memory.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -145,26 +150,28 @@ def picture(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     except ImportError as error:
         raise ImportError('A picture needs matplotlib: pip install "modeling-aim[demo]"') from error
     timed = any("ttft_ms" in row for row in rows)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
-    for method in dict.fromkeys(row["method"] for row in rows if row["method"] in MARKS):
+    figure, axes = plt.subplots(1, 3 if timed else 2, figsize=(14 if timed else 11, 5), layout="constrained")
+    for place, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         own = [row for row in rows if row["method"] == method and not row.get("failed")]
         values = [_time(row) / 1000 if timed else row["flops"] / 1e12 for row in own]
-        shots = [row["shots"] for row in own]
-        left.plot(shots, values, MARKS[method], marker="o", markersize=3, label=method)
+        shots, line, sign = [row["shots"] for row in own], mark(method, place), "osDv^<>PX"[place % 9]
+        axes[0].plot(shots, values, line, marker=sign, markersize=4, label=method)
         if timed:
             low, high = ([row["ttft_ms"][name] / 1000 for row in own] for name in ("low", "high"))
-            left.fill_between(shots, low, high, color=left.lines[-1].get_color(), alpha=0.2, linewidth=0)
-        right.plot(shots, [row["kv_bytes"] / 2**20 for row in own], MARKS[method], marker="o", markersize=3)
-    left.set_ylabel("first token, seconds" if timed else "first token, TFLOPs")
-    right.set_ylabel("KV in bfloat16, MiB")
-    for axis in (left, right):
+            axes[0].fill_between(shots, low, high, color=axes[0].lines[-1].get_color(), alpha=0.2, linewidth=0)
+            peaks = [row["peak_bytes"] / 2**20 if row["peak_bytes"] else float("nan") for row in own]
+            axes[2].plot(shots, peaks, line, marker=sign, markersize=4)
+            axes[2].set_ylabel("peak memory above the models, MiB")
+        axes[1].plot(shots, [row["kv_bytes"] / 2**20 for row in own], line, marker=sign, markersize=4)
+    axes[0].set_ylabel("first token, seconds" if timed else "first token, TFLOPs")
+    axes[1].set_ylabel("KV in bfloat16, MiB")
+    for axis in axes:
         axis.set_xlabel("demonstrations")
         axis.set_xticks(sorted({row["shots"] for row in rows}))
         axis.set_yscale("log")
-    left.legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8, frameon=False)
     figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 

@@ -27,7 +27,7 @@ class Picture:
         rows: `pixel_values` has a row for each row of the batch, with the parts of its images along the second axis;
             else the images of all rows follow one another along the first.
         more: further inputs, one row an image.
-        typed: the backbone is told which tokens are an image's (`mm_token_type_ids`).
+        typed: the backbone takes a marker of image tokens (`mm_token_type_ids`).
     """
 
     tokens: int
@@ -53,7 +53,7 @@ def _whole(config: PreTrainedConfig) -> Picture:
 
 
 def _tiles_in_rows(config: PreTrainedConfig) -> Picture:
-    """Two by two tiles and the whole image in small; a token ends each line of the tiles."""
+    """Two by two tiles and a small copy of the whole image; a token ends each line of the tiles."""
     size, lines = config.vision_config.image_size, 2 * _side(config)
     tokens = _side(config) ** 2 + lines * (lines + 1)
     return Picture(tokens, (1, 5, 3, size, size), more={"image_sizes": (2 * size, 2 * size)})
@@ -69,7 +69,7 @@ def _patches(config: PreTrainedConfig) -> Picture:
 
 
 def _split(config: PreTrainedConfig, tiles: int = 17) -> Picture:
-    """Four by four tiles and the whole image in small; the tokens that name the tiles are left out."""
+    """Four by four tiles and a small copy of the whole image; the tokens that name the tiles are left out."""
     size = config.vision_config.image_size
     tokens = tiles * _side(config) ** 2 // config.scale_factor**2
     return Picture(tokens, (tiles, 3, size, size), rows=True)
@@ -91,7 +91,7 @@ def picture_of(config: PreTrainedConfig) -> Picture:
     """How an image enters a prompt of this backbone.
 
     Raises:
-        ValueError: nothing is known of its family.
+        ValueError: its family is not known.
     """
     if config.model_type not in PICTURES:
         raise ValueError(
@@ -108,7 +108,7 @@ def picture_with(config: PreTrainedConfig, processor: AimProcessor) -> Picture:
         processor: an `AimProcessor`.
 
     Raises:
-        ValueError: nothing is known of its family.
+        ValueError: its family is not known.
     """
     usual = picture_of(config)
     image = Image.new("RGB", TRIED, "gray")

@@ -1,4 +1,4 @@
-"""Checkpoints of a run that was interrupted: which one it goes on from. Nothing in them is run."""
+"""Checkpoints of an interrupted run: which one to resume from. No code in them is run."""
 
 from __future__ import annotations
 

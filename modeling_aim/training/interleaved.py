@@ -49,7 +49,7 @@ class Mmc4(ShuffledSource):
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        ValueError: a file is of another kind, or a tar holds no documents.
+        ValueError: a file has another format, or a tar holds no documents.
     """
 
     interleaved = True
@@ -188,7 +188,7 @@ class ShardFolders:
 
 
 class Obelics(ShuffledSource):
-    """OBELICS (arXiv 2306.16527): web pages as two lists, `images` and `texts`, with gaps where the other goes on.
+    """OBELICS (arXiv 2306.16527): web pages as lists `images` and `texts`, with gaps where the other has an entry.
 
     Images in a row and the text after them make a pair; a text with no image before it is in none. The published
     rows hold URLs, local ones may hold paths or bytes.

@@ -1,6 +1,6 @@
 """Hidden states of demonstrations, kept for a whole training run: in memory, and on disk where a folder is given.
 
-The backbone is frozen and the projector comes after it, so what the backbone makes of a demonstration never changes.
+The backbone is frozen and the projector comes after it, so the hidden states of a demonstration never change.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ REFERENCES = 3  # of each class at least, where images have names of their own
 RENAMES = ("positive", "both")
 NEIGHBOURS = ("similar", "random")
 SHOTS = 16  # of each class, in the paper
-SPARES = 16  # images of a class that may stand in the place of broken ones
+SPARES = 16  # images of a class that may replace broken ones
 
 
 @dataclass(frozen=True)
@@ -238,19 +238,22 @@ class LinkedClasses(Source):
         those of the query's own.
         """
         target, taken = rng.randrange(self.ways), set(self._taken)
-        shown: list[tuple[Pair, str, bool]] = []
+        labelled_pairs: list[tuple[Pair, str, bool]] = []
         for place, (_, images) in enumerate(self._pools(positive, rng)):
             drawn = _drawn(images, shots + (place == target), rng)
             for image in drawn[:shots]:
                 name = random_name(rng, taken)
                 taken.add(name)
                 pair = {"image": image, "question": REFERENCE_QUESTION, "answer": REFERENCE.format(name=name)}
-                shown.append((pair, name, place == target))
+                labelled_pairs.append((pair, name, place == target))
             if place == target:
                 query_image = drawn[-1]
-        rng.shuffle(shown)
-        names = ", ".join(name for _, name, same in shown if same)
-        return [*(pair for pair, _, _ in shown), {"image": query_image, "question": SAME_CLASS, "answer": names}]
+        rng.shuffle(labelled_pairs)
+        names = ", ".join(name for _, name, same in labelled_pairs if same)
+        return [
+            *(pair for pair, _, _ in labelled_pairs),
+            {"image": query_image, "question": SAME_CLASS, "answer": names},
+        ]
 
     def _pools(self, positive: int, rng: random.Random) -> list[tuple[str, tuple[str, ...]]]:
         """Name and images of a class, and of each of the classes beside it."""
@@ -301,7 +304,7 @@ def check_policy(policy: str) -> None:
 
 
 def _drawn(images: Sequence[str], count: int, rng: random.Random) -> list[Any]:
-    """Some of the images of a class; the others may stand in their places."""
+    """Some of the images of a class; the others may replace them."""
     order = rng.sample(images, len(images))
     spares = order[count : count + SPARES]
     return [Replaceable(image, spares) for image in order[:count]]

@@ -99,7 +99,7 @@ class LlavaConversations(Source):
         return np.bincount(self._records, self._words, len(self._digests)), self._images
 
     def conversation(self, number: int) -> tuple[Any, list[tuple[str, str]]]:
-        """A conversation as it stands in the file.
+        """A conversation as the file has it.
 
         Returns:
             Where its image is (a list of several, `None` without), and its turns: what the human says, with `<image>`
@@ -110,7 +110,7 @@ class LlavaConversations(Source):
 
     @property
     def left_out(self) -> Counter[str]:
-        """What of the file cannot be used, by reason."""
+        """Counts of what cannot be used in the file, by reason."""
         return Counter(+self._left_out)
 
     def _record(self, number: int) -> Any:

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..progress import duration, write_line
 
 WARM_UP = 2  # first steps that are slower than the others
-MEASURED = 5  # steps behind them
+MEASURED = 5  # steps before a rate is shown
 
 
 class Pace:
@@ -112,7 +112,7 @@ class LogLines(TrainerCallback):
 
 
 class StepTimes(TrainerCallback):
-    """Measure some steps behind the first ones, and hand their times on.
+    """Measure some steps after the first ones, and pass their times on.
 
     Args:
         reading: gives the seconds that this process has read demonstrations for.

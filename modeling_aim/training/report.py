@@ -1,4 +1,4 @@
-"""What a run says of itself: a picture of its curves, and the section on training of the model card."""
+"""The report of a training run: a picture of its curves, and the training section of the model card."""
 
 from __future__ import annotations
 

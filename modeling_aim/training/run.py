@@ -198,7 +198,7 @@ def claim(settings: TrainSettings) -> str | None:
     """See whether the output folder is free for this run; nothing is written yet.
 
     Returns:
-        The checkpoint to go on from, where the run was begun before.
+        The checkpoint to resume from, where the run was started before.
 
     Raises:
         ValueError: the folder holds another run, a finished one, or something else.

@@ -3,7 +3,7 @@
     source, weight = open_source("mmc4:/data/mmc4/docs_shard_*_v2.jsonl.zip,min_similarity=0.28,weight=2")
 
 Files are read as streams and shuffled in a bounded buffer, so a dataset may be larger than memory. What cannot be
-used is left out and counted by reason in `Source.skipped`: of data from the web a part is always gone or broken.
+used is left out and counted by reason in `Source.skipped`: some of any data from the web is missing or broken.
 """
 
 from __future__ import annotations

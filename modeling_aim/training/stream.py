@@ -1,4 +1,4 @@
-"""Episodes as a `DataLoader` takes them: dealt to processes and workers, grouped by length, skipped on resume.
+"""Episodes for a `DataLoader`: distributed over processes and workers, grouped by length, skipped on resume.
 
 Every process goes through the same light episodes, whose images are unopened, and takes its share by their numbers. So
 what is learned does not depend on how many processes and workers share the work, and no image is opened twice.
@@ -31,7 +31,7 @@ class EpisodeStream(IterableDataset):
         seed: of that order.
 
     Attributes:
-        skip: blocks that a resumed run has behind it. `None` stands in the place of each of their episodes.
+        skip: blocks that a resumed run has done. `None` takes the place of each of their episodes.
     """
 
     def __init__(self, episodes: Iterable[Episode], block: int, group_by_length: bool = True, seed: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""What the backbone is to say: targets behind their prompts, as batches with labels.
+"""Training targets: prompts with the texts to learn after them, as batches with labels.
 
 A target is templated like a query: its question through the backbone's chat template or plainly, or its
 images alone for a caption, and behind it the answer and the token that ends an answer. Only these two are scored.
@@ -76,9 +76,9 @@ class AnswerFrame:
         """Prompt of a target, and the words scored behind it."""
         images = len(target.images)
         if target.question is None:
-            return processor.image_text * images, processor.word(target)[0] + self.end
+            return processor.image_text * images, processor.apply_template(target)[0] + self.end
         if self.prompts == "plain" or (self.prompts == "mixed" and int(target.key[:8], 16) % 2):
-            words, start, _ = processor.word(target)
+            words, start, _ = processor.apply_template(target)
             question = words[:start].rstrip()
             return processor.image_text * images + question, words[len(question) :] + self.end
         return processor.prompt(target.question, images), self.lead + target.text + self.end
@@ -142,17 +142,17 @@ class EpisodeCollator:
         self.budget = model.config.max_fused_tokens
         self.open = Opener(self.processor.why_unreadable, ShrinkFor(self.processor))
 
-    def __call__(self, given: Sequence[Episode | None]) -> dict[str, Any]:
+    def __call__(self, loaded: Sequence[Episode | None]) -> dict[str, Any]:
         """Inputs, `labels`, `demos` (a list for each row), and the teacher's inputs.
 
         Beside them `sources`, what was `skipped`, and `counts` of episodes, images and tokens of the targets' prompts.
 
         Args:
-            given: episodes, or `None` for each that a resumed run has behind it; of these alone comes an empty batch.
+            loaded: episodes, or `None` for each that a resumed run has behind it; of these alone comes an empty batch.
         """
-        if all(episode is None for episode in given):
+        if all(episode is None for episode in loaded):
             return {}
-        episodes = [self.open(episode) for episode in given if episode is not None]
+        episodes = [self.open(episode) for episode in loaded if episode is not None]
         skipped: Counter[str] = sum((episode.skipped for episode in episodes), Counter())
         rows: list[Any] = [
             (episode.pairs[:place], episode.pairs[place]) for episode in episodes for place in episode.targets if place
@@ -188,8 +188,10 @@ class EpisodeCollator:
     def _front(self, demos: Sequence[Demonstration]) -> tuple[str, list[Any]]:
         """Demonstrations as the teacher reads them: words, and images where it sees them."""
         if self.teacher == "text":
-            return "".join(self.processor.word(demo)[0] + "\n" for demo in demos), []
-        words = [self.processor.image_text * len(demo.images) + self.processor.word(demo)[0] for demo in demos]
+            return "".join(self.processor.apply_template(demo)[0] + "\n" for demo in demos), []
+        words = [
+            self.processor.image_text * len(demo.images) + self.processor.apply_template(demo)[0] for demo in demos
+        ]
         return "".join(text + "\n" for text in words), [image for demo in demos for image in demo.images]
 
     def _fitting(self, rows: list[Any], skipped: Counter[str]) -> tuple[list[Any], BatchFeature, torch.Tensor]:
@@ -218,7 +220,7 @@ class EpisodeCollator:
         """The last demonstrations that have room for their fused tokens."""
         kept = len(demos)
         for demo in reversed(demos):
-            tokens = len(self.processor.tokenizer(self.processor.word(demo)[0])["input_ids"])
+            tokens = len(self.processor.tokenizer(self.processor.apply_template(demo)[0])["input_ids"])
             room -= tokens if self.budget is None else min(tokens, self.budget)
             if room < 0:
                 break

@@ -62,7 +62,8 @@ class SkipUnopened(TrainerCallback):
 class AimTrainer(Trainer):
     """`Trainer` for `AimForConditionalGeneration`: datasets give episodes, checkpoints hold the projector alone.
 
-    A `Mixture` is dealt to processes and workers (`EpisodeStream`). Each opens the images of its own episodes alone.
+    A `Mixture` is distributed over processes and workers (`EpisodeStream`). Each opens only the images of
+    its own episodes.
 
     Args:
         model: the plug-in; its backbone may be in 4-bit.
@@ -312,7 +313,7 @@ def load_projector(model: Any, checkpoint: str) -> None:
     """Put the projector of a checkpoint on a model.
 
     Raises:
-        ValueError: the checkpoint is of another backbone or of another projector.
+        ValueError: the checkpoint belongs to another backbone or another projector.
     """
     config = AimConfig.from_pretrained(checkpoint)
     check_backbone(model.backbone, config.backbone_config, config.backbone_fingerprint)

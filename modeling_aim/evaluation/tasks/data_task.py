@@ -25,7 +25,7 @@ class DataTask(Task):
         self.name, self.left_out = name, Counter[str]()
 
     def found(self, folder: Path, value: object, what: str = "example") -> tuple[Any, ...] | None:
-        """Images where they are, unopened; `None`, and counted, if one is not there or is none.
+        """Images where they are, unopened; `None`, and counted, if a file is missing or is not an image.
 
         Args:
             folder: what paths are relative to.
@@ -33,7 +33,7 @@ class DataTask(Task):
             what: is left out without it.
         """
         images = value if isinstance(value, (list, tuple)) else [value]
-        places = tuple(one if isinstance(one, Unopened) else located(folder, one) for one in images)
+        places = tuple(image if isinstance(image, Unopened) else located(folder, image) for image in images)
         if places and all(map(is_image, places)):
             return places
         self.left_out[f"{what} with an image that is missing or cannot be opened"] += 1

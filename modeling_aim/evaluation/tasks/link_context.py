@@ -199,7 +199,7 @@ class Isekai(LinkContextTask):
     def notes(self) -> list[str]:
         note = (
             f"{len(self.dropped)} examples list their own image among the demonstrations. LCL's code shows it; here "
-            "the next one stands in its place."
+            "the next one replaces it."
         )
         return [*super().notes(), *([note] if self.dropped else [])]
 

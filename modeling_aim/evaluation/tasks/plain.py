@@ -104,8 +104,8 @@ class Episodes(DataTask):
                 f"{self.path}: query {place} of episode {number} is {query!r:.80}; expected an object with image, "
                 "question and answer."
             )
-        given = fields.get("images", fields.get("image"))
-        images = self.found(self.folder, given) if given else ()
+        image_paths = fields.get("images", fields.get("image"))
+        images = self.found(self.folder, image_paths) if image_paths else ()
         if images is None:
             return None
         label = fields.get("label", answers[0])
@@ -187,8 +187,8 @@ class QuestionsFile(SplitTask):
         return None if images is None else Example(name, images, question.strip(), answers, label=common(answers))
 
     def _column(self, table: Table, part: str, *others: str) -> str:
-        given = self.given[part]
-        return table.first_of(*([given] if given else [*others, part]))
+        column = self.given[part]
+        return table.first_of(*([column] if column else [*others, part]))
 
     def score(self, example: Example, prediction: Prediction) -> dict[str, float]:
         return {"accuracy": matched(self.match, prediction.text, example.answers)}

@@ -50,7 +50,7 @@ class TaskEntry:
         format: of the data.
         source: where to get it: a Hub id, or a page; empty for data of your own.
         metric: the main one first.
-        paper: empty if there is none.
+        paper: empty if it has none.
     """
 
     format: str

@@ -125,8 +125,8 @@ class ScienceQA(SplitTask):
 
     def notes(self) -> list[str]:
         order = {"v1.5": "context, question, options, then the instruction to answer with the letter alone"}
-        asked = order.get(self.protocol, "question, context, options")
-        return [*super().notes(), f"protocol={self.protocol}: {asked}; up to {self.max_new_tokens} new tokens."]
+        order_name = order.get(self.protocol, "question, context, options")
+        return [*super().notes(), f"protocol={self.protocol}: {order_name}; up to {self.max_new_tokens} new tokens."]
 
 
 def question_of(row: Mapping[str, Any], protocol: str) -> str:

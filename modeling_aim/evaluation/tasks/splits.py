@@ -91,7 +91,7 @@ class SplitTask(DataTask):
             what: for counting: an example or a demonstration.
 
         Raises:
-            ValueError: a cell is of another kind than the column should have.
+            ValueError: a cell has another type than its column.
         """
         raise NotImplementedError
 
@@ -103,7 +103,7 @@ class SplitTask(DataTask):
         """The raw demonstration of an example that serves as one."""
         return as_pair(example)
 
-    # --- what comes of it
+    # --- results
 
     def examples(self, seed: int) -> Sequence[Example]:
         return self._sides[0]
@@ -153,9 +153,9 @@ class SplitTask(DataTask):
 
     def _of(self, table: Table, what: str) -> list[Example]:
         self.check(table)
-        given = [self.name_of(row) for row in table.rows]
-        unique = None not in given and len(set(map(str, given))) == len(given)
-        names = map(str, given if unique else range(len(given)))
+        row_names = [self.name_of(row) for row in table.rows]
+        unique = None not in row_names and len(set(map(str, row_names))) == len(row_names)
+        names = map(str, row_names if unique else range(len(row_names)))
         examples = [self.example(table, row, name, what) for row, name in zip(table.rows, names, strict=True)]
         usable = [example for example in examples if example is not None]
         if not usable:
