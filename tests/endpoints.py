@@ -36,7 +36,7 @@ def tiny_chat() -> LocalModel:
     """A chat model that writes questions and answers of the small world, and scores: their form, not their facts."""
     folder = Path(tempfile.mkdtemp(prefix="aim-chat-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    chat.train(folder, functools.partial(chat.lesson, judgements=0.15), steps=160, width=48, layers=2, rows=12)
+    chat.train(folder, functools.partial(chat.lesson, judgements=0.15), steps=100, layers=2, rows=12)
     return LocalModel(str(folder))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import random
 import sys
@@ -15,7 +14,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from modeling_aim import AimForConditionalGeneration, AimProcessor
-from modeling_aim.llava.chat import ChatWriter, accept_images
+from modeling_aim.llava.chat import ChatWriter
 from modeling_aim.llava.data import Collator, Examples
 from modeling_aim.training import Mixture, ShotLaw, open_source
 
@@ -255,19 +254,17 @@ def test_tasks_that_look_closely_are_what_they_say(tasks: Any) -> None:
 
 
 def test_conversations_for_aim_backbone_are_the_corpus_token_for_token(tasks: Any, tmp_path: Path) -> None:
-    """Of samples with one query and without gaps: in LLaVA's JSON, read back by `aim backbone`."""
-    import parts
+    """In LLaVA's JSON, read back by `aim backbone` without the chat template."""
+    import llava
     import words
 
-    tokenizer = copy.deepcopy(words.tokenizer())
-    tokenizer.chat_template = accept_images(tokenizer, parts.BARE, words.IMAGE)
-    collator = Collator(ChatWriter(tokenizer, words.IMAGE, words.VISUAL_TOKENS), words.processor().image_processor,
-                        captions=False, max_length=4096)  # fmt: skip
-    kinds = [parts.conversations, parts.conversations, parts.captions]
+    writer = ChatWriter(words.tokenizer(), words.IMAGE, words.VISUAL_TOKENS)
+    collator = Collator(writer, words.processor().image_processor, captions=False, max_length=4096, plain=True)
+    kinds = [llava.conversations, llava.conversations, llava.captions]
     samples = [next(make(random.Random(seed))) for seed in range(10) for make in kinds]
-    (tmp_path / "rows.json").write_text(json.dumps([{"id": str(n), **parts.record(s)} for n, s in enumerate(samples)]))
+    (tmp_path / "rows.json").write_text(json.dumps([{"id": str(n), **llava.record(s)} for n, s in enumerate(samples)]))
     for concept, index in {image for sample in samples for image in sample.images}:
-        world_image = parts.world.pool_image("train", concept, index)
+        world_image = llava.world.pool_image("train", concept, index)
         world_image.save(tmp_path / f"{concept}-{index}.png")
     examples = Examples((f"llava:{tmp_path / 'rows.json'}",), "stage2", 0)
     assert len(examples) == len(samples)

@@ -56,7 +56,9 @@ def test_the_llava_pipeline_learns(tmp_path: Path) -> None:
     figures = json.loads((tmp_path / "report.json").read_text())
     shares = {stage: right / count for stage, (right, count) in figures.items()}
     assert shares["instruction data"] > 0.9, shares
-    assert {"judge, reviews.jsonl", "judge, reviews_swapped.jsonl"} <= set(shares)  # the toy has not learned to judge
+    assert shares["chat model, judgement"] > 0.85, shares  # both scores, on unseen concepts; by chance a quarter
+    judgements = [share for stage, share in shares.items() if stage.startswith("judge")]
+    assert len(judgements) == 4 and min(judgements) > 0.88, shares  # both orders of mostly right and of wrong answers
     assert shares["backbone"] > 0.6, shares  # by chance a fifth
     assert shares["AIM"] > 0.6 > shares["without demonstrations"], shares  # by chance half
 

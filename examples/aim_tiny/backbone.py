@@ -1,11 +1,11 @@
-"""The language model of aim-tiny and LLaVA's two stages: from random weights to a frozen single-image backbone.
+"""The language model of aim-tiny, from random weights, and a control: the backbone tuned on many images.
 
     python examples/aim_tiny/backbone.py llm          # text only: copying first, then naming episodes
-    python examples/aim_tiny/backbone.py llava        # stage 1 (projection), stage 2 (projection + language model)
-    python examples/aim_tiny/backbone.py interleaved  # control: the same backbone tuned on episodes of many images
-    python -m torch.distributed.run --nproc-per-node 2 examples/aim_tiny/backbone.py llava        # on two cores
+    python examples/aim_tiny/backbone.py interleaved  # control: the backbone tuned on episodes of many images
+    python -m torch.distributed.run --nproc-per-node 2 examples/aim_tiny/backbone.py llm        # on two cores
 
-Each stage resumes where it stopped and writes its weights to build/aim-tiny/.
+LLaVA's two stages, between these two, are in llava.py. Each stage resumes where it stopped and writes its weights to
+build/aim-tiny/.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers import LlavaForConditionalGeneration
 from vision import images, pixels
 from words import IMAGE, new_model, token_id
 
-LLM_STEPS, ALIGN_STEPS, LLAVA_STEPS, INTERLEAVED_STEPS = 920, 100, 600, 400
+LLM_STEPS, INTERLEAVED_STEPS = 920, 400
 TOKENS = 6400  # tokens a batch
 STARTS = torch.tensor([token_id(start) for start in world.STARTS])  # what a name begins with
 
@@ -47,7 +47,7 @@ def answers(
     model: LlavaForConditionalGeneration, batch: Batch, features: torch.Tensor | None
 ) -> tuple[torch.Tensor, ...]:
     """Logits where a target comes next, and the targets."""
-    hidden = run(model.model.language_model, embed(model, batch, features), batch.positions, batch.mask)
+    hidden = run(model.model.language_model, embed(model, batch, features), batch.positions)
     rows, columns = batch.target.nonzero(as_tuple=True)
     return model.lm_head(hidden[rows, columns - 1]).float(), batch.ids[rows, columns]
 
@@ -77,13 +77,12 @@ def repeat(make: Callable, rng: random.Random, size: int | None = None) -> Batch
     return collate(sorted([first] + [make(rng) for _ in range(size - 1)], key=lambda s: len(s.ids)))
 
 
-def naming_batch(rng: random.Random, most: int, shown: str) -> Batch:
+def naming_batch(rng: random.Random, most: int) -> Batch:
     """Episodes of one number of demonstrations, up to `most`; one in eight with descriptions as long as an image."""
     demos = rng.randint(2, most)
     length = rng.choice([45, 60, 75]) if rng.random() < 0.12 else 0
     gaps = not length and rng.random() < 0.5
-    queries = {"query": 4, "demo": 6}.get(shown, 1)
-    return repeat(lambda r: naming(r, min(demos, r.randint(2, 8)), demos, shown, length, gaps, queries), rng)
+    return repeat(lambda r: naming(r, min(demos, r.randint(2, 8)), demos, "none", length, gaps), rng)
 
 
 def text_batch(rng: random.Random, step: int) -> Batch:
@@ -103,29 +102,9 @@ def text_batch(rng: random.Random, step: int) -> Batch:
     draw = rng.random()
     telling = "terse" if draw < max(0.1, 1 - 2.5 * later) else "easy" if draw < max(0.3, 1.3 - 1.6 * later) else "full"
     if telling == "full" and done > 0.6:
-        return naming_batch(rng, 32, "none")
+        return naming_batch(rng, 32)
     gaps = done > 0.4 and rng.random() < 0.4
     return repeat(lambda r: naming(r, min(demos, r.randint(2, ways)), demos, "none", gaps=gaps, telling=telling), rng)
-
-
-def llava_batch(rng: random.Random, step: int) -> Batch:
-    """Captions, questions, episodes in words, and episodes in which the query or one demonstration is an image."""
-    kind = rng.random()
-    if kind < 0.2:
-        return repeat(lambda r: (describing if kind < 0.08 else asking)(r, True), rng, 64)
-    demos = rng.randint(3, 32)
-    if kind < 0.3:
-        return naming_batch(rng, 32, "none")
-    if kind < 0.55:
-        telling = rng.choice(["terse", "easy"])
-        return repeat(
-            lambda r: naming(r, min(demos, r.randint(2, 8)), demos, "query", queries=4, telling=telling), rng
-        )
-    return naming_batch(rng, 32 if rng.random() < 0.3 else 12, "query" if rng.random() < 0.6 else "demo")
-
-
-def align_batch(rng: random.Random, step: int) -> Batch:
-    return repeat(lambda r: describing(r, True) if r.random() < 0.6 else asking(r, True), rng, 64)
 
 
 def interleaved_batch(rng: random.Random, step: int) -> Batch:
@@ -180,12 +159,6 @@ def fit(
     checkpoint.save(steps, every=0)
 
 
-def load(name: str) -> LlavaForConditionalGeneration:
-    model = new_model()
-    model.load_state_dict(torch.load(BUILD / f"{name}.pt", weights_only=True))
-    return model
-
-
 def keep(name: str, model: LlavaForConditionalGeneration) -> None:
     if ranks()[0] == 0:
         write(BUILD / f"{name}.pt", lambda p: torch.save(model.state_dict(), p))
@@ -197,22 +170,12 @@ def train_llm() -> None:
     keep("llm", model)
 
 
-def train_llava() -> None:
-    model = load("llm")
-    model.model.vision_tower.load_state_dict(torch.load(BUILD / "vision.pt", weights_only=True))
-    features = features_of(model, "train")
-    fit("align", model, [model.model.multi_modal_projector], align_batch, ALIGN_STEPS, 9e-3, features)
-    fit("llava", model, [model.model.multi_modal_projector, model.model.language_model, model.lm_head],
-        llava_batch, LLAVA_STEPS, 4e-3, features)  # fmt: skip
-    keep("llava", model)
-
-
 def train_interleaved() -> None:
-    model = load("llava")
+    model = LlavaForConditionalGeneration.from_pretrained(BUILD / "llava")
     fit("interleaved", model, [model.model.multi_modal_projector, model.model.language_model, model.lm_head],
         interleaved_batch, INTERLEAVED_STEPS, 2e-3, features_of(model, "train"))  # fmt: skip
     keep("interleaved", model)
 
 
 if __name__ == "__main__":
-    {"llm": train_llm, "llava": train_llava, "interleaved": train_interleaved}[sys.argv[1]]()
+    {"llm": train_llm, "interleaved": train_interleaved}[sys.argv[1]]()

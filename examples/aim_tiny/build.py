@@ -24,8 +24,7 @@ HERE = Path(__file__).resolve().parent
 STAGES = {  # name: (script and argument, result, what it does)
     "vision": (["vision.py"], "vision.pt", "vision tower: CLIP ViT, five attributes"),
     "llm": (["backbone.py", "llm"], "llm.pt", "language model: text only, copying first"),
-    "llava": (["backbone.py", "llava"], "llava.pt", "LLaVA stages 1 and 2, single images; then frozen"),
-    "llava_parts": (["parts.py"], "parts/llava/README.md", "the same two stages by `aim backbone`, if asked for"),
+    "llava": (["llava.py"], "llava/README.md", "LLaVA stages 1 and 2 by `aim backbone`; then frozen"),
     "aim": (["projector.py", "aim"], "aim/README.md", "AIM projector, the shipped one, by `aim train`"),
     "aim_paper": (["projector.py", "aim_paper"], "aim_paper/README.md", "control: the paper's form"),
     "aim_generic": (["projector.py", "aim_generic"], "aim_generic/README.md", "control: captioned documents only"),
@@ -33,7 +32,7 @@ STAGES = {  # name: (script and argument, result, what it does)
     "ship": (["ship.py"], "shipped.txt", "write hub_configs/aim-tiny and the controls"),
 }
 SIDE_BY_SIDE = [["vision"], ["llm"], ["llava"], ["aim"], ["interleaved", "aim_paper"], ["aim_generic"], ["ship"]]
-TOGETHER = {"llm", "llava"}  # two processes, one core each
+TOGETHER = {"llm"}  # two processes, one core each; llava.py starts its own
 
 
 def main() -> None:

@@ -1,10 +1,14 @@
 """A toy chat model of the small world: it turns captions into questions and answers, and it judges answers.
 
-    python examples/aim_tiny/chat.py --output build/chat --steps 300
+    python examples/aim_tiny/chat.py --output build/chat --steps 250
 
-It stands where a real instruction model would: an ordinary GPT-2 of transformers with a tokenizer and a chat template,
-some hundred thousand parameters, trained for a minute on texts that are written here by rules. It knows nothing
-but this world. `prompts` and `rules` are the short prompts that it was trained with.
+It stands where a real instruction model would: a causal model of transformers with a tokenizer and a chat template,
+a million parameters, trained for a minute on texts that are written here by rules. It begins as aim-tiny's language
+model, which can copy; from random weights it does not learn to judge. It knows nothing but this world. `prompts` and
+`rules` are the short prompts that it was trained with.
+
+As a judge it thinks before it answers, in special tokens that decoding drops: `<red> <good>`, the right answer, then
+each answer again and its score. A score is so read off the latest thought of the same word, which is copying.
 """
 
 from __future__ import annotations
@@ -12,16 +16,26 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import world
+from support import OUT, ROOT
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
+sys.path.insert(0, str(ROOT))
 from modeling_aim.llava.prompts import FOLDERS
 from modeling_aim.llava.rules import SYSTEM
 
@@ -34,8 +48,7 @@ TURNS = (
 )
 COUNTS = {word: number for number, word in enumerate(world.COUNTS, 1)}
 SPECIAL = ("<pad>", "<unk>", "<end>", "<system>", "<user>", "<assistant>")
-STDS = {"wte": 0.4, "wpe": 0.2, "lm_head": 0.03, "c_proj": 0.02}  # else 1 / sqrt(width)
-WIDTH, LAYERS, ROWS, RATE = 96, 3, 32, 3e-3
+LAYERS, ROWS, RATE = 5, 32, 2e-3
 ANSWERED = [
     *world.COLOURS,
     *world.SHAPES,
@@ -45,7 +58,8 @@ ANSWERED = [
     "no",
     ".",
 ]
-THOUGHTS = [f"<{word}>" for word in ANSWERED]
+GOOD = "<good>"  # a thought: the word before it is the right answer
+THOUGHTS = [*(f"<{word}>" for word in ANSWERED), GOOD]
 Chat = list[dict[str, str]]
 
 
@@ -112,19 +126,16 @@ def judgement(rng: random.Random, scene: world.Scene) -> Chat:
     others = [world.random_scene(rng, rng.choice(world.concepts("train"))) for _ in range(20)]
     wrong = [text for other in others if (text := facts(other)[name][1]) != right] or ["no ."]
     pair = [rng.choice([right, rng.choice(wrong)]) for _ in range(2)]
-    scores = ["9" if text == right else "2" for text in pair]
-    thoughts = " ".join(f"{thought(text)} {score}" for text, score in zip(pair, scores, strict=True))
-    reasons = "\n".join(f"{text} {score}" for text, score in zip(pair, scores, strict=True))
+    scores = " ".join(f"{thought(text)} {9 if text == right else 2}" for text in pair)
     return [
         *judged(world.caption(scene), question, *pair),
-        {"role": "assistant", "content": f"{thoughts}\n{reasons}\nright is {right}"},
+        {"role": "assistant", "content": f"{thought(right)} {GOOD} {scores}"},
     ]
 
 
 def thought(text: str) -> str:
-    """A text in special tokens, which decoding drops: the model repeats each answer so before its score. It still
-    judges little better than by chance after 300 steps (docs/LOG.md)."""
-    return " ".join(f"<{word}>" for word in text.split())
+    """The first word of an answer as a special token."""
+    return f"<{text.split()[0]}>"
 
 
 def lesson(rng: random.Random, judgements: float = 0.5) -> Chat:
@@ -159,21 +170,33 @@ def new_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return fast
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> GPT2LMHeadModel:
-    """A small GPT-2 from the random weights with which small models learn to copy. Learned positions suit texts that
-    are all of the same form: what a judge compares always stands at the same place."""
-    config = GPT2Config(
-        vocab_size=len(tokenizer), n_embd=width, n_inner=2 * width, n_layer=layers, n_head=max(2, width // 32),
-        n_positions=1024, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, tie_word_embeddings=False,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
-    )  # fmt: skip
-    model = GPT2LMHeadModel(config)
-    for name, weight in model.named_parameters():
-        if weight.dim() == 2:
-            torch.nn.init.normal_(weight, std=STDS.get(name.split(".")[-2], width**-0.5))
-    table, ids = model.get_input_embeddings().weight.data, tokenizer.get_vocab()
-    for word in THOUGHTS:  # a thought begins as the word of which it is
-        table[ids[word]] = table[ids.get(word[1:-1], ids["<unk>"])]
+@torch.no_grad()
+def new_model(tokenizer: PreTrainedTokenizerFast, layers: int) -> PreTrainedModel:
+    """aim-tiny's language model, its first layers, with the words of another tokenizer: those that it knows keep their
+    vectors, a thought begins as the word of which it is, and all others are drawn at random."""
+    whole: Any = AutoModelForImageTextToText.from_pretrained(OUT / "backbone")
+    known = AutoTokenizer.from_pretrained(OUT / "backbone")
+    config = whole.config.text_config
+    config.vocab_size, config.pad_token_id = len(tokenizer), tokenizer.pad_token_id
+    config.bos_token_id, config.eos_token_id = None, tokenizer.eos_token_id
+    config.num_hidden_layers = layers
+    config.layer_types, config.no_rope_layers = config.layer_types[:layers], config.no_rope_layers[:layers]
+    model: Any = AutoModelForCausalLM.from_config(config)
+    weights = whole.model.language_model.state_dict()
+    kept = {name: weights[name] for name in model.base_model.state_dict() if "embed_tokens" not in name}
+    model.base_model.load_state_dict(kept, strict=False)
+    pairs = ((model.get_input_embeddings().weight, whole.get_input_embeddings().weight),
+             (model.get_output_embeddings().weight, whole.get_output_embeddings().weight))  # fmt: skip
+    for new, old in pairs:
+        torch.nn.init.normal_(new, std=old.std().item())
+        for word, row in tokenizer.get_vocab().items():
+            pieces = known(word, add_special_tokens=False).input_ids
+            plural = len(pieces) == 2 and known.convert_ids_to_tokens(pieces[1]) in ("##s", "##es")
+            if word.isalpha() and (len(pieces) == 1 or plural) and pieces[0] != known.unk_token_id:
+                new[row] = old[pieces[0]] + (0.3 * old[pieces[1]] if plural else 0)
+        for word in THOUGHTS:
+            if word[1:-1] in tokenizer.get_vocab():
+                new[tokenizer.get_vocab()[word]] = new[tokenizer.get_vocab()[word[1:-1]]]
     return model
 
 
@@ -191,7 +214,7 @@ def encoded(
 
 
 @torch.no_grad()
-def answered(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, chats: Sequence[Chat]) -> list[bool]:
+def answered(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, chats: Sequence[Chat]) -> list[bool]:
     """Whether greedy decoding gives the last turn of each chat, every token of it."""
     ids, mask, labels = encoded(tokenizer, chats)
     predicted = model(input_ids=ids, attention_mask=mask).logits[:, :-1].argmax(-1)
@@ -199,21 +222,21 @@ def answered(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, chats: 
 
 
 def train(
-    output: Path, draw: Callable[[random.Random], Chat], steps: int, width: int = WIDTH, layers: int = LAYERS,
-    rows: int = ROWS, rate: float = RATE,
-) -> None:  # fmt: skip
+    output: Path, draw: Callable[[random.Random], Chat], steps: int, layers: int = LAYERS, rows: int = ROWS
+) -> None:
     """Train a chat model on its own answers in drawn chats, and save it with its tokenizer."""
     rng = random.Random("chat")
     torch.manual_seed(0)
     tokenizer = new_tokenizer([turn["content"] for chat in (draw(rng) for _ in range(2000)) for turn in chat])
-    model = new_model(tokenizer, width, layers)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+    model = new_model(tokenizer, layers)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
     start = time.time()
     for step in range(steps):
         ids, mask, labels = encoded(tokenizer, [draw(rng) for _ in range(rows)])
-        logits, target = model(input_ids=ids, attention_mask=mask).logits[:, :-1], labels[:, 1:]
-        loss = F.cross_entropy(logits[target != -100], target[target != -100])
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, target = model(input_ids=ids, attention_mask=mask).logits[:, :-1], labels[:, 1:]
+        loss = F.cross_entropy(logits[target != -100].float(), target[target != -100])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -248,7 +271,7 @@ def rules(path: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("build/chat"))
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=250)
     args = parser.parse_args()
     train(args.output, lesson, args.steps)
 

@@ -23,29 +23,15 @@ IMAGE_IDS = [token_id(IMAGE)] * VISUAL_TOKENS
 
 @dataclass
 class Sample:
-    """Token ids, which of them are targets, their positions, and the pool image each run of 64 `<image>` shows.
-
-    `branch`: tokens of branch 0 are seen by all; those of a branch k > 0 by itself only, as if it followed alone.
-    """
+    """Token ids, which of them are targets, their positions, and the pool image each run of 64 `<image>` shows."""
 
     ids: list[int] = field(default_factory=lambda: [token_id(BOS)])
     target: list[bool] = field(default_factory=lambda: [False])
     positions: list[int] = field(default_factory=lambda: [0])
-    branch: list[int] = field(default_factory=lambda: [0])
     images: list[tuple[int, int]] = field(default_factory=list)
 
-    def fork(self, number: int, at: int) -> None:
-        """What is added next belongs to branch `number`, which follows the position `at`."""
-        self.number, self.place = number, at
-
-    number: int = 0
-    place: int | None = None
-
     def add(self, tokens: list[int], target: bool = False) -> None:
-        start = (self.positions[-1] if self.place is None else self.place) + 1
-        if tokens:
-            self.place = None
-        self.branch += [self.number] * len(tokens)
+        start = self.positions[-1] + 1
         self.ids += tokens
         self.target += [target] * len(tokens)
         self.positions += range(start, start + len(tokens))
@@ -211,7 +197,6 @@ def naming(
     shown: str = "query",
     length: int = 0,
     gaps: bool = False,
-    queries: int = 1,
     telling: str = "full",
 ) -> Sample:
     """A naming episode.
@@ -221,32 +206,26 @@ def naming(
         shown: what is an image: `"none"`, `"query"`, `"demo"` (one, anywhere), or `"all"` (interleaved control only).
         length: tokens of a description in words, at least.
         gaps: leave gaps in the positions where images would stand.
-        queries: that many, each after the same demonstrations and none seen by another: a sequence each.
         telling: how scenes are put in words, see `tell`; names are bound to terse ones first, then to easy ones.
     """
     p = world.plan(rng, ways, 0, "train", demos=demos)
     sample = Sample()
-    told, asked = world.draw_wordings(rng, demos, queries, telling)
+    told, (wording,) = world.draw_wordings(rng, demos, 1, telling)
     ways_shown = [way for way, _ in p.demos]
     one = min(range(demos), key=lambda k: (ways_shown.count(ways_shown[k]), rng.random())) if shown == "demo" else -1
     named: set[int] = set()
     gap = rng.choice([VISUAL_TOKENS, VISUAL_TOKENS, rng.randint(10, 90)])
-    for k, ((way, index), wording) in enumerate(zip(p.demos, told, strict=True)):
+    for k, ((way, index), said) in enumerate(zip(p.demos, told, strict=True)):
         image = k == one or shown == "all"
         if gaps and not image:
             sample.skip(gap)
-        put(sample, rng, wording, Picture(p.concept_ids[way], index), image, rng.randint(length // 2, length), telling)
-        say(sample, wording, p.bindings[way], known=way in named)
+        put(sample, rng, said, Picture(p.concept_ids[way], index), image, rng.randint(length // 2, length), telling)
+        say(sample, said, p.bindings[way], known=way in named)
         named.add(way)
-    end = sample.positions[-1]
-    for number, wording in enumerate(asked):
-        way = p.query[0] if number == 0 else rng.randrange(ways)
-        if shown == "demo" and rng.random() < 0.5:
-            way = ways_shown[one]
-        picture = random_picture(rng, p.concept_ids[way])
-        sample.fork(number + 1 if queries > 1 else 0, end)
-        put(sample, rng, wording, picture, shown in ("query", "all"), rng.randint(length // 2, length), telling)
-        sample.add([*ids(wording.answer.format(p.bindings[way])), token_id(EOS)], target=True)
+    way = ways_shown[one] if shown == "demo" and rng.random() < 0.5 else p.query[0]
+    picture = random_picture(rng, p.concept_ids[way])
+    put(sample, rng, wording, picture, shown in ("query", "all"), rng.randint(length // 2, length), telling)
+    sample.add([*ids(wording.answer.format(p.bindings[way])), token_id(EOS)], target=True)
     return sample
 
 
@@ -260,18 +239,7 @@ class Batch:
     ids: torch.Tensor
     target: torch.Tensor
     positions: torch.Tensor
-    branch: torch.Tensor
     images: list[tuple[int, int]]
-
-    @property
-    def mask(self) -> torch.Tensor | None:
-        """Additive attention mask `(batch, 1, length, length)`; `None` where nothing branches: plainly causal."""
-        if not self.branch.any():
-            return None
-        branch = self.branch
-        seen = (branch.unsqueeze(1) == 0) | (branch.unsqueeze(1) == branch.unsqueeze(2))
-        seen &= torch.ones(branch.shape[1], branch.shape[1]).tril().bool()
-        return torch.zeros(seen.shape, dtype=torch.bfloat16).masked_fill_(~seen, -1e4).unsqueeze(1)
 
 
 def collate(samples: list[Sample]) -> Batch:
@@ -284,7 +252,6 @@ def collate(samples: list[Sample]) -> Batch:
         padded([s.ids for s in samples], 0),
         padded([list(map(int, s.target)) for s in samples], 0).bool(),
         padded([s.positions for s in samples], 0),
-        padded([s.branch for s in samples], 0),
         [image for s in samples for image in s.images],
     )
 

@@ -125,14 +125,26 @@ def task_of(episode: rules.Episode, span: str = "text") -> Task:
     return Task(demos, captions, Query((q.concept, q.index), "", q.question, q.answer), q.answer)
 
 
+def asked_of(seed: str, split: str) -> Task:
+    """A question about an attribute of one image, without demonstrations: for `zero_shot`."""
+    rng = random.Random(f"questions {seed}")
+    image = rng.randrange(len(world.concepts(split))), rng.randrange(world.IMAGES_PER_CONCEPT[split])
+    attribute = rng.choice(sorted(world.QUESTIONS))
+    answer = getattr(world.pool_scene(split, *image), attribute)
+    question = f"question {rng.choice(world.QUESTIONS[attribute])} answer"
+    return Task([], [], Query(image, "", question, answer), answer)
+
+
 def kept(answer: str, span: str) -> int | None:
     """What `Demo.kept` is where AIM reads this span of a demonstration."""
     return len(ids(answer)) if span == "answer" else None
 
 
 def tasks_of(cell: str, split: str, wording: str, seed: int, episodes: int, span: str = "text") -> list[Task]:
-    """The episodes of a cell: one of `CELLS`, or a task of tasks.py and a number of demonstrations."""
+    """The episodes of a cell: one of `CELLS`, `questions`, or a task of tasks.py and a number of demonstrations."""
     name, _, shots = cell.partition(" ")
+    if name == "questions":
+        return [asked_of(f"{seed}.{e}", split) for e in range(episodes)]
     if name in (*rules.TASKS, *rules.LOOKING):
         return [task_of(rules.episode(name, f"{seed}.{e}", split, int(shots)), span) for e in range(episodes)]
     return [task(f"{seed}.{e}", *CELLS[cell], split, wording, span) for e in range(episodes)]
@@ -193,11 +205,11 @@ class Bench:
 
     def __init__(
         self, split: str, load_in_4bit: bool = False, methods: tuple[str, ...] = METHODS, repo: Path = OUT,
-        depth: int | None = None,
+        depth: int | None = None, backbone: Path = OUT / "backbone",
     ) -> None:  # fmt: skip
         self.split = split
         self.span = json.loads((repo / "config.json").read_text())["read_span"]
-        self.backbone = load_backbone(load_in_4bit)
+        self.backbone = load_backbone(load_in_4bit, backbone)
         self.features = features(self.backbone, split)
         self.plugins = {m: load_plugin(m, self.backbone, repo, depth) for m in methods if m.startswith("aim")}
         self.interleaved = load_interleaved(load_in_4bit) if "full_interleaved" in methods else None
@@ -405,9 +417,11 @@ def main() -> None:
     )
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument(
-        "--cells", help=f"of {', '.join(CELLS)} (all by default); or a task of tasks.py and its demonstrations"
+        "--cells",
+        help=f"of {', '.join(CELLS)} (all by default), questions; or a task of tasks.py and a number",
     )
     parser.add_argument("--repo", type=Path, default=OUT, help="repository whose projector is `aim`")
+    parser.add_argument("--backbone", type=Path, default=OUT / "backbone", help="in place of the shipped one")
     parser.add_argument("--depth", type=int, help="of aim_untrained; by default two fifths of the layers")
     parser.add_argument("--load-in-4bit", action="store_true", help="bitsandbytes NF4 for the language model")
     parser.add_argument("--json", action="store_true")
@@ -417,7 +431,7 @@ def main() -> None:
     cells = args.cells.split(",") if args.cells else cells_of(args.split)
     wordings = list(world.EVALUATED) if args.wordings == "all" else args.wordings.split(",")
     report = evaluate(
-        Bench(args.split, args.load_in_4bit, tuple(methods), args.repo, args.depth),
+        Bench(args.split, args.load_in_4bit, tuple(methods), args.repo, args.depth, args.backbone),
         methods,
         cells,
         wordings,

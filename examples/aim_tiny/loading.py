@@ -46,9 +46,9 @@ def four_bit():
                               llm_int8_skip_modules=["lm_head", "vision_tower", "multi_modal_projector"])  # fmt: skip
 
 
-def load_backbone(load_in_4bit: bool = False) -> LlavaForConditionalGeneration:
+def load_backbone(load_in_4bit: bool = False, folder: Path = OUT / "backbone") -> LlavaForConditionalGeneration:
     options = {"quantization_config": four_bit()} if load_in_4bit else {}
-    return LlavaForConditionalGeneration.from_pretrained(OUT / "backbone", **options).eval()
+    return LlavaForConditionalGeneration.from_pretrained(folder, **options).eval()
 
 
 def load_interleaved(load_in_4bit: bool = False) -> LlavaForConditionalGeneration:

@@ -77,23 +77,11 @@ def command(kind: str, backbone: str, folder: Path) -> list[str]:
     return ["train", *words, "--set", "weight_decay=0.05", "--set", "disable_tqdm=true"]
 
 
-def backbone(folder: Path) -> str:
-    """The frozen backbone as a folder that `aim train` takes, with its processor."""
-    from backbone import load
-    from words import processor
-
-    path = folder / "backbone"
-    if not (path / "config.json").exists():
-        load("llava").save_pretrained(path)
-        processor().save_pretrained(path)
-    return str(path)
-
-
 def make(kind: str) -> None:
     """Train a projector, as far as that is not done."""
     if (BUILD / kind / "README.md").exists():  # it is written last
         return
-    words = command(kind, backbone(BUILD), BUILD)
+    words = command(kind, str(BUILD / "llava"), BUILD)
     print(f"aim {shlex.join(words)}", flush=True)
     subprocess.run([sys.executable, "-m", "modeling_aim", *words], check=True, cwd=ROOT)
 

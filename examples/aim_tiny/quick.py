@@ -2,7 +2,7 @@
 
     python examples/aim_tiny/quick.py        # compares it with transformers' own, in numbers and milliseconds
 
-It takes positions with gaps and any attention mask, stops at any layer, and spares what training does not need.
+It takes positions with gaps, stops at any layer, and spares what training does not need.
 """
 
 from __future__ import annotations
@@ -21,19 +21,18 @@ def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     return x * cos + torch.cat((-b, a), -1) * sin
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Causal attention, or attention under an additive `mask` `(batch, 1, length, length)`."""
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Causal attention; keys and values may have more tokens, which come before."""
     length, before = q.shape[2], k.shape[2] - q.shape[2]
-    if mask is None and length >= LONG and not before:
+    if length >= LONG and not before:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    if mask is None:
-        mask = torch.full((length, before + length), float("-inf"), dtype=q.dtype).triu(before + 1)
+    mask = torch.full((length, before + length), float("-inf"), dtype=q.dtype).triu(before + 1)
     scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)) + mask
     return torch.matmul(scores.softmax(-1), v)
 
 
 def run(
-    model, vectors: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None = None, layers: int | None = None,
+    model, vectors: torch.Tensor, positions: torch.Tensor, layers: int | None = None,
     kept: tuple[int, ...] = (), past: list | None = None, cache: list | None = None,
     places: torch.Tensor | None = None, entering: dict[int, torch.Tensor] | None = None,
 ):  # fmt: skip
@@ -43,7 +42,6 @@ def run(
         model: a `SmolLM3Model`.
         vectors: input embeddings `(batch, length, width)`.
         positions: `(batch, length)`; gaps are allowed.
-        mask: additive attention mask; causal when left out.
         layers: stop after so many decoder layers (no final norm then).
         kept: return a list with the outputs of these layers instead (0: the embeddings; -1: after the final norm).
         past: keys and values of each layer that come before `(batch, heads, length, size)`.
@@ -71,7 +69,7 @@ def run(
             cache.append((k, v))
         if past is not None:
             k, v = torch.cat((past[number - 1][0], k), 2), torch.cat((past[number - 1][1], v), 2)
-        mixed = attend(q, k, v, mask)
+        mixed = attend(q, k, v)
         x = x + att.o_proj(mixed.transpose(1, 2).reshape(batch, length, width))
         h = F.rms_norm(
             x, (width,), layer.post_attention_layernorm.weight, layer.post_attention_layernorm.variance_epsilon

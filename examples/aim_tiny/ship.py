@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from backbone import new_model
 from projector import MIX
-from projector import backbone as frozen
 from safetensors.torch import load_file, save_file
 from support import BUILD, CONTROLS, OUT, ROOT, write
 from transformers import LlavaForConditionalGeneration
@@ -45,7 +44,7 @@ def ship_aim(run: Path) -> None:
         run: output of the projector's run.
     """
     backbone = new_model()
-    backbone.load_state_dict(LlavaForConditionalGeneration.from_pretrained(frozen(BUILD)).state_dict())
+    backbone.load_state_dict(LlavaForConditionalGeneration.from_pretrained(BUILD / "llava").state_dict())
     backbone.generation_config.update(max_new_tokens=16, do_sample=False)
     form = json.loads((run / "config.json").read_text())
     options = {name: form[name] for name in FORM[:-1]}

@@ -104,6 +104,10 @@ def _stage_section(settings: BackboneSettings, stage: Stage, log: Mapping[str, A
         rows["learning rate"] += f", {stage.language_rate:g} (language model)"
         alpha = 2 * settings.lora_rank if settings.lora_alpha is None else settings.lora_alpha
         lora = f"LoRA of rank {settings.lora_rank}, alpha {alpha}, merged" if settings.lora_rank else "all weights"
+        if settings.optimizer == "muon":
+            rows["optimizer"] = "Muon for the matrices of the language model's layers, AdamW for all else"
+        if settings.stage2_format == "plain":
+            rows["format"] = "texts one after another, without the chat template"
         rows["language model"] = lora + (", 4-bit while it was trained" if settings.load_in_4bit else "")
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     title = TITLES[stage.number].capitalize()

@@ -188,6 +188,25 @@ class ChatWriter:
         front = self.image_token * (self.image_tokens * images)
         return Written(f"{front}{words}\n", ((len(front), len(front) + len(words) + 1),))
 
+    def plain(self, turns: Sequence[Turn]) -> Written:
+        """A conversation without the chat template: its texts one after another, a space between, EOS at the end.
+
+        Args:
+            turns: as for `conversation`; their texts hold every word that tells speakers apart.
+
+        Raises:
+            ValueError: the tokenizer has no EOS, so that no answer would end.
+        """
+        if not self.tokenizer.eos_token:
+            raise ValueError("The tokenizer has no eos_token, which ends a conversation in the plain format.")
+        text, spans = "", []
+        for asked, answer in turns:
+            text += asked.replace(self.image_token, self.image_token * self.image_tokens) + " " * bool(asked)
+            spans.append((len(text), len(text) + len(answer)))
+            text += f"{answer} "
+        end = text[:-1] + self.tokenizer.eos_token
+        return Written(end, (*spans[:-1], (spans[-1][0], len(end))))
+
     @lru_cache(maxsize=256)  # noqa: B019  one writer lives as long as its run
     def _rendered(self, layouts: tuple[str, ...], answers: tuple[str, ...]) -> str:
         """A conversation with slots for its texts; without the last answer it ends in the generation prompt."""

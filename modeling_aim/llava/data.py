@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jinja2 import TemplateError
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers.utils import logging
 
 from ..data.pairs import opened_pair
@@ -27,6 +28,7 @@ IMAGE = "<image>"  # in LLaVA's JSON, whatever the token of the tokenizer is cal
 LOOKED_AT = 1000  # examples whose images are looked for before a run
 MOST_MISSING = 0.1  # of these images
 NO_ANSWER = "conversation without an answer"
+CHARACTERS = 4  # of a token, about
 TOO_LONG = "longer than max_length before its answer"
 REFUSED = "conversation that the chat template refuses"
 OTHER_IMAGES = "conversation with other images than image tokens"
@@ -102,6 +104,22 @@ class Examples(Dataset):
             number -= length
         raise IndexError(number)
 
+    def lengths(self, image_tokens: int) -> np.ndarray:
+        """Tokens of each example, about.
+
+        Args:
+            image_tokens: of an image.
+        """
+        parts = [np.zeros(0)]
+        for part in self._parts:
+            if isinstance(part, LlavaConversations):
+                characters, images = part.sizes()
+                parts.append(characters / CHARACTERS + images * image_tokens)
+            else:
+                examples = map(_pair, part)
+                parts.append(np.array([_characters(e) / CHARACTERS + len(e.images) * image_tokens for e in examples]))
+        return np.concatenate(parts)
+
     def _check(self) -> None:
         """Look for answers and images of examples from the whole of the data, before any weights are loaded."""
         examples = [self[number] for number in range(0, len(self), max(1, len(self) // LOOKED_AT))]
@@ -139,6 +157,40 @@ def _pair(pair: Mapping[str, Any]) -> Example:
     return Example(images, ((question.strip(), str(words).strip()),))
 
 
+def _characters(example: Example) -> int:
+    return sum(len(asked) + len(answer) for asked, answer in example.turns)
+
+
+class ByLength(Sampler[int]):
+    """A random order in which the examples of each optimizer step are sorted, the longest first.
+
+    Forward passes of one step, and processes side by side, so get examples of about the same length and pad little;
+    which examples a step has stays as random. It is LLaVA's sampler, but for its split into examples with and without
+    images.
+
+    Args:
+        lengths: of the examples.
+        step: examples of an optimizer step, on all processes together.
+        seed: of the order.
+    """
+
+    def __init__(self, lengths: np.ndarray, step: int, seed: int) -> None:
+        self.sizes, self.step, self.seed, self.epoch = lengths, step, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """The pass over the data that comes next; each has an order of its own."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.sizes))
+        for begin in range(0, len(order), self.step):
+            some = order[begin : begin + self.step]
+            yield from some[np.argsort(-self.sizes[some], kind="stable")].tolist()
+
+
 class Collator:
     """Makes batches of examples: tokens, labels, pixels; an example that cannot be used is left out and counted.
 
@@ -147,11 +199,14 @@ class Collator:
         image_processor: of the backbone.
         captions: take the first answer as a caption, without its question, as stage 1 does.
         max_length: tokens of an example.
+        plain: write conversations without the chat template, see `ChatWriter.plain`.
     """
 
-    def __init__(self, writer: ChatWriter, image_processor: Any, captions: bool, max_length: int) -> None:
+    def __init__(
+        self, writer: ChatWriter, image_processor: Any, captions: bool, max_length: int, plain: bool = False
+    ) -> None:
         self.writer, self.image_processor = writer, image_processor
-        self.captions, self.max_length = captions, max_length
+        self.captions, self.max_length, self.plain = captions, max_length, plain
 
     def written(self, example: Example) -> Written:
         """An example in words.
@@ -162,7 +217,8 @@ class Collator:
         if self.captions:
             return self.writer.caption(len(example.images), example.turns[0][1])
         token = self.writer.image_token
-        return self.writer.conversation([(asked.replace(IMAGE, token), answer) for asked, answer in example.turns])
+        turns = [(asked.replace(IMAGE, token), answer) for asked, answer in example.turns]
+        return self.writer.plain(turns) if self.plain else self.writer.conversation(turns)
 
     def _encoded(self, example: Example, skipped: Counter[str]) -> tuple[list[int], list[int], tuple[Any, ...]] | None:
         """Tokens, labels and opened images; `None` for what cannot be used."""

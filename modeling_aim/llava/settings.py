@@ -8,13 +8,12 @@ from typing import Any
 
 from ..bounds import check_least
 from ..runs import PRECISIONS
+from ..training.optimizer import OPTIMIZERS
 from ..training.settings import check_arguments
 
 CONNECTOR_RATE = 1e-3  # of stage 1, LLaVA-1.5
-FULL_RATE, LORA_RATE = (
-    2e-5,
-    2e-4,
-)  # of the language model in stage 2, by LLaVA's two scripts; the connector has the first
+FULL_RATE, LORA_RATE = 2e-5, 2e-4  # of the language model in stage 2, by LLaVA's two scripts; the connector: the first
+FORMATS = ("chat", "plain")
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,10 @@ class BackboneSettings:
         stage1_learning_rate: peak of the learning rate of stage 1.
         stage2_learning_rate: peak of the language model's learning rate in stage 2; by default 2e-5, with LoRA 2e-4.
             The connector's is 2e-5 or the given one.
+        stage2_format: how conversations are written: chat (by the chat template) or plain (their texts one after
+            another, for data that holds the words of its own form; EOS ends a conversation).
+        optimizer: adamw (for which `arguments` may name another `optim`) or muon (in stage 2, for the matrices of the
+            language model's layers; AdamW, at a third of the rate, for all else).
         batch_size: captions or conversations of one process in one forward pass.
         warmup: share of the steps after which the peak is reached.
         max_length: tokens of a caption or conversation with its image; what is longer is cut.
@@ -84,6 +87,8 @@ class BackboneSettings:
     stage2_batch_size: int = 128
     stage1_learning_rate: float = CONNECTOR_RATE
     stage2_learning_rate: float | None = None
+    stage2_format: str = "chat"
+    optimizer: str = "adamw"
     batch_size: int = 8
     warmup: float = 0.03
     max_length: int = 2048
@@ -102,8 +107,10 @@ class BackboneSettings:
             object.__setattr__(self, name, tuple(str(spec) for spec in specs))
         for name in ("vision_tower", "language_model", "output"):
             object.__setattr__(self, name, str(getattr(self, name)))
-        if self.dtype not in PRECISIONS:
-            raise ValueError(f"dtype={self.dtype!r} is unknown; choose one of {tuple(PRECISIONS)}.")
+        choices = {"dtype": tuple(PRECISIONS), "stage2_format": FORMATS, "optimizer": OPTIMIZERS}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {known}.")
         counts = ("stage1_batch_size", "stage2_batch_size", "batch_size", "save_every", "log_every", "max_length")
         check_least(self, 1, *counts, "stage1_steps", "stage2_steps")
         check_least(self, 0, "lora_rank")
@@ -113,6 +120,12 @@ class BackboneSettings:
                 raise ValueError(f"{name}={value}: expected more than 0.")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup={self.warmup}: expected a share of the steps, from 0 to less than 1.")
+        if self.optimizer == "muon" and "optim" in self.arguments:
+            raise ValueError(f"optim={self.arguments['optim']!r} is for optimizer='adamw' (--optimizer adamw).")
+        if self.optimizer == "muon" and self.stage2 and self.stage2_learning_rate is None:
+            raise ValueError(
+                "optimizer='muon': LLaVA's rate is AdamW's; give stage 2 another (--stage2-learning-rate)."
+            )
         if self.load_in_4bit and not self.lora_rank:
             raise ValueError(
                 "load_in_4bit (--load-in-4bit) is for LoRA: 4-bit weights are not trained. Give lora_rank too "

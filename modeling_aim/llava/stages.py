@@ -9,20 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.utils import logging
 
+from ..backbone_aim import decoder_layers
 from ..files_aim import read_safetensors, write_whole
 from ..progress import write_line
 from ..runs import PRECISIONS
 from ..training.checkpoints import last_checkpoint
+from ..training.optimizer import OTHERS, MuonAndAdamW
 from ..training.pace import LogLines
 from ..training.settings import shared_arguments
 from ..training.trainer import NotFinite
-from .data import Collator, Examples
+from .data import ByLength, Collator, Examples
 from .parts import Joined
 from .settings import FULL_RATE, LORA_RATE, BackboneSettings
 
@@ -76,9 +79,10 @@ def stages_of(settings: BackboneSettings) -> list[Stage]:
         1, settings.stage1, settings.stage1_steps, settings.stage1_epochs, settings.stage1_batch_size,
         settings.stage1_learning_rate, None,
     )  # fmt: skip
+    connector_rate = (rate or FULL_RATE) * (OTHERS if settings.optimizer == "muon" else 1)
     second = Stage(
         2, settings.stage2, settings.stage2_steps, settings.stage2_epochs, settings.stage2_batch_size,
-        rate or FULL_RATE, rate or (LORA_RATE if settings.lora_rank else FULL_RATE),
+        connector_rate, rate or (LORA_RATE if settings.lora_rank else FULL_RATE),
     )  # fmt: skip
     return [stage for stage in (first, second) if stage.specs]
 
@@ -90,21 +94,37 @@ class StageTrainer(Trainer):
         connector: has a learning rate of its own.
         connector_rate: its peak.
         frozen: modules that are never in training mode.
+        layers: decoder layers whose matrices Muon trains; `None` for AdamW alone.
+        lengths: tokens of each example, about.
         **kwargs: as for `Trainer`.
 
     Raises:
         NotFinite: in training, a loss that is not a finite number; checkpoints on disk are not touched.
     """
 
-    def __init__(self, *, connector: nn.Module, connector_rate: float, frozen: list[nn.Module], **kwargs: Any) -> None:
+    def __init__(
+        self, *, connector: nn.Module, connector_rate: float, frozen: list[nn.Module], layers: nn.Module | None,
+        lengths: np.ndarray, **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(**kwargs)
+        if layers is not None and self.is_deepspeed_enabled:
+            raise ValueError(
+                "DeepSpeed cuts weights into flat pieces, and Muon needs matrices: use --optimizer adamw."
+            )
         self.connector, self.connector_rate, self.frozen = connector, connector_rate, frozen
+        self.layers, self.lengths = layers, lengths
         self.skipped: Counter[str] = Counter()
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
-        """AdamW, or what `args.optim` names, with two learning rates."""
+        """AdamW, or what `args.optim` names, with two learning rates; or Muon with AdamW."""
+        model: Any = self.model
+        if self.optimizer is None and self.layers is not None:
+            inner = [weight for weight in self.layers.parameters() if weight.requires_grad]
+            ours = {id(weight) for weight in inner}
+            outer = [w for w in model.parameters() if w.requires_grad and id(w) not in ours]
+            rate, decay = self.args.learning_rate, self.args.weight_decay
+            self.optimizer = MuonAndAdamW(inner, rate, decay, others=outer)
         if self.optimizer is None:
-            model: Any = self.model
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             own = {id(weight) for weight in self.connector.parameters()}
             trained = [weight for weight in model.parameters() if weight.requires_grad]
@@ -114,6 +134,12 @@ class StageTrainer(Trainer):
             ]
             self.optimizer = kind([group for group in groups if group["params"]], **options)
         return self.optimizer
+
+    def _get_train_sampler(self, *args: Any) -> torch.utils.data.Sampler[int] | None:
+        if getattr(self.args, "train_sampling_strategy", "random") != "random":
+            return super()._get_train_sampler(*args)
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return ByLength(self.lengths, step, self.args.seed)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -234,8 +260,10 @@ def run_stage(joined: Joined, stage: Stage, examples: Examples, settings: Backbo
     folder = stage.folder(Path(settings.output))
     model = prepare(joined, stage, settings)
     collator = Collator(
-        joined.writer, joined.processor.image_processor, stage.language_rate is None, settings.max_length
-    )
+        joined.writer, joined.processor.image_processor, stage.language_rate is None, settings.max_length,
+        settings.stage2_format == "plain",
+    )  # fmt: skip
+    muon = settings.optimizer == "muon" and stage.language_rate is not None
     frozen: list[nn.Module] = [joined.vision_tower]
     if stage.language_rate is None:
         frozen += [joined.language_model]
@@ -247,6 +275,8 @@ def run_stage(joined: Joined, stage: Stage, examples: Examples, settings: Backbo
         connector=joined.connector,
         connector_rate=stage.connector_rate,
         frozen=frozen,
+        layers=decoder_layers(joined.model) if muon else None,
+        lengths=examples.lengths(joined.writer.image_tokens),
     )
     if trainer.args.disable_tqdm:
         trainer.remove_callback(PrinterCallback)

@@ -66,6 +66,7 @@ class LlavaConversations(Source):
         self.folder = self.path.parent if images is None else existing(images)
         self._left_out: Counter[str] = Counter()
         offsets, digests = array("q"), array("Q")  # of a conversation: its first byte and the one after its last
+        images_of = array("H")  # of a conversation: its images
         records, numbers, words = array("i"), array("H"), array("i")  # of a pair
         for record, begin, end in json_entries(self.path):
             pairs = list(self._pairs(record, self._left_out))
@@ -78,8 +79,11 @@ class LlavaConversations(Source):
             words.extend(len(pair.get("question", "")) + len(pair[_said(pair)]) for pair in pairs)
             offsets.extend((begin, end))
             digests.append(int.from_bytes(digest[:8], "big"))
+            image = record.get("image")
+            images_of.append(len(image) if isinstance(image, list) else bool(image))
         self._offsets, self._digests = np.array(offsets).reshape(-1, 2), np.array(digests)
         self._records, self._numbers, self._words = np.array(records), np.array(numbers), np.array(words)
+        self._images = np.array(images_of)
 
     def pairs_of(self, record: int) -> list[dict[str, Any]]:
         """The pairs of a conversation, by its number."""
@@ -89,6 +93,10 @@ class LlavaConversations(Source):
     def conversations(self) -> int:
         """How many conversations the file has that can be used."""
         return len(self._digests)
+
+    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Characters and images of each conversation."""
+        return np.bincount(self._records, self._words, len(self._digests)), self._images
 
     def conversation(self, number: int) -> tuple[Any, list[tuple[str, str]]]:
         """A conversation as the file has it.

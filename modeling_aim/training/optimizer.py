@@ -36,6 +36,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         lr: peak rate of Muon.
         weight_decay: of the matrices.
         betas: of AdamW.
+        others: are trained too, by AdamW whatever their shape: embeddings, an LM head.
 
     Raises:
         ValueError: there is no matrix.
@@ -47,10 +48,11 @@ class MuonAndAdamW(torch.optim.Optimizer):
         lr: float,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.98),
+        others: Iterable[torch.nn.Parameter] = (),
     ) -> None:
         weights = list(weights)
         matrices = [weight for weight in weights if weight.ndim == 2]
-        others = [weight for weight in weights if weight.ndim != 2]
+        others = [*(weight for weight in weights if weight.ndim != 2), *others]
         if not matrices:
             raise ValueError(
                 "Muon is for matrices, and none is trained (FSDP 1 flattens them; FSDP 2 does not): use adamw."

@@ -1,19 +1,20 @@
-"""aim-tiny's two LLaVA stages by `aim backbone`: tower and language model as folders, its corpus as LLaVA's JSON.
+"""LLaVA's two stages of aim-tiny by `aim backbone`: tower and language model as folders, the corpus as LLaVA's JSON.
 
-    python examples/aim_tiny/parts.py                         # after the stages vision and llm of build.py
-    python examples/aim_tiny/parts.py --shipped --batches 20 --folder build/short  # on the shipped parts
-    python examples/aim_tiny/parts.py --adopt                 # the result becomes the backbone of the later stages
+    python examples/aim_tiny/llava.py             # after the stages vision and llm of build.py; rerun it to resume
+    python examples/aim_tiny/llava.py --shipped --align 2 --batches 20 --folder build/short    # on the shipped parts
 
-Samples become conversations whose words and targets are those of `backbone.py llava`, token for token: a chat template
-without words of its own puts the turns behind one another. Three things have no place in LLaVA's JSON: gaps in the
-positions, several queries behind the same demonstrations, and Muon. docs/LOG.md says what is known of the difference.
+The words of a conversation hold its form, so it is written without the chat template (`--stage2-format plain`).
+`command` has the recipe; the result is a stock LLaVA with its processor in build/aim-tiny/llava.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from itertools import groupby
@@ -22,18 +23,18 @@ from typing import Any
 
 import torch
 import world
-from backbone import ALIGN_STEPS, LLAVA_STEPS, TOKENS
 from corpus import Sample, asking, describing, naming
-from support import BUILD, ROOT, progress, ranks, write
+from support import BUILD, ROOT, progress, write
 from transformers import AutoConfig, AutoModelForCausalLM, LlavaForConditionalGeneration, PreTrainedModel
 from words import EOS, IMAGE, VISUAL_TOKENS, new_model, processor, token_id, tokenizer
 
-sys.path.insert(0, str(ROOT))
-from modeling_aim.llava import BackboneSettings, build_backbone
-
-BARE = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"  # its words are in the corpus
-RATES = 3e-3, 1.5e-3  # of stage 1 and 2, AdamW
-CONVERSATIONS = 24  # of one step of stage 2
+ALIGN_BATCHES, CONVERSATION_BATCHES, TOKENS = 100, 600, 6400  # of stage 1; of stage 2, with so many tokens
+RECIPE = {
+    "stage1-batch-size": 64, "stage1-learning-rate": 3e-3, "stage2-batch-size": 32, "stage2-learning-rate": 4e-3,
+    "stage2-format": "plain", "optimizer": "muon", "batch-size": 8, "warmup": 0.05, "vision-feature-layer": -1,
+    "max-length": 4096, "dtype": "float32", "save-every": 50, "log-every": 10,
+}  # fmt: skip
+ARGUMENTS = {"weight_decay": 0.05, "adam_beta2": 0.98, "bf16": "true", "disable_tqdm": "true"}
 
 
 def parts(folder: Path, shipped: bool) -> tuple[str, str]:
@@ -57,10 +58,7 @@ def parts(folder: Path, shipped: bool) -> tuple[str, str]:
     model.base_model.load_state_dict(whole.model.language_model.state_dict())
     model.get_output_embeddings().load_state_dict(whole.lm_head.state_dict())
     model.save_pretrained(language)
-    words = tokenizer()
-    words.chat_template, own = BARE, words.chat_template
-    words.save_pretrained(language)
-    words.chat_template = own
+    tokenizer().save_pretrained(language)
     return str(tower), str(language)
 
 
@@ -99,19 +97,21 @@ def captions(rng: random.Random) -> Iterator[Sample]:
 
 
 def conversations(rng: random.Random) -> Iterator[Sample]:
-    """A batch of stage 2 as `llava_batch` of backbone.py mixes it, with one query an episode."""
+    """A batch of stage 2: captions, questions, episodes in words, and episodes in which the query or one demonstration
+    is an image; one in four of the latter with descriptions as long as an image, for long prompts."""
     kind = rng.random()
     demos = rng.randint(3, 32)
     most = 32 if kind < 0.3 or rng.random() < 0.3 else 12
     shown = "none" if kind < 0.3 else "query" if kind < 0.55 or rng.random() < 0.6 else "demo"
     telling = rng.choice(["terse", "easy"]) if 0.3 <= kind < 0.55 else "full"
     demos = demos if telling != "full" else rng.randint(2, most)
+    length = rng.choice([45, 60, 75]) if telling == "full" and rng.random() < 0.25 else 0
     tokens = 0
     while tokens < TOKENS:
         if kind < 0.2:
             sample = (describing if kind < 0.08 else asking)(rng, True)
         else:
-            sample = naming(rng, min(demos, rng.randint(2, 8)), demos, shown, telling=telling)
+            sample = naming(rng, min(demos, rng.randint(2, 8)), demos, shown, length, telling=telling)
         tokens += len(sample.ids)
         yield sample
 
@@ -133,38 +133,36 @@ def data(folder: Path, name: str, make: Callable[[random.Random], Iterator[Sampl
     return f"llava:{path},images={images}"
 
 
-def build(folder: Path, shipped: bool, align: int, batches: int) -> Path:
-    """Both stages; the folder of the backbone.
+def command(folder: Path, output: Path, shipped: bool, align: int, batches: int) -> list[str]:
+    """The arguments of `aim backbone`; parts and data are written where they are not there yet.
 
     Args:
-        folder: where parts, data and backbone go.
+        folder: where parts and data go.
+        output: where the backbone goes.
         shipped: as for `parts`.
         align, batches: batches of stage 1 and 2.
     """
     tower, language = parts(folder / "parts", shipped)
-    settings = BackboneSettings(
-        vision_tower=tower, language_model=language, output=str(folder / "llava"),
-        stage1=(data(folder, "captions", captions, align),),
-        stage2=(data(folder, "conversations", conversations, batches),),
-        stage1_batch_size=64, stage2_batch_size=CONVERSATIONS, batch_size=CONVERSATIONS,
-        stage1_learning_rate=RATES[0], stage2_learning_rate=RATES[1], vision_feature_layer=-1, max_length=4096,
-        dtype="float32", arguments={"bf16": True}, log_every=5,
-    )  # fmt: skip
-    return build_backbone(settings)
+    words = ["backbone", "--vision-tower", tower, "--language-model", language, "--output", str(output)]
+    words += ["--stage1", data(folder, "captions", captions, align)]
+    words += ["--stage2", data(folder, "conversations", conversations, batches)]
+    words += [word for name, value in RECIPE.items() for word in (f"--{name}", str(value))]
+    return [*words, *(word for name, value in ARGUMENTS.items() for word in ("--set", f"{name}={value}"))]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shipped", action="store_true", help="take the parts of hub_configs/aim-tiny")
-    parser.add_argument("--align", type=int, default=ALIGN_STEPS, help="batches of stage 1")
-    parser.add_argument("--batches", type=int, default=LLAVA_STEPS, help="batches of stage 2")
-    parser.add_argument("--folder", type=Path, default=BUILD / "parts", help="where all of it goes")
-    parser.add_argument("--adopt", action="store_true", help="write build/aim-tiny/llava.pt, for the later stages")
+    parser.add_argument("--align", type=int, default=ALIGN_BATCHES, help="batches of stage 1")
+    parser.add_argument("--batches", type=int, default=CONVERSATION_BATCHES, help="batches of stage 2")
+    parser.add_argument("--folder", type=Path, default=BUILD, help="where all of it goes")
+    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="that train together")
     args = parser.parse_args()
-    output = build(args.folder, args.shipped, min(args.align, args.batches), args.batches)
-    if args.adopt and ranks()[0] == 0:
-        model = LlavaForConditionalGeneration.from_pretrained(output)
-        write(BUILD / "llava.pt", lambda path: torch.save(model.state_dict(), path))
+    words = command(args.folder / "stages", args.folder / "llava", args.shipped, args.align, args.batches)
+    print(f"aim {shlex.join(words)}", flush=True)
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(args.processes)] if args.processes > 1 else []
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    subprocess.run([sys.executable, *launch, "-m", "modeling_aim", *words], check=True, cwd=ROOT, env=environment)
 
 
 if __name__ == "__main__":
