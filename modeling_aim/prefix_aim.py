@@ -191,7 +191,10 @@ def check_continued(inputs: Mapping[str, Any], whole_prompt: bool) -> None:
         whole_prompt: the ids are those of the whole prompt, as for `generate`, and not of the next tokens alone.
     """
     cache, ids, mask = (inputs.get(name) for name in ("past_key_values", "input_ids", "attention_mask"))
-    held = cache.get_seq_length() if cache is not None and getattr(cache, "holds_fused_tokens", False) else 0
+    held = 0
+    if cache is not None and getattr(cache, "holds_fused_tokens", False):
+        held = int(cache.get_seq_length())
+        cache.holds_fused_tokens = held > 0  # it may have been reset
     if held and whole_prompt:
         raise ValueError(
             "past_key_values are of an answer from demonstrations and hold their fused tokens, which the prompt does "

@@ -14,9 +14,10 @@ from PIL import Image
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
 from .configuration_aim import usable
-from .demonstrations_aim import Demos, Selection, parse_demos, with_selection
+from .demonstrations_aim import Demos, Selection, parse_demos
 from .encoding_aim import SENTINEL, TOKENIZING, EncodingMixin, split_few_shot_chat
 from .families_aim import family_of_processor
+from .features_aim import with_selection
 from .files_aim import check_place, copy_shipped_files, staged_folder
 from .images_aim import ImageRules, opened_chat, opened_images, opened_media
 
@@ -323,7 +324,8 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
                 chats = [getattr(chat, "messages", chat) for chat in conversation] if batched else [conversation]
                 chats = [opened_chat(chat, self.image_rules) for chat in chats]
                 conversation = chats if batched else chats[0]
-            return self.processor.apply_chat_template(conversation, *args, **kwargs)
+            with TOKENIZING:
+                return self.processor.apply_chat_template(conversation, *args, **kwargs)
         batched = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "content")
         chats = [getattr(chat, "messages", chat) for chat in conversation] if batched else [conversation]
         chat_demos = []
@@ -331,7 +333,8 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
             split = [split_few_shot_chat(chat, self.image_rules) for chat in chats]
             chat_demos, chats = [s[0] for s in split], [s[1] for s in split]
         chats = [opened_chat(chat, self.image_rules) for chat in chats]
-        inputs = self.processor.apply_chat_template(chats if batched else chats[0], *args, **kwargs)
+        with TOKENIZING:
+            inputs = self.processor.apply_chat_template(chats if batched else chats[0], *args, **kwargs)
         if demos is not None:
             inputs["demos"] = parse_demos(demos, self.image_rules)
         if few_shot:  # also when empty: a pipeline batches only chats with the same keys

@@ -244,7 +244,12 @@ def test_shots_ask_for_a_bank(llava: Plugin, bank: DemonstrationBank) -> None:
     for call, message in (
         (lambda: llava.answer(inputs, llava.model.read(DEMOS), shots=2), "choose from a DemonstrationBank"),
         (lambda: llava.answer(inputs, None, shots=2), "choose from a DemonstrationBank"),
-        (lambda: llava.answer(inputs, bank, shots=20, select="image"), "k=20 demonstrations were asked"),
+        (lambda: llava.answer(inputs, bank, shots=20, select="image"), "shots=20 demonstrations were asked"),
+        (
+            lambda: llava.answer(inputs, bank[:3], select="random"),
+            r"shots=8 \(the default of a strategy\) demonstrations were asked of a bank that has 3",
+        ),
+        (lambda: llava.answer(inputs, bank[:0], shots=2), "a DemonstrationBank that is empty"),
         (lambda: llava.answer(inputs, bank, select="nearest"), "by='nearest'"),
         (
             lambda: llava.answer(inputs, bank, select={"by": "image", "k": 2}),
