@@ -41,6 +41,9 @@ class Demonstration:
         text: a caption or statement, or the answer where there is a question.
         question: the question that `text` answers; `None` for a caption.
         is_label: `text` is a bare name ("dax"), which is read in the processor's label template ("This is dax.").
+
+    Raises:
+        ValueError: the images are no tuple of RGB images, or the text or a given question is no string with words.
     """
 
     aim_kind: ClassVar[str] = "demonstration"
@@ -79,7 +82,7 @@ class Demonstration:
 
         Raises:
             ValueError: the example has no text or has unknown keys, its words are not valid Unicode, or an image
-                is `None` or cannot be read.
+                is `None`, cannot be read or is larger than `rules` allow.
         """
         name = "A demonstration" if number is None else f"Demonstration {number}"
         # the same class may be loaded from another repository's code
@@ -141,7 +144,11 @@ class Demonstration:
 
 
 class ReadDemonstrations(Protocol):
-    """Demonstrations that were read: fused ones, a prefix, a bank or a choice from one; `kind_of` has which."""
+    """Demonstrations that were read: fused ones, a prefix, a bank or a choice from one; `kind_of` has which.
+
+    A choice is a bank with `shots` and `select` bound to it (`with_selection`); what it holds is selected for each
+    query, once the queries are known.
+    """
 
     aim_kind: ClassVar[str]
 
@@ -188,6 +195,7 @@ def _has_words(value: object) -> bool:
 def kind_of(value: object) -> str | None:
     """What `value` is in `demos`: `"demonstration"`, `"fused"`, `"bank"`, `"choice"`, `"prefix"`, or `None`.
 
+    `None` is anything else; of a part that `parse_demos` has checked it means a tuple of raw demonstrations.
     Classes have it as an attribute (`aim_kind`), since a class loaded as remote code is not the installed one.
     """
     kind = getattr(type(value), "aim_kind", None)
@@ -206,7 +214,7 @@ def parse_demos(demos: Demos, rules: ImageRules | None = None) -> Part | list[Pa
 
     Returns:
         One part for all rows of a batch, or a list with a part (or `None`) for each row. A part is a tuple of
-        `Demonstration`s, fused demonstrations, a bank or a prefix. `None` where there are no demonstrations.
+        `Demonstration`s, fused demonstrations, a bank, a choice or a prefix. `None` where there are no demonstrations.
 
     Raises:
         ValueError: `demos` holds something else, or a demonstration is malformed.

@@ -62,7 +62,7 @@ class FeaturesMixin:
             each kind.
         """
         demos = [Demonstration.of(demo, self.image_rules) for demo in demos]
-        read = sorted(self._read_batches(demos, images=features), key=lambda row: row[0])
+        read = sorted(self._read_batches(demos, with_image_features=features), key=lambda row: row[0])
         states = [row[1] for row in read]
         fused = [self.project(part) for part in states]
         by_kind: dict[str, torch.Tensor] = {}

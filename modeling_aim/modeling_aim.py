@@ -119,8 +119,8 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
                 tokens (1024 on a CPU) with little padding.
 
         Returns:
-            An immutable value with one fused token for each text token of each demonstration (at most
-            `config.max_fused_tokens` a demonstration).
+            An immutable value with one fused token for each text token of each demonstration, or of its answer alone
+            for `config.read_span="answer"`; at most `config.max_fused_tokens` a demonstration.
 
         Raises:
             ValueError: a demonstration is malformed, is longer than the backbone can read, or was read by another
@@ -129,15 +129,9 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         parsed = parse_demos(demos, self.image_rules)
         if isinstance(parsed, list):
             raise ValueError(f"read takes one list of demonstrations; got one for each of {len(parsed)} rows.")
-        part: Any = parsed
-        if kind_of(part) == "bank":
-            self._check_bank(part)
-        if kind_of(part) in ("bank", "choice", "prefix"):
-            part = part.fused
-        if kind_of(part) == "fused":
-            check_source(part.source, self.source)
-            return part
-        raw: list[Demonstration] = list(part or ())
+        if parsed is not None and kind_of(parsed) is not None:
+            return self._fused_of(parsed)
+        raw: list[Demonstration] = list(parsed or ())
         texts = tuple(self.processor.apply_template(demo)[0] for demo in raw)
         return replace(self._read_and_project(raw, batch_size, use_cache=False), texts=texts, source=self.source)
 
@@ -155,10 +149,10 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         self,
         demos: Sequence[Demonstration],
         batch_size: int | None = None,
-        images: bool = False,
+        with_image_features: bool = False,
         layers: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
-        """Yield the index, hidden states and (with `images`) image features of each demonstration, in reading order.
+        """Yield the index, hidden states and, where asked for, image features of each demonstration, in reading order.
 
         `layers` replaces `config.read_layers`.
         """
@@ -167,16 +161,16 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         max_tokens = CPU_PASS_TOKENS if self.device.type == "cpu" else PASS_TOKENS
         if family_of(self.backbone.config.model_type).read_alone:
             batch_size = 1
-        for rows, alike in reading_batches(demos, lengths, batch_size, max_tokens):
+        for rows, may_repeat_images in reading_batches(demos, lengths, batch_size, max_tokens):
             inputs, kept_mask = self.processor.encode_demonstrations([demos[i] for i in rows], self.config.read_span)
             self._check_length(inputs["input_ids"].shape[1], [demos[i].text for i in rows])
             inputs = inputs.to(self.device, self.dtype)
             seen: Any = [None] * len(rows)
             with injected(None):  # no fused tokens in a reading pass, even inside a generate call
-                if images:
-                    hidden, seen = read_with_images(self.backbone, inputs, layers, alike)
+                if with_image_features:
+                    hidden, seen = read_with_images(self.backbone, inputs, layers, may_repeat_images)
                 else:
-                    hidden = read_hidden_states(self.backbone, inputs, layers, alike)
+                    hidden = read_hidden_states(self.backbone, inputs, layers, may_repeat_images)
             for i, row, mask, image in zip(rows, hidden, kept_mask.to(hidden.device), seen, strict=True):
                 yield i, self._within_budget(row[mask]), image
 
@@ -261,7 +255,7 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         query attends to; above it, the states have seen the demonstrations' images.
 
         Args:
-            inputs: `input_ids` of the queries `(batch, length)`, when not given by name.
+            inputs: `input_ids` of the queries `(batch, length)`, where they are not given by name.
             generation_config: as for the backbone; `max_length` and `min_length` count no fused tokens.
             demos: demonstrations for all rows or for each row; see the class. Raw ones that were given before are not
                 read again while `read_cache` has them.
@@ -277,8 +271,9 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
             tokens; hidden states, attentions and KV, where requested, include their positions.
 
         Raises:
-            ValueError: bad demonstrations, demonstrations for another number of rows, or a prompt with fused tokens
-                that is longer than the backbone's positions.
+            ValueError: bad demonstrations, demonstrations for another number of rows or of another model, ids that are
+                given twice or in another form, or a prompt with fused tokens that is longer than the backbone's
+                positions.
         """
         input_ids = kwargs.pop("input_ids", None)
         if inputs is not None and input_ids is not None:
@@ -288,7 +283,7 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
             kwargs["generation_config"] = generation_config
         call_inputs = {**kwargs, "input_ids": input_ids}
         rows = self._parts(call_inputs, demos, chat_demos, shots, select)
-        if input_ids is not None and kwargs.get("past_key_values") is None:
+        if input_ids is not None and kwargs.get("past_key_values") is None:  # else the mask counts their tokens too
             check_mask(call_inputs)
         if not any(rows):
             if input_ids is not None:
@@ -388,8 +383,8 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
             A value that `generate` takes as `demos`.
 
         Raises:
-            ValueError: there is a list for each row, or the demonstrations alone are longer than the backbone's
-                positions.
+            ValueError: there is a list for each row, a demonstration is malformed or was read by another model, fused
+                tokens are not finite, or the demonstrations alone are longer than the backbone's positions.
         """
         self._check_count(demos, 1)
         parsed = parse_demos(demos, self.image_rules)

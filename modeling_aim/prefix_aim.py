@@ -68,7 +68,7 @@ def prefix_kv(model: Any, prefix: FusedPrefix, bos: Sequence[int]) -> Any:
         for name, value in inputs.items():
             if is_per_token(name, value, (1, length)):
                 inputs[name] = ids if name == "input_ids" else value[:, -1:].expand(1, ids.shape[1], *value.shape[2:])
-        prompt = model._widened(inputs, [prefix.fused], prefix_first=True)
+        prompt = model._unchecked_prompt(inputs, [prefix.fused], prefix_first=True)
         width, prompt.width = prompt.width, len(bos) + prefix.num_tokens  # keep BOS and the fused tokens
         for name, value in prompt.inputs.items():
             if is_per_token(name, value, (1, width)):

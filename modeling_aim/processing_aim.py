@@ -160,11 +160,11 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
             **kwargs: as for the backbone's processor.
 
         Returns:
-            The backbone's inputs, and `demos` where given.
+            The backbone's inputs, and `demos` where given, parsed: `None` for an empty list.
 
         Raises:
-            ValueError: the number of image placeholders in the prompt is not the number of images, or `shots` or
-                `select` come with demonstrations that are no bank.
+            ValueError: the number of image placeholders in the prompt is not the number of images, a demonstration is
+                malformed, or `shots` or `select` come with demonstrations that are no bank.
         """
         self._check_placeholders(images, text)
         demos = with_selection(demos, shots, select)
@@ -304,7 +304,8 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
         With `tokenize=True, return_dict=True`, and unless `few_shot_chats=False` is given or set, a chat whose last
         user turn has an image of its own, and whose earlier turns are all pairs (user with image, assistant), is
         split: the pairs are returned as `chat_demos`, and only the system turn and the last turn are rendered.
-        Any other chat stays as it is (`chat_demos` is empty): a last turn without an image is about an earlier image.
+        Any other chat stays as it is (`chat_demos` is empty): a last turn without an image is about an earlier image,
+        and a demonstration would lose what an earlier turn has besides words and images (a video, tool calls).
 
         Args:
             conversation: a chat, or a list of chats.
@@ -312,6 +313,14 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
             demos: demonstrations that do not come from the chat; they come before those of the chat.
             shots, select: what to select from a bank; see `__call__`.
             **kwargs: as for the backbone's processor.
+
+        Returns:
+            What the backbone's processor returns; with `tokenize=True, return_dict=True` also `demos` where given, and
+            `chat_demos` (of each chat, in a list of chats) unless few-shot chats are off.
+
+        Raises:
+            ValueError: `demos` without `tokenize=True, return_dict=True`, a malformed demonstration, an image that
+                cannot be read, or `shots` or `select` with demonstrations that are no bank.
         """
         few_shot = kwargs.pop("few_shot_chats", self.few_shot_chats)
         demos = with_selection(demos, shots, select)

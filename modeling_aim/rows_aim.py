@@ -1,4 +1,4 @@
-"""The demonstrations of each row of a batch: parsed, selected, read together, and given room in the prompt."""
+"""The rows of a batch: their demonstrations parsed, selected, read together and given room; their own logits."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .demonstrations_aim import (
     FusedDemonstrations,
     Part,
     Selection,
+    check_source,
     concatenated,
     kind_of,
     parse_demos,
@@ -146,7 +147,7 @@ class RowsMixin:
         raw_parts = {part_id: part for part_id, part in parts.items() if kind_of(part) is None}
         for part in raw_parts.values():  # counted before anything is read
             self._check_room([len(ids) for ids in self.text_token_ids(part)], length)
-        fused = {part_id: self.read(part) for part_id, part in parts.items() if part_id not in raw_parts}
+        fused = {part_id: self._fused_of(part) for part_id, part in parts.items() if part_id not in raw_parts}
         # one part may serve several rows: read it once
         read = self._read_and_project([demo for part in raw_parts.values() for demo in part]) if raw_parts else None
         start = 0
@@ -157,6 +158,18 @@ class RowsMixin:
         for part in fused.values() if finite else ():
             check_finite(part)
         return [concatenated([fused[id(part)] for part in row]) if row else None for row in rows]
+
+    def _fused_of(self: Any, part: Any) -> FusedDemonstrations:
+        """The fused tokens of a part that has been read: fused demonstrations themselves, a prefix or a whole bank.
+
+        Raises:
+            ValueError: another model read them, no prompt can hold the bank, or it is a choice, which needs a query.
+        """
+        if kind_of(part) == "bank":
+            self._check_bank(part)
+        fused = part if kind_of(part) == "fused" else part.fused
+        check_source(fused.source, self.source)
+        return fused
 
     def _fused_prompt(
         self: Any, inputs: Mapping[str, Any], rows: Sequence[FusedDemonstrations | None], prefix_first: bool = False
@@ -172,7 +185,7 @@ class RowsMixin:
             )
         for row in rows:
             self._check_room([] if row is None else row.lengths, inputs["input_ids"].shape[1])
-        return self._widened(inputs, rows, prefix_first)
+        return self._unchecked_prompt(inputs, rows, prefix_first)
 
     def _check_count(self: Any, demos: Demos, prompt_length: int) -> None:
         """Raise `ValueError` for more raw demonstrations than positions: then nothing is opened, counted or read."""
@@ -209,9 +222,10 @@ class RowsMixin:
             f"{len(lengths)} demonstrations fit: pass demos[:{fitting}]."
         )
 
-    def _widened(
+    def _unchecked_prompt(
         self: Any, inputs: Mapping[str, Any], rows: Sequence[FusedDemonstrations | None], prefix_first: bool = False
     ) -> FusedPrompt:
+        """The prompt with room for fused tokens, of whatever length."""
         bos = getattr(self.config.get_text_config(), "bos_token_id", None)
         return FusedPrompt(inputs, rows, bos, self.backbone, self.config.entry_layers, prefix_first)
 
