@@ -90,7 +90,10 @@ class Demonstration:
             same = isinstance(value, cls)
             demo = value if same else cls(tuple(value.images), value.text, value.question, value.is_label)
             for image in demo.images if rules is not None else ():
-                rules.check_size(image.size)
+                try:
+                    rules.check_size(image.size)
+                except ValueError as error:
+                    raise ValueError(f"{name} has an image that is too large: {error}.") from None
             return demo
         if isinstance(value, Mapping):
             fields = dict(value)
@@ -313,9 +316,8 @@ class FusedDemonstrations:
         return len(self.lengths)
 
     def __repr__(self) -> str:
-        return (
-            f"FusedDemonstrations({len(self)} demonstrations, {self.num_tokens} tokens, width {self.vectors.shape[1]})"
-        )
+        width = self.vectors.shape[1]
+        return f"FusedDemonstrations({len(self)} demonstrations, {self.num_tokens} tokens, width {width})"
 
     @property
     def num_tokens(self) -> int:

@@ -329,7 +329,7 @@ def is_empty(demos: Any) -> bool:
     """Whether there is no demonstration in what `generate` takes as `demos`, in any row."""
     if isinstance(demos, (list, tuple)):
         return all(is_empty(entry) for entry in demos)
-    return demos is None or (hasattr(demos, "__len__") and len(demos) == 0)
+    return demos is None or (kind_of(demos) in ("fused", "bank", "choice", "prefix") and not len(demos))
 
 
 def given_once(inputs: dict[str, Any], **arguments: Demos) -> list[Demos]:
