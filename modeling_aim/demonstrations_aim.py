@@ -87,13 +87,14 @@ class Demonstration:
         name = "A demonstration" if number is None else f"Demonstration {number}"
         # the same class may be loaded from another repository's code
         if kind_of(value) == "demonstration" and hasattr(value, "is_label"):
-            same = isinstance(value, cls)
-            demo = value if same else cls(tuple(value.images), value.text, value.question, value.is_label)
-            for image in demo.images if rules is not None else ():
-                try:
-                    rules.check_size(image.size)
-                except ValueError as error:
-                    raise ValueError(f"{name} has an image that is too large: {error}.") from None
+            demo = value
+            if not isinstance(value, cls):
+                demo = cls(tuple(value.images), value.text, value.question, value.is_label)
+            try:
+                for image in demo.images:
+                    (rules or ImageRules()).check_size(image.size)
+            except ValueError as error:
+                raise ValueError(f"{name} has an image that is too large: {error}.") from None
             return demo
         if isinstance(value, Mapping):
             fields = dict(value)

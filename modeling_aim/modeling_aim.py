@@ -129,9 +129,9 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         parsed = parse_demos(demos, self.image_rules)
         if isinstance(parsed, list):
             raise ValueError(f"read takes one list of demonstrations; got one for each of {len(parsed)} rows.")
-        if parsed is not None and kind_of(parsed) is not None:
+        if parsed is not None and not isinstance(parsed, tuple):
             return self._fused_of(parsed)
-        raw: list[Demonstration] = list(parsed or ())
+        raw = list(parsed or ())
         texts = tuple(self.processor.apply_template(demo)[0] for demo in raw)
         return replace(self._read_and_project(raw, batch_size, use_cache=False), texts=texts, source=self.source)
 

@@ -175,11 +175,8 @@ def test_a_demonstration_made_by_hand_is_checked(fields: tuple[Any, ...], words:
 def test_the_bound_on_pixels_holds_for_demonstrations_made_by_hand() -> None:
     aim = plugin("llava")
     aim.processor.max_image_pixels = 100
-    fails(
-        lambda: aim.model.read([Demonstration((picture(3),), "a thing.")]),
-        "Demonstration 0 has.*40 x 32 pixels",
-        "max_image_pixels=100",
-    )
+    large = [Demonstration((picture(3),), "a thing.")]
+    fails(lambda: aim.model.read(large), "Demonstration 0 has.*40 x 32 pixels", "max_image_pixels=100")
 
 
 def test_the_demonstration_that_is_wrong_is_named(llava: Plugin) -> None:
