@@ -85,10 +85,9 @@ class Demonstration:
                 is `None`, cannot be read or is larger than `rules` allow.
         """
         name = "A demonstration" if number is None else f"Demonstration {number}"
-        # the same class may be loaded from another repository's code
         if kind_of(value) == "demonstration" and hasattr(value, "is_label"):
             demo = value
-            if not isinstance(value, cls):
+            if not isinstance(value, cls):  # the same class, loaded from another repository's code
                 demo = cls(tuple(value.images), value.text, value.question, value.is_label)
             try:
                 for image in demo.images:
