@@ -246,10 +246,13 @@ def test_shots_ask_for_a_bank(llava: Plugin, bank: DemonstrationBank) -> None:
         (lambda: llava.answer(inputs, None, shots=2), "choose from a DemonstrationBank"),
         (lambda: llava.answer(inputs, bank, shots=20, select="image"), "shots=20 demonstrations were asked"),
         (
-            lambda: llava.answer(inputs, bank[:3], select="random"),
+            lambda: llava.answer(inputs, DemonstrationBank(llava.model.read(DEMOS[:3])), select="random"),
             r"shots=8 \(the default of a strategy\) demonstrations were asked of a bank that has 3",
         ),
-        (lambda: llava.answer(inputs, bank[:0], shots=2), "a DemonstrationBank that is empty"),
+        (
+            lambda: llava.answer(inputs, DemonstrationBank(llava.model.read([])), shots=2),
+            "a DemonstrationBank that is empty",
+        ),
         (lambda: llava.answer(inputs, bank, select="nearest"), "by='nearest'"),
         (
             lambda: llava.answer(inputs, bank, select={"by": "image", "k": 2}),
