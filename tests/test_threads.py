@@ -141,17 +141,20 @@ def test_chats_are_tokenized_one_at_a_time(llava: Plugin) -> None:
     def chat(words: str) -> list[dict[str, Any]]:
         return [{"role": "user", "content": [{"type": "text", "text": words}]}]
 
-    def tokenized(number: int) -> torch.Tensor:
-        options: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-        chats = [chat("what is this thing here ? " * 40), chat("hm")]
-        inputs = llava.processor.apply_chat_template(chats, **options, processor_kwargs={"padding": True})
-        return inputs["input_ids"]
+    chats = [chat("what is this thing here ? " * 40), chat("hm")]
 
-    wanted, interval = tokenized(0), sys.getswitchinterval()
+    def tokenized(number: int) -> torch.Tensor:
+        """Both chats padded, or the first alone without padding."""
+        options: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        options["processor_kwargs"] = {"padding": not number % 2}
+        return llava.processor.apply_chat_template(chats[: 2 - number % 2], **options)["input_ids"]
+
+    wanted, interval = [tokenized(0), tokenized(1)], sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
         with ThreadPoolExecutor(4) as pool:
-            assert all(torch.equal(ids, wanted) for ids in pool.map(tokenized, range(400)))
+            for number, ids in enumerate(pool.map(tokenized, range(400))):
+                assert torch.equal(ids, wanted[number % 2])
     finally:
         sys.setswitchinterval(interval)
 
