@@ -36,10 +36,10 @@ def reading_batches(
         The indices of a batch's demonstrations, and whether some of their images may be equal.
 
     Raises:
-        ValueError: `batch_size` is less than 1.
+        ValueError: `batch_size` is no whole number from 1.
     """
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: expected 1 or more, or None.")
+    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"batch_size={batch_size!r:.40}: expected a whole number, 1 or more, or None.")
     thumbnails = [_thumbnails(demo) for demo in demos]
     shortest: dict[Any, int] = {}
     for thumbnail, length in zip(thumbnails, lengths, strict=True):

@@ -13,13 +13,16 @@ class LRUCache:
 
     Args:
         max_bytes: the bound, which can be changed; 0 keeps nothing.
+
+    Raises:
+        ValueError: the bound is negative.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self._values: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
         self._lock = threading.RLock()
-        self._max_bytes = max_bytes
-        self._nbytes = 0
+        self._nbytes = self._max_bytes = 0
+        self.max_bytes = max_bytes
 
     @property
     def max_bytes(self) -> int:
@@ -28,6 +31,8 @@ class LRUCache:
 
     @max_bytes.setter
     def max_bytes(self, value: int) -> None:
+        if value < 0:
+            raise ValueError(f"max_bytes={value}: expected 0 or more bytes.")
         with self._lock:
             self._max_bytes = value
             self._trim()

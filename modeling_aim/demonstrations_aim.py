@@ -28,6 +28,7 @@ READ_LINES = (
     "To read a file of one JSON object a line: demos = [json.loads(line) for line in open({!r:.80})]"  # for messages
 )
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+PROCESSOR_SETTING = "label template"  # in the `source` of every model that has a processor
 DEMONSTRATION_KEYS = {"image", "images", "text", "label", "question", "answer"}
 
 
@@ -40,6 +41,9 @@ class Demonstration:
         text: a caption or statement, or the answer where there is a question.
         question: the question that `text` answers; `None` for a caption.
         is_label: `text` is a bare name ("dax"), which is read in the processor's label template ("This is dax.").
+
+    Raises:
+        ValueError: the images are no tuple of RGB images, or the text or a given question is no string with words.
     """
 
     aim_kind: ClassVar[str] = "demonstration"
@@ -48,6 +52,22 @@ class Demonstration:
     text: str
     question: str | None = None
     is_label: bool = False
+
+    def __post_init__(self) -> None:
+        advice = "Demonstration.of opens and checks any raw form: Demonstration.of((image, text))."
+        if not isinstance(self.images, tuple) or not all(
+            isinstance(image, Image.Image) and image.mode == "RGB" for image in self.images
+        ):
+            raise ValueError(f"Demonstration takes a tuple of RGB images; got images={self.images!r:.120}. {advice}")
+        if not _has_words(self.text):
+            raise ValueError(f"Demonstration takes a text with words; got text={self.text!r:.60}. {advice}")
+        if self.question is not None and not _has_words(self.question):
+            raise ValueError(f"A question is a string with words, or None; got question={self.question!r:.60}.")
+        words = f"{self.question or ''} {self.text}".strip()
+        if LONE_SURROGATE.search(words):
+            raise ValueError(
+                f"The words of a demonstration hold a lone surrogate, which no tokenizer takes: {words!r:.80}."
+            )
 
     @classmethod
     def of(cls, value: Any, rules: ImageRules | None = None, number: int | None = None) -> Demonstration:
@@ -62,14 +82,19 @@ class Demonstration:
 
         Raises:
             ValueError: the example has no text or has unknown keys, its words are not valid Unicode, or an image
-                is `None` or cannot be read.
+                is `None`, cannot be read or is larger than `rules` allow.
         """
-        if isinstance(value, cls):
-            return value
         name = "A demonstration" if number is None else f"Demonstration {number}"
-        # the same class may be loaded from another repository's code
         if kind_of(value) == "demonstration" and hasattr(value, "is_label"):
-            return cls(tuple(value.images), value.text, value.question, value.is_label)
+            demo = value
+            if not isinstance(value, cls):  # the same class, loaded from another repository's code
+                demo = cls(tuple(value.images), value.text, value.question, value.is_label)
+            try:
+                for image in demo.images:
+                    (rules or ImageRules()).check_size(image.size)
+            except ValueError as error:
+                raise ValueError(f"{name} has an image that is too large: {error}.") from None
+            return demo
         if isinstance(value, Mapping):
             fields = dict(value)
         elif isinstance(value, Sequence) and not isinstance(value, str) and len(value) in (2, 3):
@@ -103,11 +128,6 @@ class Demonstration:
         question = fields.get("question")
         if not isinstance(question, str | None):
             raise ValueError(f"{name}: question is {_described(question)}; expected a string.")
-        words = f"{question or ''} {fields[text_keys[0]]}".strip()
-        if LONE_SURROGATE.search(words):
-            raise ValueError(
-                f"The words of a demonstration hold a lone surrogate, which no tokenizer takes: {words!r:.80}."
-            )
         return cls(
             images=tuple(open_image(image, rules) for image in images),
             text=fields[text_keys[0]].strip(),
@@ -127,7 +147,11 @@ class Demonstration:
 
 
 class ReadDemonstrations(Protocol):
-    """Demonstrations that were read: fused ones, a prefix, a bank or a choice from one; `kind_of` has which."""
+    """Demonstrations that were read: fused ones, a prefix, a bank or a choice from one; `kind_of` has which.
+
+    A choice is a bank with `shots` and `select` bound to it (`with_selection`); what it holds is selected for each
+    query, once the queries are known.
+    """
 
     aim_kind: ClassVar[str]
 
@@ -174,6 +198,7 @@ def _has_words(value: object) -> bool:
 def kind_of(value: object) -> str | None:
     """What `value` is in `demos`: `"demonstration"`, `"fused"`, `"bank"`, `"choice"`, `"prefix"`, or `None`.
 
+    `None` is anything else; of a part that `parse_demos` has checked it means a tuple of raw demonstrations.
     Classes have it as an attribute (`aim_kind`), since a class loaded as remote code is not the installed one.
     """
     kind = getattr(type(value), "aim_kind", None)
@@ -192,7 +217,7 @@ def parse_demos(demos: Demos, rules: ImageRules | None = None) -> Part | list[Pa
 
     Returns:
         One part for all rows of a batch, or a list with a part (or `None`) for each row. A part is a tuple of
-        `Demonstration`s, fused demonstrations, a bank or a prefix. `None` where there are no demonstrations.
+        `Demonstration`s, fused demonstrations, a bank, a choice or a prefix. `None` where there are no demonstrations.
 
     Raises:
         ValueError: `demos` holds something else, or a demonstration is malformed.
@@ -218,27 +243,6 @@ def parse_demos(demos: Demos, rules: ImageRules | None = None) -> Part | list[Pa
             "demos mixes demonstrations with other things; give one list of demonstrations, or one a row."
         )
     return [_parse_row(entry, rules) for entry in demos]
-
-
-def with_selection(demos: Demos, shots: int | None, select: Selection) -> Any:
-    """`demos` with `shots` and `select` bound to each bank in it; `demos` itself where both are `None`.
-
-    Raises:
-        ValueError: `demos` holds something else than banks.
-    """
-    if shots is None and select is None:
-        return demos
-    parts: list[Any] = list(demos) if isinstance(demos, (list, tuple)) else [demos]
-    banks = [part for part in parts if part is not None]
-    if not banks or not all(kind_of(bank) == "bank" and len(bank) for bank in banks):
-        count = len(parts) if parts and kind_of(parts[0]) == "demonstration" else 0
-        described = f"a list of {count} demonstrations" if count else f"{demos!r:.80}"
-        raise ValueError(
-            f"shots={shots} and select={select!r} choose from a DemonstrationBank, but demos is {described}. "
-            "Build one with DemonstrationBank.build(model, demos, folder)."
-        )
-    choices = [None if part is None else part.choice(shots, select) for part in parts]
-    return choices if isinstance(demos, (list, tuple)) else choices[0]
 
 
 def _check_no_text(demos: Sequence[Any]) -> None:
@@ -301,8 +305,8 @@ class FusedDemonstrations:
             )
         if self.ids.shape != self.vectors.shape[:1] or self.ids.is_floating_point():
             raise ValueError(
-                f"The words of fused tokens are {self.ids.dtype} of the shape {tuple(self.ids.shape)}, expected whole "
-                f"numbers ({len(self.vectors)},)."
+                f"The token ids of fused tokens are {self.ids.dtype} of the shape {tuple(self.ids.shape)}, expected "
+                f"whole numbers ({len(self.vectors)},)."
             )
         counts = {name: len(getattr(self, name)) for name in ("keys", "texts") if getattr(self, name)}
         if min(self.lengths, default=0) < 0 or any(count != len(self.lengths) for count in counts.values()):
@@ -312,9 +316,8 @@ class FusedDemonstrations:
         return len(self.lengths)
 
     def __repr__(self) -> str:
-        return (
-            f"FusedDemonstrations({len(self)} demonstrations, {self.num_tokens} tokens, width {self.vectors.shape[1]})"
-        )
+        width = self.vectors.shape[1]
+        return f"FusedDemonstrations({len(self)} demonstrations, {self.num_tokens} tokens, width {width})"
 
     @property
     def num_tokens(self) -> int:
@@ -326,7 +329,10 @@ class FusedDemonstrations:
         return list(accumulate(self.lengths))
 
     def __getitem__(self, index: int | slice | Sequence[int]) -> FusedDemonstrations:
-        """The demonstrations at `index` (a number, a slice or a list of numbers), in that order."""
+        """The demonstrations at `index` (a number, a slice or a list of numbers, not a mask), in that order."""
+        entries = [] if isinstance(index, slice) else [index] if isinstance(index, int) else index
+        if any(isinstance(entry, bool) or getattr(entry, "dtype", None) == torch.bool for entry in entries):
+            raise ValueError(f"Demonstrations are taken by number; got the truth values {index!r:.80}.")
         chosen = range(len(self))[index] if isinstance(index, (int, slice)) else [range(len(self))[i] for i in index]
         chosen = [chosen] if isinstance(chosen, int) else list(chosen)
         spans = [slice(self._ends[i] - self.lengths[i], self._ends[i]) for i in chosen]
@@ -429,10 +435,12 @@ def concatenated(parts: Sequence[FusedDemonstrations]) -> FusedDemonstrations:
 
 def check_source(source: Mapping[str, str], expected: Mapping[str, str]) -> None:
     """Raise `ValueError` naming every difference between the plug-in that read and the one that is to answer."""
+    # a model without a processor knows none of its settings, and compares what it knows
+    compares_all = PROCESSOR_SETTING in expected or PROCESSOR_SETTING not in source
     wrong = [
-        f"{k} {source.get(k, 'unknown'):.60} (this model: {expected[k]:.60})"
-        for k in expected
-        if source.get(k) != expected[k]
+        f"{k} {source.get(k, 'unknown'):.60} (this model: {expected.get(k, 'none'):.60})"
+        for k in dict.fromkeys([*expected, *(source if compares_all else ())])
+        if source.get(k) != expected.get(k)
     ]
     if wrong:
         raise ValueError(

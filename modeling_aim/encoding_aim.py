@@ -215,6 +215,7 @@ def raw_few_shot_chat(
         len(users) == len(answers) > 0
         and query[0]["role"] == "user"
         and all(turn["role"] == "user" and _chat_images(turn) for turn in [*users, query[0]])
+        and not any(map(_has_more, earlier))
         and all(turn["role"] == "assistant" and _chat_text(turn) and not _chat_images(turn) for turn in answers)
     )
     if not few_shot:
@@ -230,6 +231,14 @@ def raw_few_shot_chat(
 def _blocks(turn: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     content = turn.get("content") or []
     return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+
+
+def _has_more(turn: Mapping[str, Any]) -> bool:
+    """Whether a turn has more than words and images, which a demonstration does not keep: a video, or tool calls."""
+    blocks = _blocks(turn)
+    return any(value for name, value in turn.items() if name not in ("role", "content")) or any(
+        block["type"] != "text" and not block_images(block) for block in blocks
+    )
 
 
 def _chat_text(turn: Mapping[str, Any]) -> str:

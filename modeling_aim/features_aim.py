@@ -1,7 +1,7 @@
-"""Features of demonstrations and queries, from the backbone itself, by which a bank selects.
+"""What a bank's selection needs of the model: `shots` and `select` bound to the bank, and features to compare.
 
-Banks are not shipped. The parts of selection that need the model's hooks are here, because remote code has its own
-ContextVars.
+Banks are not shipped. The features of demonstrations and queries come from the backbone itself, through the model's
+hooks, and remote code has its own ContextVars: they are here.
 """
 
 from __future__ import annotations
@@ -13,11 +13,37 @@ import torch
 from torch import nn
 
 from .backbone_aim import image_positions
-from .demonstrations_aim import Demonstration
+from .demonstrations_aim import Demonstration, Demos, Selection, kind_of
 from .injection_aim import injected
 from .reading_aim import image_features, read_hidden_states
 
 FEATURE_KINDS = ("image", "text", "fused")
+
+
+def with_selection(demos: Demos, shots: int | None, select: Selection) -> Any:
+    """`demos` with `shots` and `select` bound to each bank in it; `demos` itself where both are `None`.
+
+    Raises:
+        ValueError: `demos` holds something else than banks, or an empty one.
+    """
+    if shots is None and select is None:
+        return demos
+    parts: list[Any] = list(demos) if isinstance(demos, (list, tuple)) else [demos]
+    banks = [part for part in parts if part is not None]
+    if not banks or any(kind_of(bank) != "bank" for bank in banks):
+        count = len(parts) if parts and kind_of(parts[0]) == "demonstration" else 0
+        described = f"a list of {count} demonstrations" if count else f"{demos!r:.80}"
+        raise ValueError(
+            f"shots={shots} and select={select!r} choose from a DemonstrationBank, but demos is {described}. "
+            "Build one with DemonstrationBank.build(model, demos, folder)."
+        )
+    if any(not len(bank) for bank in banks):
+        raise ValueError(
+            f"shots={shots} and select={select!r} choose from a DemonstrationBank that is empty. Add demonstrations "
+            "to it, or give no demos."
+        )
+    choices = [None if part is None else part.choice(shots, select) for part in parts]
+    return choices if isinstance(demos, (list, tuple)) else choices[0]
 
 
 class FeaturesMixin:
@@ -36,7 +62,7 @@ class FeaturesMixin:
             each kind.
         """
         demos = [Demonstration.of(demo, self.image_rules) for demo in demos]
-        read = sorted(self._read_batches(demos, images=features), key=lambda row: row[0])
+        read = sorted(self._read_batches(demos, with_image_features=features), key=lambda row: row[0])
         states = [row[1] for row in read]
         fused = [self.project(part) for part in states]
         by_kind: dict[str, torch.Tensor] = {}

@@ -72,7 +72,11 @@ class FusedPrompt:
     Attributes:
         inputs: the inputs of the widened prompt. At fused tokens, `input_ids` holds the demonstrations' token ids,
             `attention_mask` holds 1, `labels` -100, and every other per-token input 0 (text without images).
-        width: length of the widened prompt.
+        width: length of the widened prompt: that of every per-token input, and more than any of `own_columns`.
+            `prefix_kv` sets it to that of the prefix alone, once it has cut `inputs` there.
+        own_columns: the column of each of the caller's tokens in it, `(batch, length)`, ascending in a row, except
+            that with `prefix_first` BOS stands before the padding.
+        tokens_seen: columns that passes of the backbone have held. KV that is given holds as many from the start.
 
     Raises:
         ValueError: `position_ids` are given; or a fused token has a token id that the backbone does not know.
@@ -319,14 +323,15 @@ def injected(prompt: FusedPrompt | None) -> Iterator[None]:
         RuntimeError: the backbone never embedded the prompt through its input embeddings, or did not run the layers
             at whose inputs fused tokens enter.
     """
-    with _replayed(prompt):
+    with _prompt_set(prompt):
         yield
     if prompt is not None:
         prompt.check_seen()
 
 
 @contextmanager
-def _replayed(prompt: FusedPrompt | None) -> Iterator[None]:
+def _prompt_set(prompt: FusedPrompt | None) -> Iterator[None]:
+    """Have the hooks serve `prompt` inside this block."""
     token = _PROMPT.set(prompt)
     try:
         yield
@@ -336,7 +341,7 @@ def _replayed(prompt: FusedPrompt | None) -> Iterator[None]:
 
 def recomputed() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """The `context_fn` of `torch.utils.checkpoint`: a layer that is recomputed gets the same fused tokens."""
-    return nullcontext(), _replayed(_PROMPT.get())
+    return nullcontext(), _prompt_set(_PROMPT.get())
 
 
 def own_tokens_only(prompt: FusedPrompt, input_ids: torch.Tensor, defaults: GenerationConfig) -> dict[str, Any]:

@@ -7,7 +7,7 @@ the same frozen backbone *generate*. States that are put back at the depth where
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +36,8 @@ from .prefix_aim import FusedPrefix, check_continued, note_fused, prefilled, pre
 from .pretrained_aim import AimPreTrainedModel
 from .processing_aim import AimProcessor
 from .projector_aim import AimProjector
-from .reading_aim import decoder_inputs, read_hidden_states, read_with_images, watch_layers
-from .rows_aim import RowsMixin, check_finite
+from .reading_aim import read_hidden_states, read_with_images, watch_layers
+from .rows_aim import KeptLogits, RowsMixin, check_finite, check_names
 from .state_aim import answering, continues_after_kv, one_at_a_time, weights_state
 
 if TYPE_CHECKING:  # never imported here: transformers 5.5 copies only files that this file's import lines name
@@ -119,8 +119,8 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
                 tokens (1024 on a CPU) with little padding.
 
         Returns:
-            An immutable value with one fused token for each text token of each demonstration (at most
-            `config.max_fused_tokens` a demonstration).
+            An immutable value with one fused token for each text token of each demonstration, or of its answer alone
+            for `config.read_span="answer"`; at most `config.max_fused_tokens` a demonstration.
 
         Raises:
             ValueError: a demonstration is malformed, is longer than the backbone can read, or was read by another
@@ -129,15 +129,9 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         parsed = parse_demos(demos, self.image_rules)
         if isinstance(parsed, list):
             raise ValueError(f"read takes one list of demonstrations; got one for each of {len(parsed)} rows.")
-        part: Any = parsed
-        if kind_of(part) == "bank":
-            self._check_bank(part)
-        if kind_of(part) in ("bank", "choice", "prefix"):
-            part = part.fused
-        if kind_of(part) == "fused":
-            check_source(part.source, self.source)
-            return part
-        raw: list[Demonstration] = list(part or ())
+        if parsed is not None and not isinstance(parsed, tuple):
+            return self._fused_of(parsed)
+        raw = list(parsed or ())
         texts = tuple(self.processor.apply_template(demo)[0] for demo in raw)
         return replace(self._read_and_project(raw, batch_size, use_cache=False), texts=texts, source=self.source)
 
@@ -155,10 +149,10 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         self,
         demos: Sequence[Demonstration],
         batch_size: int | None = None,
-        images: bool = False,
+        with_image_features: bool = False,
         layers: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
-        """Yield the index, hidden states and (with `images`) image features of each demonstration, in reading order.
+        """Yield the index, hidden states and, where asked for, image features of each demonstration, in reading order.
 
         `layers` replaces `config.read_layers`.
         """
@@ -172,16 +166,16 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         max_tokens = CPU_PASS_TOKENS if self.device.type == "cpu" else PASS_TOKENS
         if family_of(self.backbone.config.model_type).read_alone:
             batch_size = 1
-        for rows, alike in reading_batches(demos, lengths, batch_size, max_tokens):
+        for rows, may_repeat_images in reading_batches(demos, lengths, batch_size, max_tokens):
             inputs, kept_mask = self.processor.encode_demonstrations([demos[i] for i in rows], self.config.read_span)
             self._check_length(inputs["input_ids"].shape[1], [demos[i].text for i in rows])
             inputs = inputs.to(self.device, self.dtype)
             seen: Any = [None] * len(rows)
             with injected(None):  # no fused tokens in a reading pass, even inside a generate call
-                if images:
-                    hidden, seen = read_with_images(self.backbone, inputs, layers, alike)
+                if with_image_features:
+                    hidden, seen = read_with_images(self.backbone, inputs, layers, may_repeat_images)
                 else:
-                    hidden = read_hidden_states(self.backbone, inputs, layers, alike)
+                    hidden = read_hidden_states(self.backbone, inputs, layers, may_repeat_images)
             for i, row, mask, image in zip(rows, hidden, kept_mask.to(hidden.device), seen, strict=True):
                 yield i, self._within_budget(row[mask]), image
 
@@ -266,7 +260,7 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         query attends to; above it, the states have seen the demonstrations' images.
 
         Args:
-            inputs: `input_ids` of the queries `(batch, length)`, when not given by name.
+            inputs: `input_ids` of the queries `(batch, length)`, where they are not given by name.
             generation_config: as for the backbone; `max_length` and `min_length` count no fused tokens.
             demos: demonstrations for all rows or for each row; see the class. Raw ones that were given before are not
                 read again while `read_cache` has them.
@@ -282,15 +276,19 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
             tokens; hidden states, attentions and KV, where requested, include their positions.
 
         Raises:
-            ValueError: bad demonstrations, demonstrations for another number of rows, or a prompt with fused tokens
-                that is longer than the backbone's positions.
+            ValueError: bad demonstrations, demonstrations for another number of rows or of another model, ids that are
+                given twice or in another form, or a prompt with fused tokens that is longer than the backbone's
+                positions.
         """
-        input_ids = kwargs.pop("input_ids", inputs)
+        input_ids = kwargs.pop("input_ids", None)
+        if inputs is not None and input_ids is not None:
+            raise ValueError("generate got ids twice, by position and as input_ids; give them once.")
+        input_ids = inputs if input_ids is None else input_ids
         if generation_config is not None:
             kwargs["generation_config"] = generation_config
         call_inputs = {**kwargs, "input_ids": input_ids}
         rows = self._parts(call_inputs, demos, chat_demos, shots, select)
-        if input_ids is not None and kwargs.get("past_key_values") is None:
+        if input_ids is not None and kwargs.get("past_key_values") is None:  # else the mask counts their tokens too
             check_mask(call_inputs)
         if not any(rows):
             if input_ids is not None:
@@ -320,6 +318,10 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         input_ids: torch.Tensor | None = None,
         demos: Demos = None,
         labels: torch.Tensor | None = None,
+        *,
+        chat_demos: Demos = None,
+        shots: int | None = None,
+        select: Selection = None,
         **kwargs: Any,
     ) -> Any:
         """One pass of the backbone over queries with fused demonstrations before them.
@@ -327,18 +329,24 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         Args:
             input_ids: `(batch, length)`.
             demos: as for `generate`. Raw demonstrations are read without gradient and projected with it.
-            labels: `(batch, length)`, -100 where no loss is wanted. The loss is the backbone's own loss function, over
-                all of its logits; auxiliary losses of some backbones (of a router, for example) are left out.
-            **kwargs: the backbone's other inputs.
+            labels: `(batch, length)`, -100 where no loss is wanted. The loss is the backbone's own loss function;
+                auxiliary losses of some backbones (of a router, for example) are left out.
+            chat_demos, shots, select: as for `generate`.
+            **kwargs: the backbone's other inputs. `logits_to_keep` counts the caller's own positions: a number of the
+                last ones, or a tensor of their indices; the loss is then of the labels that these predict.
 
         Returns:
             The backbone's output; `logits` and `hidden_states` are those of the caller's own positions, `attentions`
             and `past_key_values` include the fused tokens.
+
+        Raises:
+            ValueError: as for `generate`; or an argument that the backbone does not know resembles one of these.
         """
+        check_names(self.backbone, kwargs)
         if torch.is_grad_enabled() and getattr(self.backbone, "is_quantized", False):
             never_repack(self.backbone)
         call_inputs = {"input_ids": input_ids, **({} if labels is None else {"labels": labels}), **kwargs}
-        rows = self._parts(call_inputs, demos)
+        rows = self._parts(call_inputs, demos, chat_demos, shots, select)
         if not any(rows):
             check_continued(call_inputs, whole_prompt=False)
             with one_at_a_time(self.backbone), injected(None):
@@ -346,58 +354,21 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         return_dict = call_inputs.pop("return_dict", None)
         fused = self._fused_rows(rows, call_inputs["input_ids"].shape[1], finite=labels is None)
         prompt = self._fused_prompt({**call_inputs, "return_dict": True}, fused)
-        labels = prompt.inputs.pop("labels", None)
+        kept = KeptLogits(prompt)
         with one_at_a_time(self.backbone), injected(prompt):
             output = self.backbone(**prompt.inputs)
         note_fused(getattr(output, "past_key_values", None))
         if labels is not None:
-            labels = labels[:, -output.logits.shape[1] :]  # `logits_to_keep` leaves the first positions out
             normalize = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
-            vocab_size = output.logits.shape[-1]  # the configuration's may be smaller
-            loss = self.backbone.loss_function(output.logits, labels, vocab_size=vocab_size, **normalize)
-            output = type(output)(**{**output, "loss": loss})
-        if getattr(output, "logits", None) is not None and output.logits.shape[1] == prompt.width:
-            output.logits = prompt.without_fused(output.logits)
+            output = type(output)(**{**output, "loss": kept.loss(self.backbone, output.logits, **normalize)})
+        if getattr(output, "logits", None) is not None:
+            output.logits = kept.own(output.logits)
         if getattr(output, "hidden_states", None) is not None:
             output.hidden_states = tuple(
                 None if states is None else prompt.without_fused(states) for states in output.hidden_states
             )
         as_tuple = not (self.backbone.config.return_dict if return_dict is None else return_dict)
         return output.to_tuple() if as_tuple else output
-
-    @torch.no_grad()
-    def prompt_embeds(self, inputs: Mapping[str, Any], demos: Demos = None) -> list[torch.Tensor]:
-        """The prompt as embeddings, fused tokens and images in it, for an engine that takes `prompt_embeds` (vLLM).
-
-        It works where the decoder gets only embeddings at consecutive positions. It is refused where the decoder gets
-        more: positions in the image grid, image features for several layers, cross-attention, attention in both
-        directions (docs/BANK.md lists the families), or fused tokens that enter at depth.
-
-        Args:
-            inputs: the backbone's inputs of one query or of a padded batch.
-            demos: as for `generate`.
-
-        Returns:
-            For each row `(tokens, hidden size)`, without padding.
-
-        Raises:
-            ValueError: the decoder needs more than embeddings; the message says what.
-        """
-        call_inputs = {**inputs}
-        call_inputs["attention_mask"] = call_inputs.get("attention_mask", torch.ones_like(call_inputs["input_ids"]))
-        rows = self._parts(call_inputs, demos)
-        if any(rows) and self.config.entry_layers != [0]:
-            raise ValueError(
-                f"These fused tokens enter at the depths {self.config.entry_layers} of the decoder, and prompt "
-                "embeddings reach its input alone. Use generate() here, or train a projector for the input: aim train "
-                "--entry-layers 0."
-            )
-        length = call_inputs["input_ids"].shape[1]
-        prompt = self._fused_prompt(call_inputs, self._fused_rows(rows, length)) if any(rows) else None
-        whole = call_inputs if prompt is None else prompt.inputs
-        with injected(prompt):
-            embeddings = decoder_inputs(self.backbone, whole)
-        return [row[mask.bool()] for row, mask in zip(embeddings, whole["attention_mask"], strict=True)]
 
     @torch.no_grad()
     def prefill(self, demos: Demos) -> FusedPrefix:
@@ -417,8 +388,8 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
             A value that `generate` takes as `demos`.
 
         Raises:
-            ValueError: there is a list for each row, or the demonstrations alone are longer than the backbone's
-                positions.
+            ValueError: there is a list for each row, a demonstration is malformed or was read by another model, fused
+                tokens are not finite, or the demonstrations alone are longer than the backbone's positions.
         """
         self._check_count(demos, 1)
         parsed = parse_demos(demos, self.image_rules)

@@ -68,7 +68,7 @@ def prefix_kv(model: Any, prefix: FusedPrefix, bos: Sequence[int]) -> Any:
         for name, value in inputs.items():
             if is_per_token(name, value, (1, length)):
                 inputs[name] = ids if name == "input_ids" else value[:, -1:].expand(1, ids.shape[1], *value.shape[2:])
-        prompt = model._widened(inputs, [prefix.fused], prefix_first=True)
+        prompt = model._unchecked_prompt(inputs, [prefix.fused], prefix_first=True)
         width, prompt.width = prompt.width, len(bos) + prefix.num_tokens  # keep BOS and the fused tokens
         for name, value in prompt.inputs.items():
             if is_per_token(name, value, (1, width)):
@@ -191,7 +191,10 @@ def check_continued(inputs: Mapping[str, Any], whole_prompt: bool) -> None:
         whole_prompt: the ids are those of the whole prompt, as for `generate`, and not of the next tokens alone.
     """
     cache, ids, mask = (inputs.get(name) for name in ("past_key_values", "input_ids", "attention_mask"))
-    held = cache.get_seq_length() if cache is not None and getattr(cache, "holds_fused_tokens", False) else 0
+    held = 0
+    if cache is not None and getattr(cache, "holds_fused_tokens", False):
+        held = int(cache.get_seq_length())
+        cache.holds_fused_tokens = held > 0  # it may have been reset
     if held and whole_prompt:
         raise ValueError(
             "past_key_values are of an answer from demonstrations and hold their fused tokens, which the prompt does "

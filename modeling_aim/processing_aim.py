@@ -14,9 +14,10 @@ from PIL import Image
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
 from .configuration_aim import usable
-from .demonstrations_aim import Demos, Selection, parse_demos, with_selection
+from .demonstrations_aim import Demos, Selection, parse_demos
 from .encoding_aim import SENTINEL, TOKENIZING, EncodingMixin, split_few_shot_chat
 from .families_aim import family_of_processor
+from .features_aim import with_selection
 from .files_aim import check_place, copy_shipped_files, staged_folder
 from .images_aim import ImageRules, opened_chat, opened_images, opened_media
 
@@ -159,11 +160,11 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
             **kwargs: as for the backbone's processor.
 
         Returns:
-            The backbone's inputs, and `demos` where given.
+            The backbone's inputs, and `demos` where given, parsed: `None` for an empty list.
 
         Raises:
-            ValueError: the number of image placeholders in the prompt is not the number of images, or `shots` or
-                `select` come with demonstrations that are no bank.
+            ValueError: the number of image placeholders in the prompt is not the number of images, a demonstration is
+                malformed, or `shots` or `select` come with demonstrations that are no bank.
         """
         self._check_placeholders(images, text)
         demos = with_selection(demos, shots, select)
@@ -303,7 +304,8 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
         With `tokenize=True, return_dict=True`, and unless `few_shot_chats=False` is given or set, a chat whose last
         user turn has an image of its own, and whose earlier turns are all pairs (user with image, assistant), is
         split: the pairs are returned as `chat_demos`, and only the system turn and the last turn are rendered.
-        Any other chat stays as it is (`chat_demos` is empty): a last turn without an image is about an earlier image.
+        Any other chat stays as it is (`chat_demos` is empty): a last turn without an image is about an earlier image,
+        and a demonstration would lose what an earlier turn has besides words and images (a video, tool calls).
 
         Args:
             conversation: a chat, or a list of chats.
@@ -311,6 +313,14 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
             demos: demonstrations that do not come from the chat; they come before those of the chat.
             shots, select: what to select from a bank; see `__call__`.
             **kwargs: as for the backbone's processor.
+
+        Returns:
+            What the backbone's processor returns; with `tokenize=True, return_dict=True` also `demos` where given, and
+            `chat_demos` (of each chat, in a list of chats) unless few-shot chats are off.
+
+        Raises:
+            ValueError: `demos` without `tokenize=True, return_dict=True`, a malformed demonstration, an image that
+                cannot be read, or `shots` or `select` with demonstrations that are no bank.
         """
         few_shot = kwargs.pop("few_shot_chats", self.few_shot_chats)
         demos = with_selection(demos, shots, select)
@@ -323,7 +333,8 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
                 chats = [getattr(chat, "messages", chat) for chat in conversation] if batched else [conversation]
                 chats = [opened_chat(chat, self.image_rules) for chat in chats]
                 conversation = chats if batched else chats[0]
-            return self.processor.apply_chat_template(conversation, *args, **kwargs)
+            with TOKENIZING:
+                return self.processor.apply_chat_template(conversation, *args, **kwargs)
         batched = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "content")
         chats = [getattr(chat, "messages", chat) for chat in conversation] if batched else [conversation]
         chat_demos = []
@@ -331,7 +342,8 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
             split = [split_few_shot_chat(chat, self.image_rules) for chat in chats]
             chat_demos, chats = [s[0] for s in split], [s[1] for s in split]
         chats = [opened_chat(chat, self.image_rules) for chat in chats]
-        inputs = self.processor.apply_chat_template(chats if batched else chats[0], *args, **kwargs)
+        with TOKENIZING:
+            inputs = self.processor.apply_chat_template(chats if batched else chats[0], *args, **kwargs)
         if demos is not None:
             inputs["demos"] = parse_demos(demos, self.image_rules)
         if few_shot:  # also when empty: a pipeline batches only chats with the same keys

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from .backbone_aim import USE_INPUT_ADVICE, decoder_layers, embedding_weight, image_positions, lm_head
 from .batching_aim import SharedImages, repeat_images, shared_images
-from .state_aim import preserved_state
+from .state_aim import answering, preserved_state
 
 LAST_STATE = -1  # among read layers: the state after the last norm
 EMBEDDING_ARGUMENTS = {
@@ -177,10 +177,13 @@ def _keep_decoder(decoder: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
 
 @contextmanager
 def _captured(backbone: PreTrainedModel, capture: _Capture) -> Iterator[None]:
-    """Capture what `capture` asks for while the block runs the backbone; stop the pass once everything is captured."""
+    """Capture what `capture` asks for while the block runs the backbone; stop the pass once everything is captured.
+
+    The backbone is in inference mode: what is read is kept, and dropout would be kept with it.
+    """
     token = _CAPTURE.set(capture)
     try:
-        with preserved_state(backbone), suppress(_ReadFinished):
+        with answering(backbone), preserved_state(backbone), suppress(_ReadFinished):
             yield
     finally:
         _CAPTURE.reset(token)

@@ -1,12 +1,15 @@
-"""The demonstrations of each row of a batch: parsed, selected, read together, and given room in the prompt."""
+"""The rows of a batch: their demonstrations parsed, selected, read together and given room; their own logits."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Sized
+import inspect
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from difflib import get_close_matches
 from itertools import accumulate
 from typing import Any
 
 import torch
+from torch import nn
 
 from .backbone_aim import longest_prompt
 from .demonstrations_aim import (
@@ -14,16 +17,73 @@ from .demonstrations_aim import (
     FusedDemonstrations,
     Part,
     Selection,
+    check_source,
     concatenated,
     kind_of,
     parse_demos,
-    with_selection,
 )
-from .injection_aim import FusedPrompt, shape_of
+from .features_aim import with_selection
+from .injection_aim import FusedPrompt, check_mask, injected, shape_of
+from .reading_aim import decoder_inputs
+
+# our arguments, also by names that they are called in other libraries
+ARGUMENTS = {
+    **{name: name for name in ("demos", "chat_demos", "shots", "select")},
+    **{"demonstrations": "demos", "examples": "demos", "num_shots": "shots", "selection": "select"},
+}
 
 
 class RowsMixin:
     """What `AimForConditionalGeneration` does with the rows of a batch; `self` is the model."""
+
+    @torch.no_grad()
+    def prompt_embeds(
+        self: Any,
+        inputs: Mapping[str, Any],
+        demos: Demos = None,
+        *,
+        chat_demos: Demos = None,
+        shots: int | None = None,
+        select: Selection = None,
+    ) -> list[torch.Tensor]:
+        """The prompt as embeddings, fused tokens and images in it, for an engine that takes `prompt_embeds` (vLLM).
+
+        It works where the decoder gets only embeddings at consecutive positions. It is refused where the decoder gets
+        more: positions in the image grid, image features for several layers, cross-attention, attention in both
+        directions (docs/BANK.md lists the families), or fused tokens that enter at depth.
+
+        Args:
+            inputs: the backbone's inputs of one query or of a padded batch, with the `demos` and `chat_demos` that the
+                processor put there.
+            demos, chat_demos, shots, select: as for `generate`.
+
+        Returns:
+            For each row `(tokens, hidden size)`, without padding.
+
+        Raises:
+            ValueError: the decoder needs more than embeddings (the message says what), or as for `forward`.
+        """
+        call_inputs = {**inputs}
+        demos, chat_demos = given_once(call_inputs, demos=demos, chat_demos=chat_demos)
+        check_names(self.backbone, call_inputs)
+        if call_inputs.get("input_ids") is None:
+            raise ValueError("prompt_embeds takes the input_ids of the queries, which inputs does not have.")
+        rows = self._parts(call_inputs, demos, chat_demos, shots, select)
+        check_mask(call_inputs)
+        if call_inputs.get("attention_mask") is None:
+            call_inputs["attention_mask"] = torch.ones_like(call_inputs["input_ids"])
+        if any(rows) and self.config.entry_layers != [0]:
+            raise ValueError(
+                f"These fused tokens enter at the depths {self.config.entry_layers} of the decoder, and prompt "
+                "embeddings reach its input alone. Use generate() here, or train a projector for the input: aim train "
+                "--entry-layers 0."
+            )
+        length = call_inputs["input_ids"].shape[1]
+        prompt = self._fused_prompt(call_inputs, self._fused_rows(rows, length)) if any(rows) else None
+        whole = call_inputs if prompt is None else prompt.inputs
+        with injected(prompt):
+            embeddings = decoder_inputs(self.backbone, whole)
+        return [row[mask.bool()] for row, mask in zip(embeddings, whole["attention_mask"], strict=True)]
 
     def _parts(
         self: Any,
@@ -33,7 +93,10 @@ class RowsMixin:
         shots: int | None = None,
         select: Selection = None,
     ) -> list[tuple[Part, ...]]:
-        """The demonstrations of each row of the batch, in order, in parts as `parse_demos` returns them."""
+        """The demonstrations of each row of the batch, in order, in parts as `parse_demos` returns them.
+
+        A row has at most two parts: its own of `demos`, then its own of `chat_demos`.
+        """
         ids: Any = inputs.get("input_ids")
         whole = isinstance(ids, torch.Tensor) and ids.ndim == 2 and ids.dtype in (torch.long, torch.int)
         if ids is not None and not (whole and ids.numel()):
@@ -45,7 +108,10 @@ class RowsMixin:
         demos = with_selection(demos, shots, select)
         for value in () if ids is None else (demos, chat_demos):
             self._check_count(value, ids.shape[1])
-        parsed, parsed_chats = (parse_demos(value, self.image_rules) for value in (demos, chat_demos))
+        # the rules are the processor's: a call without demonstrations does without one
+        parsed, parsed_chats = (
+            parse_demos(value, None if is_empty(value) else self.image_rules) for value in (demos, chat_demos)
+        )
         if ids is None:
             if parsed is None and parsed_chats is None:
                 return []
@@ -81,7 +147,7 @@ class RowsMixin:
         raw_parts = {part_id: part for part_id, part in parts.items() if kind_of(part) is None}
         for part in raw_parts.values():  # counted before anything is read
             self._check_room([len(ids) for ids in self.text_token_ids(part)], length)
-        fused = {part_id: self.read(part) for part_id, part in parts.items() if part_id not in raw_parts}
+        fused = {part_id: self._fused_of(part) for part_id, part in parts.items() if part_id not in raw_parts}
         # one part may serve several rows: read it once
         read = self._read_and_project([demo for part in raw_parts.values() for demo in part]) if raw_parts else None
         start = 0
@@ -92,6 +158,18 @@ class RowsMixin:
         for part in fused.values() if finite else ():
             check_finite(part)
         return [concatenated([fused[id(part)] for part in row]) if row else None for row in rows]
+
+    def _fused_of(self: Any, part: Any) -> FusedDemonstrations:
+        """The fused tokens of a part that has been read: fused demonstrations themselves, a prefix or a whole bank.
+
+        Raises:
+            ValueError: another model read them, no prompt can hold the bank, or it is a choice, which needs a query.
+        """
+        if kind_of(part) == "bank":
+            self._check_bank(part)
+        fused = part if kind_of(part) == "fused" else part.fused
+        check_source(fused.source, self.source)
+        return fused
 
     def _fused_prompt(
         self: Any, inputs: Mapping[str, Any], rows: Sequence[FusedDemonstrations | None], prefix_first: bool = False
@@ -107,7 +185,7 @@ class RowsMixin:
             )
         for row in rows:
             self._check_room([] if row is None else row.lengths, inputs["input_ids"].shape[1])
-        return self._widened(inputs, rows, prefix_first)
+        return self._unchecked_prompt(inputs, rows, prefix_first)
 
     def _check_count(self: Any, demos: Demos, prompt_length: int) -> None:
         """Raise `ValueError` for more raw demonstrations than positions: then nothing is opened, counted or read."""
@@ -144,9 +222,10 @@ class RowsMixin:
             f"{len(lengths)} demonstrations fit: pass demos[:{fitting}]."
         )
 
-    def _widened(
+    def _unchecked_prompt(
         self: Any, inputs: Mapping[str, Any], rows: Sequence[FusedDemonstrations | None], prefix_first: bool = False
     ) -> FusedPrompt:
+        """The prompt with room for fused tokens, of whatever length."""
         bos = getattr(self.config.get_text_config(), "bos_token_id", None)
         return FusedPrompt(inputs, rows, bos, self.backbone, self.config.entry_layers, prefix_first)
 
@@ -173,6 +252,63 @@ class RowsMixin:
             )
 
 
+class KeptLogits:
+    """The logits of the caller's own positions, and the loss, of a prompt with fused tokens.
+
+    `logits_to_keep` counts the caller's own positions. In the widened prompt these are other columns in each row: the
+    backbone computes the logits of all columns that some row needs.
+
+    Args:
+        prompt: the widened prompt. Its `labels` are taken out, and its `logits_to_keep` is made one of columns.
+    """
+
+    def __init__(self, prompt: FusedPrompt) -> None:
+        self.prompt = prompt
+        self.labels: torch.Tensor | None = prompt.inputs.pop("labels", None)
+        keep = prompt.inputs.pop("logits_to_keep", None)
+        self.columns: torch.Tensor | None = None  # those that the backbone computes, ascending; all where `None`
+        if keep is None or (isinstance(keep, int) and not keep):
+            return
+        own = prompt.own_columns.cpu()
+        positions = torch.arange(own.shape[1])
+        kept = positions[keep.cpu()].reshape(-1) if isinstance(keep, torch.Tensor) else positions[-keep:]
+        self.own_columns = own[:, kept]
+        needed = [self.own_columns.flatten()]
+        if self.labels is not None:
+            # a label counts where the caller's position before it is kept; what predicts it may be a fused token
+            labelled = own[:, torch.cat([kept[kept == 0], kept[kept < own.shape[1] - 1] + 1]).unique()].to(
+                self.labels.device
+            )
+            counted = torch.full_like(self.labels, -100).scatter(1, labelled, self.labels.gather(1, labelled))
+            self.labels = nn.functional.pad(counted, (0, 1), value=-100)[:, 1:]  # of the next column
+            needed.append((self.labels != -100).nonzero()[:, 1].cpu())
+        self.columns = torch.cat(needed).unique()
+        prompt.inputs["logits_to_keep"] = self.columns.to(prompt.own_columns.device)
+
+    def _computed(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits of `columns`, also from a backbone that has ignored `logits_to_keep`."""
+        if self.columns is None or logits.shape[1] == len(self.columns):
+            return logits
+        return logits[:, self.columns.to(logits.device)]
+
+    def loss(self, backbone: Any, logits: torch.Tensor, **options: Any) -> torch.Tensor:
+        """The backbone's own loss function over what the backbone returned."""
+        labels = self.labels
+        if self.columns is not None and labels is not None:
+            labels = labels[:, self.columns.to(labels.device)].contiguous()
+            options["shift_labels"] = labels
+        logits = self._computed(logits)
+        # the configuration's vocabulary may be smaller
+        return backbone.loss_function(logits, labels, vocab_size=logits.shape[-1], **options)
+
+    def own(self, logits: torch.Tensor) -> torch.Tensor:
+        """Those of the caller's own positions, of what the backbone returned."""
+        if self.columns is None:
+            return self.prompt.without_fused(logits) if logits.shape[1] == self.prompt.width else logits
+        index = torch.searchsorted(self.columns, self.own_columns).to(logits.device)
+        return self._computed(logits)[torch.arange(len(index), device=index.device)[:, None], index]
+
+
 def demos_by_row(parsed: Part | list[Part | None] | None, batch: int) -> list[Part | None]:
     """The part, or `None`, of each of `batch` rows, from what `parse_demos` returns.
 
@@ -187,6 +323,38 @@ def demos_by_row(parsed: Part | list[Part | None] | None, batch: int) -> list[Pa
             "demonstrations for all rows, or exactly one entry (a list, what read() returned, or None) a row."
         )
     return parsed
+
+
+def is_empty(demos: Any) -> bool:
+    """Whether there is no demonstration in what `generate` takes as `demos`, in any row."""
+    if isinstance(demos, (list, tuple)):
+        return all(is_empty(entry) for entry in demos)
+    return demos is None or (kind_of(demos) in ("fused", "bank", "choice", "prefix") and not len(demos))
+
+
+def given_once(inputs: dict[str, Any], **arguments: Demos) -> list[Demos]:
+    """Each of the arguments, or what `inputs` has by its name, which is taken out of `inputs`.
+
+    Raises:
+        ValueError: there are both.
+    """
+    values = []
+    for name, value in arguments.items():
+        among_inputs = inputs.pop(name, None)
+        if value is not None and among_inputs is not None:
+            raise ValueError(f"{name} are given twice, as an argument and among the inputs; give them once.")
+        values.append(among_inputs if value is None else value)
+    return values
+
+
+def check_names(backbone: Any, arguments: Iterable[str]) -> None:
+    """Raise `ValueError` for an argument that resembles one of ours, which a backbone would ignore."""
+    for name in arguments:
+        resembled = get_close_matches(name, ARGUMENTS, 1, cutoff=0.7)
+        if resembled and name not in inspect.signature(backbone.forward).parameters:
+            raise ValueError(
+                f"{name} is neither an argument nor an input of the backbone. Did you mean {ARGUMENTS[resembled[0]]}?"
+            )
 
 
 def check_finite(fused: FusedDemonstrations) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from hub_server import run_python
 from safetensors.torch import load_file, save_file
 
 from modeling_aim import AimConfig, AimForConditionalGeneration, AimProcessor, Demonstration, configuration_aim
+from modeling_aim.demonstrations_aim import check_source
 from modeling_aim.projector_aim import PROJECTOR_WEIGHTS
 
 
@@ -152,6 +154,31 @@ def test_a_wrong_demonstration(llava: Plugin, case: str) -> None:
     fails(lambda: llava.model.generate(**inputs, demos=demos), *words)
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (((picture(0),), ""), "a text with words; got text=''"),
+        (((picture(0),), "  "), "a text with words"),
+        (((picture(0),), None), "a text with words; got text=None"),
+        ((("a.png",), "dax"), "a tuple of RGB images"),
+        ((picture(0), "dax"), "a tuple of RGB images"),
+        (((picture(0).convert("RGBA"),), "dax"), "a tuple of RGB images.*mode=RGBA"),
+        (((), "dax", ""), "A question is a string with words, or None"),
+        (((), "dax \ud800"), "lone surrogate"),
+    ],
+    ids=range(8),
+)
+def test_a_demonstration_made_by_hand_is_checked(fields: tuple[Any, ...], words: str) -> None:
+    fails(lambda: Demonstration(*fields), words)
+
+
+def test_the_bound_on_pixels_holds_for_demonstrations_made_by_hand() -> None:
+    aim = plugin("llava")
+    aim.processor.max_image_pixels = 100
+    large = [Demonstration((picture(3),), "a thing.")]
+    fails(lambda: aim.model.read(large), "Demonstration 0 has.*40 x 32 pixels", "max_image_pixels=100")
+
+
 def test_the_demonstration_that_is_wrong_is_named(llava: Plugin) -> None:
     for wrong in (
         {"image": "a.png"},
@@ -237,6 +264,22 @@ def test_fused_tokens_of_another_projector(llava: Plugin) -> None:
     fails(lambda: llava.model.generate(**inputs, demos=[other]), *words)
     fails(lambda: llava.model.read(other), *words)
     fails(lambda: llava.model.read(DEMOS) + other, *words)
+
+
+def test_every_difference_of_a_source_counts_that_the_model_can_know() -> None:
+    mine = {"backbone": "a", "label template": "This is {label}."}
+    check_source(mine, dict(mine))
+    fails(lambda: check_source({**mine, "begins with": "<s>"}, mine), r"begins with <s> \(this model: none\)")
+    fails(lambda: check_source(mine, {**mine, "begins with": "<s>"}), r"begins with unknown \(this model: <s>\)")
+    check_source(mine, {"backbone": "a"})  # of a model without a processor
+    fails(lambda: check_source(mine, {"backbone": "b"}), r"backbone a \(this model: b\)")
+
+
+def test_a_model_without_a_processor_uses_what_another_read(llava: Plugin) -> None:
+    model = AimForConditionalGeneration(copy.deepcopy(llava.model.config), llava.backbone)
+    model.projector.load_state_dict(llava.model.projector.state_dict())
+    inputs, fused = llava.query(), llava.model.read(DEMOS[:2])
+    assert torch.equal(model(**inputs, demos=fused).logits, llava.model(**inputs, demos=fused).logits)
 
 
 def test_fused_tokens_of_this_projector_before_it_was_trained() -> None:
@@ -359,6 +402,19 @@ def test_no_processor_for_raw_demonstrations() -> None:
     backbone = build("llava")
     model = AimForConditionalGeneration.from_backbone(backbone.model)
     fails(lambda: model.read(DEMOS), "no processor", "AimProcessor")
+
+
+def test_a_plain_call_needs_no_processor(saved: Path, tmp_path: Path) -> None:
+    """Also where the repository has lost the files of one: the call is the backbone's own."""
+    folder = shutil.copytree(saved, tmp_path / "without")
+    for name in ("processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).unlink(missing_ok=True)
+    model = AimForConditionalGeneration.from_pretrained(folder)
+    ids = torch.tensor([[1, 5, 6, 7]])
+    wanted = model.backbone.generate(ids, max_new_tokens=2, do_sample=False)
+    for demos in (None, [], [None], [[]]):
+        assert torch.equal(model.generate(ids, demos=demos, max_new_tokens=2, do_sample=False), wanted)
+        assert torch.equal(model(ids, demos=demos).logits, model.backbone(ids).logits)
 
 
 def test_a_folder_to_save_to_that_is_a_file(llava: Plugin, tmp_path: Path, listing: Any) -> None:

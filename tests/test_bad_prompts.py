@@ -65,6 +65,16 @@ def test_a_mask_of_another_shape_is_named(llava: Plugin, wrong: str) -> None:
             )  # fmt: skip
 
 
+def test_ids_are_given_once(llava: Plugin) -> None:
+    inputs = llava.query(image=None)
+    ids = inputs["input_ids"]
+    for demos in (None, DEMOS[:2]):
+        fails(lambda demos=demos: llava.model.generate(ids[:, :3], **inputs, demos=demos), "ids twice", "input_ids")
+        wanted = llava.model.generate(ids, demos=demos, max_new_tokens=2, do_sample=False)
+        options = {"input_ids": None, "max_new_tokens": 2, "do_sample": False}
+        assert torch.equal(llava.model.generate(ids, demos=demos, **options), wanted)
+
+
 @pytest.mark.parametrize("layers", [[1.0], [1.5], ["1"], [True], 1, "1", [None]], ids=repr)
 def test_read_layers_that_are_no_whole_numbers(layers: Any) -> None:
     backbone = build("llava")

@@ -181,7 +181,7 @@ def test_the_last_word_of_what_was_averaged_stands_under_it() -> None:
 
 
 def test_words_of_other_demonstrations_are_refused_by_fused_values() -> None:
-    with pytest.raises(ValueError, match="words of fused tokens"):
+    with pytest.raises(ValueError, match="token ids of fused tokens"):
         FusedDemonstrations(torch.zeros(3, 4), (3,), torch.zeros(2, dtype=torch.long))
 
 

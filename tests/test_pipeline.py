@@ -162,8 +162,11 @@ def test_the_system_turn_is_kept(asked: Asked) -> None:
         ([user(QUESTION, 0, 1), said("two daxes"), user(QUESTION, 8, 9)], 1),
         ([{"role": "user", "content": "Hello"}], 0),
         ([], 0),
+        ([{"role": "user", "content": [*PAIRS[0]["content"], {"type": "video", "video": "a.mp4"}]}, *FEW_SHOT[1:]], 0),
+        ([PAIRS[0], {**PAIRS[1], "tool_calls": [{"type": "function"}]}, *FEW_SHOT[2:]], 0),
+        ([PAIRS[0], {**PAIRS[1], "tool_calls": None}, *FEW_SHOT[2:]], 3),
     ],
-    ids=range(12),
+    ids=range(15),
 )
 def test_which_chats_are_few_shot(chat: list[dict[str, Any]], shots: int) -> None:
     demos, rest = split_few_shot_chat(chat)

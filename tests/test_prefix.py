@@ -216,6 +216,26 @@ def test_several_samples_are_drawn_from_it(llava: Plugin) -> None:
     assert computed[0] - computed[1] >= 3 * llava.model.read(DEMOS).num_tokens
 
 
+def test_a_cache_that_was_reset_holds_no_fused_tokens(llava: Plugin) -> None:
+    inputs, cache = llava.query(image=None), DynamicCache()
+    options = {"past_key_values": cache, "max_new_tokens": 2, "do_sample": False}
+    llava.model.generate(**inputs, demos=DEMOS[:2], **options)
+    cache.reset()
+    for _ in range(2):
+        ids = llava.model.generate(inputs["input_ids"], **options)
+        inputs = {"input_ids": torch.cat([ids, ids[:, -1:]], dim=1)}
+    assert cache.get_seq_length() == ids.shape[1] - 1
+
+
+@pytest.mark.parametrize("bound", [-1, -(2**20)])
+def test_a_cache_has_no_negative_bound(bound: int) -> None:
+    cache = LRUCache(8)
+    for change in (lambda: LRUCache(bound), lambda: setattr(cache, "max_bytes", bound)):
+        with pytest.raises(ValueError, match=f"max_bytes={bound}: expected 0 or more"):
+            change()
+    assert cache.max_bytes == 8
+
+
 def test_a_prefix_is_refused_by_another_plug_in(llava: Plugin) -> None:
     other = plugin("llava", projector_form="mlp")
     prefix = llava.model.prefill(DEMOS)

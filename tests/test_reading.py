@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,7 @@ def test_equal_demonstrations_are_read_once(aim: Plugin) -> None:
     assert sum(len(args[0]) for args in seen if args[0].ndim == 2) == 2
     assert fused.lengths[0] == fused.lengths[2] and torch.equal(fused[0].vectors, fused[3].vectors)
     rows = [list(DEMOS[:2]), [DEMOS[0]], [DEMOS[1]]]
+    aim.model.read_cache.clear()  # of what other tests have read
     with calls(aim.backbone.get_input_embeddings()) as seen:
         aim.model(**aim.query("a", "b", "c"), demos=rows)
     assert sum(len(args[0]) for args in seen if args[0].ndim == 2) == 2 + 3
@@ -293,6 +295,39 @@ def test_training_leaves_the_backbones_dropout_off(family: str, checkpointing: b
     assert torch.equal(loss_of(aim), wanted)
     aim.model.eval()
     assert not aim.model.training and not any(module.training for module in aim.model.modules())
+
+
+def test_a_backbone_in_training_mode_reads_without_dropout() -> None:
+    """What is read is kept: by the caller, by a bank, in `read_cache`."""
+    backbone = build("llava", attention_dropout=0.5)
+    aim = plugin("llava")
+    processor = AimProcessor(backbone.processor)
+    model = AimForConditionalGeneration(copy.deepcopy(aim.model.config), backbone.model, processor, freeze=False)
+    inputs, wanted = aim.query(), model.read(DEMOS).vectors
+    with torch.no_grad():
+        features, answer = model.query_features(inputs, ["fused", "image"]), model(**inputs, demos=DEMOS).logits
+    model.read_cache.clear()
+    backbone.model.train()
+    for name, found in model.query_features(inputs, ["fused", "image"]).items():
+        assert torch.equal(found, features[name])
+    assert torch.equal(model.read(DEMOS).vectors, wanted)
+    model.generate(**inputs, demos=DEMOS, max_new_tokens=1)
+    assert backbone.model.training
+    backbone.model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(**inputs, demos=DEMOS).logits, answer)
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, True, "2"], ids=str)
+def test_a_batch_size_is_a_whole_number(llava: Plugin, size: Any) -> None:
+    with pytest.raises(ValueError, match=f"batch_size={size!r}: expected a whole number, 1 or more"):
+        llava.model.read(DEMOS[:2], batch_size=size)
+
+
+@pytest.mark.parametrize("mask", [True, [True, False, True], torch.tensor([True, False, True])], ids=str)
+def test_demonstrations_are_not_taken_by_a_mask(llava: Plugin, mask: Any) -> None:
+    with pytest.raises(ValueError, match="taken by number; got the truth values"):
+        llava.model.read(DEMOS[:3])[mask]
 
 
 def test_checkpointing_reads_and_answers_the_same(aim: Plugin) -> None:

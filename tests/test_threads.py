@@ -135,6 +135,30 @@ def test_setting_the_mode_never_shows_another_thread_dropout() -> None:
     assert not seen
 
 
+def test_chats_are_tokenized_one_at_a_time(llava: Plugin) -> None:
+    """A fast tokenizer keeps its padding as state: two threads at once are an error."""
+
+    def chat(words: str) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": [{"type": "text", "text": words}]}]
+
+    chats = [chat("what is this thing here ? " * 40), chat("hm")]
+
+    def tokenized(number: int) -> torch.Tensor:
+        """Both chats padded, or the first alone without padding."""
+        options: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        options["processor_kwargs"] = {"padding": not number % 2}
+        return llava.processor.apply_chat_template(chats[: 2 - number % 2], **options)["input_ids"]
+
+    wanted, interval = [tokenized(0), tokenized(1)], sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for number, ids in enumerate(pool.map(tokenized, range(400))):
+                assert torch.equal(ids, wanted[number % 2])
+    finally:
+        sys.setswitchinterval(interval)
+
+
 def test_a_gradient_beside_answers_is_the_gradient_alone() -> None:
     aim = in_training("llava")
     inputs, fused = aim.query(), aim.model.read(DEMOS[:2])

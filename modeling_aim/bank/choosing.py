@@ -150,15 +150,16 @@ class ChoosingBank(BankContents):
         repeats = near_duplicates([] if limit is None else [self.similarity(kind) for kind in kinds], limit)
         return [(number, float(scores[number])) for number in pick(scores, k, groups, repeats)]
 
-    def check_count(self, k: int) -> None:
-        """Raise `ValueError` unless `k` demonstrations can be chosen from this bank."""
+    def check_count(self, k: int, given: str | None = None) -> None:
+        """Raise `ValueError` unless `k` demonstrations can be chosen from this bank; `given` is how `k` was given."""
+        given = given or f"k={k!r:.40}"
         if not is_whole(k):
-            raise ValueError(f"k={k!r:.40} demonstrations were asked for; expected a whole number.")
+            raise ValueError(f"{given} demonstrations were asked for; expected a whole number.")
         if not len(self):
             raise ValueError("This bank is empty: there is nothing to choose from.")
         if not 0 < k <= len(self):
             raise ValueError(
-                f"k={k} demonstrations were asked of a bank that has {len(self)}; expected 1..{len(self)}."
+                f"{given} demonstrations were asked of a bank that has {len(self)}; expected 1..{len(self)}."
             )
 
     def _scores(self, query: torch.Tensor, k: int, by: str, groups: Groups | None, search: str) -> torch.Tensor:
@@ -292,7 +293,9 @@ class ChoosingBank(BankContents):
             )
         check_strategy(by, options.get("search", "auto"))
         k = shots if shots is not None else 8 if isinstance(by, str) else len(by)
-        self.check_count(k)  # before anything is computed
+        default = shots is None and isinstance(by, str)
+        # before anything is computed
+        self.check_count(k, f"shots={k!r:.40}" + (" (the default of a strategy)" if default else ""))
         count = len(inputs["input_ids"] if rows is None else rows)
         if not isinstance(by, str) or by == "random":
             return [self.select(None, k, by, **options)] * count
