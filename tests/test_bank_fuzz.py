@@ -145,7 +145,7 @@ def harmed(raw: bytes, kind: str, how: Any) -> bytes:
     return raw[:place] + how[1].encode() + raw[place + 1 :]
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_damaged_bank_is_an_error_or_right(bank: tuple[Path, Any], data: st.DataObject) -> None:
     folder, wanted = bank
@@ -247,7 +247,7 @@ def test_a_column_of_any_other_shape_or_type_is_refused(
     assert widths[name] == shape[1], "only widths may be others"
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_content_of_a_stranger_is_an_error_or_used(data: st.DataObject) -> None:
     """Two shards of the right layout, with any values in any column and every digest right."""

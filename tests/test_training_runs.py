@@ -323,7 +323,7 @@ def test_a_run_that_never_gets_above_the_untrained_start_keeps_that(
     settings: TrainSettings,
 ) -> None:
     data = (data_on_disk(Path(settings.output).parent / "more", 60),)
-    run = train(replace(settings, data=data, held_out=0.25, learning_rate=0.0, steps=4))
+    run = train(replace(settings, data=data, held_out=0.25, eval_episodes=8, learning_rate=0.0, steps=4))
     assert sorted(run.held_out("eval_loss")) == [0, 2, 4] and not run.improved
     weights = load_file(Path(settings.output) / "aim_projector.safetensors")
     assert not any(weights[name].any() for name in weights if name.startswith("projector.layers.2"))
@@ -332,7 +332,7 @@ def test_a_run_that_never_gets_above_the_untrained_start_keeps_that(
 
 def test_the_best_checkpoint_on_held_out_data_is_kept(settings: TrainSettings) -> None:
     data = (data_on_disk(Path(settings.output).parent / "more", 60),)
-    run = train(replace(settings, data=data, held_out=0.25, steps=8))
+    run = train(replace(settings, data=data, held_out=0.25, eval_episodes=8, steps=8))
     scores = run.held_out("eval_score")
     assert sorted(scores) == [0, 2, 4, 6, 8] and run.improved
     best = max(scores, key=scores.__getitem__)
