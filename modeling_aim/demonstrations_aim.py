@@ -93,7 +93,7 @@ class Demonstration:
                 for image in demo.images:
                     (rules or ImageRules()).check_size(image.size)
             except ValueError as error:
-                raise ValueError(f"{name} has an image that is too large: {error}.") from None
+                raise ValueError(f"{name} has an image larger than expected: {error}.") from None
             return demo
         if isinstance(value, Mapping):
             fields = dict(value)
