@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,3 +120,19 @@ def test_lengths_of_examples_are_about_their_tokens(settings: BackboneSettings, 
 def test_settings_that_do_not_fit_are_refused(settings: BackboneSettings, change: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(settings, **change)
+
+
+@pytest.mark.slow
+def test_two_processes_on_cpus_make_one_backbone(settings: BackboneSettings, data: dict[str, str]) -> None:
+    """One of them alone writes, and locks the folder; a step has as many examples as with one process."""
+    words = ["backbone", "--vision-tower", data["clip"], "--language-model", data["llama"], "--dtype", "float32"]
+    words += ["--stage2", data["conversations"], "--stage2-steps", "2", "--stage2-batch-size", "4"]
+    words += ["--batch-size", "2", "--set", "use_cpu=true", "--set", "disable_tqdm=true", "--output", settings.output]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, "-m", "modeling_aim", *words], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr.count("2 steps of 4 (2 a pass)") == 1, done.stderr[-2000:]
+    assert LlavaForConditionalGeneration.from_pretrained(settings.output)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from transformers.utils import logging
 
@@ -48,6 +49,10 @@ def build_backbone(settings: BackboneSettings) -> Path:
     if _is_finished(settings):
         write_line(f"{output}: this run is finished.")
         return output
+    on_cpu = settings.arguments.get("use_cpu", not torch.accelerator.is_available())
+    state = PartialState(
+        cpu=bool(on_cpu)
+    )  # before Trainer: otherwise processes on CPUs each take themselves for the main
     stages = stages_of(settings)
     if not stages:
         logger.warning(
@@ -56,12 +61,14 @@ def build_backbone(settings: BackboneSettings) -> Path:
     examples = {
         stage.name: Examples(stage.specs, stage.name, settings.seed) for stage in stages if not stage.is_done(output)
     }
-    with only_one(output, "aim backbone") if PartialState().is_main_process else nullcontext():
-        _begin(settings)
+    with only_one(output, "aim backbone") if state.is_main_process else nullcontext():
+        if state.is_main_process:
+            _begin(settings)
+        state.wait_for_everyone()
         joined = _trained(settings, stages, examples)
-        if PartialState().is_main_process:
+        if state.is_main_process:
             _write(joined, settings, stages)
-        PartialState().wait_for_everyone()
+        state.wait_for_everyone()
     return output
 
 
@@ -93,8 +100,6 @@ def _base_names(value: Any) -> Any:
 def _begin(settings: BackboneSettings) -> None:
     """Make the output folder this run's; what an overwritten run left goes out."""
     output = Path(settings.output)
-    if not PartialState().is_main_process:
-        return
     output.mkdir(parents=True, exist_ok=True)
     if RECORD.earlier(settings) is None:
         for name in ("stage1", "stage2"):

@@ -89,12 +89,13 @@ print(ask(text=[{{"role": "user", "content": content}}], return_full_text=False)
 def _stage_section(settings: BackboneSettings, stage: Stage, log: Mapping[str, Any]) -> str:
     """What one stage was trained on, how, and with which loss."""
     losses = [row["loss"] for row in log["history"] if "loss" in row]
+    decay = settings.arguments.get("weight_decay", 0)
     rows: dict[str, Any] = {
         "data": ", ".join(f"`{base_names(spec)}`" for spec in stage.specs),
         "examples": f"{log['examples']:,}",
         "steps": f"{log['steps']:,} of up to {stage.total_batch} examples",
         "learning rate": f"{stage.connector_rate:g} (connector)",
-        "schedule": f"cosine, {settings.warmup:.0%} warm-up, no weight decay",
+        "schedule": f"cosine, {settings.warmup:.0%} warm-up, weight decay {decay or 'none'}",
         "precision": settings.dtype,
         "seed": settings.seed,
         "loss": f"{losses[0]:.4f} at the first report, {losses[-1]:.4f} at the last" if losses else "not reported",
