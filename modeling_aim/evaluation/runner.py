@@ -215,13 +215,8 @@ class Run:
         """Places of a cell's examples that are answered together: prompts of about one length."""
         examples = self.task_runs[cell.task].examples[cell.seed]
         prompts = [self.prompt(cell, example) for example in examples]
-        sizes = [
-            (
-                len(p.images),
-                len(p.text) + sum(len(self.subject.processor.apply_template(demo.words)[0]) for demo in p.fused),
-            )
-            for p in prompts
-        ]
+        template = self.subject.processor.apply_template
+        sizes = [(len(p.images), len(p.text) + sum(len(template(demo.words)[0]) for demo in p.fused)) for p in prompts]
         batches: list[list[int]] = []
         for place in sorted(range(len(examples)), key=lambda i: (*sizes[i], i)):
             images = sizes[place][0]
