@@ -128,7 +128,7 @@ def test_two_processes_on_cpus_make_one_backbone(settings: BackboneSettings, dat
     words = ["backbone", "--vision-tower", data["clip"], "--language-model", data["llama"], "--dtype", "float32"]
     words += ["--stage2", data["conversations"], "--stage2-steps", "2", "--stage2-batch-size", "4"]
     words += ["--batch-size", "2", "--set", "use_cpu=true", "--set", "disable_tqdm=true", "--output", settings.output]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*launch, "-m", "modeling_aim", *words], env=environment, capture_output=True, text=True, check=False
