@@ -446,5 +446,5 @@ def check_source(source: Mapping[str, str], expected: Mapping[str, str]) -> None
         raise ValueError(
             "These fused demonstrations were read by another model: "
             + "; ".join(wrong)
-            + ". Read the demonstrations again with this model: model.read(demos)."
+            + ". Read the demonstrations again with this model: model.read(demos); a bank: DemonstrationBank.build."
         )

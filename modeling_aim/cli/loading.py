@@ -46,10 +46,21 @@ class LoadingSettings:
         return options
 
     def load(self, repo: str) -> AimForConditionalGeneration:
-        """The model of an AIM repository."""
+        """The model of an AIM repository.
+
+        Raises:
+            OSError: it cannot be loaded; the message names it.
+        """
         from .. import AimForConditionalGeneration
 
-        return self.with_images(AimForConditionalGeneration.from_pretrained(repo, **self.options()))
+        options = self.options()
+        try:
+            model = AimForConditionalGeneration.from_pretrained(repo, **options)
+        except OSError as error:
+            if repo in str(error):
+                raise
+            raise OSError(f"{repo} is no folder here and could not be had from the Hub: {error}") from error
+        return self.with_images(model)
 
     def with_images(self, model: AimForConditionalGeneration) -> AimForConditionalGeneration:
         """The same model, whose processor has the image settings.
