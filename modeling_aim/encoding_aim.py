@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import BatchFeature
 
-from .demonstrations_aim import Demonstration
+from .demonstrations_aim import Demonstration, Demos, Selection, kind_of
 from .images_aim import ImageRules, block_images
 
 UNKNOWN_IMAGE = 1024  # positions of an image whose number of tokens is not known before it is encoded
@@ -247,3 +247,29 @@ def _chat_text(turn: Mapping[str, Any]) -> str:
 
 def _chat_images(turn: Mapping[str, Any]) -> list[Any]:
     return [image for block in _blocks(turn) for image in block_images(block)]
+
+
+def with_selection(demos: Demos, shots: int | None, select: Selection) -> Any:
+    """`demos` with `shots` and `select` bound to each bank in it; `demos` itself where both are `None`.
+
+    Raises:
+        ValueError: `demos` holds something else than banks, or an empty one.
+    """
+    if shots is None and select is None:
+        return demos
+    parts: list[Any] = list(demos) if isinstance(demos, (list, tuple)) else [demos]
+    banks = [part for part in parts if part is not None]
+    if not banks or any(kind_of(bank) != "bank" for bank in banks):
+        count = len(parts) if parts and kind_of(parts[0]) == "demonstration" else 0
+        described = f"a list of {count} demonstrations" if count else f"{demos!r:.80}"
+        raise ValueError(
+            f"shots={shots} and select={select!r} choose from a DemonstrationBank, but demos is {described}. "
+            "Build one with DemonstrationBank.build(model, demos, folder)."
+        )
+    if any(not len(bank) for bank in banks):
+        raise ValueError(
+            f"shots={shots} and select={select!r} choose from a DemonstrationBank that is empty. Add demonstrations "
+            "to it, or give no demos."
+        )
+    choices = [None if part is None else part.choice(shots, select) for part in parts]
+    return choices if isinstance(demos, (list, tuple)) else choices[0]

@@ -13,37 +13,11 @@ import torch
 from torch import nn
 
 from .backbone_aim import image_positions
-from .demonstrations_aim import Demonstration, Demos, Selection, kind_of
+from .demonstrations_aim import Demonstration
 from .injection_aim import injected
 from .reading_aim import image_features, read_hidden_states
 
 FEATURE_KINDS = ("image", "text", "fused")
-
-
-def with_selection(demos: Demos, shots: int | None, select: Selection) -> Any:
-    """`demos` with `shots` and `select` bound to each bank in it; `demos` itself where both are `None`.
-
-    Raises:
-        ValueError: `demos` holds something else than banks, or an empty one.
-    """
-    if shots is None and select is None:
-        return demos
-    parts: list[Any] = list(demos) if isinstance(demos, (list, tuple)) else [demos]
-    banks = [part for part in parts if part is not None]
-    if not banks or any(kind_of(bank) != "bank" for bank in banks):
-        count = len(parts) if parts and kind_of(parts[0]) == "demonstration" else 0
-        described = f"a list of {count} demonstrations" if count else f"{demos!r:.80}"
-        raise ValueError(
-            f"shots={shots} and select={select!r} choose from a DemonstrationBank, but demos is {described}. "
-            "Build one with DemonstrationBank.build(model, demos, folder)."
-        )
-    if any(not len(bank) for bank in banks):
-        raise ValueError(
-            f"shots={shots} and select={select!r} choose from a DemonstrationBank that is empty. Add demonstrations "
-            "to it, or give no demos."
-        )
-    choices = [None if part is None else part.choice(shots, select) for part in parts]
-    return choices if isinstance(demos, (list, tuple)) else choices[0]
 
 
 class FeaturesMixin:

@@ -15,9 +15,8 @@ from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
 from .configuration_aim import usable
 from .demonstrations_aim import Demos, Selection, parse_demos
-from .encoding_aim import SENTINEL, TOKENIZING, EncodingMixin, split_few_shot_chat
+from .encoding_aim import SENTINEL, TOKENIZING, EncodingMixin, split_few_shot_chat, with_selection
 from .families_aim import family_of_processor
-from .features_aim import with_selection
 from .files_aim import check_place, copy_shipped_files, staged_folder
 from .images_aim import ImageRules, opened_chat, opened_images, opened_media
 

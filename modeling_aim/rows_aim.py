@@ -22,7 +22,7 @@ from .demonstrations_aim import (
     kind_of,
     parse_demos,
 )
-from .features_aim import with_selection
+from .encoding_aim import with_selection
 from .injection_aim import FusedPrompt, check_mask, injected, shape_of
 from .reading_aim import decoder_inputs
 

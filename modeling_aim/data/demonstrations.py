@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from .jsonl import beside, numbered_json
-from .link_context import class_folders
 
 
 def read_demonstrations(path: Path) -> Iterator[dict[str, Any]]:
@@ -20,6 +19,8 @@ def read_demonstrations(path: Path) -> Iterator[dict[str, Any]]:
         FileNotFoundError: there is no such file or folder.
     """
     if path.is_dir():
+        from .link_context import class_folders  # needs torch
+
         for image_class in class_folders(path):
             yield from ({"image": image, "label": image_class.name} for image in image_class.images)
         return
