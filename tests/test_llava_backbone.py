@@ -251,7 +251,8 @@ def test_a_whole_clip_checkpoint_gives_its_vision_half(
     whole = join(replace(settings, vision_tower=llava_parts.save_clip(tmp_path / "clip", whole=True)))
     model = hf.CLIPModel.from_pretrained(tmp_path / "clip")
     expected = weights_of(model.vision_model)
-    assert changed(expected, weights_of(whole.vision_tower)) == set()
+    tower = getattr(whole.vision_tower, "vision_model", whole.vision_tower)  # releases before 5.23 have one class more
+    assert changed(expected, weights_of(tower)) == set()
 
 
 def test_what_cannot_be_read_is_left_out_and_counted(
