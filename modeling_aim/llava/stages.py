@@ -174,6 +174,8 @@ class StageTrainer(Trainer):
         super().log({**logs, **skipped} if "loss" in logs else logs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:  # Trainer asks every process
+            return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         save_trained(self.accelerator.unwrap_model(self.model), folder, state_dict)
