@@ -106,6 +106,20 @@ def test_nothing_stale_is_used() -> None:
     assert changes()
 
 
+def test_a_switched_adapter_is_another_backbone() -> None:
+    from peft import LoraConfig
+
+    aim = plugin("llava")
+    inputs, demos, backbone = aim.query(), list(DEMOS), aim.backbone
+    backbone.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"], init_lora_weights=False), "a")
+    layer = first_layer(aim).self_attn.q_proj
+    for switch in (lambda: None, backbone.disable_adapters, backbone.enable_adapters, lambda: layer.scale_layer(3.0)):
+        switch()
+        kept = aim.model(**inputs, demos=demos).logits
+        aim.model.read_cache.clear()
+        assert torch.equal(kept, aim.model(**inputs, demos=demos).logits)
+
+
 def test_a_copy_of_a_model_keeps_nothing_of_the_other() -> None:
     aim = plugin("llava")
     aim.answer(aim.query(), DEMOS)
