@@ -28,7 +28,8 @@ SETTINGS = (
 IMAGE_SETTINGS = (
     "size", "crop_size", "do_resize", "do_center_crop", "do_rescale", "rescale_factor", "do_normalize", "image_mean",
     "image_std", "do_pad", "do_image_splitting", "max_image_size", "image_grid_pinpoints", "min_pixels", "max_pixels",
-    "crop_to_patches", "min_patches", "max_patches", "patch_size", "merge_size",
+    "crop_to_patches", "min_patches", "max_patches", "patch_size", "merge_size", "resample", "default_to_square",
+    "pad_size", "temporal_patch_size", "image_size",
 )  # fmt: skip
 
 
