@@ -117,6 +117,12 @@ def is_address(text: object) -> bool:
     return isinstance(text, str) and text.lower().startswith(("http://", "https://"))
 
 
+def file_named(images: Sequence[Any]) -> str:
+    """Which file or URL the first of `images` names, for a message; empty for images in memory."""
+    paths = [os.fspath(image) for image in images if isinstance(image, (str, os.PathLike))]
+    return f" (image {paths[0]!r:.120})" if paths else ""
+
+
 def opened_images(images: object, rules: ImageRules) -> Any:
     """Open the paths, URLs and bytes among the images of a query, however they are nested, and check the others.
 

@@ -65,8 +65,8 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
             ("label_template", label_template, ("{label}",)),
             ("question_template", question_template, ("{question}", "{answer}")),
         ):
-            if not isinstance(template, str) or any(field not in template for field in needed):
-                raise ValueError(f"{name}={template!r} must contain {' and '.join(needed)}.")
+            if not isinstance(template, str) or any(template.count(field) != 1 for field in needed):
+                raise ValueError(f"{name}={template!r} must contain {' and '.join(needed)}, once.")
         if question_template.index("{question}") > question_template.index("{answer}"):
             raise ValueError(f"question_template={question_template!r} must have {{question}} before {{answer}}.")
         if not isinstance(image_prompt, str | None) or not isinstance(few_shot_chats, bool):
