@@ -120,6 +120,8 @@ def _prefilled(
     prefix, mask = prefixes[0], options.get("attention_mask")
     check_source(prefix.fused.source, model.source)
     padded = mask is not None and not bool(mask.all())
+    if padded and (setting("repetition_penalty") or 1) != 1:
+        return "the batch is padded, and repetition_penalty would count the padding, which stands after the prefix"
     if not continues_after_kv(model.backbone, padded):
         return (
             "on this backbone, or this release of transformers, a prompt (a padded one) cannot continue from cached KV"

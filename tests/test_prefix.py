@@ -217,6 +217,21 @@ def test_what_cannot_use_kept_kv_takes_the_fused_tokens(aim: Plugin) -> None:
         assert torch.equal(aim.model(**inputs, demos=prefix).logits, aim.model(**inputs, demos=fused).logits)
 
 
+@pytest.mark.parametrize("options", [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 1}], ids=str)
+def test_padding_after_a_prefix_is_not_penalized(llava: Plugin, options: dict[str, Any]) -> None:
+    aim = plugin("llava")
+    inputs = aim.query("What is this?", "And that, the small one on the left?")
+    pad = inputs["input_ids"][0, 0]
+    assert inputs["attention_mask"][0, 0] == 0
+
+    def of_padding(demos: Any) -> torch.Tensor:
+        more = {"max_new_tokens": 1, "output_scores": True, "return_dict_in_generate": True, "do_sample": False}
+        return aim.model.generate(**inputs, demos=demos, **more, **options).scores[0][:, pad]
+
+    demos = list(DEMOS)
+    torch.testing.assert_close(of_padding(aim.model.prefill(demos)), of_padding(demos), rtol=1e-4, atol=1e-4)
+
+
 def test_several_samples_are_drawn_from_it(llava: Plugin) -> None:
     inputs, options = llava.query(), {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 6}
     drawn: list[torch.Tensor] = []
