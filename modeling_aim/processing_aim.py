@@ -102,7 +102,11 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
 
     @property
     def reading_settings(self) -> dict[str, str]:
-        """The settings that decide how a demonstration is read; fused tokens are bound to them."""
+        """The settings that decide how a demonstration is read; fused tokens are bound to them.
+
+        They cover templates, the image placeholder, how a prompt begins and `IMAGE_SETTINGS`, but not the tokenizer:
+        after a change of it in place call `model.read_cache.clear()`, and read again what was read.
+        """
         images = {name: _plain(getattr(self.image_processor, name, None)) for name in IMAGE_SETTINGS}
         return {
             "label template": self.label_template,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -183,6 +184,15 @@ def test_a_prefix_read_while_training_with_checkpointing_keeps_its_kv(llava: Plu
 def test_a_prefix_is_of_one_list_of_demonstrations(llava: Plugin) -> None:
     with pytest.raises(ValueError, match="prefill takes one list of demonstrations; got one for each of 2 rows"):
         llava.model.prefill([DEMOS[:1], DEMOS[1:]])
+
+
+def test_a_prefix_of_fused_tokens_needs_no_processor() -> None:
+    aim, without = plugin("llava"), plugin("llava").model
+    inputs, fused = aim.query(), aim.model.read(DEMOS[:2])
+    without._processor = None
+    fused = replace(fused, source=without.source)
+    wanted, kept = (without.generate(**inputs, demos=demos, **NEW) for demos in (fused, without.prefill(fused)))
+    assert torch.equal(kept, wanted) and len(without.prefix_cache) == 1
 
 
 def test_kv_that_had_to_leave_is_computed_again(llava: Plugin) -> None:
