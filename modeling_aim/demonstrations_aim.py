@@ -20,13 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from .files_aim import as_bytes, locate_file, write_whole
-from .images_aim import ImageRules, open_image
+from .images_aim import ImageRules, file_named, open_image
 
 FUSED_FILE = "aim_fused.safetensors"
 FUSED_FORMAT = "aim_fused 1"
-READ_LINES = (
-    "To read a file of one JSON object a line: demos = [json.loads(line) for line in open({!r:.80})]"  # for messages
-)
+READ_LINES = "To read a file of one JSON object a line: demos = [json.loads(line) for line in open({!r:.80})]"
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 PROCESSOR_SETTING = "label template"  # in the `source` of every model that has a processor
 DEMONSTRATION_KEYS = {"image", "images", "text", "label", "question", "answer"}
@@ -117,7 +115,7 @@ class Demonstration:
         images = images if isinstance(images, (list, tuple)) else [images]
         text_keys = [key for key in ("text", "label", "answer") if _has_words(fields.get(key))]
         if not text_keys:
-            raise ValueError(f"{name}{_paths(images)} {_without_words(fields)}")
+            raise ValueError(f"{name}{file_named(images)} {_without_words(fields)}")
         if len(text_keys) > 1:
             raise ValueError(f"{name} has {' and '.join(text_keys)}; give one of text, label and answer.")
         if not image_fields and not {"image", "images"}.isdisjoint(fields):
@@ -168,12 +166,6 @@ def _closest_keys(unknown: set[Any]) -> str:
     """A question for each misspelt key, such as " Did you mean 'label'?"."""
     closest = [difflib.get_close_matches(str(key), sorted(DEMONSTRATION_KEYS), 1) for key in sorted(unknown, key=str)]
     return "".join(f" Did you mean {keys[0]!r}?" for keys in closest if keys)
-
-
-def _paths(images: Sequence[Any]) -> str:
-    """Which file or URL a demonstration names, for a message; empty for images in memory."""
-    paths = [os.fspath(image) for image in images if isinstance(image, (str, os.PathLike))]
-    return f" (image {paths[0]!r:.120})" if paths else ""
 
 
 def _without_words(fields: Mapping[str, Any]) -> str:
@@ -273,6 +265,18 @@ def _unknown(value: object, where: str = "") -> ValueError:
     )
 
 
+def numbers_of(index: Any, count: int) -> list[int]:
+    """Which of `count` demonstrations `index` takes: a number, a slice, or numbers in any sequence or array.
+
+    `IndexError` where there is no such demonstration, `ValueError` for a mask.
+    """
+    entries = range(count)[index] if isinstance(index, slice) else getattr(index, "tolist", lambda: index)()
+    entries = [entries] if hasattr(entries, "__index__") else list(entries)
+    if any(isinstance(entry, bool) or str(getattr(entry, "dtype", "")).endswith("bool") for entry in entries):
+        raise ValueError(f"Demonstrations are taken by number; got the truth values {index!r:.80}.")
+    return [range(count)[entry] for entry in entries]
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class FusedDemonstrations:
     """The result of reading: the fused virtual tokens of demonstrations, in order. An immutable value.
@@ -330,11 +334,7 @@ class FusedDemonstrations:
 
     def __getitem__(self, index: int | slice | Sequence[int]) -> FusedDemonstrations:
         """The demonstrations at `index` (a number, a slice or a list of numbers, not a mask), in that order."""
-        entries = [] if isinstance(index, slice) else [index] if isinstance(index, int) else index
-        if any(isinstance(entry, bool) or getattr(entry, "dtype", None) == torch.bool for entry in entries):
-            raise ValueError(f"Demonstrations are taken by number; got the truth values {index!r:.80}.")
-        chosen = range(len(self))[index] if isinstance(index, (int, slice)) else [range(len(self))[i] for i in index]
-        chosen = [chosen] if isinstance(chosen, int) else list(chosen)
+        chosen = numbers_of(index, len(self))
         spans = [slice(self._ends[i] - self.lengths[i], self._ends[i]) for i in chosen]
         return FusedDemonstrations(
             vectors=torch.cat([self.vectors[span] for span in spans]) if spans else self.vectors[:0],

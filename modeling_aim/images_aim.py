@@ -14,7 +14,7 @@ import os
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
@@ -77,8 +77,8 @@ def open_image(
     """Load one image as RGB.
 
     Args:
-        image: a PIL image, an array `(height, width[, 1, 3 or 4])`, uint8 or float in 0..1, bytes of an image file, a
-            path, a URL, a `data:` URL or base64.
+        image: a PIL image (of floats: in 0..1), an array `(height, width[, 1, 3 or 4])`, uint8 or float in 0..1, bytes
+            of an image file, a path, a URL, a `data:` URL or base64.
         rules: what may be opened.
         shrink: the power of two by which the sides of an image of a size `(width, height)` may be divided, 1 for none.
             A JPEG is decoded at that scale. The size that comes out is rounded up.
@@ -117,16 +117,25 @@ def is_address(text: object) -> bool:
     return isinstance(text, str) and text.lower().startswith(("http://", "https://"))
 
 
+def file_named(images: Sequence[Any]) -> str:
+    """Which file or URL the first of `images` names, for a message; empty for images in memory."""
+    paths = [os.fspath(image) for image in images if isinstance(image, (str, os.PathLike))]
+    return f" (image {paths[0]!r:.120})" if paths else ""
+
+
 def opened_images(images: object, rules: ImageRules) -> Any:
     """Open the paths, URLs and bytes among the images of a query, however they are nested, and check the others.
 
-    Images and arrays stay as they are, so that the backbone's processor gets the caller's own.
+    Images and arrays stay as they are, so that the backbone's processor gets the caller's own; it knows no images of
+    floats (PIL's mode "F"), so these are converted.
     """
     if isinstance(images, (list, tuple)):
         return [opened_images(image, rules) for image in images]
     if isinstance(images, (str, bytes, os.PathLike)):
         return open_image(images, rules)
     if isinstance(images, Image.Image):
+        if images.mode == "F":
+            return open_image(images, rules)
         try:
             rules.check_size(images.size)
             images.load()
@@ -221,7 +230,9 @@ def _loaded(
         if scale > 1 and isinstance(image, ImageFile.ImageFile):
             image.draft(None, (size[0] // scale, size[1] // scale))  # JPEG decodes at a half, a quarter or an eighth
             scale //= max(round(size[0] / image.width), 1)
-    whole = ImageOps.exif_transpose(image).convert("RGB")
+    turned_image = ImageOps.exif_transpose(image)
+    # Pillow would clip the numbers of a float image to 0..255
+    whole = _of_array(turned_image, rules) if turned_image.mode == "F" else turned_image.convert("RGB")
     return whole.reduce(scale) if scale > 1 else whole
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
-from .backbone_aim import decoder_layers
+from .backbone_aim import decoder_layers, image_positions
 from .demonstrations_aim import FusedDemonstrations
 from .reading_aim import layer_input
 
@@ -76,6 +76,7 @@ class FusedPrompt:
             `prefix_kv` sets it to that of the prefix alone, once it has cut `inputs` there.
         own_columns: the column of each of the caller's tokens in it, `(batch, length)`, ascending in a row, except
             that with `prefix_first` BOS stands before the padding.
+        filler: the id of each row's new padding, `(batch, 1)`.
         tokens_seen: columns that passes of the backbone have held. KV that is given holds as many from the start.
 
     Raises:
@@ -141,6 +142,8 @@ class FusedPrompt:
         self.rows = torch.tensor(rows, dtype=torch.long, device=ids.device)
         self.columns = torch.tensor(columns, dtype=torch.long, device=ids.device)
 
+        images, own = image_positions(backbone.config, ids), mask.to(ids.device).bool()
+        self.filler = torch.stack([_filler(*row) for row in zip(ids, own, images, fused, strict=True)])[:, None]
         for name, value in self.inputs.items():
             if is_per_token(name, value, (batch, length)):
                 self.inputs[name] = self._widened(name, value)
@@ -149,7 +152,7 @@ class FusedPrompt:
         """`value` for the widened prompt, with the filler of this input at the new positions."""
         wide = value.new_full((value.shape[0], self.width, *value.shape[2:]), -100 if name == "labels" else 0)
         if name == "input_ids":
-            wide.fill_(self.fused_ids[0] if len(self.fused_ids) else 0)  # new padding: an ordinary id, masked out
+            wide[:] = self.filler.to(wide)  # new padding, masked out
             wide[self.rows, self.columns] = self.fused_ids
         index = self.own_columns.to(value.device)
         wide[torch.arange(len(index), device=value.device)[:, None], index] = value
@@ -241,6 +244,18 @@ class FusedPrompt:
                 "The backbone did not embed its prompt, as it is, through get_input_embeddings(), so it never saw the "
                 "fused tokens. This backbone cannot be used with AIM."
             )
+
+
+def _filler(
+    ids: torch.Tensor, mask: torch.Tensor, images: torch.Tensor, fused: FusedDemonstrations | None
+) -> torch.Tensor:
+    """The id of a row's new padding: an ordinary one that logits processors see in that row anyway.
+
+    It is the row's own padding, its first fused token, or its first token beside images.
+    """
+    words = ids[mask & ~images]
+    candidates = [ids[~mask], ids.new_empty(0) if fused is None else fused.ids.to(ids), words, ids]
+    return next(part[0] for part in candidates if len(part))
 
 
 def is_per_token(name: str, value: object, shape: tuple[int, int]) -> bool:

@@ -269,7 +269,8 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
             select: a strategy (`"random"`, `"image"`, `"text"`, `"fused"`, `"mmices"`), a list of indices or keys (all
                 are used unless `shots` is given), or a dict with `by` and any of `balanced`, `near_duplicate`,
                 `search`, `seed` (see `DemonstrationBank.choose`).
-            **kwargs: the backbone's inputs and everything its `generate` takes.
+            **kwargs: the backbone's inputs and everything its `generate` takes. `repetition_penalty` and
+                `no_repeat_ngram_size` count the words of the demonstrations too, as in a prompt of text.
 
         Returns:
             What the backbone's `generate` returns: ids of the query and then the new tokens. The ids hold no fused
@@ -377,9 +378,9 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         The KV is kept in `model.prefix_cache`, an LRU cache of at most `prefix_cache.max_bytes`; evicted KV is
         computed again when it is needed. It is used for greedy and sampled decoding and beams where all rows of a
         batch share the prefix. Elsewhere (other demonstrations in each row, a cache of the caller's own,
-        `use_cache=False`, assisted decoding, cross-attention, a padded batch on a backbone with sliding windows or a
-        recurrent state) the fused tokens are used without it, and the log says so once. The answers are the same
-        within float tolerance.
+        `use_cache=False`, assisted decoding, cross-attention, a padded batch with `repetition_penalty` or on a
+        backbone with sliding windows or a recurrent state) the fused tokens are used without it, and the log says so
+        once. The answers are the same within float tolerance.
 
         Args:
             demos: as for `read`; their order counts.
@@ -401,7 +402,8 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         check_source(prefix.fused.source, self.source)
         check_finite(prefix.fused)
         self._check_prefix(prefix.num_tokens)
-        if len(prefix) and continues_after_kv(self.backbone):
+        has_processor = self._processor is not None or self._loaded_from is not None  # else the first answer does it
+        if len(prefix) and has_processor and continues_after_kv(self.backbone):
             # a prompt as queries are likely to be: whether it begins with BOS is part of the KV's key
             sample_ids = self.processor(text=[self.processor.prompt("a", images=0)], return_tensors="pt")["input_ids"]
             prefix_kv(self, prefix, self._bos_of(int(sample_ids[0, 0])))

@@ -62,7 +62,10 @@ def prefix_kv(model: Any, prefix: FusedPrefix, bos: Sequence[int]) -> Any:
     cache = model.prefix_cache.get(key)
     if cache is None:
         # FusedPrompt needs a query: give it one token, then cut that token off.
-        inputs = dict(model.processor(text=["a"], return_tensors="pt").to(model.device, model.dtype))
+        if model._processor is None and model._loaded_from is None:
+            inputs = {"input_ids": prefix.fused.ids[-1:][None].to(model.device)}
+        else:
+            inputs = dict(model.processor(text=["a"], return_tensors="pt").to(model.device, model.dtype))
         length = inputs["input_ids"].shape[1]
         ids = torch.tensor([*bos, *inputs["input_ids"][0, -1:].tolist()], device=model.device)[None]
         for name, value in inputs.items():
@@ -120,6 +123,8 @@ def _prefilled(
     prefix, mask = prefixes[0], options.get("attention_mask")
     check_source(prefix.fused.source, model.source)
     padded = mask is not None and not bool(mask.all())
+    if padded and (setting("repetition_penalty") or 1) != 1:
+        return "the batch is padded, and repetition_penalty would count the padding, which stands after the prefix"
     if not continues_after_kv(model.backbone, padded):
         return (
             "on this backbone, or this release of transformers, a prompt (a padded one) cannot continue from cached KV"

@@ -27,7 +27,8 @@ SETTINGS = (
 IMAGE_SETTINGS = (
     "size", "crop_size", "do_resize", "do_center_crop", "do_rescale", "rescale_factor", "do_normalize", "image_mean",
     "image_std", "do_pad", "do_image_splitting", "max_image_size", "image_grid_pinpoints", "min_pixels", "max_pixels",
-    "crop_to_patches", "min_patches", "max_patches", "patch_size", "merge_size",
+    "crop_to_patches", "min_patches", "max_patches", "patch_size", "merge_size", "resample", "default_to_square",
+    "pad_size", "temporal_patch_size", "image_size",
 )  # fmt: skip
 
 
@@ -63,8 +64,8 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
             ("label_template", label_template, ("{label}",)),
             ("question_template", question_template, ("{question}", "{answer}")),
         ):
-            if not isinstance(template, str) or any(field not in template for field in needed):
-                raise ValueError(f"{name}={template!r} must contain {' and '.join(needed)}.")
+            if not isinstance(template, str) or any(template.count(field) != 1 for field in needed):
+                raise ValueError(f"{name}={template!r} must contain {' and '.join(needed)}, once.")
         if question_template.index("{question}") > question_template.index("{answer}"):
             raise ValueError(f"question_template={question_template!r} must have {{question}} before {{answer}}.")
         if not isinstance(image_prompt, str | None) or not isinstance(few_shot_chats, bool):
@@ -100,7 +101,11 @@ class AimProcessor(EncodingMixin, ProcessorMixin):
 
     @property
     def reading_settings(self) -> dict[str, str]:
-        """The settings that decide how a demonstration is read; fused tokens are bound to them."""
+        """The settings that decide how a demonstration is read; fused tokens are bound to them.
+
+        They cover templates, the image placeholder, how a prompt begins and `IMAGE_SETTINGS`, but not the tokenizer:
+        after a change of it in place call `model.read_cache.clear()`, and read again what was read.
+        """
         images = {name: _plain(getattr(self.image_processor, name, None)) for name in IMAGE_SETTINGS}
         return {
             "label template": self.label_template,

@@ -126,7 +126,7 @@ class RowsMixin:
         for row, part in enumerate(rows):
             if kind_of(part) == "choice":
                 choice: Any = part
-                choices.setdefault((id(choice.bank), choice.shots, id(choice.select)), []).append(row)
+                choices.setdefault((id(choice.bank), repr(choice.shots), id(choice.select)), []).append(row)
         selected: list[Any] = list(rows)
         for choice_rows in choices.values():
             choice = rows[choice_rows[0]]

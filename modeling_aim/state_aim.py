@@ -23,6 +23,8 @@ STATE_NAMES = ("rope_deltas",)  # what some backbones remember of the last promp
 # what some layers (OPT's) apply in training mode by themselves, not by a part of theirs that evaluates
 DROPOUTS = ("dropout", "hidden_dropout", "attention_dropout", "activation_dropout", "layerdrop")
 
+ADAPTER_SWITCHES = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")  # of PEFT's layers
+
 _LOCKS: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()
 _INFERENCE_MODES: WeakKeyDictionary[PreTrainedModel, _InferenceMode] = WeakKeyDictionary()
 
@@ -37,9 +39,15 @@ def all_modules(backbone: nn.Module) -> list[nn.Module]:
 
 
 def weights_state(module: nn.Module) -> list[Any]:
-    """A value that changes when a weight of a module changes or moves, except by writing to its `.data`."""
-    weights = [weight for part in all_modules(module) for weight in part._parameters.values() if weight is not None]
-    return [(w.data_ptr(), w.dtype, -1 if w.is_inference() else w._version) for w in weights]
+    """A value that changes when a weight of a module changes or moves, except by writing to its `.data`.
+
+    It also changes when an adapter (PEFT) is switched on or off, scaled or merged.
+    """
+    modules = all_modules(module)
+    weights = [weight for part in modules for weight in part._parameters.values() if weight is not None]
+    adapted = [part for part in modules if hasattr(type(part), "enable_adapters")]
+    switches = [str([getattr(part, name, None) for name in ADAPTER_SWITCHES]) for part in adapted]
+    return [*((w.data_ptr(), w.dtype, -1 if w.is_inference() else w._version) for w in weights), *switches]
 
 
 def _remembered(modules: Sequence[nn.Module]) -> list[tuple[nn.Module, str, Any]]:

@@ -376,6 +376,12 @@ def test_a_template_without_its_field(llava: Plugin) -> None:
         "question_template",
         "before",
     )
+    for name, template in (
+        ("label_template", "{label}, yes {label}."),
+        ("question_template", "{question} {answer}, {answer}"),
+        ("question_template", "{question} {question} {answer}"),
+    ):
+        fails(lambda name=name, t=template: AimProcessor(llava.processor.processor, **{name: t}), name, "once")
 
 
 def test_no_backbone_to_build_or_load(saved: Path, listing: Any) -> None:

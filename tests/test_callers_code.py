@@ -330,3 +330,13 @@ def test_generate_four_deep() -> None:
     answer(0)
     assert {depth: len(answers) for depth, answers in found.items()} == {0: 1, 1: 2, 2: 4, 3: 8}
     assert all(torch.equal(told, alone[depth]) for depth, answers in found.items() for told in answers)
+
+
+@pytest.mark.parametrize("options", [{"no_repeat_ngram_size": 1}, {"repetition_penalty": 9.0}], ids=str)
+def test_a_processor_of_transformers_sees_no_demonstration_of_another_row(options: dict[str, Any]) -> None:
+    aim = plugin("llava")
+    demos = [{"text": "( a dog and a cat sit here."}]
+    both = aim.query("What is this?", "And that, what?")
+    alone = {name: value[1:] for name, value in both.items()}
+    answers = aim.answer(both, [demos, None], max_new_tokens=24, **options)
+    assert torch.equal(answers[1], aim.answer(alone, None, max_new_tokens=24, **options)[0])

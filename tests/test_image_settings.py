@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import test_cli_errors
-from backbones import build, picture
+import torch
+from backbones import DEMOS, build, picture, plugin
 from transformers import AutoProcessor
 from typer.testing import CliRunner
 
 from modeling_aim import AimProcessor
 from modeling_aim.cli import app
 from modeling_aim.image_settings import image_setting_names, image_tokens, set_image_settings, tokens_line
+from modeling_aim.processing_aim import IMAGE_SETTINGS
 
 files = test_cli_errors.files  # the fixture
 CASES: list[tuple[str, dict[str, Any], bool]] = [
@@ -23,6 +25,25 @@ CASES: list[tuple[str, dict[str, Any], bool]] = [
     ("idefics3", {"size": {"longest_edge": 32}}, True),
     ("llava", {"do_convert_rgb": True}, False),
 ]
+BESIDE_PIXELS = {  # settings of image processors that change no pixel of an RGB image
+    "input_data_format", "data_format", "do_convert_rgb", "image_seq_length", "return_tensors", "device",
+    "disable_grouping", "return_row_col_info", "transform", "image_num_channels",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "idefics3", "idefics"])
+def test_fused_tokens_are_bound_to_every_setting_that_changes_pixels(family: str) -> None:
+    names = set(type(build(family).processor.image_processor).valid_kwargs.__annotations__)
+    assert not names - set(IMAGE_SETTINGS) - BESIDE_PIXELS
+
+
+def test_another_resampling_is_another_reader() -> None:
+    aim = plugin("llava")
+    before, source = aim.model(**aim.query(), demos=list(DEMOS)).logits, aim.model.source
+    query = aim.query()
+    aim.processor.image_processor.resample = 0
+    assert aim.model.source != source
+    assert not torch.equal(aim.model(**query, demos=list(DEMOS)).logits, before)
 
 
 @pytest.mark.parametrize(("family", "settings", "fewer"), CASES)

@@ -204,6 +204,19 @@ def test_an_image_cut_short_behind_its_header_is_named(llava: Plugin, tmp_path: 
                 fails(way, "Cannot read the image"), name
 
 
+def test_an_image_of_floats_is_the_array_of_its_numbers(llava: Plugin, tmp_path: Path) -> None:
+    pixels = np.linspace(0, 1, 32 * 32, dtype=np.float32).reshape(32, 32)
+    image = Image.fromarray(pixels)
+    image.save(tmp_path / "floats.tiff")
+    wanted = open_image(pixels)
+    for given in (image, tmp_path / "floats.tiff", str(tmp_path / "floats.tiff")):
+        assert open_image(given).tobytes() == wanted.tobytes()
+        seen = [llava.processor(images=one, text="<image>a", return_tensors="pt") for one in (given, wanted)]
+        assert torch.equal(seen[0]["pixel_values"], seen[1]["pixel_values"])
+    with pytest.raises(ValueError, match=r"pixels of type float32 must lie in 0\.\.1, found 0\.0\.\.2"):
+        open_image(Image.fromarray(2 * pixels))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_pixels_that_are_not_finite_are_no_image(llava: Plugin, bad: float) -> None:
     pixels = np.full((32, 32, 3), 0.5, dtype=np.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -106,6 +107,20 @@ def test_nothing_stale_is_used() -> None:
     assert changes()
 
 
+def test_a_switched_adapter_is_another_backbone() -> None:
+    from peft import LoraConfig
+
+    aim = plugin("llava")
+    inputs, demos, backbone = aim.query(), list(DEMOS), aim.backbone
+    backbone.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"], init_lora_weights=False), "a")
+    layer = first_layer(aim).self_attn.q_proj
+    for switch in (lambda: None, backbone.disable_adapters, backbone.enable_adapters, lambda: layer.scale_layer(3.0)):
+        switch()
+        kept = aim.model(**inputs, demos=demos).logits
+        aim.model.read_cache.clear()
+        assert torch.equal(kept, aim.model(**inputs, demos=demos).logits)
+
+
 def test_a_copy_of_a_model_keeps_nothing_of_the_other() -> None:
     aim = plugin("llava")
     aim.answer(aim.query(), DEMOS)
@@ -171,6 +186,15 @@ def test_a_prefix_is_of_one_list_of_demonstrations(llava: Plugin) -> None:
         llava.model.prefill([DEMOS[:1], DEMOS[1:]])
 
 
+def test_a_prefix_of_fused_tokens_needs_no_processor() -> None:
+    aim, without = plugin("llava"), plugin("llava").model
+    inputs, fused = aim.query(), aim.model.read(DEMOS[:2])
+    without._processor = None
+    fused = replace(fused, source=without.source)
+    wanted, kept = (without.generate(**inputs, demos=demos, **NEW) for demos in (fused, without.prefill(fused)))
+    assert torch.equal(kept, wanted) and len(without.prefix_cache) == 1
+
+
 def test_kv_that_had_to_leave_is_computed_again(llava: Plugin) -> None:
     aim = plugin("llava")
     inputs = aim.query()
@@ -201,6 +225,21 @@ def test_what_cannot_use_kept_kv_takes_the_fused_tokens(aim: Plugin) -> None:
     assert torch.equal(aim.answer(two, [prefix, prefix]), aim.answer(two, fused))
     with torch.no_grad():
         assert torch.equal(aim.model(**inputs, demos=prefix).logits, aim.model(**inputs, demos=fused).logits)
+
+
+@pytest.mark.parametrize("options", [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 1}], ids=str)
+def test_padding_after_a_prefix_is_not_penalized(llava: Plugin, options: dict[str, Any]) -> None:
+    aim = plugin("llava")
+    inputs = aim.query("What is this?", "And that, the small one on the left?")
+    pad = inputs["input_ids"][0, 0]
+    assert inputs["attention_mask"][0, 0] == 0
+
+    def of_padding(demos: Any) -> torch.Tensor:
+        more = {"max_new_tokens": 1, "output_scores": True, "return_dict_in_generate": True, "do_sample": False}
+        return aim.model.generate(**inputs, demos=demos, **more, **options).scores[0][:, pad]
+
+    demos = list(DEMOS)
+    torch.testing.assert_close(of_padding(aim.model.prefill(demos)), of_padding(demos), rtol=1e-4, atol=1e-4)
 
 
 def test_several_samples_are_drawn_from_it(llava: Plugin) -> None:

@@ -78,6 +78,37 @@ def test_a_fixed_list_is_taken_as_it_comes(bank: DemonstrationBank) -> None:
             bank.choose(k=min(2, len(wrong) + (wrong == [1])), by=wrong)
 
 
+@pytest.mark.parametrize("mask", [[True, False], np.array([True, False]), torch.tensor([True, False])], ids=repr)
+def test_a_mask_is_no_list_of_numbers(bank: DemonstrationBank, mask: Any) -> None:
+    with pytest.raises(ValueError, match="taken by number; got the truth values"):
+        bank[mask]
+    with pytest.raises(ValueError, match=r"by lists .*; expected numbers or keys"):
+        bank.choose(k=2, by=mask)
+
+
+def test_whole_numbers_of_arrays_are_numbers(bank: DemonstrationBank) -> None:
+    for demos in (bank, bank.fused):
+        for index in (np.int64(1), torch.tensor(1), np.array([1]), torch.tensor([-8])):
+            assert demos[index].keys == demos[1].keys
+        with pytest.raises(IndexError):
+            demos[np.int64(9)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"balanced": "false"}, "balanced='false': expected True or False"),
+        *(({"near_duplicate": v}, f"near_duplicate={v}: expected a cosine") for v in (True, 98, 0, float("nan"))),
+    ],
+    ids=str,
+)
+def test_a_bad_option_is_refused(llava: Plugin, bank: DemonstrationBank, options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bank.choose(k=2, **options)
+    with pytest.raises(ValueError, match=message):
+        llava.answer(llava.query(), bank, shots=2, select={"by": "random", **options})
+
+
 def test_near_duplicates_are_left_out_while_there_are_others(llava: Plugin, tmp_path: Path) -> None:
     def nearly(image: Image.Image, by: int) -> Image.Image:
         return Image.fromarray(np.clip(np.asarray(image).astype(int) + by, 0, 255).astype(np.uint8))
@@ -254,6 +285,7 @@ def test_shots_ask_for_a_bank(llava: Plugin, bank: DemonstrationBank) -> None:
             lambda: llava.answer(inputs, empty, shots=2),
             "a DemonstrationBank that is empty",
         ),
+        (lambda: llava.answer(inputs, bank, shots=[3]), r"shots=\[3\] demonstrations were asked for; expected"),
         (lambda: llava.answer(inputs, bank, select="nearest"), "by='nearest'"),
         (
             lambda: llava.answer(inputs, bank, select={"by": "image", "k": 2}),

@@ -133,8 +133,13 @@ class ChoosingBank(BankContents):
         self.check_count(k)
         if not is_whole(seed):
             raise ValueError(f"seed={seed!r:.40}: expected a whole number.")
-        if near_duplicate is not None and not (isinstance(near_duplicate, (int, float)) and near_duplicate > 0):
-            raise ValueError(f"near_duplicate={near_duplicate!r:.40}: expected a cosine such as 0.98, or None.")
+        if not isinstance(balanced, bool):
+            raise ValueError(f"balanced={balanced!r:.40}: expected True or False.")
+        is_number = isinstance(near_duplicate, (int, float)) and not isinstance(near_duplicate, bool)
+        if near_duplicate is not None and not (is_number and 0 < near_duplicate <= 1):
+            raise ValueError(
+                f"near_duplicate={near_duplicate!r:.40}: expected a cosine above 0 and up to 1, such as 0.98, or None."
+            )
         if not isinstance(by, str):
             return [(number, 1.0) for number in self._listed(by, k)]
         groups = self._by_label() if balanced else None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..demonstrations_aim import FusedDemonstrations
+from ..demonstrations_aim import FusedDemonstrations, numbers_of
 from ..files_aim import as_bytes
 from .shards import DTYPES, Shard, fused_columns, make_shard
 
@@ -53,12 +53,12 @@ class BankContents:
 
         Raises:
             IndexError: there is no such demonstration.
-            ValueError: what is stored of one of them is damaged; the message names file and demonstration.
+            ValueError: `index` is a mask, or what is stored of one of them is damaged; the message names file and
+                demonstration.
         """
         if self._fused is not None:
             return self._fused[index]
-        chosen = range(len(self))[index] if isinstance(index, (int, slice)) else [range(len(self))[i] for i in index]
-        numbers = [chosen] if isinstance(chosen, int) else list(chosen)
+        numbers = numbers_of(index, len(self))
         vectors = self._gather(numbers, lambda shard, rows: shard.vectors(rows))
         ids = self._gather(numbers, lambda shard, rows: shard.ids(rows))
         dtype = DTYPES[self._shards[0].about["dtype"]] if self._shards else torch.float32

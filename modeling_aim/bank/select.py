@@ -42,9 +42,10 @@ def check_strategy(by: object, search: str = "auto") -> None:
 
 
 def is_whole(value: Any) -> bool:
-    """Whether `value` is a whole number and not a bool."""
+    """Whether `value` is a whole number and not a bool, of Python or an array."""
+    is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
     try:
-        return not isinstance(value, bool) and operator.index(value) is not None
+        return not is_bool and operator.index(value) is not None
     except TypeError:
         return False
 
