@@ -126,7 +126,16 @@ def test_settings_that_do_not_fit_are_refused(settings: BackboneSettings, change
 def test_two_processes_on_cpus_make_one_backbone(settings: BackboneSettings, data: dict[str, str]) -> None:
     """One of them alone writes, and locks the folder; a step has as many examples as with one process."""
     words = ["backbone", "--vision-tower", data["clip"], "--language-model", data["llama"], "--dtype", "float32"]
-    words += ["--stage2", data["conversations"], "--stage2-steps", "6", "--stage2-batch-size", "4", "--save-every", "1"]
+    words += [
+        "--stage2",
+        data["conversations"],
+        "--stage2-steps",
+        "6",
+        "--stage2-batch-size",
+        "4",
+        "--save-every",
+        "1",
+    ]
     words += ["--batch-size", "2", "--set", "use_cpu=true", "--set", "disable_tqdm=true", "--output", settings.output]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"}
