@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import backbones
@@ -41,7 +42,15 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 def test_it_is_known(case: Case) -> None:
-    assert case.model.backbone.config.model_type in FAMILIES
+    model_type = case.model.backbone.config.model_type
+    assert model_type in FAMILIES, f"add {model_type!r} with a Family to FAMILIES of families_aim.py"
+
+
+def test_families_are_the_ones_that_work_in_the_docs() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "BACKBONES.md").read_text(encoding="utf-8")
+    section = page.partition("\n## Works\n")[2].partition("\n## ")[0]
+    listed = {line.split("`")[1] for line in section.split("\n") if line.startswith("| `")}
+    assert listed == set(FAMILIES), "a whole run of docs/survey_backbones.py --results FILE rewrites docs/BACKBONES.md"
 
 
 def test_every_known_family_has_a_builder() -> None:
