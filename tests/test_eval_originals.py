@@ -176,7 +176,7 @@ def test_chats_of_lmms_eval_may_be_plain_strings_and_name_files(tmp_path: Path) 
 
 def test_the_list_of_tasks_is_that_of_the_docs() -> None:
     ours = {kind for kind, make in TASKS.items() if make.__module__.startswith("modeling_aim.")}
-    assert ours == set(ENTRIES)
+    assert ours == set(ENTRIES), f"add to ENTRIES of evaluation/tasks/registry.py: {sorted(ours - set(ENTRIES))}"
     page = (Path(__file__).parents[1] / "docs" / "EVALUATION.md").read_text(encoding="utf-8")
     table = page.partition("gives it as markdown:\n\n")[2].partition("\n\n")[0].split("\n")
     head, line, *rows = task_table().split("\n")
@@ -185,6 +185,9 @@ def test_the_list_of_tasks_is_that_of_the_docs() -> None:
         line,
         *(row for row in rows if row.split("`")[1] in ours),
     ], "paste what task_table() of evaluation/tasks/registry.py gives"  # other tests add kinds of theirs
+    asked = page.partition("What each one asks, and what it shows:\n\n")[2].partition("\n\n")[0].split("\n")[2:]
+    kinds = [kind for row in asked for kind in row.split("|")[1].replace("`", "").replace(",", " ").split()]
+    assert sorted(kinds) == sorted(ours), 'add it to the table "What each one asks" of docs/EVALUATION.md'
     shown = CliRunner().invoke(app, ["eval", "--list", "--shots", "nonsense"], env={"COLUMNS": "250"})
     assert shown.exit_code == 0
     for kind in ours:

@@ -36,7 +36,7 @@ from eval_data import (
 from modeling_aim.data.mining import ClassFeatures
 from modeling_aim.data.pairs import opened
 from modeling_aim.evaluation.task import Example, Prediction, Shot, Task
-from modeling_aim.evaluation.tasks.registry import TASKS, open_task
+from modeling_aim.evaluation.tasks.registry import ENTRIES, TASKS, open_task
 
 EXAMPLES = {"flickr30k": 3, "okvqa": 4, "vizwiz": 4, "hateful_memes": 4, "scienceqa": 4, "isekai-10": 2}
 EXAMPLES |= {"isekai-pair": 2, "lcl": 6, "operator_induction": 3, "operator_induction_interleaved": 3, "folder": 6}
@@ -80,7 +80,9 @@ def test_every_task_is_here() -> None:
 
 def test_examples(made: tuple[str, str], task: Task) -> None:
     examples = task.examples(0)
-    assert len(examples) == EXAMPLES.get(made[0], 2)
+    assert len(examples) == EXAMPLES.get(made[0], 2), (
+        f"its tiny dataset has {len(examples)} examples; if that is right, add {made[0]!r} to EXAMPLES of this file"
+    )
     assert len({example.id for example in examples}) == len(examples)
     assert task.examples(0) == examples and asked(open_task(made[1]).examples(0)) == asked(examples)
     assert (asked(task.examples(1)) == asked(examples)) is (made[0] != "folder")
@@ -127,7 +129,7 @@ def test_too_many_demonstrations_are_refused(task: Task) -> None:
 def test_scores_of_right_wrong_and_empty_answers(made: tuple[str, str], task: Task) -> None:
     examples = task.examples(0)
     keys = {tuple(task.score(e, answered(e, text))) for e in examples for text in (*e.answers, "zebra", "")}
-    assert len(keys) == 1
+    assert len(keys) == 1, f"every score of a task has the same names, in the same order; here they are {keys}"
     for example in examples:
         right, wrong, empty = (
             task.score(example, answered(example, text)) for text in (example.answers[0], "zebra", "")
@@ -135,7 +137,9 @@ def test_scores_of_right_wrong_and_empty_answers(made: tuple[str, str], task: Ta
         assert all(0 <= value <= 1 for one in (right, wrong, empty) for value in one.values())
         if task.metric in right:
             nothing = float(made[0] == "matching_mi" and example.answers[0] == "no")  # as VL-ICL has it
-            assert (right[task.metric], wrong[task.metric], empty[task.metric]) == (1, nothing, nothing)
+            assert (right[task.metric], wrong[task.metric], empty[task.metric]) == (1, nothing, nothing), (
+                f"{task.metric} of the first reference, of 'zebra' and of '' must be 1, 0 and 0 (docstring of Task)"
+            )
 
 
 def test_summaries(made: tuple[str, str], task: Task) -> None:
@@ -150,14 +154,16 @@ def test_summaries(made: tuple[str, str], task: Task) -> None:
     assert (terms is None) is (made[0] == "hateful_memes")
     assert terms is None or sum(terms) / len(examples) == pytest.approx(right[task.metric])
     assert set(right) == set(wrong) and all(isinstance(value, float) for value in right.values())
-    assert wrong[task.metric] == pytest.approx(0.5 if made[0] == "matching_mi" else 0)
+    assert wrong[task.metric] == pytest.approx(0.5 if made[0] == "matching_mi" else 0), (
+        f"the summary's {task.metric} must be 0 where every answer is 'zebra' (docstring of Task)"
+    )
     assert task.summary([], []) == {} or math.isnan(task.summary([], [])[task.metric])
     assert all(isinstance(note, str) for note in task.notes()) and not any("Left out" in note for note in task.notes())
 
 
 def test_tasks_have_names(made: tuple[str, str], task: Task) -> None:
-    assert task.name and task.max_new_tokens >= 5
-    assert open_task(made[1] + ",name=Mine (2)").name == "Mine (2)"
+    assert task.name and task.max_new_tokens >= 5, "a task has a name, and answers of at least 5 tokens"
+    assert open_task(made[1] + ",name=Mine (2)").name == "Mine (2)", "every task has a setting `name`"
 
 
 # --- what each task asks and shows
@@ -500,7 +506,8 @@ def test_archives_count_only_where_files_are_missing(tmp_path: Path) -> None:
 def test_tasks_of_the_hub_without_a_network() -> None:
     parameters = {kind: inspect.signature(make).parameters for kind, make in TASKS.items()}
     hub = [kind for kind in TASKS if parameters[kind]["path"].default is not inspect.Parameter.empty]
-    assert set(TASKS) - set(hub) == {"lcl", "folder", "captions", "jsonl", "episodes"}
+    own = {kind for kind, entry in ENTRIES.items() if not entry.source} | {"lcl"}  # its images are ImageNet's
+    assert set(TASKS) - set(hub) == own, "a task needs a path if its entry in ENTRIES has no source, and only then"
     for kind in hub:
         with pytest.raises(FileNotFoundError, match=r"(from|on) the Hub"):
             open_task(kind).examples(0)

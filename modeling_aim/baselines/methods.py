@@ -205,8 +205,12 @@ def baseline_of(name: str) -> Baseline:
 
 
 def _setting(name: str, key: str, value: str, default: Any) -> Any:
-    """A setting as its default's type; depths without a default are whole numbers."""
+    """A setting as its default's type (of a bool `true` or `false`); depths without a default are whole numbers."""
     kind = int if default is None else type(default)
+    if kind is bool:
+        if value not in ("true", "false"):
+            raise ValueError(f"Method {name!r}: {key}={value}, expected true or false.")
+        return value == "true"
     try:
         number = kind(value)
     except ValueError as error:

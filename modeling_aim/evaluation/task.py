@@ -77,6 +77,9 @@ class Task:
         fixed: each example brings its own demonstrations (`shots`), so ways of choosing do not apply.
         part_metrics: keys of what `summary` returns that are the main metric over a part of the examples; they have a
             table of their own.
+
+    The tests expect of every task a setting `name`, `max_new_tokens` of 5 or more, the same keys of `score` for every
+    answer, and a main metric of 1 for the first reference and exactly 0 for "zebra" and for an empty answer.
     """
 
     name: str = ""
