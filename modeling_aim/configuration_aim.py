@@ -169,7 +169,7 @@ class AimConfig(PreTrainedConfig):
             `"mlp"`; see `AimProjector`.
         projector_intermediate_size: inner width of the `mlp` forms; when `None`, twice the backbone's width, or less
             where that is over 2**24 weights.
-        projector_norm: norm of a fused token at the start of training: the mean norm of the backbone's input
+        projector_norm: norm of a fused token at the input when training starts: the mean norm of the backbone's input
             embeddings, measured when a backbone is attached.
 
     Raises:
@@ -331,7 +331,7 @@ class AimConfig(PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        """Width of the backbone's input embeddings, and so of a fused token."""
+        """Width of the backbone's input embeddings, and of a fused token at each depth that it enters."""
         if self.backbone_config is None:
             raise ValueError("This configuration knows no backbone yet (backbone_config is None).")
         return self.get_text_config().hidden_size

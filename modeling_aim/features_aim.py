@@ -1,4 +1,4 @@
-"""What a bank's selection needs of the model: `shots` and `select` bound to the bank, and features to compare.
+"""What a bank's selection needs of the model: features to compare.
 
 Banks are not shipped. The features of demonstrations and queries come from the backbone itself, through the model's
 hooks, and remote code has its own ContextVars: they are here.

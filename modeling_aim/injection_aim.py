@@ -205,7 +205,7 @@ class FusedPrompt:
         return self._put(self.entry_layers.index(0), embeddings)
 
     def enter_layer(self, number: int, layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
-        """Put the vectors of the depths up to `number` that have not entered before into the input of a layer."""
+        """Put the vectors of depths up to `number` that no earlier layer took into a layer's input, at each run."""
         if self._pass is None or self.layers is None or self.layers[number] is not layer:
             return states
         entered_at = self._pass.entered_at

@@ -55,7 +55,7 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
     * a list of raw demonstrations: `(image, text)`, `(image, question, answer)`, or a dict with `image` (or
       `images`) and `text`, `label`, or `question` and `answer`; an image is a PIL image, a path, a URL or an array;
     * what `read` returned, or a `DemonstrationBank`: nothing is read again;
-    * what `prefill` returned: the KV of its fused tokens is not computed again either;
+    * what `prefill` returned: `generate` does not compute the KV of its fused tokens again either;
     * a list with one of these, or `None`, for each row of the batch;
     * `None` or empty: the call is the backbone's own, bit for bit.
 
@@ -114,7 +114,7 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         It neither looks in `read_cache` nor fills it.
 
         Args:
-            demos: raw demonstrations, in order. What has been read already passes through unchanged.
+            demos: raw demonstrations, in order. What has been read already is returned as its fused tokens.
             batch_size: demonstrations in one forward pass of the backbone. Where `None`, as many as fit into 8192
                 tokens (1024 on a CPU) with little padding.
 
@@ -353,7 +353,8 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
             with one_at_a_time(self.backbone), injected(None):
                 return self.backbone(**call_inputs)
         return_dict = call_inputs.pop("return_dict", None)
-        fused = self._fused_rows(rows, call_inputs["input_ids"].shape[1], finite=labels is None)
+        finite = labels is None  # with labels, training stops at a loss that is not finite and names the batch
+        fused = self._fused_rows(rows, call_inputs["input_ids"].shape[1], finite)
         prompt = self._fused_prompt({**call_inputs, "return_dict": True}, fused)
         kept = KeptLogits(prompt)
         with one_at_a_time(self.backbone), injected(prompt):
@@ -379,8 +380,9 @@ class AimForConditionalGeneration(RowsMixin, DepthMixin, FeaturesMixin, AimPreTr
         computed again when it is needed. It is used for greedy and sampled decoding and beams where all rows of a
         batch share the prefix. Elsewhere (other demonstrations in each row, a cache of the caller's own,
         `use_cache=False`, assisted decoding, cross-attention, a padded batch with `repetition_penalty` or on a
-        backbone with sliding windows or a recurrent state) the fused tokens are used without it, and the log says so
-        once. The answers are the same within float tolerance.
+        backbone with sliding windows or a recurrent state, other ways to decode, families that cannot continue after
+        KV, and `forward`) the fused tokens are used without it, and the log gives each reason once. The answers are
+        the same within float tolerance.
 
         Args:
             demos: as for `read`; their order counts.

@@ -86,7 +86,7 @@ class AimProjector(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw new weights, so that the output norm is `config.projector_norm` for inputs of unit variance."""
+        """Draw new weights. At the input the output norm is `config.projector_norm`; at depth the map begins as 0."""
         self.is_new = True  # until weights are loaded: weights that were trained without scales stay without
         gelu_scale = 0.425**-0.5  # second moment of GELU on a standard normal is 0.425
         linears = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
@@ -160,7 +160,7 @@ class AimProjector(nn.Module):
         return mapped if isinstance(self.layers[-1], nn.LayerNorm) else self.scale * mapped
 
     def digest(self) -> str:
-        """Identity of the weights, recomputed only after a change (except by writing to the `.data` of a weight)."""
+        """Identity of the weights, recomputed after a change (not one through `.data`) or a switch of `training`."""
         values = [*self.parameters(), *self.buffers()]
         weights = [(id(p), p.data_ptr(), -1 if p.is_inference() else p._version) for p in values]
         state = weights, self.training

@@ -93,7 +93,7 @@ class RowsMixin:
         shots: int | None = None,
         select: Selection = None,
     ) -> list[tuple[Part, ...]]:
-        """The demonstrations of each row of the batch, in order, in parts as `parse_demos` returns them.
+        """The demonstrations of each row of the batch, in parts as `parse_demos` returns them; choices are made.
 
         A row has at most two parts: its own of `demos`, then its own of `chat_demos`.
         """

@@ -98,7 +98,7 @@ class BankContents:
 
     @property
     def width(self) -> int:
-        """Hidden size of the backbone."""
+        """Width of a fused token: the backbone's hidden size, once for each depth that states enter."""
         return self._shards[0].width if self._shards else 0
 
     def keys(self, index: Sequence[int] | None = None) -> list[str]:

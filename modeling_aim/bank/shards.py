@@ -110,7 +110,7 @@ class Shard:
 
     @property
     def width(self) -> int:
-        """Hidden size."""
+        """Width of a fused token."""
         return int(self.columns["vectors"].shape[1])
 
     @property
